@@ -1,0 +1,1 @@
+"""Tiny models built offline, with random weights from the libraries' own config classes."""
