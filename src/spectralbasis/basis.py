@@ -1,0 +1,188 @@
+"""The spectral basis of a model: the leading singular triplets of every weight matrix, in one file."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from spectralbasis.checkpoints import Checkpoint, Matrix, logical_matrices, open_checkpoint
+from spectralbasis.errors import InputError
+from spectralbasis.files import atomic_path
+from spectralbasis.linalg import Leading, parse_leading, resolve_leading
+from spectralbasis.progress import track
+from spectralbasis.triplets import (
+    DEFAULT_TOLERANCE,
+    Triplets,
+    compute_triplets,
+    triplet_facts,
+    triplet_tensors,
+)
+
+FORMAT_VERSION = 1
+
+
+class SpectralBasis(Mapping[str, Triplets]):
+    """Matrix name → `Triplets`, for one base model; read from its file matrix by matrix when loaded.
+
+    Attributes:
+        kind: which directions: "pretrained" for the leading singular vectors of the base.
+        source: the base, as it was named.
+        leading: how many directions were asked for, as given.
+        skipped: matrix name → reason, of what has no triplets here.
+    """
+
+    def __init__(
+        self,
+        triplets: Mapping[str, Triplets],
+        *,
+        kind: str = "pretrained",
+        source: str = "",
+        leading: Leading = 0,
+        skipped: Mapping[str, str] | None = None,
+    ) -> None:
+        self._triplets = triplets
+        self.kind = kind
+        self.source = source
+        self.leading = leading
+        self.skipped = dict(skipped or {})
+
+    def __getitem__(self, name: str) -> Triplets:
+        return self._triplets[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._triplets)
+
+    def __len__(self) -> int:
+        return len(self._triplets)
+
+    def __repr__(self) -> str:
+        return f"SpectralBasis({len(self)} matrices of {self.source or 'a model'}, leading={self.leading})"
+
+    @classmethod
+    def compute(
+        cls,
+        source: Any,
+        leading: Leading = 64,
+        *,
+        tolerance: float = DEFAULT_TOLERANCE,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        cache: bool = True,
+        progress: bool = False,
+    ) -> "SpectralBasis":
+        """Decompose every weight matrix of a checkpoint, one in memory at a time.
+
+        Args:
+            source: whatever `open_checkpoint` opens: a path, a hub id, a state dict, a module.
+            leading: a number of directions, a fraction of min(m, n), "mp" or "gd".
+            tolerance: largest sine between computed and true leading subspaces.
+            include: glob patterns of matrix names to take; empty takes all but embeddings and heads.
+            exclude: glob patterns of matrix names to leave out.
+            cache: keep and reuse triplets on this machine, by content.
+            progress: draw a progress bar on stderr.
+
+        Raises:
+            InputError: the checkpoint cannot be read, or not one matrix could be decomposed.
+        """
+        leading = parse_leading(leading)
+        checkpoint = open_checkpoint(source)
+        matrices, skipped = logical_matrices(checkpoint, include=include, exclude=exclude)
+        found: dict[str, Triplets] = {}
+        for matrix in track(matrices.values(), "decomposing", total=len(matrices), enabled=progress):
+            try:
+                found[matrix.name] = _decompose(matrix, leading, tolerance, cache)
+            except ValueError as error:
+                skipped[matrix.name] = str(error)
+        if not found:
+            raise InputError(_nothing_found(checkpoint, skipped))
+        return cls(found, source=checkpoint.source, leading=leading, skipped=skipped)
+
+    def save(self, file: str | Path) -> Path:
+        """Write one safetensors file; certificates and hashes are in its metadata."""
+        tensors = {
+            f"{name}.{field}": tensor
+            for name, triplets in self.items()
+            for field, tensor in triplet_tensors(triplets).items()
+        }
+        header = {
+            "version": FORMAT_VERSION,
+            "kind": self.kind,
+            "source": self.source,
+            "leading": self.leading,
+            "skipped": self.skipped,
+            "matrices": {name: triplet_facts(triplets) for name, triplets in self.items()},
+        }
+        with atomic_path(file) as temporary:
+            save_file(tensors, temporary, metadata={"spectralbasis": json.dumps(header)})
+        return Path(file)
+
+    @classmethod
+    def load(cls, file: str | Path) -> "SpectralBasis":
+        """Open a basis file; each matrix is read when asked for.
+
+        Raises:
+            InputError: it is missing, damaged, of a newer version, or no basis file.
+        """
+        header, handle = _open(Path(file))
+        return cls(
+            _StoredTriplets(handle, header["matrices"]),
+            kind=header["kind"],
+            source=header["source"],
+            leading=header["leading"],
+            skipped=header["skipped"],
+        )
+
+
+class _StoredTriplets(Mapping[str, Triplets]):
+    """Triplets of a basis file, read on access."""
+
+    def __init__(self, handle: Any, facts: Mapping[str, Mapping[str, Any]]) -> None:
+        self._handle = handle
+        self._facts = facts
+
+    def __getitem__(self, name: str) -> Triplets:
+        facts = self._facts[name]
+        tensors = {field: self._handle.get_tensor(f"{name}.{field}") for field in ("U", "S", "Vh", "residuals")}
+        return Triplets(**tensors, **facts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._facts)
+
+    def __len__(self) -> int:
+        return len(self._facts)
+
+
+def _decompose(matrix: Matrix, leading: Leading, tolerance: float, cache: bool) -> Triplets:
+    W = matrix.read()
+    return compute_triplets(W, resolve_leading(leading, W), tolerance=tolerance, cache=cache)
+
+
+def _nothing_found(checkpoint: Checkpoint, skipped: Mapping[str, str]) -> str:
+    name, reason = next(iter(skipped.items()), ("", "it holds no weight matrix"))
+    return f"no matrix of {checkpoint.source} could be decomposed; {name + ': ' if name else ''}{reason}"
+
+
+def _open(file: Path) -> tuple[dict[str, Any], Any]:
+    if not file.is_file():
+        raise InputError(f"no basis file at {file}; write one with: spectralbasis basis MODEL -o {file}")
+    try:
+        handle: Any = safe_open(file, framework="pt")
+        if isinstance(handle, AbstractContextManager):
+            handle = handle.__enter__()
+        header = json.loads((handle.metadata() or {}).get("spectralbasis", "null"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read as safetensors ({error}); compute the basis again") from error
+    if not isinstance(header, dict) or not isinstance(header.get("matrices"), dict):
+        raise InputError(
+            f"{file} is a safetensors file but no basis; write one with: spectralbasis basis MODEL -o FILE"
+        )
+    if header.get("version") != FORMAT_VERSION:
+        raise InputError(
+            f"{file} has basis format {header.get('version')}, this version reads {FORMAT_VERSION}; "
+            "update spectralbasis, or compute the basis again"
+        )
+    return header, handle

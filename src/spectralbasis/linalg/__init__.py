@@ -1,0 +1,41 @@
+"""Spectral numerics: pure functions on tensors."""
+
+from spectralbasis.linalg.certificates import subspace_error_bound, vector_error_bounds, wedin_bound
+from spectralbasis.linalg.subspaces import (
+    assigned_cosines,
+    cross_cosines,
+    haar_overlap,
+    matched_cosines,
+    overlaps_by_k,
+    principal_angles,
+    subspace_overlap,
+)
+from spectralbasis.linalg.svd import LeadingSVD, leading_svd, singular_values
+from spectralbasis.linalg.thresholds import (
+    Leading,
+    gavish_donoho_threshold,
+    marchenko_pastur_edge,
+    parse_leading,
+    resolve_leading,
+)
+
+__all__ = [
+    "Leading",
+    "LeadingSVD",
+    "assigned_cosines",
+    "cross_cosines",
+    "gavish_donoho_threshold",
+    "haar_overlap",
+    "leading_svd",
+    "marchenko_pastur_edge",
+    "matched_cosines",
+    "overlaps_by_k",
+    "parse_leading",
+    "principal_angles",
+    "resolve_leading",
+    "singular_values",
+    "subspace_error_bound",
+    "subspace_overlap",
+    "vector_error_bounds",
+    "wedin_bound",
+]

@@ -1,0 +1,72 @@
+"""How far two orthonormal frames agree: overlaps, angles and cosines, blind to the arbitrary signs of the vectors."""
+
+import numpy as np
+import torch
+from scipy.linalg import subspace_angles
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+
+def subspace_overlap(U0: Tensor, U1: Tensor) -> float:
+    """`‖U0ᵀ U1‖_F² / k`, the share of one subspace that lies in the other, in [0, 1].
+
+    Args:
+        U0: (m, k) with orthonormal columns.
+        U1: (m, k) with orthonormal columns.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    return float(overlaps_by_k(cross_cosines(U0, U1))[-1])
+
+
+def cross_cosines(U0: Tensor, U1: Tensor) -> Tensor:
+    """`U0ᵀ U1`, the cosine of every vector of one frame with every vector of the other, (k, k), float64.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if U0.ndim != 2 or U0.shape != U1.shape:
+        raise ValueError(
+            f"expected two (m, k) frames of one shape, got {tuple(U0.shape)} and {tuple(U1.shape)}; "
+            "pass right singular vectors as columns (Vh.T)"
+        )
+    return U0.double().T @ U1.double()
+
+
+def overlaps_by_k(cosines: Tensor) -> Tensor:
+    """The overlap of the first j vectors of both frames for j = 1..k, from their cross cosines (k, k); (k,)."""
+    leading_blocks = cosines.square().cumsum(0).cumsum(1).diagonal()
+    return (leading_blocks / torch.arange(1, len(cosines) + 1, device=cosines.device)).clamp(0.0, 1.0)
+
+
+def haar_overlap(m: int, k: int) -> float:
+    """Expected overlap of two independent uniformly random k-dimensional subspaces of an m-dimensional space."""
+    return k / m
+
+
+def principal_angles(U0: Tensor, U1: Tensor) -> Tensor:
+    """Angles between two subspaces, (k,), radians, ascending; accurate near 0 as well as near π/2.
+
+    By the sine-based method of Knyazev and Argentati (SIAM J. Sci. Comput. 23, 2002), as SciPy has it.
+
+    Args:
+        U0: (m, k) with independent columns.
+        U1: (m, k) with independent columns.
+    """
+    angles = subspace_angles(U0.double().cpu().numpy(), U1.double().cpu().numpy())
+    return torch.from_numpy(np.ascontiguousarray(angles[::-1]))
+
+
+def matched_cosines(cosines: Tensor) -> Tensor:
+    """`|u0_i · u1_i|` for each direction i, (k,), from the frames' cross cosines (k, k)."""
+    return cosines.diagonal().abs()
+
+
+def assigned_cosines(cosines: Tensor) -> Tensor:
+    """`|u0_i · u1_{a(i)}|` under the one-to-one assignment a with the largest sum, (k,).
+
+    Near-equal singular values swap places under the smallest change; the assignment undoes that.
+    """
+    rows, columns = linear_sum_assignment(cosines.abs().cpu().numpy(), maximize=True)
+    return cosines.abs()[rows, columns]

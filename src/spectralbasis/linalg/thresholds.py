@@ -1,0 +1,109 @@
+"""Where the leading part of a spectrum ends."""
+
+import math
+from functools import cache
+
+import torch
+from scipy.integrate import quad
+from scipy.optimize import brentq
+from torch import Tensor
+
+from spectralbasis.errors import InputError
+from spectralbasis.linalg.svd import singular_values
+
+Leading = int | float | str
+"""A number of directions, a fraction of min(m, n), "mp" (Marchenko–Pastur) or "gd" (Gavish–Donoho)."""
+
+
+def parse_leading(text: Leading) -> Leading:
+    """A leading setting as typed ("64", "0.1", "mp") or given, checked.
+
+    Raises:
+        InputError: it is none of a positive whole number, a fraction below 1, "mp" and "gd".
+    """
+    value: Leading = text.strip().lower() if isinstance(text, str) else text
+    if isinstance(value, str) and value not in ("mp", "gd"):
+        try:
+            value = int(value) if value.isdigit() else float(value)
+        except ValueError:
+            raise _leading_error(text) from None
+    if isinstance(value, bool) or (isinstance(value, int) and value < 1):
+        raise _leading_error(text)
+    if isinstance(value, float) and not 0 < value < 1:
+        raise _leading_error(text)
+    return value
+
+
+def _leading_error(value: Leading) -> InputError:
+    return InputError(
+        f"leading={value!r} is no number of directions; pass a whole number such as 64, "
+        "a fraction of min(m, n) such as 0.1, 'mp' (Marchenko–Pastur edge) or 'gd' (Gavish–Donoho threshold)"
+    )
+
+
+def resolve_leading(leading: Leading, W: Tensor) -> int:
+    """How many leading directions of `W` (m, n) the setting means, at least 1 and at most min(m, n).
+
+    Raises:
+        InputError: the setting is malformed.
+        ValueError: a whole number exceeds min(m, n).
+    """
+    leading = parse_leading(leading)
+    short = min(W.shape)
+    if isinstance(leading, int):
+        if leading > short:
+            raise ValueError(f"k={leading} exceeds min(m, n)={short}; pass k<={short} or leading='mp'")
+        return leading
+    if isinstance(leading, float):
+        return max(1, round(leading * short))
+    S = singular_values(W)
+    rule = marchenko_pastur_edge if leading == "mp" else gavish_donoho_threshold
+    threshold = rule(S, (W.shape[0], W.shape[1]))
+    return max(1, int(torch.count_nonzero(threshold < S)))
+
+
+def marchenko_pastur_edge(S: Tensor, shape: tuple[int, int], scale: float | None = None) -> float:
+    """Largest singular value that pure noise of this shape has, `scale · (√m + √n)`, in the units of S.
+
+    Args:
+        S: all singular values, (min(m, n),), descending.
+        shape: (m, n).
+        scale: standard deviation of the noise's entries; None estimates it from the median singular value, which a
+            few strong directions cannot move (Gavish & Donoho, 1305.5870, section III.E).
+    """
+    m, n = shape
+    sigma = _noise_scale(S, shape) if scale is None else scale
+    return sigma * (math.sqrt(m) + math.sqrt(n))
+
+
+def gavish_donoho_threshold(S: Tensor, shape: tuple[int, int]) -> float:
+    """Optimal hard threshold for singular values in white noise of unknown scale (Gavish & Donoho, 1305.5870).
+
+    Args:
+        S: all singular values, (min(m, n),), descending.
+        shape: (m, n).
+    """
+    beta = min(shape) / max(shape)
+    optimal = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta * beta + 14 * beta + 1)))
+    return optimal * math.sqrt(max(shape)) * _noise_scale(S, shape)
+
+
+def _noise_scale(S: Tensor, shape: tuple[int, int]) -> float:
+    median = float(torch.quantile(S.double(), 0.5))
+    return median / math.sqrt(max(shape) * marchenko_pastur_median(min(shape) / max(shape)))
+
+
+@cache
+def marchenko_pastur_median(beta: float) -> float:
+    """Median of the Marchenko–Pastur law of aspect ratio β in (0, 1], for unit variance."""
+    low, high = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
+
+    # x = low + 2 r sin²(t/2) removes the square-root ends of the density, which slow the quadrature.
+    radius = (high - low) / 2
+
+    def density(t: float) -> float:
+        sine, cosine = math.sin(t / 2) ** 2, math.cos(t / 2) ** 2
+        return 2 * radius**2 * sine * cosine / (math.pi * beta * (low + 2 * radius * sine))
+
+    angle = brentq(lambda t: quad(density, 0, t)[0] - 0.5, 1e-6, math.pi)
+    return low + 2 * radius * math.sin(angle / 2) ** 2
