@@ -1,0 +1,10 @@
+"""Opening weights wherever they are, and reading them as logical matrices."""
+
+from spectralbasis.checkpoints.checkpoint import Checkpoint
+from spectralbasis.checkpoints.matching import match_matrices
+from spectralbasis.checkpoints.matrix import Matrix
+from spectralbasis.checkpoints.names import matrix_name
+from spectralbasis.checkpoints.opening import open_checkpoint
+from spectralbasis.checkpoints.views import logical_matrices
+
+__all__ = ["Checkpoint", "Matrix", "logical_matrices", "match_matrices", "matrix_name", "open_checkpoint"]

@@ -1,0 +1,52 @@
+"""One logical weight matrix and how it is cut out of a stored tensor."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from spectralbasis.checkpoints.checkpoint import Checkpoint
+from spectralbasis.checkpoints.fused import Rows
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A matrix as a part of a stored tensor: pick the expert, transpose, flatten to (out, in), pick rows."""
+
+    tensor: str
+    expert: int | None = None
+    transposed: bool = False
+    rows: Rows | None = None
+
+    def read(self, checkpoint: Checkpoint) -> Tensor:
+        """The matrix (out, in); where the part is one run of stored rows, no more than these are read."""
+        if self.expert is not None:
+            stored = checkpoint.read_rows(self.tensor, self.expert, self.expert + 1)[0]
+        elif self.rows is not None and self.rows.groups == 1 and not self.transposed:
+            return checkpoint.read_rows(self.tensor, self.rows.start, self.rows.stop).flatten(1)
+        else:
+            stored = checkpoint.read(self.tensor)
+        matrix = (stored.transpose(0, 1) if self.transposed else stored).flatten(1)
+        return matrix if self.rows is None else self.rows.of(matrix)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One logical weight matrix of shape (out, in).
+
+    Attributes:
+        name: stable name, without `.weight` and without the prefix of a task head.
+        layer: first integer component of the name, -1 where there is none.
+        kind: the name within its layer, for example `attention.self.query`; the number of an expert is left out.
+        shape: (out, in); a convolution counts as (out, in·kh·kw).
+    """
+
+    name: str
+    layer: int
+    kind: str
+    shape: tuple[int, int]
+    checkpoint: Checkpoint = field(repr=False, compare=False)
+    cut: Cut = field(repr=False, compare=False)
+
+    def read(self) -> Tensor:
+        """The matrix (out, in) on the CPU, in the stored dtype."""
+        return self.cut.read(self.checkpoint)

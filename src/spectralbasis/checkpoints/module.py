@@ -1,0 +1,38 @@
+"""Checkpoints that are a live `nn.Module`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from spectralbasis.checkpoints.tensors import TensorCheckpoint
+from spectralbasis.errors import InputError
+
+
+class ModuleCheckpoint(TensorCheckpoint):
+    """The parameters of a module, which also tells the type of layer that each belongs to.
+
+    Raises:
+        InputError: the module carries PEFT adapters, so that its parameters are not the weights in effect.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        wrapped = next((name for name, child in module.named_modules() if hasattr(child, "base_layer")), None)
+        if wrapped is not None:
+            raise InputError(
+                f"{type(module).__name__} carries an adapter (at {wrapped}), so its weights are in two parts; "
+                f"pass model.merge_and_unload(), or save the adapter and pass its folder"
+            )
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        if not parameters:
+            raise InputError(f"{type(module).__name__} has no parameters; expected a model with weights")
+        super().__init__(parameters, type(module).__name__, _config_of(module))
+        self._owners = {name: type(module.get_submodule(name.rpartition(".")[0])) for name in parameters}
+
+    def module_type(self, name: str) -> type[nn.Module]:
+        return self._owners[name]
+
+
+def _config_of(module: nn.Module) -> Mapping[str, Any]:
+    to_dict = getattr(getattr(module, "config", None), "to_dict", None)
+    return to_dict() if callable(to_dict) else {}

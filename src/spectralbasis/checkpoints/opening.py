@@ -1,0 +1,73 @@
+"""From whatever a person points at to a checkpoint."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from spectralbasis.checkpoints.checkpoint import Checkpoint
+from spectralbasis.checkpoints.folder_files import read_config, weights_file
+from spectralbasis.checkpoints.module import ModuleCheckpoint
+from spectralbasis.checkpoints.safetensors_file import SafetensorsFile
+from spectralbasis.checkpoints.sharded import join_shards, read_index
+from spectralbasis.checkpoints.tensors import TensorCheckpoint, find_state
+from spectralbasis.checkpoints.torch_file import open_torch_file
+from spectralbasis.errors import InputError
+
+_SAFETENSORS = (".safetensors",)
+_TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+
+
+def open_checkpoint(source: str | Path | Mapping[str, Tensor] | nn.Module | Checkpoint) -> Checkpoint:
+    """Open weights without reading them.
+
+    Args:
+        source: a file (safetensors, or a torch pickle, which is never run), a folder (single file, shards, or a PEFT
+            adapter over its base), a hub id (`name` or `organisation/name`, where no such path exists; the only case
+            in which anything is downloaded), a `state_dict`, an `nn.Module`, or an open checkpoint, returned as it is.
+
+    Raises:
+        InputError: the source does not exist, is damaged, is unsafe to read or is no checkpoint.
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    if isinstance(source, nn.Module):
+        return ModuleCheckpoint(source)
+    if isinstance(source, Mapping):
+        return TensorCheckpoint(find_state(source, "state_dict"), "state_dict", {})
+    if isinstance(source, str | os.PathLike):
+        return _open_path(str(source))
+    raise InputError(
+        f"cannot open a {type(source).__name__} as a checkpoint; pass a path, a hub id, a state_dict or an nn.Module"
+    )
+
+
+def _open_path(source: str) -> Checkpoint:
+    path = Path(source)
+    if path.is_dir():
+        return open_folder(path, source)
+    if path.is_file():
+        return _open_file(path, source, read_config(path.parent))
+    raise InputError(f"{source} does not exist; pass a file, a folder or a hub id such as organisation/name")
+
+
+def open_folder(folder: Path, source: str) -> Checkpoint:
+    """Open the weights in a folder; `source` is what errors and results call it."""
+    return _open_file(weights_file(folder), source, read_config(folder))
+
+
+def _open_file(path: Path, source: str, config: Mapping[str, Any]) -> Checkpoint:
+    if path.name.endswith(".index.json"):
+        located = read_index(path)
+        opened = {shard: _open_file(shard, str(shard), config) for shard in dict.fromkeys(located.values())}
+        return join_shards(located, opened, source, config)
+    if path.suffix in _SAFETENSORS:
+        return SafetensorsFile(path, source, config)
+    if path.suffix in _TORCH:
+        return open_torch_file(path, source, config)
+    raise InputError(
+        f"{path} has the suffix {path.suffix or '(none)'}, which is not read; "
+        f"expected .safetensors, .pt, .pth, .bin, .ckpt or the .index.json of shards"
+    )

@@ -1,0 +1,62 @@
+"""What a stored tensor is: a weight matrix, or something that only has the shape of one."""
+
+import re
+from collections.abc import Container
+
+from torch import nn
+
+from spectralbasis.checkpoints.checkpoint import Checkpoint
+from spectralbasis.checkpoints.names import plain_name
+
+_EMBEDDING = re.compile(
+    r"(^|_)(emb|embed|embeds|embedding|embeddings)\d*$"
+    r"|^(embed|embeddings?)_(tokens|positions|in|out)$|^(wte|wpe|shared|lm_head|tok_embeddings|tokens_embed)$"
+    r"|^(relative_attention_bias|relative_position_bias_table|rel_pos_[hw])$|(^|_)tokens?$"
+)
+_HEAD = re.compile(
+    r"^(classifier|score|cls|qa_outputs|head|heads|head_dist|pre_classifier|vocab_transform|vocab_projector"
+    r"|predictions|logits_proj|seq_relationship|sequence_summary|span_predictor|output_projection|fc_out|proj_out"
+    r"|generator_predictions|discriminator_predictions|projector|summary|output)(\.|$)"
+    r"|^\w+_(head|heads|classifier|predictor)(\.|$)|^(fc|decoder)$"
+)
+_NORM = re.compile(r"(^|_)(ln|bn|norm|layernorm|batchnorm|groupnorm|rmsnorm)(_?\d+|_[a-z])?$", re.IGNORECASE)
+_QUANTIZED = re.compile(r"(^|_)(q?weight|blocks|packed)$")
+_NOT_WEIGHTS = re.compile(
+    r"bias$|^(attn_mask|causal_mask|relative_coords_table|relative_position_index|position_ids|inv_freq|A_log"
+    r"|original0|weight_g)$"
+)
+_DIRECTION = re.compile(r"(^|\.)(parametrizations\.weight\.original1|weight_v)$")
+_SCALES = ("_scale", "_scale_inv", "_scales")
+
+
+def is_weight(checkpoint: Checkpoint, tensor: str) -> bool:
+    """Whether the tensor could be a matrix at all: no vector, norm, bias, mask or table of positions."""
+    shape = checkpoint.shape(tensor)
+    *owners, leaf = tensor.split(".")
+    if len(shape) < 2 or 0 in shape or _NOT_WEIGHTS.search(leaf):
+        return False
+    if owners and _NORM.search(owners[-1]):
+        return False
+    return checkpoint.dtype(tensor).is_floating_point or bool(_QUANTIZED.search(leaf))
+
+
+def unreadable(checkpoint: Checkpoint, tensor: str, names: Container[str]) -> str | None:
+    """Why the tensor has no dense real matrix to read, if so."""
+    if _DIRECTION.search(tensor):
+        return "split into magnitude and direction by weight normalisation: remove the parametrization before saving"
+    dtype = checkpoint.dtype(tensor)
+    scaled = dtype.itemsize == 1 and any(tensor + suffix in names for suffix in _SCALES)
+    if scaled or not dtype.is_floating_point:
+        return f"quantized ({str(dtype).removeprefix('torch.')}): compare the checkpoint that it was made from"
+    return None
+
+
+def left_out_by_default(checkpoint: Checkpoint, tensor: str, name: str) -> str | None:
+    """Why the tensor is measured only where `include` names it, if so: it is an embedding table or a task head."""
+    owner = checkpoint.module_type(tensor)
+    leaf = plain_name(tensor).rpartition(".")[2]
+    if (owner is not None and issubclass(owner, nn.Embedding)) or _EMBEDDING.search(leaf):
+        return "embedding table: name it with include to measure it"
+    if _HEAD.search(name):
+        return "task head: name it with include to measure it"
+    return None

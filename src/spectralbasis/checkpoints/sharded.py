@@ -1,0 +1,72 @@
+"""Weights spread over several files with an index that says which tensor lies where."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectralbasis.checkpoints.checkpoint import Checkpoint
+from spectralbasis.checkpoints.folder_files import inside, read_json
+from spectralbasis.errors import InputError
+
+
+class ShardedCheckpoint(Checkpoint):
+    """Several single-file checkpoints behind one set of names."""
+
+    def __init__(self, shards: Mapping[str, Checkpoint], source: str, config: Mapping[str, Any]) -> None:
+        self.source = source
+        self.config = config
+        self._shards = dict(shards)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._shards)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shards[name].shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._shards[name].dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        return self._shards[name].read(name)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self._shards[name].read_rows(name, start, stop)
+
+
+def read_index(index: Path) -> dict[str, Path]:
+    """Tensor name to shard, from a `*.index.json`; every shard exists and lies in the index's folder.
+
+    Raises:
+        InputError: the JSON is damaged, has no `weight_map`, or names a shard that is missing or elsewhere.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index} has no weight_map; expected the index that save_pretrained writes beside its shards")
+    shards = {file: _shard(index, file) for file in dict.fromkeys(weight_map.values())}
+    return {name: shards[file] for name, file in weight_map.items()}
+
+
+def _shard(index: Path, file: object) -> Path:
+    if not isinstance(file, str):
+        raise InputError(f"{index} names {file!r} as a shard; expected a file name")
+    path = inside(index.parent, file, index)
+    if not path.is_file():
+        raise InputError(f"{index} names the shard {file}, which is missing; copy or download it into {index.parent}")
+    return path
+
+
+def join_shards(
+    located: Mapping[str, Path], opened: Mapping[Path, Checkpoint], source: str, config: Mapping[str, Any]
+) -> ShardedCheckpoint:
+    """One checkpoint from an index and its opened shards.
+
+    Raises:
+        InputError: a shard lacks a tensor that the index places in it.
+    """
+    for name, path in located.items():
+        if name not in opened[path].names():
+            raise InputError(f"the index of {source} places {name} in {path.name}, which lacks it; download both again")
+    return ShardedCheckpoint({name: opened[path] for name, path in located.items()}, source, config)

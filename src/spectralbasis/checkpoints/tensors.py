@@ -1,0 +1,123 @@
+"""Checkpoints that are already in memory (or mapped into it): a `state_dict`, a loaded torch pickle."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectralbasis.checkpoints.checkpoint import Checkpoint
+from spectralbasis.errors import InputError
+
+# In order of preference: training scripts nest the state under one of these (DINO keeps a teacher and a student).
+_STATE_KEYS = (
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "module",
+    "net",
+    "network",
+    "model_ema",
+    "teacher",
+    "student",
+    "params",
+    "weights",
+)
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
+
+class TensorCheckpoint(Checkpoint):
+    """A mapping of names to tensors, shared and not copied."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], source: str, config: Mapping[str, Any]) -> None:
+        self.source = source
+        self.config = config
+        self._tensors = dict(tensors)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def read(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        if tensor.is_meta:
+            raise InputError(
+                f"{name} of {self.source} is on the meta device and has no values; load the weights before comparing"
+            )
+        return tensor.detach().cpu()
+
+    def tied(self) -> Mapping[str, str]:
+        return tied_names(self._tensors)
+
+
+def tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names that share storage, offset and shape with an earlier name, mapped to that name."""
+    first: dict[tuple[Any, ...], str] = {}
+    tied = {}
+    for name, tensor in tensors.items():
+        if tensor.is_meta or tensor.numel() == 0 or tensor.layout != torch.strided:
+            continue
+        identity = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if identity in first:
+            tied[name] = first[identity]
+        else:
+            first[identity] = name
+    return tied
+
+
+def find_state(loaded: object, source: str) -> dict[str, Tensor]:
+    """The `state_dict` inside what a training script saved, without `module.` and `_orig_mod.` prefixes.
+
+    Raises:
+        InputError: no tensors are found, or several mappings hold tensors and none has a usual name.
+    """
+    if not isinstance(loaded, Mapping):
+        raise InputError(
+            f"{source} holds a {type(loaded).__name__}, not a mapping of names to tensors; save model.state_dict()"
+        )
+    return _without_wrappers(_tensors_of(_descend(loaded, source)))
+
+
+def _descend(loaded: Mapping[Any, Any], source: str) -> Mapping[Any, Any]:
+    nested = {
+        key: value
+        for key, value in loaded.items()
+        if isinstance(value, Mapping) and _holds_tensors(value) and "optim" not in str(key)
+    }
+    for key in _STATE_KEYS:
+        if key in nested:
+            return _descend(nested[key], source)
+    if _tensors_of(loaded):
+        return loaded
+    if len(nested) == 1:
+        return _descend(next(iter(nested.values())), source)
+    if nested:
+        raise InputError(
+            f"{source} holds several sets of weights ({', '.join(map(repr, nested))}) and none under a usual name; "
+            f"load it yourself and pass the state_dict that you mean"
+        )
+    keys = ", ".join(repr(key) for key in list(loaded)[:5]) or "nothing"
+    raise InputError(f"{source} holds no tensors (found {keys}); expected a state_dict of names to tensors")
+
+
+def _holds_tensors(value: Mapping[Any, Any]) -> bool:
+    return any(
+        isinstance(entry, Tensor) or (isinstance(entry, Mapping) and _holds_tensors(entry)) for entry in value.values()
+    )
+
+
+def _tensors_of(state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
+
+
+def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in _WRAPPER_PREFIXES * 2:
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
