@@ -1,6 +1,5 @@
 """How far two orthonormal frames agree: overlaps, angles and cosines, blind to the arbitrary signs of the vectors."""
 
-import numpy as np
 import torch
 from scipy.linalg import subspace_angles
 from scipy.optimize import linear_sum_assignment
@@ -55,7 +54,7 @@ def principal_angles(U0: Tensor, U1: Tensor) -> Tensor:
         U1: (m, k) with independent columns.
     """
     angles = subspace_angles(U0.double().cpu().numpy(), U1.double().cpu().numpy())
-    return torch.from_numpy(np.ascontiguousarray(angles[::-1]))
+    return torch.from_numpy(angles[::-1].copy())
 
 
 def matched_cosines(cosines: Tensor) -> Tensor:

@@ -1,0 +1,51 @@
+"""Perturbation bounds hold where they can be checked against the truth."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spectralbasis.linalg import (
+    leading_svd,
+    principal_angles,
+    subspace_error_bound,
+    vector_error_bounds,
+    wedin_bound,
+)
+from spectralbasis.linalg.certificates import triplet_residuals
+from tests.matrices import power_law, with_spectrum
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 500), k=st.integers(1, 12), noise=st.floats(1e-8, 1e-1))
+def test_residuals_over_the_gap_bound_the_error_of_any_nearby_factors(seed, k, noise):
+    spectrum = power_law(30)
+    A, U, V = with_spectrum(40, 30, spectrum, seed)
+    generator = torch.Generator().manual_seed(seed)
+    rough_U = torch.linalg.qr(U[:, :k] + noise * torch.randn(40, k, generator=generator, dtype=torch.float64))[0]
+    rough_V = torch.linalg.qr(V[:, :k] + noise * torch.randn(30, k, generator=generator, dtype=torch.float64))[0]
+    left, S, right = torch.linalg.svd(rough_U.T @ A @ rough_V)
+    found_U, found_V = rough_U @ left, rough_V @ right.T
+    residuals = triplet_residuals(A, found_U, S, found_V.T)
+    bound = subspace_error_bound(S, residuals, float(spectrum[k]), (40, 30))
+    error = max(float(principal_angles(f, t).sin().max()) for f, t in ((found_U, U[:, :k]), (found_V, V[:, :k])))
+    assert error <= bound * (1 + 1e-6) + 1e-12
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 500), k=st.integers(1, 12), size=st.floats(1e-6, 0.3))
+def test_no_update_rotates_further_than_wedin_allows(seed, k, size):
+    W0, _, _ = with_spectrum(40, 30, power_law(30), seed)
+    update = torch.randn(40, 30, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    update *= size / torch.linalg.matrix_norm(update, 2)
+    before, after = leading_svd(W0, k), leading_svd(W0 + update, k)
+    allowed = wedin_bound(float(before.S[-1]), after.next_singular_value, float(torch.linalg.matrix_norm(update, 2)))
+    for first, second in ((before.U, after.U), (before.Vh.T, after.Vh.T)):
+        assert float(principal_angles(first, second).sin().max()) <= allowed * (1 + 1e-6) + 1e-9
+
+
+def test_a_vector_in_a_cluster_has_no_bound_and_its_neighbours_do():
+    bounds = vector_error_bounds(torch.tensor([4.0, 2.0, 2.0, 1.0]), torch.full((4,), 1e-6), 0.5)
+    assert bounds[1:3].tolist() == [1.0, 1.0]
+    assert bounds[0] == pytest.approx(1e-6 / 2)
+    assert bounds[3] == pytest.approx(1e-6 / 0.5)
