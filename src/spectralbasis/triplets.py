@@ -56,6 +56,10 @@ class Triplets:
         """(m, n) of the matrix."""
         return self.U.shape[0], self.Vh.shape[1]
 
+    def to(self, device: torch.device | str) -> "Triplets":
+        """The same triplets with their tensors on a device."""
+        return replace(self, **{field: tensor.to(device) for field, tensor in triplet_tensors(self).items()})
+
     def leading(self, k: int) -> "Triplets":
         """The first k triplets, with the certificate that their own gap allows.
 

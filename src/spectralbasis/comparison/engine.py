@@ -1,0 +1,188 @@
+"""Streams matrix pairs through the measurements: one matrix of the base at a time, decomposed once for all."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectralbasis.checkpoints import Checkpoint, Matrix, match_matrices, open_checkpoint
+from spectralbasis.comparison.pair import Settings, as_float, measure_pair, pair_rows
+from spectralbasis.comparison.result import Comparison
+from spectralbasis.comparison.rows import to_frame
+from spectralbasis.comparison.store import Store
+from spectralbasis.comparison.summary import summarise
+from spectralbasis.errors import InputError
+from spectralbasis.linalg import Leading, parse_leading, resolve_leading
+from spectralbasis.progress import track
+from spectralbasis.triplets import Triplets, compute_triplets, matrix_hash
+
+UNCHANGED = "the same in both: finetuning did not touch it"
+
+
+def compare(
+    base: Any,
+    tuned: Sequence[Any],
+    *,
+    leading: Leading = 64,
+    null: str | None = "scrambled",
+    draws: int = 5,
+    seed: int = 0,
+    tolerance: float = 1e-4,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    device: str = "cpu",
+    output: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = False,
+) -> Comparison:
+    """Measure what finetuning did to the leading singular vectors of a base model.
+
+    Args:
+        base: the pretrained checkpoint: a path, a hub id, a state dict, a module.
+        tuned: one or more checkpoints finetuned from it; PEFT adapter folders are read over their base.
+        leading: number of leading directions: a whole number, a fraction of min(m, n), "mp" or "gd".
+        null: "scrambled", "gaussian", or None for no draws (then nothing is tested).
+        draws: draws of the null per matrix; 2 are needed for a z-score, 5 or more are sensible.
+        seed: of the draws and of the bootstrap.
+        tolerance: largest sine accepted between computed and true leading subspaces.
+        include: glob patterns of matrix names to measure; empty measures all but embeddings and heads.
+        exclude: glob patterns of matrix names to leave out.
+        device: where matrices are decomposed, such as "cpu" or "cuda".
+        output: folder for `comparison.parquet`, `summary.json`, `index.html` and the store; None writes nothing.
+        resume: take over what an earlier run into `output` measured on the same weights with the same settings.
+        progress: draw a progress bar on stderr.
+
+    Raises:
+        InputError: a checkpoint cannot be read, the models have no matrix in common or nothing changed between them,
+            or the output folder cannot be used.
+    """
+    started = time.monotonic()
+    settings = Settings(parse_leading(leading), null, draws, seed, tolerance, _usable_device(device))
+    run = _Run(open_checkpoint(base), _labelled([open_checkpoint(one) for one in tuned]), settings)
+    run.match(include, exclude)
+    with run.open_store(Path(output) if output is not None else None, resume) as store:
+        run.measure(store, progress)
+        table = to_frame(store.rows(run.done))
+    if table.empty:
+        raise InputError(run.nothing_measured())
+    result = Comparison(table, run.summary(table, time.monotonic() - started))
+    if output is not None:
+        result.report(output)
+    return result
+
+
+class _Run:
+    """The state of one comparison: checkpoints, matched pairs, what was skipped and why."""
+
+    def __init__(self, base: Checkpoint, tuned: dict[str, Checkpoint], settings: Settings) -> None:
+        if not tuned:
+            raise InputError("nothing to compare with: pass at least one finetuned checkpoint after the base")
+        self.base = base
+        self.tuned = tuned
+        self.settings = settings
+        self.bases: dict[str, Matrix] = {}
+        self.partners: dict[str, dict[str, Matrix]] = {}
+        self.skipped: dict[str, str] = {}
+        self.done: list[tuple[str, str]] = []
+
+    def match(self, include: Sequence[str], exclude: Sequence[str]) -> None:
+        """Pair the matrices of the base with those of each finetuned checkpoint, by name."""
+        for label, checkpoint in self.tuned.items():
+            pairs, skipped = match_matrices(self.base, checkpoint, include=include, exclude=exclude)
+            for name, reason in skipped.items():
+                self._skip(label, name, reason)
+            for before, after in pairs:
+                self.bases[before.name] = before
+                self.partners.setdefault(before.name, {})[label] = after
+
+    def open_store(self, output: Path | None, resume: bool) -> Store:
+        """The store of the output folder, or one in memory."""
+        path = None
+        if output is not None:
+            path = output / "store.sqlite"
+            try:
+                output.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"cannot create {output}: {error.strerror}; choose another output folder") from error
+        return Store(path, {name: str(value) for name, value in asdict(self.settings).items()}, resume=resume)
+
+    def measure(self, store: Store, progress: bool) -> None:
+        """Measure every pair that the store does not hold yet."""
+        work = track(self.bases.items(), "comparing", total=len(self.bases), enabled=progress)
+        for name, before in work:
+            try:
+                self._measure_matrix(name, before, store)
+            except ValueError as error:
+                self.skipped[name] = str(error)
+
+    def _measure_matrix(self, name: str, before: Matrix, store: Store) -> None:
+        W0 = as_float(before.read(), self.settings.device)
+        _require_finite(W0, self.base.source)
+        base_hash = matrix_hash(W0)
+        triplets: Triplets | None = None
+        for label, after in self.partners[name].items():
+            W1 = as_float(after.read(), self.settings.device)
+            if torch.equal(W0, W1):
+                self._skip(label, name, UNCHANGED)
+                continue
+            tuned_hash = matrix_hash(W1)
+            content = f"{base_hash}-{tuned_hash}"
+            if not store.has(label, name, content):
+                triplets = triplets or self._decompose(W0)
+                try:
+                    _require_finite(W1, label)
+                    measured = measure_pair(W0, W1, triplets, self.settings, tuned_hash)
+                except ValueError as error:
+                    self._skip(label, name, str(error))
+                    continue
+                store.put(label, name, content, pair_rows(label, before, *measured, self.settings.null))
+            self.done.append((label, name))
+
+    def _decompose(self, W0: torch.Tensor) -> Triplets:
+        k = resolve_leading(self.settings.leading, W0)
+        return compute_triplets(W0, k, tolerance=self.settings.tolerance).to(self.settings.device)
+
+    def _skip(self, label: str, name: str, reason: str) -> None:
+        """Record a reason under the matrix's name, with the checkpoint where several are compared."""
+        self.skipped[name if len(self.tuned) == 1 else f"{name} [{label}]"] = reason
+
+    def nothing_measured(self) -> str:
+        """Why the table is empty, for the person who asked."""
+        if any(reason == UNCHANGED for reason in self.skipped.values()) and not self.done:
+            return (
+                f"{self.base.source} and {', '.join(self.tuned)} hold the same weights: there is no update to measure"
+            )
+        name, reason = next(iter(self.skipped.items()), ("", "no matrix matches the given patterns"))
+        return f"no matrix could be measured; {name + ': ' if name else ''}{reason}"
+
+    def summary(self, table: Any, seconds: float) -> dict[str, Any]:
+        """The content of `summary.json`."""
+        sources = {label: checkpoint.source for label, checkpoint in self.tuned.items()}
+        return summarise(table, self.settings, self.base.source, sources, self.skipped, seconds)
+
+
+def _labelled(checkpoints: Sequence[Checkpoint]) -> dict[str, Checkpoint]:
+    """Checkpoints by the shortest end of their path that tells them apart."""
+    parts = [Path(checkpoint.source).parts or (checkpoint.source,) for checkpoint in checkpoints]
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        labels = ["/".join(part[-depth:]) for part in parts]
+        if len(set(labels)) == len(labels):
+            return dict(zip(labels, checkpoints, strict=True))
+    return {f"{index}: {checkpoint.source}": checkpoint for index, checkpoint in enumerate(checkpoints)}
+
+
+def _require_finite(W: torch.Tensor, where: str) -> None:
+    bad = int((~torch.isfinite(W)).sum())
+    if bad:
+        raise ValueError(f"{bad} of {W.numel()} values in {where} are NaN or infinite; this matrix has no spectrum")
+
+
+def _usable_device(device: str) -> str:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device={device!r} cannot be used here ({error}); pass device='cpu'") from error
+    return device

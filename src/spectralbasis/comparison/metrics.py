@@ -1,0 +1,142 @@
+"""What is measured on one pair of matrices: the definitions of the documentation's mathematics page, as pure functions.
+
+A measurement is keyed by (metric, side, k, index): metric name, "left", "right" or "both", the number of leading
+directions, and the direction (from 0) or -1.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from spectralbasis.linalg import (
+    LeadingSVD,
+    assigned_cosines,
+    cross_cosines,
+    haar_overlap,
+    matched_cosines,
+    overlaps_by_k,
+    singular_values,
+    wedin_bound,
+)
+from spectralbasis.triplets import Triplets
+
+Key = tuple[str, str, int, int]
+Measurements = dict[Key, float]
+Factors = LeadingSVD | Triplets
+
+
+def leading_grid(k: int) -> list[int]:
+    """The numbers of directions that curves are drawn over: 1, 2, 4, … below k, then k."""
+    return [2**power for power in range(k.bit_length()) if 2**power < k] + [k]
+
+
+def overlaps(base: Factors, tuned: Factors) -> Measurements:
+    """Subspace overlap, left and right, for every number of directions in the grid."""
+    return {
+        ("subspace_overlap", side, k, -1): float(by_k[k - 1])
+        for side, cosines in _cosines(base, tuned).items()
+        for by_k in [overlaps_by_k(cosines)]
+        for k in leading_grid(len(by_k))
+    }
+
+
+def coverages(base: Factors, update: Tensor) -> Measurements:
+    """Share of `‖ΔW‖_F²` in the leading directions of the base: diagonal, core, left and right, over the grid.
+
+    Args:
+        base: leading triplets of W0.
+        update: ΔW, (m, n), not zero.
+    """
+    delta = update.double()
+    total = delta.square().sum()
+    left = base.U.double().T @ delta
+    right = delta @ base.Vh.double().T
+    core = left @ base.Vh.double().T
+    by_k = {
+        ("coverage_left", "left"): left.square().sum(1).cumsum(0),
+        ("coverage_right", "right"): right.square().sum(0).cumsum(0),
+        ("coverage_core", "both"): core.square().cumsum(0).cumsum(1).diagonal(),
+        ("coverage_diagonal", "both"): core.diagonal().square().cumsum(0),
+    }
+    return {
+        (metric, side, k, -1): float(energy[k - 1] / total)
+        for (metric, side), energy in by_k.items()
+        for k in leading_grid(len(energy))
+    }
+
+
+def cosines(base: Factors, tuned: Factors) -> Measurements:
+    """Matched and assigned cosines of each leading direction, left and right."""
+    rules = {"matched_cosine": matched_cosines, "assigned_cosine": assigned_cosines}
+    k = base.S.numel()
+    return {
+        (metric, side, k, index): value
+        for side, cross in _cosines(base, tuned).items()
+        for metric, rule in rules.items()
+        for index, value in enumerate(rule(cross).tolist())
+    }
+
+
+def haar_overlaps(shape: tuple[int, int], k: int) -> Measurements:
+    """What two unrelated subspaces overlap by on average, for every number of directions in the grid."""
+    return {
+        ("overlap_haar", side, j, -1): haar_overlap(size, j)
+        for side, size in zip(("left", "right"), shape, strict=True)
+        for j in leading_grid(k)
+    }
+
+
+def spectra(base: Factors, tuned: Factors) -> Measurements:
+    """Leading singular values before and after, and their relative shift `(σ1 − σ0) / σ0`."""
+    k = base.S.numel()
+    before, after = base.S.double(), tuned.S.double()
+    series = {
+        "singular_value_base": before,
+        "singular_value_tuned": after,
+        "singular_value_shift": (after - before) / before,
+    }
+    return {
+        (metric, "both", k, index): value
+        for metric, values in series.items()
+        for index, value in enumerate(values.tolist())
+        if math.isfinite(value)
+    }
+
+
+def sizes(W0: Tensor, W1: Tensor, k: int) -> Measurements:
+    """Norm of the update, absolute and relative, and the ranks of `W0`, `W1` and `ΔW`."""
+    spectrum = {"base": singular_values(W0), "tuned": singular_values(W1), "update": singular_values(W1 - W0)}
+    norms = {name: float(S.norm()) for name, S in spectrum.items()}
+    values = {"update_norm": norms["update"]}
+    if norms["base"] > 0:
+        values["update_norm_relative"] = norms["update"] / norms["base"]
+    for name, S in spectrum.items():
+        if norms[name] > 0:
+            values[f"stable_rank_{name}"] = stable_rank(S)
+            values[f"effective_rank_{name}"] = effective_rank(S)
+    return {(metric, "both", k, -1): value for metric, value in values.items()}
+
+
+def wedin_bounds(base: Factors, tuned: Factors, update_norm: float) -> Measurements:
+    """Largest sine of rotation that the spectral norm of ΔW allows, for every number of directions in the grid."""
+    after = [*tuned.S.tolist(), tuned.next_singular_value]
+    return {
+        ("wedin_bound", "both", k, -1): wedin_bound(float(base.S[k - 1]), after[k], update_norm)
+        for k in leading_grid(base.S.numel())
+    }
+
+
+def stable_rank(S: Tensor) -> float:
+    """`‖W‖_F² / ‖W‖₂²` from all singular values (descending, not all zero); between 1 and the rank."""
+    return float((S / S[0]).square().sum())
+
+
+def effective_rank(S: Tensor) -> float:
+    """Exponential of the entropy of the normalised singular values (Roy & Vetterli, EUSIPCO 2007); 1 up to the rank."""
+    shares = S / S.sum()
+    return math.exp(-float(torch.special.xlogy(shares, shares).sum()))
+
+
+def _cosines(base: Factors, tuned: Factors) -> dict[str, Tensor]:
+    return {"left": cross_cosines(base.U, tuned.U), "right": cross_cosines(base.Vh.T, tuned.Vh.T)}

@@ -1,0 +1,42 @@
+"""What a comparison gives back: a tidy table, a summary and a page."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from spectralbasis.files import atomic_path
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Results of `compare`.
+
+    Attributes:
+        table: one row per measurement; the columns are the fields of `comparison.rows.Row`.
+    """
+
+    table: pd.DataFrame
+    _summary: dict[str, Any]
+
+    def summary(self) -> dict[str, Any]:
+        """Verdicts with their intervals, settings, versions: the content of `summary.json`."""
+        return self._summary
+
+    def save(self, directory: str | Path) -> None:
+        """Write `comparison.parquet` and `summary.json` into a folder."""
+        folder = Path(directory)
+        with atomic_path(folder / "comparison.parquet") as temporary:
+            self.table.to_parquet(temporary, index=False)
+        with atomic_path(folder / "summary.json") as temporary:
+            temporary.write_text(json.dumps(self._summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+    def report(self, directory: str | Path) -> Path:
+        """Write the results and the page made from them into a folder; returns the path of `index.html`."""
+        # Reports read results and never the other way round: this is the one place that calls forward.
+        from spectralbasis.report import write_report
+
+        self.save(directory)
+        return write_report(Path(directory))

@@ -1,0 +1,166 @@
+"""From measurements and null draws to effects, intervals and verdicts."""
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import stats
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+_BATCH_ENTRIES = 4_000_000
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class NullFit:
+    """A measurement held against draws of its null; NaN where there are too few draws to tell."""
+
+    null_mean: float
+    null_std: float
+    z: float
+    p_value: float
+
+
+def against_null(value: float, draws: Floats) -> NullFit:
+    """Effect of one value in standard deviations of its null, and its two-sided p-value.
+
+    The p-value is that of a further draw from a normal null whose mean and variance are estimated from the R draws:
+    Student's t with R − 1 degrees of freedom and a variance of `s² (1 + 1/R)`, so that few draws are no pretence.
+    """
+    if draws.size == 0:
+        return NullFit(math.nan, math.nan, math.nan, math.nan)
+    mean = float(draws.mean())
+    if draws.size == 1:
+        return NullFit(mean, math.nan, math.nan, math.nan)
+    std = float(draws.std(ddof=1))
+    if std == 0:
+        return NullFit(mean, std, math.nan, math.nan)
+    t = (value - mean) / (std * math.sqrt(1 + 1 / draws.size))
+    return NullFit(mean, std, (value - mean) / std, float(2 * stats.t.sf(abs(t), draws.size - 1)))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was observed over matrices, beside what its null gives, with a confidence interval of the difference.
+
+    `verdict` is "supported" where the whole interval lies above zero, "contradicted" where it lies below, else
+    "undecided".
+    """
+
+    value: float
+    null_mean: float
+    effect: float
+    ci_low: float
+    ci_high: float
+    p_value: float
+    verdict: str
+    matrices: int
+
+    def to_dict(self) -> dict[str, float | str | int | None]:
+        """The fields by name; None where a number does not exist."""
+        return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in asdict(self).items()}
+
+
+def find(units: pd.DataFrame, seed: int) -> Finding:
+    """Test over matrices whether a measurement exceeds its null.
+
+    Args:
+        units: one row per matrix with the columns `tuned`, `layer`, `value`, `null_mean`.
+        seed: of the bootstrap.
+    """
+    value, null_mean = _mean(units["value"]), _mean(units["null_mean"])
+    effects = units.assign(effect=units["value"] - units["null_mean"]).dropna(subset=["effect"])
+    interval = hierarchical_interval(effects, seed)
+    return Finding(
+        value=value,
+        null_mean=null_mean,
+        effect=interval.estimate,
+        ci_low=interval.low,
+        ci_high=interval.high,
+        p_value=interval.p_value,
+        verdict=_verdict(interval.low, interval.high),
+        matrices=len(units),
+    )
+
+
+def _mean(column: pd.Series) -> float:
+    return float(column.mean()) if column.notna().any() else math.nan
+
+
+def _verdict(low: float, high: float) -> str:
+    if low > 0:
+        return "supported"
+    return "contradicted" if high < 0 else "undecided"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its confidence interval and two-sided p-value against zero; NaN where one group alone cannot tell."""
+
+    estimate: float
+    low: float
+    high: float
+    p_value: float
+
+
+def hierarchical_interval(effects: pd.DataFrame, seed: int, resamples: int = RESAMPLES) -> Interval:
+    """Confidence interval of the mean effect by a hierarchical bootstrap: matrices within layers within checkpoints.
+
+    The bootstrap gives the standard error; the interval is Student's, with one degree of freedom less than there are
+    groups at the outermost level that has several, and the error is widened by `sqrt(G / (G − 1))`: percentiles of so
+    few groups are too narrow (Cameron, Gelbach & Miller, 2008).
+
+    Args:
+        effects: the columns `tuned`, `layer`, `effect`, a row per matrix.
+        seed: of the resampling.
+        resamples: number of bootstrap samples.
+    """
+    if effects.empty:
+        return Interval(math.nan, math.nan, math.nan, math.nan)
+    estimate = float(effects["effect"].mean())
+    groups = _outer_groups(effects)
+    if groups < 2:
+        return Interval(estimate, math.nan, math.nan, math.nan)
+    means = bootstrap_means(effects, np.random.default_rng(seed), resamples)
+    error = float(means.std(ddof=1)) * math.sqrt(groups / (groups - 1))
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, groups - 1)) * error
+    p_value = float(2 * stats.t.sf(abs(estimate) / error, groups - 1)) if error > 0 else float(estimate == 0)
+    return Interval(estimate, estimate - reach, estimate + reach, p_value)
+
+
+def _outer_groups(effects: pd.DataFrame) -> int:
+    counts = (effects["tuned"].nunique(), effects.groupby("tuned")["layer"].nunique().max(), len(effects))
+    return int(next((count for count in counts if count > 1), 1))
+
+
+def bootstrap_means(effects: pd.DataFrame, rng: np.random.Generator, resamples: int) -> Floats:
+    """Means of hierarchical resamples, (resamples,): checkpoints, then their layers, then the layers' matrices."""
+    cells = [[layer["effect"].to_numpy() for _, layer in one.groupby("layer")] for _, one in effects.groupby("tuned")]
+    layers = np.array([len(checkpoint) for checkpoint in cells])
+    sizes = np.zeros((len(cells), layers.max()), dtype=np.int64)
+    values = np.zeros((*sizes.shape, max(len(cell) for checkpoint in cells for cell in checkpoint)))
+    for i, checkpoint in enumerate(cells):
+        for j, cell in enumerate(checkpoint):
+            sizes[i, j] = len(cell)
+            values[i, j, : len(cell)] = cell
+    batch = max(1, _BATCH_ENTRIES // values.size)
+    starts = range(0, resamples, batch)
+    return np.concatenate([_resample(values, sizes, layers, rng, min(batch, resamples - s)) for s in starts])
+
+
+def _resample(
+    values: Floats, sizes: NDArray[np.int64], layers: NDArray[np.int64], rng: np.random.Generator, count: int
+) -> Floats:
+    """`count` resampled means from values (checkpoints, layers, matrices), of which only the first of each are real."""
+    checkpoints, width, depth = values.shape
+    i = rng.integers(0, checkpoints, (count, checkpoints))
+    j = (rng.random((count, checkpoints, width)) * layers[i][..., None]).astype(np.int64)
+    size = np.where(np.arange(width) < layers[i][..., None], sizes[i[..., None], j], 0)
+    pick = (rng.random((count, checkpoints, width, depth)) * size[..., None]).astype(np.int64)
+    drawn = values[i[..., None, None], j[..., None], pick]
+    real = np.arange(depth) < size[..., None]
+    return np.where(real, drawn, 0).sum((1, 2, 3)) / size.sum((1, 2))
