@@ -1,0 +1,164 @@
+"""Assembles the page: one HTML file that holds its styles, scripts and numbers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from spectralbasis.files import atomic_path
+from spectralbasis.report import curves, figures, sentences, tables
+from spectralbasis.report.embed import packed, plotly_text, script_hash, script_json, short_names
+from spectralbasis.report.forest import tracks
+from spectralbasis.report.measures import Headline, headline
+from spectralbasis.report.results import Results, Tuning, read_results
+from spectralbasis.report.sentences import CLAIMS, QUESTIONS, Claim, Finding
+from spectralbasis.report.spectra import Spectra, spectra
+from spectralbasis.report.tuning import tuning_figure, with_labels
+from spectralbasis.version import __version__
+
+_HERE = Path(__file__).parent
+
+
+def write_report(directory: Path | str) -> Path:
+    """Write `index.html` into the folder of a comparison and return its path.
+
+    Reads `comparison.parquet`, `summary.json` and, where present, `tuning.json`. The page needs nothing beside itself.
+
+    Raises:
+        InputError: a file is missing or cannot be read, or the page cannot be written.
+    """
+    page = render(read_results(directory))
+    target = Path(directory) / "index.html"
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(page.encode("utf-8", "replace"))
+    return target
+
+
+def render(results: Results) -> str:
+    """The page of these results as HTML."""
+    numbers = headline(results)
+    columns = tables.matrix_columns(numbers)
+    flat = [column for _, group in columns for column in group]
+    shown = spectra(results, numbers.matrices["matrix"])
+    tuning = None if results.tuning is None else Tuning(with_labels(results.tuning.rows), results.tuning.note)
+    null = _null(results)
+    plotly, script = Markup(get_plotlyjs()), Markup((_HERE / "page.js").read_text(encoding="utf-8"))
+    findings = {claim: Finding.read(claim, results.summary[claim]) for claim in CLAIMS}
+    return _template().render(
+        title=_title(results),
+        base=short_names([str(results.summary["base"])])[0],
+        headline=sentences.headline(findings["stability"], findings["coverage"]),
+        claims=[_claim(claim, findings[claim], results, len(numbers.matrices)) for claim in CLAIMS],
+        selections=numbers.selections,
+        overlap=curves.OVERLAP,
+        coverage=curves.COVERAGE,
+        measures=numbers.measures,
+        grids=numbers.grids,
+        matrices=list(numbers.matrices["matrix"]),
+        spectra=shown,
+        columns=columns,
+        rows=tables.matrix_rows(numbers, flat),
+        skipped=results.summary.get("skipped") or {},
+        tuning=tuning,
+        tuning_headings=tables.TUNING_HEADINGS,
+        tuning_rows=[] if tuning is None else tables.tuning_rows(tuning),
+        tuning_tasks=_tasks(tuning),
+        settings=tables.settings(results.summary, null, len(numbers.matrices)),
+        null=null,
+        version=__version__,
+        policy=f"{script_hash(plotly)} {script_hash(script)}",
+        style=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
+        plotly=plotly,
+        script=script,
+        payload=script_json(_payload(results, numbers, flat, shown, tuning)),
+    )
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    words = (sentences.amount, sentences.difference, sentences.interval, sentences.p_value, sentences.reading)
+    environment.globals.update({function.__name__: function for function in words})
+    return environment.get_template("page.html")
+
+
+def _title(results: Results) -> str:
+    base, *tuned = (short_names([str(name)])[0] for name in (results.summary["base"], *results.tuned))
+    against = ", ".join(tuned) if len(tuned) <= 3 else f"{len(tuned)} finetuned checkpoints"
+    return f"{base} against {against}"
+
+
+def _null(results: Results) -> str:
+    drawn = [name for name in results.measurements["null"].dropna().unique() if name]
+    return ", ".join(drawn)
+
+
+def _claim(claim: Claim, overall: Finding, results: Results, matrices: int) -> dict[str, Any]:
+    per_tuned = results.summary.get("per_tuned") or {}
+    each = {name: Finding.read(claim, per_tuned[name][claim]) for name in results.tuned if name in per_tuned}
+    several = len(results.tuned) > 1
+    scope = f"{matrices} matrices" + (f" in each of {len(results.tuned)} checkpoints" if several else "")
+    labels = [f"All {len(results.tuned)} checkpoints", *short_names(list(each))] if several else short_names(list(each))
+    shown = [overall, *each.values()] if several else list(each.values()) or [overall]
+    return {
+        "key": claim,
+        "question": QUESTIONS[claim],
+        "finding": overall,
+        "sentences": sentences.explain(overall, scope),
+        "notes": _notes(dict(zip(labels, shown, strict=True))),
+        "rows": list(zip(labels or ["overall"], shown, tracks(shown), strict=True)),
+    }
+
+
+def _notes(findings: Mapping[str, Finding]) -> list[dict[str, str]]:
+    """Each note once, with whom it speaks of; a lone checkpoint needs no name."""
+    names: dict[str, list[str]] = {}
+    for name, finding in findings.items():
+        if finding.note:
+            names.setdefault(finding.note, []).append(name)
+    return [{"name": _enumerate(who) if len(findings) > 1 else "", "text": text} for text, who in names.items()]
+
+
+def _enumerate(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
+
+
+def _tasks(tuning: Tuning | None) -> list[str]:
+    return [] if tuning is None else list(dict.fromkeys(tuning.rows["task"]))
+
+
+def _payload(
+    results: Results, numbers: Headline, columns: Sequence[tables.Column], shown: Spectra | None, tuning: Tuning | None
+) -> Mapping[str, Any]:
+    drawn = {
+        panel.key: figures.curve_figure(panel, curves.panel_curves(results, panel), numbers.selections)
+        for panel in (*curves.OVERLAP, *curves.COVERAGE)
+    }
+    if tuning is not None:
+        drawn |= {f"tuning-{i}": tuning_figure(tuning.rows, task) for i, task in enumerate(_tasks(tuning))}
+    drawn["heatmap"] = figures.heatmap_figure()
+    drawn["spectrum-values"], drawn["spectrum-change"] = figures.spectrum_figures()
+    return {
+        "figures": drawn,
+        "labels": [plotly_text(name) for name in numbers.matrices["matrix"]],
+        "selections": numbers.selections,
+        "measures": {measure.key: asdict(measure) for measure in numbers.measures},
+        "grids": {key: {name: packed(grid) for name, grid in grids.items()} for key, grids in numbers.grids.items()},
+        "cells": figures.heatmap_cells(numbers.matrices),
+        "columns": [asdict(column) for column in columns],
+        "spectra": None if shown is None else _packed_spectra(shown),
+    }
+
+
+def _packed_spectra(shown: Spectra) -> dict[str, Any]:
+    grids = {name: packed(getattr(shown, name)) for name in ("base", "tuned", "low", "high")}
+    return grids | {"directions": [int(direction) for direction in shown.directions], "selections": len(shown.tuned)}

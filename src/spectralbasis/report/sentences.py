@@ -1,0 +1,179 @@
+"""What the numbers of `summary.json` say, in plain English."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from spectralbasis.errors import InputError
+
+Claim = Literal["stability", "coverage"]
+CLAIMS: tuple[Claim, ...] = ("stability", "coverage")
+VERDICTS = ("supported", "contradicted", "undecided")
+QUESTIONS: dict[Claim, str] = {
+    "stability": "Do the leading directions stay where they were?",
+    "coverage": "Does the update act along them?",
+}
+
+
+class _Words(NamedTuple):
+    headline: str
+    reading: str
+    meaning: str
+
+
+_WORDS: dict[tuple[Claim, str], _Words] = {
+    ("stability", "supported"): _Words(
+        "Finetuning turned the leading singular directions less than a random step of the same size would",
+        "turned less than by chance",
+        "So the leading directions resist: a step of this size would turn them further by chance.",
+    ),
+    ("stability", "contradicted"): _Words(
+        "Finetuning turned the leading singular directions more than a random step of the same size would",
+        "turned more than by chance",
+        "So the leading directions give way: a step of this size would turn them less by chance.",
+    ),
+    ("stability", "undecided"): _Words(
+        "Whether finetuning spares the leading singular directions cannot be told from a random step of the same size",
+        "not to be told from chance",
+        "So the stability seen here is what any step of this size may leave: it speaks of the size of the step, "
+        "not of the basis.",
+    ),
+    ("coverage", "supported"): _Words(
+        "its update lies along those directions more than chance would have it",
+        "more than by chance",
+        "So the update prefers the leading directions.",
+    ),
+    ("coverage", "contradicted"): _Words(
+        "its update lies along those directions less than chance would have it",
+        "less than by chance",
+        "So the update avoids the leading directions.",
+    ),
+    ("coverage", "undecided"): _Words(
+        "how much of its update lies along them cannot be told from chance",
+        "not to be told from chance",
+        "So nothing here says that the update prefers or avoids the leading directions.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One claim's numbers; None where the comparison has none (without a null there is no effect)."""
+
+    claim: Claim
+    value: float | None
+    null_mean: float | None
+    effect: float | None
+    ci_low: float | None
+    ci_high: float | None
+    p_value: float | None
+    verdict: str
+    note: str = ""
+
+    @classmethod
+    def read(cls, claim: Claim, entry: Mapping[str, Any]) -> "Finding":
+        """The finding of one `stability` or `coverage` entry of `summary.json`.
+
+        Raises:
+            InputError: the entry has no verdict, or one that is not in `VERDICTS`.
+        """
+        verdict = entry.get("verdict")
+        if verdict not in VERDICTS:
+            raise InputError(f"the {claim} verdict in summary.json is {verdict!r}; expected {', '.join(VERDICTS)}")
+        keys = ("value", "null_mean", "effect", "ci_low", "ci_high", "p_value")
+        value, null_mean, effect, ci_low, ci_high, p = (number(entry.get(key)) for key in keys)
+        return cls(claim, value, null_mean, effect, ci_low, ci_high, p, verdict, str(entry.get("note") or ""))
+
+    @property
+    def has_null(self) -> bool:
+        """Whether the value was held against a null."""
+        return self.null_mean is not None and self.effect is not None
+
+
+def number(value: Any) -> float | None:
+    """`value` as a finite float, else None."""
+    try:
+        converted = float(value)
+    except (TypeError, ValueError):
+        return None
+    return converted if math.isfinite(converted) else None
+
+
+def headline(stability: Finding, coverage: Finding) -> str:
+    """The page's first sentence: both verdicts."""
+    if not (stability.has_null or coverage.has_null):
+        return "No null was drawn, so nothing below can be held against chance."
+    link = "and" if stability.verdict == coverage.verdict else "but"
+    return f"{_words(stability).headline}, {link} {_words(coverage).headline}."
+
+
+def explain(finding: Finding, scope: str) -> list[str]:
+    """One claim in sentences: what was observed (`scope`: over what), what the null gives, how sure, what it means."""
+    observed = f"{_observed(finding)}, averaged over {scope}."
+    if not finding.has_null:
+        return [observed, "No null was drawn, so the claim cannot be judged: a small step alone makes this number."]
+    return [observed, _against_null(finding), _words(finding).meaning]
+
+
+def reading(finding: Finding) -> str:
+    """One claim in a few words."""
+    return _words(finding).reading if finding.has_null else "no null was drawn"
+
+
+def amount(claim: Claim, value: float | None) -> str:
+    """`value` as its claim is spoken of: an overlap in [0, 1], a coverage in percent."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if claim == "stability" else f"{_percent(value)} %"
+
+
+def difference(claim: Claim, value: float | None) -> str:
+    """A difference of two amounts, signed; of coverages in percentage points, without the unit."""
+    if value is None:
+        return "–"
+    text = f"{value:+.3f}" if claim == "stability" else f"{'+' if value >= 0 else ''}{_percent(value)}"
+    return text.replace("-", "−")
+
+
+def interval(finding: Finding) -> str:
+    """The 95 % interval of the effect."""
+    if finding.ci_low is None or finding.ci_high is None:
+        return "–"
+    return " to ".join(difference(finding.claim, end) for end in (finding.ci_low, finding.ci_high))
+
+
+def p_value(value: float | None) -> str:
+    """A p-value to two significant digits, never as zero."""
+    if value is None:
+        return "–"
+    return "< 0.001" if value < 0.001 else f"{value:.2g}"
+
+
+def _words(finding: Finding) -> _Words:
+    return _WORDS[finding.claim, finding.verdict]
+
+
+def _percent(value: float) -> str:
+    digits = 1 if abs(value) >= 0.1 else 2 if abs(value) >= 0.001 else 3
+    return f"{100 * value:.{digits}f}"
+
+
+def _observed(finding: Finding) -> str:
+    value = amount(finding.claim, finding.value)
+    if finding.claim == "stability":
+        return f"The leading subspaces before and after finetuning overlap by {value} (1 is unchanged)"
+    return f"The core spanned by the leading left and right directions holds {value} of the update’s squared norm"
+
+
+def _against_null(finding: Finding) -> str:
+    stability = finding.claim == "stability"
+    null = "A random step of the same size and spectrum leaves" if stability else "A random update would put there"
+    sure = [f"95 % interval {interval(finding)}"] if finding.ci_low is not None and finding.ci_high is not None else []
+    if finding.p_value is not None:
+        p = p_value(finding.p_value)
+        sure.append(f"p {p}" if p.startswith("<") else f"p = {p}")
+    unit = "" if stability else " percentage points"
+    effect = f"{difference(finding.claim, finding.effect)}{unit}"
+    brackets = f" ({', '.join(sure)})" if sure else ""
+    return f"{null} {amount(finding.claim, finding.null_mean)}: the effect is {effect}{brackets}."
