@@ -1,0 +1,143 @@
+"""The training loop: transformers' Trainer with two learning rates, a warm-up and a progress bar."""
+
+import math
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    get_linear_schedule_with_warmup,
+)
+
+from spectralbasis.errors import InputError
+from spectralbasis.progress import track
+from spectralbasis.study.collators import Collator
+from spectralbasis.study.models import in_modules
+
+WARM_UP = 0.1
+EPOCHS = 3.0
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How to train: AdamW, without weight decay, with a linear schedule whose first tenth is warm-up.
+
+    Either `steps` or `epochs` is set, or neither for three epochs. `learning_rate` is for the backbone's trained
+    parameters. Raises InputError for values that cannot be.
+    """
+
+    learning_rate: float
+    head_learning_rate: float
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 32
+    max_length: int = 64
+    seed: int = 0
+    train_examples: int | None = None
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise InputError(f"both steps={self.steps} and epochs={self.epochs:g} were given; give one of them")
+        for name in ("steps", "epochs", "batch_size", "learning_rate", "head_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise InputError(f"{name}={value} was given; expected a number above 0")
+
+    def total_steps(self, examples: int) -> int:
+        """Number of optimizer steps for so many training examples."""
+        if self.steps is not None:
+            return self.steps
+        return math.ceil((self.epochs or EPOCHS) * math.ceil(examples / self.batch_size))
+
+
+def fit(
+    model: nn.Module,
+    head: Iterable[str],
+    examples: Dataset,
+    collator: Collator,
+    settings: TrainingSettings,
+    *,
+    description: str,
+    progress: bool,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> float:
+    """Train the model's trainable parameters in place; returns the seconds that it took.
+
+    Raises:
+        InputError: the loss became infinite or NaN.
+    """
+    steps = settings.total_steps(len(examples))
+    optimizer = torch.optim.AdamW(_parameter_groups(model, tuple(head), settings), weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(WARM_UP * steps), steps)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(
+            model=model,
+            args=_arguments(scratch, steps, settings),
+            train_dataset=examples,
+            data_collator=collator,
+            optimizers=(optimizer, schedule),
+            callbacks=[*callbacks, *([_Bar(description)] if progress else [])],
+        )
+        trainer.remove_callback(PrinterCallback)
+        measured = trainer.train().metrics
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else `model` would go on in bf16
+    if not math.isfinite(measured["train_loss"]):
+        raise InputError(
+            f"training diverged: the loss is {measured['train_loss']}; "
+            f"pass a learning rate below {settings.learning_rate:g}"
+        )
+    return float(measured["train_runtime"])
+
+
+def _parameter_groups(model: nn.Module, head: tuple[str, ...], settings: TrainingSettings) -> list[dict[str, Any]]:
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    groups = (
+        {"params": [p for n, p in trained.items() if not in_modules(n, head)], "lr": settings.learning_rate},
+        {"params": [p for n, p in trained.items() if in_modules(n, head)], "lr": settings.head_learning_rate},
+    )
+    return [group for group in groups if group["params"]]
+
+
+def _arguments(scratch: str, steps: int, settings: TrainingSettings) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=scratch,
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        seed=settings.seed,
+        bf16=settings.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        save_strategy="no",
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+class _Bar(TrainerCallback):
+    """The package's progress bar, one tick a step."""
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        steps = range(state.max_steps)
+        self.ticks = track(steps, self.description, total=len(steps), enabled=True)
+        next(self.ticks)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        next(self.ticks, None)

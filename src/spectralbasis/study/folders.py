@@ -1,0 +1,50 @@
+"""Output folders that appear whole or not at all."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from spectralbasis.errors import InputError
+
+
+def check_output(path: Path, *, overwrite: bool, written_file: str) -> None:
+    """Refuse an output folder that holds something, unless `overwrite` is set and an earlier run wrote it.
+
+    `written_file` is the file by which a folder of ours is known: nothing else is ever replaced.
+
+    Raises:
+        InputError: the folder is in use, or is a file.
+    """
+    if path.is_file():
+        raise InputError(f"the output {path} is a file; name a new folder")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(f"the output folder {path} is not empty; name a new one, or overwrite it on purpose")
+    if not (path / written_file).is_file():
+        raise InputError(f"the output folder {path} holds no {written_file}, so it is not replaced; name a new one")
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; it takes the path's place when the block succeeds, else it is removed.
+
+    Raises:
+        InputError: the parent folder cannot be created or written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose a folder that you may write to") from error
+    try:
+        fresh = scratch / "new"
+        fresh.mkdir()
+        yield fresh
+        if path.exists():
+            path.rename(scratch / "old")
+        fresh.rename(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,146 @@
+"""Opening a pretrained model with a head for a task."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from spectralbasis.errors import InputError
+from spectralbasis.study.collators import Collator
+from spectralbasis.study.messages import quiet_transformers
+from spectralbasis.study.preprocessing import load_collator
+from spectralbasis.study.sources import UNREADABLE, resolve_source, unreadable
+from spectralbasis.study.tasks import Task
+
+AUTO_MODELS = {"text": AutoModelForSequenceClassification, "image": AutoModelForImageClassification}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with a head for one task, what turns the task's rows into its inputs, and which modules are its head.
+
+    `head` names the modules that no pretraining shaped: those beside the backbone, and a pooler whose weights the
+    checkpoint lacks.
+    """
+
+    source: str
+    task: Task
+    model: PreTrainedModel
+    collator: Collator
+    head: tuple[str, ...]
+
+    def save(self, folder: Path) -> None:
+        """Write the model, and its tokenizer or image settings, as a folder that `load_model` opens."""
+        self.model.save_pretrained(folder, safe_serialization=True)
+        self.collator.save(folder)
+
+
+def load_model(
+    source: str | Path,
+    task: Task,
+    *,
+    head: Literal["fresh", "stored"] = "fresh",
+    seed: int = 0,
+    max_length: int = 64,
+) -> LoadedModel:
+    """Open a model folder, a hub id or `minilm` in float32, with a head for the task.
+
+    A fresh head is drawn from the seed alone, even where the checkpoint has one; a stored one is taken as it is.
+    Code in a checkpoint is never run.
+
+    Raises:
+        InputError: the model, its tokenizer or a stored head is absent or cannot be read, its kind does not suit the
+            task, or `max_length` is more than it can read.
+    """
+    place = resolve_source(source)
+    with quiet_transformers():
+        config = _load_config(place, task)
+        collator = load_collator(place, config, task, max_length)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, unusable = _load_weights(place, config, task)
+            beside = _beside_backbone(model)
+            poolers = _poolers(place, model, [name for name in unusable if not in_modules(name, beside)])
+            if head == "stored":
+                _require_stored_head(place, task, unusable)
+            else:
+                _reinitialise(model, beside)
+    return LoadedModel(str(source), task, model.float(), collator, (*beside, *poolers))
+
+
+def in_modules(name: str, modules: Iterable[str]) -> bool:
+    """Whether a parameter belongs to one of the modules, whatever wrapper's prefix stands before its name."""
+    return any(f".{module}." in f".{name}" for module in modules)
+
+
+def _load_config(place: str, task: Task) -> PretrainedConfig:
+    problem = "regression" if task.kind == "regression" else "single_label_classification"
+    try:
+        return AutoConfig.from_pretrained(
+            place,
+            id2label=dict(enumerate(task.label_names)),
+            label2id={name: number for number, name in enumerate(task.label_names)},
+            problem_type=problem,
+            trust_remote_code=False,
+        )
+    except UNREADABLE as error:
+        raise unreadable(place, "model", error) from error
+
+
+def _load_weights(place: str, config: PretrainedConfig, task: Task) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the names of the weights that the checkpoint lacks or has in another shape."""
+    auto_model = AUTO_MODELS[task.modality]
+    if type(config) not in auto_model._model_mapping:
+        raise InputError(
+            f"{place} is a {config.model_type} model, which does not classify {task.modality}s; "
+            f"the task {task.name} needs one that does"
+        )
+    try:
+        model, report = auto_model.from_pretrained(
+            place, config=config, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False
+        )
+    except UNREADABLE as error:
+        raise unreadable(place, "model", error) from error
+    mismatched = [name if isinstance(name, str) else name[0] for name in report["mismatched_keys"]]
+    return model, sorted({*report["missing_keys"], *mismatched})
+
+
+def _beside_backbone(model: PreTrainedModel) -> tuple[str, ...]:
+    return tuple(
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    )
+
+
+def _poolers(place: str, model: PreTrainedModel, unusable: Sequence[str]) -> tuple[str, ...]:
+    """The modules of unusable weights in the backbone: only poolers may be so, since few objectives train them."""
+    foreign = [name for name in unusable if "pooler" not in name]
+    if foreign:
+        raise InputError(
+            f"{place} does not fit the {model.config.model_type} model that its config.json describes: {len(foreign)} "
+            f"weights are absent or of another shape, first {foreign[0]}; give a complete checkpoint"
+        )
+    return tuple(sorted({name.rpartition(".")[0] for name in unusable}))
+
+
+def _require_stored_head(place: str, task: Task, unusable: Sequence[str]) -> None:
+    if unusable:
+        raise InputError(
+            f"{place} has no head for {task.name} ({task.num_labels} outputs): {unusable[0]} is absent or of another "
+            "shape, so its scores would be chance; tune it on the task first, or give the adapter too"
+        )
+
+
+def _reinitialise(model: PreTrainedModel, modules: Iterable[str]) -> None:
+    for name in modules:
+        model.get_submodule(name).apply(model._init_weights)

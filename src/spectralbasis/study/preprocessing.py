@@ -1,0 +1,57 @@
+"""How a model wants its inputs: its tokenizer, or its image size and normalisation, read from where the model is."""
+
+import torch
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.image_processing_base import ImageProcessingMixin
+
+from spectralbasis.errors import InputError
+from spectralbasis.study.collators import Collator, ImageCollator, TextCollator
+from spectralbasis.study.sources import UNREADABLE, unreadable
+from spectralbasis.study.tasks import Task
+
+
+def load_collator(place: str, config: PretrainedConfig, task: Task, max_length: int) -> Collator:
+    """What turns the task's rows into inputs of the model at `place`; sets the config's padding token.
+
+    Raises:
+        InputError: the tokenizer cannot be read, or `max_length` is more than the model can read.
+    """
+    return (
+        _image_collator(place, config) if task.modality == "image" else _text_collator(place, config, task, max_length)
+    )
+
+
+def _text_collator(place: str, config: PretrainedConfig, task: Task, max_length: int) -> TextCollator:
+    tokenizer = _load_tokenizer(place)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    config.pad_token_id = tokenizer.pad_token_id
+    longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", max_length))
+    if not 1 <= max_length <= longest:
+        raise InputError(
+            f"max_length={max_length} for {place}, which reads up to {longest} tokens; pass 1 to {longest}"
+        )
+    dtype = torch.float32 if task.kind == "regression" else torch.long
+    return TextCollator(tokenizer, task.inputs, max_length, dtype)
+
+
+def _load_tokenizer(place: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except UNREADABLE as error:
+        raise unreadable(place, "tokenizer", error) from error
+
+
+def _image_collator(place: str, config: PretrainedConfig) -> ImageCollator:
+    """The model's image size and channels, and the mean and deviation that it was trained with, else 0.5."""
+    try:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(place)
+    except OSError:
+        settings = {}
+    size = getattr(config, "image_size", None)
+    return ImageCollator(
+        size=(size, size) if isinstance(size, int) else size and tuple(size),
+        channels=getattr(config, "num_channels", 3),
+        mean=tuple(settings.get("image_mean", (0.5,))),
+        std=tuple(settings.get("image_std", (0.5,))),
+    )

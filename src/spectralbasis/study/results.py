@@ -1,0 +1,147 @@
+"""What tuning and evaluation report, and the files that keep it."""
+
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from spectralbasis.files import atomic_path
+from spectralbasis.study.models import in_modules
+
+TUNING_FILE = "tuning.json"
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Trained parameters of the backbone and of the head, and all parameters of the model that they adapt."""
+
+    backbone: int
+    head: int
+    model: int
+
+    @property
+    def share_backbone(self) -> float:
+        """Trained parameters of the backbone as a fraction of the model's parameters."""
+        return self.backbone / self.model
+
+    @property
+    def share_head(self) -> float:
+        """Trained parameters of the head as a fraction of the model's parameters."""
+        return self.head / self.model
+
+    @classmethod
+    def of(cls, model: nn.Module, head: Iterable[str], total: int) -> "ParameterCounts":
+        """Count the trainable parameters of `model` inside and outside its head modules."""
+        trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+        in_head = sum(size for name, size in trained.items() if in_modules(name, head))
+        return cls(backbone=sum(trained.values()) - in_head, head=in_head, model=total)
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """One tuned model: where it is, how it was made, its scores and what it cost.
+
+    `adapter_bytes` is the size of the weights that were written: coefficients and head, or a whole checkpoint.
+    """
+
+    output: Path
+    model: str
+    task: str
+    method: str
+    coefficients: str
+    metric: str
+    score: float
+    metrics: Mapping[str, float]
+    evaluation_split: str
+    parameters: ParameterCounts
+    adapter_bytes: int
+    steps: int
+    seconds: float
+    seconds_per_step: float
+    seed: int
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+    def row(self) -> dict[str, Any]:
+        """The row of a table of tuned models, as the report reads it."""
+        return {
+            "task": self.task,
+            "method": self.method,
+            "coefficients": self.coefficients,
+            "metric": self.metric,
+            "score": self.score,
+            "parameters_backbone": self.parameters.backbone,
+            "parameters_head": self.parameters.head,
+            "share_backbone": self.parameters.share_backbone,
+            "share_head": self.parameters.share_head,
+            "adapter_bytes": self.adapter_bytes,
+            "seconds_per_step": self.seconds_per_step,
+            "seed": self.seed,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        return {
+            **self.row(),
+            "output": str(self.output),
+            "model": self.model,
+            "metrics": dict(self.metrics),
+            "evaluation_split": self.evaluation_split,
+            "parameters_model": self.parameters.model,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "settings": dict(self.settings),
+            "versions": dict(self.versions),
+        }
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """The scores of one model, with an adapter or without, on a task's evaluation split."""
+
+    model: str
+    adapter: str | None
+    task: str
+    metric: str
+    score: float
+    metrics: Mapping[str, float]
+    evaluation_split: str
+    examples: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        return asdict(self)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` so that no reader sees half of it."""
+    with atomic_path(file) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tuning_table(folder: Path | str, results: Iterable[TuneResult], note: str = "") -> Path:
+    """Write `tuning.json`, the table of tuned models that the report of `folder` shows; returns the file."""
+    file = Path(folder) / TUNING_FILE
+    write_json(file, {"rows": [result.row() for result in results], "note": note})
+    return file
+
+
+def stored_settings(folder: Path) -> dict[str, Any]:
+    """The settings that `tune` left in its output folder; empty where there are none."""
+    try:
+        settings = json.loads((folder / TUNING_FILE).read_text(encoding="utf-8")).get("settings", {})
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a score depends on."""
+    names = ("spectralbasis", "torch", "transformers", "peft", "tokenizers")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}

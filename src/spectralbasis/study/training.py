@@ -1,0 +1,142 @@
+"""Tuning a model to a task with one of the methods, and writing what came of it."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback, set_seed
+
+from spectralbasis.study.cards import write_card
+from spectralbasis.study.evaluation import MAX_LENGTH, score_task
+from spectralbasis.study.fitting import TrainingSettings, fit
+from spectralbasis.study.folders import atomic_folder, check_output
+from spectralbasis.study.methods import Method, MethodOptions, find_method
+from spectralbasis.study.models import LoadedModel, load_model
+from spectralbasis.study.results import TUNING_FILE, ParameterCounts, TuneResult, library_versions, write_json
+from spectralbasis.study.tasks import Task, load_task
+
+
+def tune(
+    model: str | Path,
+    *,
+    task: Task | str,
+    data: str | Path | None = None,
+    output: str | Path,
+    method: str = "spectral",
+    coefficients: str = "diagonal",
+    basis: str = "pretrained",
+    leading: int | None = None,
+    budget: float | None = None,
+    rank: int = 8,
+    alpha: float | None = None,
+    steps: int | None = None,
+    epochs: float | None = None,
+    batch_size: int = 32,
+    max_length: int = MAX_LENGTH,
+    learning_rate: float | None = None,
+    head_learning_rate: float | None = None,
+    seed: int = 0,
+    train_examples: int | None = None,
+    bf16: bool = False,
+    progress: bool = True,
+    overwrite: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TuneResult:
+    """Tune a model to a task, score it on the task's evaluation split, and write it to the folder `output`.
+
+    `model` is a folder, a hub id or `minilm`. The folder holds an adapter for the methods `spectral` and `lora`, and a
+    whole model for `full` and `head`; `tuning.json` in it says how it was made, how it scored and what it cost. It
+    appears when all is done, never half-written. Learning rates default to the method's; `learning_rate` is that of
+    what the method trains in the backbone. The same seed gives the same result on the same machine.
+
+    Raises:
+        InputError: the model, the task, the data, an option or the output folder cannot be used, or training diverged.
+    """
+    chosen, options = find_method(method), MethodOptions(coefficients, basis, leading, budget, rank, alpha)
+    chosen.check(options)
+    backbone_rate, head_rate = chosen.learning_rates(options, learning_rate, head_learning_rate)
+    settings = TrainingSettings(
+        learning_rate=backbone_rate,
+        head_learning_rate=head_rate,
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        max_length=max_length,
+        seed=seed,
+        train_examples=train_examples,
+        bf16=bf16,
+    )
+    check_output(Path(output), overwrite=overwrite, written_file=TUNING_FILE)
+    loaded = load_model(model, _load_task(task, data, settings), seed=seed, max_length=max_length)
+    with atomic_folder(Path(output)) as folder:
+        return _tune_into(folder, Path(output), loaded, chosen, options, settings, progress, callbacks)
+
+
+def _load_task(task: Task | str, data: str | Path | None, settings: TrainingSettings) -> Task:
+    chosen = load_task(task, data) if isinstance(task, str) else task
+    if settings.train_examples is None:
+        return chosen
+    return chosen.subsample(settings.train_examples, settings.seed)
+
+
+def _tune_into(
+    folder: Path,
+    output: Path,
+    loaded: LoadedModel,
+    method: Method,
+    options: MethodOptions,
+    settings: TrainingSettings,
+    progress: bool,
+    callbacks: Sequence[TrainerCallback],
+) -> TuneResult:
+    """Train, score, and write everything to `folder`, which will become `output`."""
+    task = loaded.task
+    total = sum(parameter.numel() for parameter in loaded.model.parameters())
+    set_seed(settings.seed)
+    model = method.prepare(loaded, options)
+    seconds = fit(
+        model,
+        loaded.head,
+        task.train,
+        loaded.collator,
+        settings,
+        description=f"{task.name}, {method.name}",
+        progress=progress,
+        callbacks=callbacks,
+    )
+    metrics = score_task(model, task, loaded.collator, progress=progress)
+    _save(model, loaded, folder)
+    steps = settings.total_steps(len(task.train))
+    result = TuneResult(
+        output=output,
+        model=loaded.source,
+        task=task.name,
+        method=method.name,
+        coefficients=options.coefficients if "coefficients" in method.options else "",
+        metric=task.headline,
+        score=metrics[task.headline],
+        metrics=metrics,
+        evaluation_split=task.evaluation_split,
+        parameters=ParameterCounts.of(model, loaded.head, total),
+        adapter_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        steps=steps,
+        seconds=seconds,
+        seconds_per_step=seconds / steps,
+        seed=settings.seed,
+        settings={**asdict(settings), **{name: getattr(options, name) for name in sorted(method.options)}},
+        versions=library_versions(),
+    )
+    write_json(folder / TUNING_FILE, result.to_dict())
+    if isinstance(model, PeftModel):
+        write_card(folder, result, loaded)
+    return result
+
+
+def _save(model: nn.Module, loaded: LoadedModel, folder: Path) -> None:
+    """An adapter's own files where there is one, else the whole model with its tokenizer or image settings."""
+    if isinstance(model, PeftModel):
+        model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    else:
+        loaded.save(folder)
