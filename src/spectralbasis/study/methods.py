@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from spectralbasis.errors import InputError
+from spectralbasis.linalg import Leading
 from spectralbasis.study.models import LoadedModel, in_modules
 from spectralbasis.tuner import SpectralConfig
 
@@ -22,7 +23,7 @@ class MethodOptions:
 
     coefficients: str = "diagonal"
     basis: str = "pretrained"
-    leading: int | None = None
+    leading: Leading | None = None
     budget: float | None = None
     rank: int = 8
     alpha: float | None = None
