@@ -1,0 +1,23 @@
+"""Measure how finetuning changes the leading singular vectors of a model, and tune by spectral coefficients alone.
+
+Importing the package registers the method `SPECTRAL` with PEFT.
+"""
+
+from spectralbasis import linalg
+from spectralbasis.basis import SpectralBasis
+from spectralbasis.checkpoints import open_checkpoint
+from spectralbasis.comparison import Comparison, compare
+from spectralbasis.errors import BaseMismatchError, InputError, SpectralBasisError
+from spectralbasis.version import __version__
+
+__all__ = [
+    "BaseMismatchError",
+    "Comparison",
+    "InputError",
+    "SpectralBasis",
+    "SpectralBasisError",
+    "__version__",
+    "compare",
+    "linalg",
+    "open_checkpoint",
+]

@@ -1,0 +1,247 @@
+"""The command line: parses, calls, prints. Results go to stdout, everything else to stderr."""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from spectralbasis import tables
+from spectralbasis.errors import InputError, SpectralBasisError
+from spectralbasis.version import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Measure how finetuning changes the leading singular vectors of a model, and tune by spectral coefficients.",
+    epilog="Add --debug to any command to see where an error comes from.",
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, file, or hub id of a model.")]
+Leading = Annotated[
+    str, typer.Option(metavar="K|FRACTION|mp|gd", help="Number of leading directions, and the rule that sets it.")
+]
+Tolerance = Annotated[float, typer.Option(help="Largest sine between computed and true leading subspaces.")]
+Include = Annotated[list[str] | None, typer.Option(help="Glob of matrix names to take; may be given again.")]
+Exclude = Annotated[list[str] | None, typer.Option(help="Glob of matrix names to leave out; may be given again.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Task = Annotated[str, typer.Option(help="Task name, such as RTE, SST-2, mnist.")]
+Data = Annotated[Path | None, typer.Option(help="Folder of the task's files; without it the task comes from the hub.")]
+
+
+def main() -> None:
+    """Run the command line; errors meant for people end as one paragraph and exit code 1."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        app(args=arguments, prog_name="spectralbasis")
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`); Python would complain once more while flushing at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(_paragraph(error), file=sys.stderr)
+        sys.exit(1)
+
+
+def _paragraph(error: Exception) -> str:
+    if isinstance(error, SpectralBasisError):
+        return f"error: {error}"
+    return f"unexpected {type(error).__name__}: {error}\nRun the command again with --debug to see where it comes from."
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options that stand before a command."""
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write to.")] = Path("quickstart"),
+) -> None:
+    """Pretrain, finetune, compare and tune a small model from nothing, and write one report. No download, minutes.
+
+    Example: `spectralbasis quickstart -o quickstart`
+    """
+    from spectralbasis.study.quickstart import quickstart as run
+
+    print(run(output))
+
+
+@app.command()
+def basis(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The basis file.")] = Path("basis.safetensors"),
+    leading: Leading = "64",
+    tolerance: Tolerance = 1e-4,
+    include: Include = None,
+    exclude: Exclude = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compute the leading singular triplets of every weight matrix and save them in one file.
+
+    Example: `spectralbasis basis path/to/model -o basis.safetensors --leading 64`
+    """
+    from spectralbasis.basis import SpectralBasis
+
+    found = SpectralBasis.compute(
+        model, leading, tolerance=tolerance, include=include or (), exclude=exclude or (), progress=_draws_bars()
+    )
+    found.save(output)
+    _show(tables.basis_facts(found, output), tables.basis_table, as_json)
+
+
+@app.command()
+def compare(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The pretrained checkpoint: folder, file or hub id.")],
+    tuned: Annotated[list[str], typer.Argument(metavar="TUNED...", help="Checkpoints or adapters finetuned from it.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the table and the report.")] = None,
+    leading: Leading = "64",
+    null: Annotated[str, typer.Option(help="Null model: scrambled, gaussian or none.")] = "scrambled",
+    draws: Annotated[int, typer.Option(min=1, help="Draws of the null per matrix.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of the draws and of the bootstrap.")] = 0,
+    tolerance: Tolerance = 1e-4,
+    include: Include = None,
+    exclude: Exclude = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an earlier run into the folder stopped.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="Where matrices are decomposed: cpu or cuda.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Measure what finetuning did to the leading singular vectors, against a null, with a verdict.
+
+    Example: `spectralbasis compare path/to/base path/to/tuned -o comparison --leading 64`
+    """
+    from spectralbasis.comparison import compare as run
+
+    if resume and output is None:
+        raise InputError("--resume needs the folder of the run to go on with: add -o DIR")
+    result = run(
+        base,
+        tuned,
+        leading=leading,
+        null=None if null == "none" else null,
+        draws=draws,
+        seed=seed,
+        tolerance=tolerance,
+        include=include or (),
+        exclude=exclude or (),
+        device=device,
+        output=output,
+        resume=resume,
+        progress=_draws_bars(),
+    )
+    _show(result.summary(), tables.findings_table, as_json)
+    if output is not None:
+        print(f"report: {output / 'index.html'}", file=sys.stderr)
+
+
+@app.command()
+def tune(
+    model: Model,
+    task: Task,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the adapter, or of the whole model.")],
+    data: Data = None,
+    method: Annotated[str, typer.Option(help="What is trained: spectral, full, head or lora.")] = "spectral",
+    coefficients: Annotated[str, typer.Option(help="Of the method spectral: diagonal or core.")] = "diagonal",
+    basis: Annotated[
+        str, typer.Option(metavar="pretrained|random|minor|PATH", help="Whose directions the method spectral uses.")
+    ] = "pretrained",
+    leading: Annotated[int | None, typer.Option(help="Directions in each matrix (spectral).")] = None,
+    budget: Annotated[float | None, typer.Option(help="Share of the model's parameters to train (spectral).")] = None,
+    rank: Annotated[int, typer.Option(help="Rank (lora).")] = 8,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; instead of --epochs.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training examples.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples in each step.")] = 32,
+    max_length: Annotated[int, typer.Option(help="Tokens at which a text is cut.")] = 64,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: what suits the method.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the head, the order of examples and dropout.")] = 0,
+    train_examples: Annotated[int | None, typer.Option(help="Use only so many training examples.")] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Train under bfloat16 autocast.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tune a model to a task, score it on held-out data, and save it (an adapter of a few kilobytes by default).
+
+    Example: `spectralbasis tune minilm --task RTE --data path/to/glue -o adapter --budget 0.002 --coefficients core`
+    """
+    from spectralbasis.study import tune as run
+
+    result = run(
+        model,
+        task=task,
+        data=data,
+        output=output,
+        method=method,
+        coefficients=coefficients,
+        basis=basis,
+        leading=leading,
+        budget=budget,
+        rank=rank,
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        max_length=max_length,
+        learning_rate=learning_rate,
+        seed=seed,
+        train_examples=train_examples,
+        bf16=bf16,
+        progress=_draws_bars(),
+    )
+    _show(result.to_dict(), tables.tuning_table, as_json)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    task: Task,
+    adapter: Annotated[Path | None, typer.Argument(help="Adapter folder over the model.")] = None,
+    data: Data = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a tuned model, or a model with an adapter, on a task's held-out data.
+
+    Example: `spectralbasis evaluate minilm adapter --task RTE --data path/to/glue`
+    """
+    from spectralbasis.study import evaluate as run
+
+    result = run(model, adapter, task=task, data=data, progress=_draws_bars())
+    _show(result.to_dict(), tables.scores_table, as_json)
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `compare -o` wrote.")]) -> None:
+    """Write index.html again from the results of a folder.
+
+    Example: `spectralbasis report comparison`
+    """
+    from spectralbasis.report import write_report
+
+    print(write_report(directory))
+
+
+def _draws_bars() -> bool:
+    return sys.stderr.isatty()
+
+
+def _show(result: dict[str, Any], table: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        tables.show(table(result))

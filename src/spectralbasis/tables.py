@@ -1,0 +1,126 @@
+"""What the command line prints for people."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from spectralbasis.basis import SpectralBasis
+
+
+def show(table: Table) -> None:
+    """Print a table on stdout."""
+    Console().print(table)
+
+
+def basis_facts(basis: SpectralBasis, file: Path) -> dict[str, Any]:
+    """What a person or a script wants to know of a computed basis."""
+    matrices = {
+        name: {
+            "shape": list(triplets.shape),
+            "k": triplets.k,
+            "subspace_error_bound": triplets.subspace_error_bound,
+            "solver": triplets.solver,
+        }
+        for name, triplets in basis.items()
+    }
+    return {
+        "file": str(file),
+        "bytes": file.stat().st_size,
+        "source": basis.source,
+        "leading": basis.leading,
+        "matrices": matrices,
+        "skipped": basis.skipped,
+    }
+
+
+def basis_table(facts: Mapping[str, Any]) -> Table:
+    """One line per matrix with its certificate, then what was skipped."""
+    table = _table(
+        f"{facts['file']}: {len(facts['matrices'])} matrices, {facts['bytes'] / 1e6:.1f} MB",
+        ["matrix", "shape", "k", "error bound", "solver"],
+    )
+    for name, one in facts["matrices"].items():
+        m, n = one["shape"]
+        table.add_row(escape(name), f"{m}×{n}", str(one["k"]), f"{one['subspace_error_bound']:.1e}", one["solver"])
+    for name, reason in facts["skipped"].items():
+        table.add_row(escape(name), "", "", "", f"skipped: {escape(reason)}")
+    return table
+
+
+def findings_table(summary: Mapping[str, Any]) -> Table:
+    """Stability and coverage, overall and for each checkpoint, beside their null."""
+    table = _table(
+        f"{summary['matrices']} matrices compared, {len(summary['skipped'])} skipped; leading = {summary['leading']}",
+        ["checkpoint", "measure", "value", "null", "effect", "95 % interval", "p", "verdict"],
+    )
+    findings = dict(summary["per_tuned"])
+    if len(findings) > 1:
+        findings = {"all": summary, **findings}
+    for label, finding in findings.items():
+        for measure in ("stability", "coverage"):
+            table.add_row(escape(label), measure, *_finding_cells(finding[measure]))
+    notes = [f"{m}: {summary[m]['note']}" for m in ("stability", "coverage") if summary[m].get("note")]
+    table.caption = escape("\n".join(notes))
+    return table
+
+
+def _finding_cells(finding: Mapping[str, Any]) -> list[str]:
+    interval = "–" if finding["ci_low"] is None else f"{finding['ci_low']:+.4f} to {finding['ci_high']:+.4f}"
+    return [
+        _number(finding["value"]),
+        _number(finding["null_mean"]),
+        _number(finding["effect"], "+.4f"),
+        interval,
+        _number(finding["p_value"], ".2g"),
+        str(finding["verdict"]),
+    ]
+
+
+def tuning_table(result: Mapping[str, Any]) -> Table:
+    """Scores, trained numbers and size of one tuned model."""
+    table = _facts(f"{result['method']} on {result['task']} → {result['output']}")
+    _add_scores(table, result)
+    table.add_row("trained in the backbone", _count(result["parameters_backbone"], result["share_backbone"]))
+    table.add_row("trained in the head", _count(result["parameters_head"], result["share_head"]))
+    table.add_row("bytes on disk", f"{result['adapter_bytes']:,}")
+    table.add_row("steps, seconds per step", f"{result['steps']}, {result['seconds_per_step']:.3f}")
+    return table
+
+
+def scores_table(result: Mapping[str, Any]) -> Table:
+    """Scores of one evaluated model."""
+    table = _facts(f"{result['adapter'] or result['model']} on {result['task']}")
+    _add_scores(table, result)
+    table.add_row("examples", str(result["examples"]))
+    return table
+
+
+def _add_scores(table: Table, result: Mapping[str, Any]) -> None:
+    for name, value in result["metrics"].items():
+        table.add_row(f"[bold]{name}[/]" if name == result["metric"] else name, f"{value:.4f}")
+    table.add_row("scored on", escape(str(result["evaluation_split"])))
+
+
+def _count(count: int, share: float) -> str:
+    return f"{count:,} ({share:.4%} of the model)"
+
+
+def _number(value: float | None, style: str = ".4f") -> str:
+    return "–" if value is None else format(value, style)
+
+
+def _facts(title: str) -> Table:
+    table = _table(title, ["", ""])
+    table.show_header = False
+    return table
+
+
+def _table(title: str, columns: list[str]) -> Table:
+    table = Table(title=escape(title), title_justify="left", caption_justify="left", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
