@@ -1,0 +1,222 @@
+"""`compare` as a user calls it: verdicts on planted truths, files, skips, resumption, refusals."""
+
+import json
+import sqlite3
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import spectralbasis as sb
+from spectralbasis.comparison import engine
+from tests.comparison.pairs import layered, random_updates
+from tests.matrices import power_law, with_spectrum
+
+COLUMNS = "tuned, matrix, layer, kind, m, n, k, metric, side, index, value, null, null_mean, null_std, z, p_value"
+SUMMARY = "base, tuned, leading, matrices, skipped, stability, coverage, versions, seed, seconds, peak_rss_bytes"
+FINDING = {"value", "null_mean", "effect", "ci_low", "ci_high", "p_value", "verdict"}
+
+
+def aligned_updates(kind: str, size: float = 0.3):
+    """Updates that lie in the leading block of the base (turn nothing), or that push its leading vectors outwards."""
+    base, tuned = {}, {}
+    for layer in range(5):
+        W0, U, V = with_spectrum(48, 40, power_law(40), seed=layer)
+        inside = (U[:, :8] * torch.linspace(2, 1, 8, dtype=torch.float64)) @ V[:, :8].T
+        outwards = U[:, 8:16] @ V[:, :8].T + U[:, :8] @ V[:, 8:16].T
+        update = {"inside": inside, "outwards": outwards}[kind]
+        base[f"{layer}.dense"], tuned[f"{layer}.dense"] = W0, W0 + size * update / update.norm()
+    return layered(base), layered(tuned)
+
+
+def test_an_update_inside_the_basis_supports_both_claims():
+    base, tuned = aligned_updates("inside")
+    summary = sb.compare(base, [tuned], leading=8).summary()
+    assert summary["stability"]["verdict"] == "supported"
+    assert summary["coverage"]["verdict"] == "supported"
+    assert summary["coverage"]["value"] == pytest.approx(1, abs=1e-3)
+
+
+def test_an_update_that_pushes_outwards_contradicts_stability():
+    base, tuned = aligned_updates("outwards")
+    summary = sb.compare(base, [tuned], leading=8).summary()
+    assert summary["stability"]["verdict"] == "contradicted"
+    assert summary["stability"]["relative_effect"] < 0
+    assert summary["coverage"]["value"] == pytest.approx(0, abs=1e-3)
+
+
+def test_an_unrelated_update_decides_nothing():
+    base, tuned = random_updates(16, 0.3)
+    summary = sb.compare(base, [tuned], leading=8).summary()
+    assert summary["stability"]["verdict"] == "undecided"
+    assert summary["coverage"]["verdict"] == "undecided"
+
+
+def test_stability_that_a_small_step_forces_is_no_finding():
+    base, tuned = random_updates(4, 1e-3)
+    stability = sb.compare(base, [tuned], leading=8).summary()["stability"]
+    assert stability["value"] > 0.99
+    assert "says only that the step was small" in stability["note"]
+
+
+def test_table_summary_and_files_keep_the_contract(tmp_path):
+    base, one = random_updates(4, 0.3)
+    _, two = random_updates(4, 0.3, seed=1)
+    two = {name: base[name] + 0.1 * (two[name] - base[name]) for name in base}
+    result = sb.compare(base, [one, two], leading=8, draws=3, seed=5, output=tmp_path)
+    assert list(result.table.columns) == COLUMNS.split(", ")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary == json.loads(json.dumps(result.summary()))
+    assert set(SUMMARY.split(", ")) <= set(summary)
+    for finding in (summary, *summary["per_tuned"].values()):
+        assert set(finding["stability"]) >= FINDING
+        assert set(finding["coverage"]) >= FINDING
+    assert (summary["matrices"], summary["seed"], len(summary["tuned"])) == (4, 5, 2)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "comparison.parquet"), result.table)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "comparison.parquet",
+        "summary.json",
+        "index.html",
+        "store.sqlite",
+    }
+
+
+def test_matrices_that_cannot_be_measured_are_listed_and_the_others_go_on():
+    base, tuned = random_updates(4, 0.3)
+    names = list(base)
+    tuned[names[0]] = tuned[names[0]].clone()
+    tuned[names[0]][0, :3] = float("nan")
+    tuned[names[1]] = base[names[1]].clone()
+    tuned[names[2]] = torch.ones(7, 7)
+    summary = sb.compare(base, [tuned], leading=8).summary()
+    reasons = list(summary["skipped"].values())
+    assert summary["matrices"] == 1
+    assert any("3 of 1920 values" in reason and "NaN" in reason for reason in reasons)
+    assert engine.UNCHANGED in reasons
+    assert any("48×40" in reason and "7×7" in reason for reason in reasons)
+
+
+def test_a_base_with_nan_and_a_k_too_large_are_listed_too():
+    base, tuned = random_updates(3, 0.3)
+    names = list(base)
+    base[names[0]] = base[names[0]] * float("inf")
+    base[names[1]], tuned[names[1]] = torch.eye(5), 2 * torch.eye(5)
+    skipped = sb.compare(base, [tuned], leading=8).summary()["skipped"]
+    assert len(skipped) == 2
+    assert any("NaN or infinite" in reason for reason in skipped.values())
+    assert any("k=8 exceeds min(m, n)=5" in reason for reason in skipped.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"leading": "all"}, "leading='all' is no number of directions"),
+        ({"null": "shuffled"}, "null='shuffled' is unknown; pass one of scrambled, gaussian"),
+        ({"draws": 0}, "draws=0 draws nothing"),
+        ({"device": "cuda:99"}, "pass device='cpu'"),
+        ({"leading": 41}, r"k=41 exceeds min\(m, n\)=40"),
+        ({"include": ["nothing*"]}, "nothing"),
+    ],
+)
+def test_wrong_settings_are_a_sentence(change, message):
+    base, tuned = random_updates(2, 0.3)
+    with pytest.raises(sb.InputError, match=message):
+        sb.compare(base, [tuned], **{"leading": 8, **change})
+
+
+def test_the_same_weights_twice_is_an_error_not_a_finding():
+    base, _ = random_updates(2, 0.3)
+    with pytest.raises(sb.InputError, match="the same weights"):
+        sb.compare(base, [dict(base)], leading=8)
+
+
+def test_no_checkpoint_to_compare_is_an_error():
+    with pytest.raises(sb.InputError, match="at least one finetuned checkpoint"):
+        sb.compare(random_updates(2, 0.3)[0], [])
+
+
+def folders(tmp_path):
+    base, one = random_updates(6, 0.3)
+    for name, state in {"base": base, "one": one}.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+    return tmp_path / "base.safetensors", tmp_path / "one.safetensors"
+
+
+def test_an_interrupted_comparison_resumes_to_the_same_table(tmp_path, monkeypatch):
+    base, one = folders(tmp_path)
+    whole = sb.compare(base, [one], leading=8, output=tmp_path / "whole").table
+    measured = []
+    measure = engine.measure_pair
+
+    def dies_at_the_fourth(*arguments):
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append(1)
+        return measure(*arguments)
+
+    monkeypatch.setattr(engine, "measure_pair", dies_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        sb.compare(base, [one], leading=8, output=tmp_path / "part")
+    assert [path.name for path in (tmp_path / "part").iterdir()] == ["store.sqlite"]
+
+    again = []
+    monkeypatch.setattr(engine, "measure_pair", lambda *arguments: again.append(1) or measure(*arguments))
+    resumed = sb.compare(base, [one], leading=8, output=tmp_path / "part", resume=True).table
+    assert len(again) == 3
+    pd.testing.assert_frame_equal(resumed, whole)
+
+
+def test_resuming_measures_again_what_has_changed_on_disk(tmp_path):
+    base, one = folders(tmp_path)
+    first = sb.compare(base, [one], leading=8, output=tmp_path / "out").table
+    _, other = random_updates(6, 0.5)
+    save_file(other, one)
+    second = sb.compare(base, [one], leading=8, output=tmp_path / "out", resume=True).table
+    fresh = sb.compare(base, [one], leading=8).table
+    pd.testing.assert_frame_equal(second, fresh)
+    assert not second.equals(first)
+
+
+def test_resuming_with_other_settings_is_refused_and_loses_nothing(tmp_path):
+    base, one = folders(tmp_path)
+    sb.compare(base, [one], leading=8, output=tmp_path / "out")
+    before = (tmp_path / "out" / "store.sqlite").read_bytes()
+    with pytest.raises(sb.InputError, match="made with leading=8, not 4"):
+        sb.compare(base, [one], leading=4, output=tmp_path / "out", resume=True)
+    assert (tmp_path / "out" / "store.sqlite").read_bytes() == before
+
+
+def test_bad_input_leaves_earlier_results_alone(tmp_path):
+    base, one = folders(tmp_path)
+    sb.compare(base, [one], leading=8, output=tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(sb.InputError):
+        sb.compare(base, [tmp_path / "missing.safetensors"], leading=8, output=tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_damaged_store_is_a_sentence(tmp_path):
+    base, one = folders(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "store.sqlite").write_bytes(b"not a database, and long enough to be read as one" * 50)
+    with pytest.raises(sb.InputError, match="remove it, or choose another output folder"):
+        sb.compare(base, [one], leading=8, output=tmp_path / "out", resume=True)
+
+
+def test_checkpoints_are_told_apart_by_the_shortest_end_of_their_paths(tmp_path):
+    base, one = random_updates(2, 0.3)
+    for run in ("a", "b"):
+        (tmp_path / run).mkdir()
+        save_file(one, tmp_path / run / "model.safetensors")
+    save_file(base, tmp_path / "base.safetensors")
+    tuned = [tmp_path / run / "model.safetensors" for run in ("a", "b")]
+    summary = sb.compare(tmp_path / "base.safetensors", tuned, leading=4).summary()
+    assert summary["tuned"] == ["a/model.safetensors", "b/model.safetensors"]
+
+
+def test_the_store_can_be_read_by_others(tmp_path):
+    base, one = folders(tmp_path)
+    sb.compare(base, [one], leading=8, output=tmp_path / "out")
+    with sqlite3.connect(tmp_path / "out" / "store.sqlite") as connection:
+        assert connection.execute("SELECT COUNT(*) FROM pairs").fetchone() == (6,)

@@ -1,0 +1,99 @@
+"""Effects, intervals and verdicts: right where the truth is planted, calibrated where there is none."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from spectralbasis.comparison.statistics import against_null, bootstrap_means, find, hierarchical_interval
+
+
+def units(effects, *, layers=6, tuned=1) -> pd.DataFrame:
+    """Matrices in layers in checkpoints, with the given effects over a null of 0.5."""
+    index = np.arange(len(effects))
+    per_checkpoint = len(effects) // tuned
+    return pd.DataFrame(
+        {
+            "tuned": (index // per_checkpoint).astype(str),
+            "layer": index % per_checkpoint % layers,
+            "value": 0.5 + np.asarray(effects),
+            "null_mean": 0.5,
+            "effect": np.asarray(effects),
+        }
+    )
+
+
+def test_p_values_of_null_draws_are_uniform():
+    rng = np.random.default_rng(0)
+    p_values = [against_null(sample[0], sample[1:]).p_value for sample in rng.normal(3, 2, (4000, 6))]
+    assert stats.kstest(p_values, "uniform").pvalue > 0.01
+
+
+def test_z_is_in_standard_deviations_of_the_draws():
+    fit = against_null(5.0, np.array([1.0, 2.0, 3.0]))
+    assert (fit.null_mean, fit.null_std, fit.z) == (2.0, 1.0, 3.0)
+    assert fit.p_value == pytest.approx(2 * stats.t.sf(3 / math.sqrt(4 / 3), 2))
+
+
+@pytest.mark.parametrize("draws", [[], [1.0], [1.0, 1.0]])
+def test_too_few_or_equal_draws_claim_no_significance(draws):
+    fit = against_null(2.0, np.array(draws))
+    assert math.isnan(fit.z)
+    assert math.isnan(fit.p_value)
+
+
+@pytest.mark.parametrize(("shift", "verdict"), [(0.1, "supported"), (-0.1, "contradicted"), (0.0, "undecided")])
+def test_verdicts_of_planted_effects(shift, verdict):
+    noise = np.random.default_rng(1).normal(0, 0.02, 36)
+    found = find(units(shift + noise - noise.mean()), seed=0)
+    assert found.verdict == verdict
+    assert found.effect == pytest.approx(shift)
+    assert found.ci_low < shift < found.ci_high
+    assert (found.p_value < 0.05) == (verdict != "undecided")
+
+
+@pytest.mark.parametrize(("tuned", "layer_scale"), [(1, 0.0), (1, 1.0), (3, 1.0)])
+def test_false_findings_stay_within_their_rate(tuned, layer_scale):
+    rng = np.random.default_rng(2)
+    hits = 0
+    trials = 150
+    for trial in range(trials):
+        layer_effects = rng.normal(0, layer_scale, (tuned, 1, 6))
+        effects = (layer_effects + rng.normal(0, 1, (tuned, 4, 6))).reshape(-1)
+        hits += hierarchical_interval(units(effects, tuned=tuned), trial, resamples=300).p_value < 0.05
+    assert stats.binomtest(hits, trials, 0.05, alternative="greater").pvalue > 0.01
+
+
+def test_matrices_of_one_layer_do_not_count_as_independent_evidence():
+    layer_effects = np.random.default_rng(3).normal(0.1, 1, 4)
+    together = hierarchical_interval(
+        units(np.repeat(layer_effects, 25), layers=1).assign(layer=np.arange(100) // 25), 0
+    )
+    apart = hierarchical_interval(units(np.repeat(layer_effects, 25), layers=100), 0)
+    assert together.high - together.low > 3 * (apart.high - apart.low)
+
+
+def test_resampled_means_have_the_mean_of_the_data_whatever_the_sizes_of_layers():
+    frame = units(np.arange(9.0), layers=9).assign(layer=[0, 0, 0, 0, 0, 1, 1, 2, 2], tuned=["a"] * 5 + ["b"] * 4)
+    means = bootstrap_means(frame, np.random.default_rng(0), 20000)
+    by_checkpoint = frame.groupby(["tuned", "layer"]).effect.mean()
+    assert means.min() >= 0
+    assert means.max() <= 8
+    assert by_checkpoint.min() < means.mean() < by_checkpoint.max()
+    one_layer = frame.assign(tuned="a", layer=0)
+    assert bootstrap_means(one_layer, np.random.default_rng(0), 20000).mean() == pytest.approx(4, abs=0.05)
+
+
+def test_one_matrix_cannot_tell():
+    found = find(units([0.3]), seed=0)
+    assert (found.verdict, found.effect) == ("undecided", pytest.approx(0.3))
+    assert found.to_dict()["ci_low"] is None
+
+
+def test_without_a_null_nothing_is_tested():
+    found = find(units([0.1, 0.2]).assign(null_mean=math.nan), seed=0)
+    assert found.verdict == "undecided"
+    assert found.value == pytest.approx(0.65)
+    assert found.to_dict()["null_mean"] is None
