@@ -1,0 +1,11 @@
+"""The PEFT method "SPECTRAL"; importing this package registers it."""
+
+from spectralbasis.tuner.allocation import Allocation
+from spectralbasis.tuner.config import SpectralConfig
+from spectralbasis.tuner.layer import Linear, SpectralLayer
+from spectralbasis.tuner.model import SpectralModel
+from spectralbasis.tuner.registration import register
+
+__all__ = ["Allocation", "Linear", "SpectralConfig", "SpectralLayer", "SpectralModel"]
+
+register(SpectralConfig, SpectralModel)

@@ -1,0 +1,103 @@
+"""Who gets how many directions: from a number, a rule or a budget to one k per matrix."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from spectralbasis.errors import InputError
+from spectralbasis.linalg import Leading, resolve_leading
+from spectralbasis.tuner.forms import numbers
+
+DEFAULT_LEADING = 64
+"""k where neither `leading` nor `budget` is given; smaller matrices give all they have."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How many numbers an adapter trains.
+
+    Attributes:
+        ranks: matrix name → k.
+        trained: coefficients over all matrices; heads and biases are not counted.
+        total: parameters of the model without adapters.
+    """
+
+    ranks: Mapping[str, int]
+    trained: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        """`trained / total`."""
+        return self.trained / self.total
+
+
+def allocate_leading(
+    leading: Leading | None, weights: Mapping[str, Tensor], fixed: Mapping[str, int]
+) -> dict[str, int]:
+    """k of each matrix by a number, a fraction or a rule.
+
+    Args:
+        leading: see `linalg.resolve_leading`; None is `DEFAULT_LEADING`, or min(m, n) where that is smaller.
+        weights: matrix name → W, (m, n).
+        fixed: matrix name → k, of the matrices whose k is settled already.
+
+    Raises:
+        InputError: k exceeds min(m, n) of a matrix.
+    """
+    for name, k in fixed.items():
+        _check_rank(k, name, weights[name])
+    return {name: fixed[name] if name in fixed else _leading_rank(leading, name, W) for name, W in weights.items()}
+
+
+def allocate_budget(
+    budget: float, total: int, weights: Mapping[str, Tensor], fixed: Mapping[str, int], form: str
+) -> dict[str, int]:
+    """The largest k, one for all matrices (min(m, n) where that is smaller), that trains at most `budget * total`.
+
+    Args:
+        budget: fraction of the model's parameters.
+        total: parameters of the model.
+        weights: matrix name → W, (m, n).
+        fixed: matrix name → k, of the matrices whose k is settled already; they are paid first.
+        form: a key of `FORMS`.
+
+    Raises:
+        InputError: the budget does not pay for k = 1, or a settled k exceeds min(m, n).
+    """
+    for name, k in fixed.items():
+        _check_rank(k, name, weights[name])
+    sides = {name: min(W.shape) for name, W in weights.items() if name not in fixed}
+    settled = sum(numbers(form, k) for k in fixed.values())
+
+    def price(k: int) -> int:
+        return settled + sum(numbers(form, min(k, side)) for side in sides.values())
+
+    allowed = math.floor(budget * total)
+    if price(1) > allowed:
+        raise InputError(
+            f"budget={budget:g} of {total:,} parameters is {allowed:,} coefficients, but one direction in each of "
+            f"{len(weights)} matrices takes {price(1):,}; pass budget>={price(1) / total:.2g} or target fewer modules"
+        )
+    k = bisect_right(range(1, max(sides.values(), default=1) + 1), allowed, key=price)
+    return {name: fixed[name] if name in fixed else min(k, sides[name]) for name in weights}
+
+
+def _leading_rank(leading: Leading | None, name: str, W: Tensor) -> int:
+    if leading is None:
+        return min(DEFAULT_LEADING, *W.shape)
+    if isinstance(leading, int):
+        _check_rank(leading, name, W)
+    return resolve_leading(leading, W)
+
+
+def _check_rank(k: int, name: str, W: Tensor) -> None:
+    short = min(W.shape)
+    if k > short:
+        raise InputError(
+            f"k={k} exceeds min(m, n)={short} of {name}; pass k<={short}, "
+            f"rank_pattern={{{name!r}: {short}}} or leading='mp'"
+        )

@@ -1,0 +1,145 @@
+"""What a spectral adapter is asked to be, and what the model that it was made on resolved that to."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.utils.peft_types import PeftType
+
+from spectralbasis.errors import InputError
+from spectralbasis.linalg import Leading, parse_leading
+from spectralbasis.triplets import DEFAULT_TOLERANCE
+from spectralbasis.tuner.card import note_import
+from spectralbasis.tuner.factors import BASES
+from spectralbasis.tuner.forms import FORMS
+from spectralbasis.tuner.registration import METHOD
+
+BIASES = ("none", "all", "spectral_only")
+
+
+@dataclass
+class SpectralConfig(PeftConfig):
+    """Configuration of the PEFT method "SPECTRAL": `ΔW = U_k C V_kᵀ`, of which only C is trained.
+
+    `import spectralbasis` before `PeftModel.from_pretrained` opens an adapter, or PEFT does not know the method.
+
+    Attributes:
+        target_modules: ends of module names, or one regular expression, or "all-linear"; None takes what PEFT's LoRA
+            takes for this architecture, and all linear layers where that is unknown.
+        exclude_modules: ends of module names, or one regular expression, to leave out.
+        layers_to_transform: numbers of the layers to adapt; None is all of them.
+        layers_pattern: name of the list of layers, where it is not the first component before a number.
+        modules_to_save: modules that are trained in full and saved with the adapter, such as a new head.
+        bias: which biases of the base are trained: "none", "all" or "spectral_only" (those of adapted layers).
+        fan_in_fan_out: None lets each layer say whether it stores its weight as (in, out), as Conv1D does; a value
+            that contradicts the layer is overruled with a warning.
+        coefficients: "diagonal" (k numbers a matrix) or "core" (k×k).
+        leading: k as a number, a fraction of min(m, n), "mp" or "gd"; None, without a budget, is 64 at most.
+        budget: instead of `leading`, the fraction of the model's parameters to train; it chooses one k for all.
+        rank_pattern: end of a module name, as a regular expression → k; wins over `leading` and `budget`.
+        basis: "pretrained" (leading singular vectors of each weight), "minor" (the trailing ones), "random"
+            (Haar-distributed) or the path of a basis file.
+        basis_seed: of the "random" basis.
+        tolerance: largest sine between computed and true singular subspaces.
+        init_weights: False starts from random coefficients instead of zero, which is for tests.
+        base_hashes: matrix name → hash of the weight the adapter was made on. Set by the model. A config that is
+            built with hashes, as one read from an adapter folder is, only fits that base.
+        ranks: matrix name → k as resolved. Set by the model; given at construction, it wins over the other settings.
+        probes: matrix name → number that depends on the directions, see `factors.probe`. Set by the model.
+
+    Raises:
+        InputError: a value is none of those above, or both `leading` and `budget` are given.
+    """
+
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    bias: str = "none"
+    fan_in_fan_out: bool | None = None
+    coefficients: str = "diagonal"
+    leading: Leading | None = None
+    budget: float | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    basis: str = "pretrained"
+    basis_seed: int = 0
+    tolerance: float = DEFAULT_TOLERANCE
+    init_weights: bool = True
+    base_hashes: dict[str, str] | None = None
+    ranks: dict[str, int] | None = None
+    probes: dict[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType(METHOD)
+        self.basis = str(self.basis)
+        self.bound = self.base_hashes is not None
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, list) else value)
+        self._check_choices()
+        self._check_size()
+        self._check_layers()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> "SpectralConfig":
+        """Read the configuration of an adapter; a basis file that lies in the adapter's folder is found there.
+
+        Raises:
+            InputError: an adapter from a hub names a basis file, which could lead anywhere on this machine.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config.basis = _find_basis(config.basis, Path(pretrained_model_name_or_path) / (subfolder or ""))
+        return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, and say in the model card, where there is one, what to import."""
+        super().save_pretrained(save_directory, **kwargs)
+        note_import(Path(save_directory) / "README.md")
+
+    def _check_choices(self) -> None:
+        for name, choices in (("coefficients", tuple(FORMS)), ("bias", BIASES)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise InputError(f"{name}={value!r} is unknown; choose from {', '.join(map(repr, choices))}")
+
+    def _check_size(self) -> None:
+        if self.leading is not None and self.budget is not None:
+            raise InputError(f"leading={self.leading!r} and budget={self.budget!r} both choose k; pass one of them")
+        if self.leading is not None:
+            self.leading = parse_leading(self.leading)
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise InputError(f"budget={self.budget!r} is no fraction of the parameters; pass a number such as 0.002")
+        for pattern, k in self.rank_pattern.items():
+            if not isinstance(k, int) or k < 1:
+                raise InputError(f"rank_pattern {pattern!r}: k={k!r} is no number of directions; pass a whole number")
+        if not 0 < self.tolerance < 1:
+            raise InputError(f"tolerance={self.tolerance!r} is no sine of an angle; pass a number such as 1e-4")
+
+    def _check_layers(self) -> None:
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise InputError(
+                    f"{name} cannot be used with target_modules={self.target_modules!r}, a single pattern; "
+                    "pass target_modules as a list of names"
+                )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise InputError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, such as [0, 1]")
+
+
+def _find_basis(basis: str, folder: Path) -> str:
+    if basis in BASES:
+        return basis
+    beside = folder / Path(basis).name
+    if beside.is_file():
+        return str(beside)
+    if not folder.is_dir():
+        raise InputError(
+            f"the adapter {folder} needs the basis file {Path(basis).name}; download the adapter's folder, "
+            "put the file there and load the adapter from that folder"
+        )
+    return basis

@@ -1,0 +1,147 @@
+"""The frozen factors U and V of one matrix: where they come from and how two machines know that theirs are the same."""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spectralbasis.basis import SpectralBasis
+from spectralbasis.errors import InputError
+from spectralbasis.triplets import Triplets, compute_triplets, matrix_hash
+from spectralbasis.tuner.forms import FORMS
+
+BASES = ("pretrained", "minor", "random")
+"""Bases that are made from the base weight itself; anything else names a basis file."""
+Directions = Callable[[str, Tensor, int], tuple[Tensor, Tensor]]
+"""(name, W (m, n), k) → U (m, k), V (n, k), float32 or wider."""
+
+
+class Factors(nn.Module):
+    """U (m, k) and V (n, k), columns orthonormal: buffers that move with the model and are never saved.
+
+    Adapters of one layer on one basis share one object; an adapter of fewer directions uses the first columns.
+
+    Attributes:
+        source: what the basis is; equal ones are interchangeable.
+    """
+
+    U: Tensor
+    V: Tensor
+
+    def __init__(self, U: Tensor, V: Tensor, source: str) -> None:
+        super().__init__()
+        self.register_buffer("U", U, persistent=False)
+        self.register_buffer("V", V, persistent=False)
+        self.source = source
+
+    @property
+    def k(self) -> int:
+        """Number of directions."""
+        return self.U.shape[1]
+
+    def first(self, k: int) -> tuple[Tensor, Tensor]:
+        """The first k columns of U and V, as views."""
+        return self.U[:, :k], self.V[:, :k]
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, source={self.source!r}"
+
+
+def source_of(basis: str, seed: int) -> str:
+    """What tells a basis apart from others: its name, with the seed where that matters, or its resolved path."""
+    if basis == "random":
+        return f"random, seed {seed}"
+    return basis if basis in BASES else str(Path(basis).resolve())
+
+
+def directions_of(basis: str, *, tolerance: float, seed: int) -> Directions:
+    """How the directions of every matrix are found.
+
+    Args:
+        basis: "pretrained" (leading singular vectors), "minor" (trailing ones, the smallest first), "random" (Haar) or
+            the path of a basis file.
+        tolerance: see `compute_triplets`.
+        seed: of the random directions.
+
+    Raises:
+        InputError: the basis file cannot be read.
+    """
+    if basis == "pretrained":
+        return partial(_pretrained, tolerance)
+    if basis == "minor":
+        return partial(_minor, tolerance)
+    if basis == "random":
+        return partial(_random, seed)
+    return partial(_stored, SpectralBasis.load(basis), basis)
+
+
+def probe(form: str, U: Tensor, V: Tensor) -> float:
+    """One number, `rᵀ U R Vᵀ s` with fixed pseudo-random r, R, s, of order 1: it moves when directions change.
+
+    R has the shape of `form`, so the number depends on signs and rotations of the directions exactly where trained
+    coefficients do.
+    """
+    draws = np.random.Generator(np.random.Philox(0))
+    shape = FORMS[form].shape(U.shape[1])
+    R = _uniform(draws, shape) / np.sqrt(np.prod(shape))
+    r, s = _uniform(draws, (U.shape[0],)), _uniform(draws, (V.shape[0],))
+    left = FORMS[form].left_factor(U.double().cpu(), torch.from_numpy(R))
+    return float((torch.from_numpy(r) @ left) @ (V.double().cpu().T @ torch.from_numpy(s)))
+
+
+def _uniform(draws: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Uniform entries of unit variance."""
+    return np.sqrt(3) * (2 * draws.random(shape) - 1)
+
+
+def _pretrained(tolerance: float, name: str, W: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    triplets = compute_triplets(W, k, tolerance=tolerance)
+    return triplets.U, triplets.Vh.T
+
+
+def _minor(tolerance: float, name: str, W: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    triplets = compute_triplets(W, min(W.shape), tolerance=tolerance)
+    return triplets.U.flip(1)[:, :k], triplets.Vh.flip(0)[:k].T
+
+
+def _random(seed: int, name: str, W: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    content = int(matrix_hash(W), 16)
+    left, right = (np.random.Generator(np.random.PCG64([seed, content, side])) for side in (0, 1))
+    return _haar(left, W.shape[0], k), _haar(right, W.shape[1], k)
+
+
+def _haar(draws: np.random.Generator, size: int, k: int) -> Tensor:
+    """The first k columns of a Haar-random orthogonal matrix; the same ones whatever k is."""
+    gaussian = torch.from_numpy(draws.standard_normal((k, size))).T
+    Q, R = torch.linalg.qr(gaussian)
+    return (Q * R.diagonal().sign()).float()
+
+
+def _stored(basis: SpectralBasis, file: str, name: str, W: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    triplets = _find(basis, file, name, W, k)
+    if triplets.base_hash != matrix_hash(W):
+        warnings.warn(
+            f"{file} was computed from other weights than the {name} of this model, and is used as it is",
+            stacklevel=2,
+        )
+    return triplets.U[:, :k], triplets.Vh[:k].T
+
+
+def _find(basis: SpectralBasis, file: str, name: str, W: Tensor, k: int) -> Triplets:
+    if name not in basis:
+        raise InputError(
+            f"{file} has no directions for {name}; leave it out with exclude_modules, or use basis='pretrained'"
+        )
+    triplets = basis[name]
+    if triplets.shape != tuple(W.shape):
+        raise InputError(f"{name} is {tuple(W.shape)} but {triplets.shape} in {file}: a basis of another model")
+    if triplets.k < k:
+        raise InputError(
+            f"{file} has {triplets.k} directions for {name}, fewer than k={k}; pass leading<={triplets.k}, "
+            f"or compute the basis again with --leading {k}"
+        )
+    return triplets

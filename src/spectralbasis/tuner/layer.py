@@ -1,0 +1,217 @@
+"""The linear layer with spectral coefficients beside its frozen weight."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from spectralbasis.tuner.batches import add_row_updates
+from spectralbasis.tuner.factors import Factors
+from spectralbasis.tuner.forms import FORMS
+from spectralbasis.tuner.function import DenseUpdate, FactoredUpdate, dense_pays
+
+START_SCALE = 0.3
+"""Standard deviation of the coefficients that `init_weights=False` starts from."""
+
+
+class SpectralLayer(BaseTunerLayer):
+    """What every layer with spectral coefficients holds: per adapter C, its form, and the factors it refers to."""
+
+    adapter_layer_names: tuple[str, ...] = ("spectral_coefficients",)
+    other_param_names: tuple[str, ...] = ("spectral_factors", "forms")
+
+    # What BaseTunerLayer provides; PEFT has no types, and nn.Module would pass these off as tensors.
+    base_layer: nn.Module
+    active_adapters: list[str]
+    get_base_layer: Callable[[], Any]
+    get_base_weight: Callable[[], Tensor]
+    set_base_weight: Callable[[Tensor], None]
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        self.base_layer = base_layer
+        self.spectral_coefficients = nn.ParameterDict()
+        self.spectral_factors = nn.ModuleDict()
+        self.forms: dict[str, str] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._unmerged_weight: Tensor | None = None
+
+    @property
+    def original_weight(self) -> Tensor:
+        """The weight of the base layer, in its own layout, without merged adapters."""
+        return self.get_base_weight().detach() if self._unmerged_weight is None else self._unmerged_weight
+
+    def held_factors(self, source: str, k: int) -> Factors | None:
+        """Factors of an adapter of this layer that serve k directions of the basis `source` too."""
+        for factors in cast(Iterable[Factors], self.spectral_factors.values()):
+            if factors.source == source and factors.k >= k:
+                return factors
+        return None
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        *,
+        k: int,
+        factors: Factors,
+        form: str,
+        init_weights: bool = True,
+        inference_mode: bool = False,
+    ) -> None:
+        """Add an adapter.
+
+        Args:
+            adapter_name: a new name.
+            k: number of directions, at most `factors.k`.
+            factors: may be those of another adapter of this layer.
+            form: a key of `FORMS`.
+            init_weights: start from C = 0, at which the output is exactly that of the base.
+            inference_mode: leave the coefficients frozen.
+        """
+        self.forms[adapter_name] = form
+        self.spectral_factors[adapter_name] = factors
+        self.spectral_coefficients[adapter_name] = nn.Parameter(torch.zeros(FORMS[form].shape(k)))
+        if not init_weights:
+            nn.init.normal_(self.spectral_coefficients[adapter_name], std=START_SCALE)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def factors(self, adapter_name: str) -> Factors:
+        """The factors of one adapter."""
+        return cast(Factors, self.spectral_factors[adapter_name])
+
+    def terms(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, str]:
+        """C, U (m, k), V (n, k) and the form of one adapter."""
+        C = self.spectral_coefficients[adapter_name]
+        return C, *self.factors(adapter_name).first(C.shape[-1]), self.forms[adapter_name]
+
+
+class Linear(nn.Module, SpectralLayer):
+    """`torch.nn.Linear` or transformers' `Conv1D` with spectral coefficients.
+
+    Args:
+        base_layer: the layer, or another tuner's layer around it.
+        adapter_name: name of the first adapter.
+        fan_in_fan_out: whether the weight is stored as (in, out); None asks the layer.
+        options: see `SpectralLayer.update_layer`.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, fan_in_fan_out: bool | None = None, **options: Any
+    ) -> None:
+        super().__init__()
+        SpectralLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+        if fan_in_fan_out not in (None, self.fan_in_fan_out):
+            kind = type(self.get_base_layer()).__name__
+            warnings.warn(
+                f"fan_in_fan_out={fan_in_fan_out} does not hold for {kind}; using {self.fan_in_fan_out}", stacklevel=2
+            )
+        self.update_layer(adapter_name, **options)
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """The base layer's output plus `x ΔWᵀ` of each active adapter, or of each row's adapter."""
+        if adapter_names is not None:
+            self._check_rows(x, adapter_names)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return add_row_updates(self.base_layer(x, *args, **kwargs), x, self, adapter_names)
+        active = [name for name in self.active_adapters if name in self.spectral_coefficients]
+        if len(active) == 1 and not args and not kwargs and self._may_form_weight(x):
+            return self._dense_forward(x, active[0])
+        output = self.base_layer(x, *args, **kwargs)
+        for name in active:
+            output, _ = FactoredUpdate.apply(output, x, *self.terms(name), self._compute_dtype(x))
+        return output
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """`U C Vᵀ` of an adapter in the layout of the base weight, in float32 or wider."""
+        C, U, V, form = self.terms(adapter_name)
+        dtype = torch.promote_types(U.dtype, torch.float32)
+        update = FORMS[form].left_factor(U.to(dtype), C.detach().to(dtype)) @ V.to(dtype).T
+        return update.T if self.fan_in_fan_out else update
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add ΔW of adapters to the base weight, whose original is kept on the CPU until `unmerge`.
+
+        Args:
+            safe_merge: leave everything as it is when the result is not finite.
+            adapter_names: adapters to merge; None takes the active ones.
+
+        Raises:
+            ValueError: `safe_merge`, and the result is not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.spectral_coefficients]
+        if not names:
+            return
+        weight = self.get_base_weight()
+        merged = weight
+        for name in names:
+            merged = merged + self.get_delta_weight(name)
+            if safe_merge and not bool(torch.isfinite(merged).all()):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        if not self.merged:
+            self._unmerged_weight = weight.cpu()
+        self.set_base_weight(merged.to(weight.dtype).contiguous())
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the original weight back, bit by bit."""
+        if not self.merged or self._unmerged_weight is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.set_base_weight(self._unmerged_weight.to(self.get_base_weight()))
+        self._unmerged_weight = None
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True: ΔW has rank k. PEFT converts through a decomposition of the dense ΔW."""
+        return True
+
+    def _check_rows(self, x: Tensor, adapter_names: list[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+        """What autocast computes in, else the dtype of the weight."""
+        kind = x.device.type
+        if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return self.get_base_layer().weight.dtype
+
+    def _may_form_weight(self, x: Tensor) -> bool:
+        """Whether forming W + ΔW is cheaper and changes nothing else.
+
+        In 16 bits it would round a small ΔW away; a base layer with hooks, or one that is no plain `nn.Linear`, must be
+        called itself.
+        """
+        base = self.base_layer
+        if type(base) is not nn.Linear or not dense_pays(x.numel() // base.in_features, base.in_features):
+            return False
+        plain = not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base))
+        wide = x.dtype == base.weight.dtype and self._compute_dtype(x) in (torch.float32, torch.float64)
+        return plain and wide and not base.weight.requires_grad
+
+    def _dense_forward(self, x: Tensor, adapter_name: str) -> Tensor:
+        C, U, V, form = self.terms(adapter_name)
+        base = self.get_base_layer()
+        output, _ = DenseUpdate.apply(x, base.weight, base.bias, C, U, V, form)
+        return output
+
+    def __repr__(self) -> str:
+        return "spectral." + super().__repr__()

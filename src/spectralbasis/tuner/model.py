@@ -1,0 +1,193 @@
+"""The PEFT tuner: puts spectral coefficients into a model and manages its adapters."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from spectralbasis.checkpoints import matrix_name
+from spectralbasis.errors import InputError
+from spectralbasis.tuner.allocation import Allocation
+from spectralbasis.tuner.config import SpectralConfig
+from spectralbasis.tuner.layer import Linear, SpectralLayer
+from spectralbasis.tuner.preparation import Preparation, find_targets, prepare
+
+
+class SpectralModel(BaseTuner):
+    """A model whose linear layers train coefficients on fixed singular directions; made by `peft.get_peft_model`.
+
+    PEFT's `convert_to_lora` works, through a decomposition of each dense ΔW.
+    """
+
+    prefix: str = "spectral_"
+    tuner_layer_cls = SpectralLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def allocation(self, adapter_name: str = "default") -> Allocation:
+        """How many coefficients an adapter trains, and on how many parameters."""
+        layers = _spectral_layers(self.model).items()
+        trained = {key: layer.spectral_coefficients for key, layer in layers if adapter_name in layer.forms}
+        return Allocation(
+            ranks={matrix_name(key): C[adapter_name].shape[-1] for key, C in trained.items()},
+            trained=sum(C[adapter_name].numel() for C in trained.values()),
+            total=_count_parameters(self.model),
+        )
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Add an adapter whose ΔW is exactly `Σ wᵢ ΔWᵢ`.
+
+        Args:
+            adapters: names of adapters with the same modules, basis, ranks and form of coefficients.
+            weights: one number each; any sign.
+            adapter_name: name of the new adapter, which is not made active.
+
+        Raises:
+            InputError: an adapter is unknown, the numbers differ in length, or the adapters are not of one kind.
+        """
+        self._check_weighted(adapters, weights, adapter_name)
+        self.peft_config[adapter_name] = replace(self.peft_config[adapters[0]], inference_mode=True)
+        self.inject_adapter(self.model, adapter_name)
+        for layer in _spectral_layers(self.model).values():
+            C = layer.spectral_coefficients
+            if adapter_name in C:
+                terms = [weight * C[name].detach() for name, weight in zip(adapters, weights, strict=True)]
+                C[adapter_name].data = sum(terms[1:], terms[0])
+
+    @staticmethod
+    def _check_target_module_exists(config: SpectralConfig, key: str) -> Any:
+        if config.bound and matrix_name(key) in (config.ranks or {}):
+            return True
+        return check_target_module_exists(config, key)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SpectralConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's key mapping; what it leaves over finds its layer by matrix name, with or without a head's prefix."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        layers = {matrix_name(key): f"{key}.spectral_coefficients.{adapter_name}" for key in _spectral_layers(model)}
+        known = set(layers.values())
+        return {key if key in known else _by_matrix_name(key, layers): value for key, value in remapped.items()}
+
+    def _prepare_adapter_config(self, config: SpectralConfig, model_config: dict[str, Any]) -> SpectralConfig:
+        if config.target_modules is None:
+            known = self.target_module_mapping.get(model_config.get("model_type"), "all-linear")
+            config.target_modules = known if isinstance(known, str) else set(known)
+        return config
+
+    def _prepare_model(self, config: SpectralConfig, model: nn.Module) -> None:
+        _maybe_include_all_linear_layers(config, model)
+        targets = find_targets(self._targeted(config, model))
+        self._prepared = prepare(config, targets, _count_parameters(model))
+
+    def _targeted(self, config: SpectralConfig, model: nn.Module) -> dict[str, nn.Module]:
+        inside = tuple(f"{key}." for key in _spectral_layers(model))
+        return {
+            key: module
+            for key, module in model.named_modules()
+            if key and not key.startswith(inside) and self._check_target_module_exists(config, key)
+        }
+
+    def _create_and_replace(
+        self,
+        config: SpectralConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        prepared: Preparation | None = self._prepared.pop(current_key, None)
+        if prepared is None:
+            raise InputError(f"{current_key} is not among target_modules={config.target_modules!r}; add it there")
+        options = {
+            "k": prepared.k,
+            "factors": prepared.factors,
+            "form": config.coefficients,
+            "init_weights": config.init_weights,
+            "inference_mode": config.inference_mode,
+        }
+        if isinstance(target, SpectralLayer):
+            target.update_layer(adapter_name, **options)
+            return
+        layer = Linear(target, adapter_name, fan_in_fan_out=config.fan_in_fan_out, **options)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Within this context, layers learn which adapter each row of a mixed batch has."""
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        self._check_mixed(adapter_names)
+        hook = partial(_pass_adapter_names, adapter_names=list(adapter_names), copies=_copies(kwargs))
+        modules = [m for m in self.modules() if isinstance(m, SpectralLayer | AuxiliaryTrainingWrapper)]
+        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_mixed(self, adapter_names: Sequence[str]) -> None:
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        known = {name for layer in _spectral_layers(self.model).values() for name in layer.forms}
+        unknown = sorted(set(adapter_names) - known - {"__base__"})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+
+    def _check_weighted(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        if not adapters or len(adapters) != len(weights):
+            raise InputError(f"{len(adapters)} adapters and {len(weights)} weights; pass one weight for each adapter")
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or adapter_name in self.peft_config:
+            problem = f"adapter {unknown[0]!r} is unknown" if unknown else f"adapter {adapter_name!r} exists already"
+            raise InputError(f"{problem}; the model has {', '.join(self.peft_config)}")
+        if any(self.peft_config[name].modules_to_save for name in adapters):
+            raise InputError(f"adapters {', '.join(adapters)} have modules_to_save, which cannot be added")
+        first = self.peft_config[adapters[0]]
+        for other in (self.peft_config[name] for name in adapters[1:]):
+            for field in ("coefficients", "basis", "basis_seed", "ranks"):
+                if getattr(other, field) != getattr(first, field):
+                    raise InputError(
+                        f"adapters {', '.join(adapters)} differ in {field}, so their coefficients cannot be added"
+                    )
+
+
+def _spectral_layers(model: nn.Module) -> dict[str, SpectralLayer]:
+    return {key: module for key, module in model.named_modules() if isinstance(module, SpectralLayer)}
+
+
+def _count_parameters(model: nn.Module) -> int:
+    """Parameters of the model itself: no coefficients, and of retrained modules the original only."""
+    added = (".spectral_coefficients.", ".modules_to_save.")
+    return sum(p.numel() for name, p in model.named_parameters() if not any(part in f".{name}" for part in added))
+
+
+def _by_matrix_name(key: str, layers: dict[str, str]) -> str:
+    module, found, _ = key.partition(".spectral_coefficients")
+    return layers.get(matrix_name(module), key) if found else key
+
+
+def _copies(kwargs: dict[str, Any]) -> int:
+    """How many rows `generate` makes of each row that it is given."""
+    return max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
+
+
+def _pass_adapter_names(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str], copies: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args and len(args[0]) == copies * len(adapter_names):
+        adapter_names = [name for name in adapter_names for _ in range(copies)]
+    return args, {**kwargs, "adapter_names": adapter_names}

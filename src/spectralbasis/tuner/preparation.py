@@ -1,0 +1,188 @@
+"""From a config and the modules it targets to ranks and factors, with every check done before the model is changed."""
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from spectralbasis.checkpoints import matrix_name
+from spectralbasis.errors import BaseMismatchError, InputError
+from spectralbasis.triplets import matrix_hash
+from spectralbasis.tuner.allocation import allocate_budget, allocate_leading
+from spectralbasis.tuner.config import SpectralConfig
+from spectralbasis.tuner.factors import Directions, Factors, directions_of, probe, source_of
+from spectralbasis.tuner.layer import SpectralLayer
+
+DENSE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+PROBE_TOLERANCE = 1e-2
+"""Probes are of order 1: below this, directions agree as well as float32 singular vectors of one matrix can."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module to adapt: its key in the model, the stable name of its matrix, and its original weight, (m, n)."""
+
+    key: str
+    name: str
+    module: nn.Module
+    W: Tensor
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a layer needs to take an adapter."""
+
+    k: int
+    factors: Factors
+
+
+def find_targets(modules: Mapping[str, nn.Module]) -> list[Target]:
+    """Name the modules and read their weights, as they were before any merge.
+
+    Raises:
+        InputError: a module is no linear layer, or has no dense weight.
+    """
+    names = _unique_names(list(modules))
+    return [Target(key, names[key], module, original_weight(key, module)) for key, module in modules.items()]
+
+
+def prepare(config: SpectralConfig, targets: Sequence[Target], total: int) -> dict[str, Preparation]:
+    """Resolve ranks, check or record hashes, find the factors, check or record probes; `config` keeps the record.
+
+    Args:
+        config: read from an adapter folder, it must fit this base; otherwise it takes what is found here.
+        targets: the modules to adapt.
+        total: parameters of the model, of which a budget is a fraction.
+
+    Returns:
+        Module key → preparation.
+
+    Raises:
+        BaseMismatchError: weights or directions are not those that the adapter was trained on.
+        InputError: a rank, a budget or a basis file does not fit the model.
+    """
+    hashes = {target.name: matrix_hash(target.W) for target in targets}
+    if config.bound:
+        _check_hashes(config, hashes)
+    else:
+        config.ranks = _resolve_ranks(config, targets, total)
+        config.base_hashes = hashes
+    ranks = config.ranks or {}
+    prepared = {
+        target.key: Preparation(ranks[target.name], factors)
+        for target, factors in zip(targets, _find_factors(config, targets, ranks), strict=True)
+    }
+    probes = {t.name: probe(config.coefficients, *prepared[t.key].factors.first(ranks[t.name])) for t in targets}
+    if config.bound:
+        _check_probes(config, probes)
+    else:
+        config.probes = probes
+    return prepared
+
+
+def original_weight(key: str, module: nn.Module) -> Tensor:
+    """The weight of a linear layer as (m, n), before any merge.
+
+    Raises:
+        InputError: the module is no linear layer, or has no dense weight.
+    """
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if not isinstance(base, nn.Linear | Conv1D):
+        raise InputError(
+            f"Target module {key} is not supported: it is {type(base).__name__}, and spectral coefficients take "
+            "torch.nn.Linear and transformers Conv1D; leave it out of target_modules"
+        )
+    if isinstance(base, NonDynamicallyQuantizableLinear):
+        raise InputError(
+            f"{key} belongs to torch.nn.MultiheadAttention, which reads its weight and never calls it, so coefficients "
+            "there would change nothing; leave it out with exclude_modules"
+        )
+    W = module.original_weight if isinstance(module, SpectralLayer) else base.weight.detach()
+    if W.is_meta or W.dtype not in DENSE_DTYPES or W.ndim != 2:
+        raise InputError(
+            f"{key} has no dense weight here ({W.dtype} on {W.device}), so its singular vectors cannot be found; "
+            "load the base unquantized and not on the meta device"
+        )
+    return W.T if isinstance(base, Conv1D) else W
+
+
+def _unique_names(keys: Sequence[str]) -> dict[str, str]:
+    """Stable matrix names; modules that would share one keep their full keys."""
+    names = {key: matrix_name(key) for key in keys}
+    count = Counter(names.values())
+    return {key: name if count[name] == 1 else key for key, name in names.items()}
+
+
+def _resolve_ranks(config: SpectralConfig, targets: Sequence[Target], total: int) -> dict[str, int]:
+    weights = {target.name: target.W for target in targets}
+    patterns = config.rank_pattern
+    matched = {target.name: get_pattern_key(patterns, target.key) for target in targets}
+    fixed = {name: patterns[pattern] for name, pattern in matched.items() if pattern in patterns}
+    if config.budget is None:
+        return allocate_leading(config.leading, weights, fixed)
+    return allocate_budget(config.budget, total, weights, fixed, config.coefficients)
+
+
+def _find_factors(config: SpectralConfig, targets: Sequence[Target], ranks: Mapping[str, int]) -> list[Factors]:
+    """Factors of each target: those its layer already holds, else found anew, in the dtype and place of the weight."""
+    directions = directions_of(config.basis, tolerance=config.tolerance, seed=config.basis_seed)
+    source = source_of(config.basis, config.basis_seed)
+    found = []
+    for target in targets:
+        k = ranks[target.name]
+        held = target.module.held_factors(source, k) if isinstance(target.module, SpectralLayer) else None
+        found.append(held or Factors(*_decompose(directions, target, k), source))
+    return found
+
+
+def _decompose(directions: Directions, target: Target, k: int) -> tuple[Tensor, Tensor]:
+    try:
+        return directions(target.name, target.W, k)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{target.name}: {error}; leave it out with exclude_modules") from error
+
+
+def _check_hashes(config: SpectralConfig, hashes: Mapping[str, str]) -> None:
+    expected = config.base_hashes or {}
+    absent = [name for name in expected if name not in hashes]
+    if absent:
+        warnings.warn(
+            f"the model has no {absent[0]} ({len(absent)} of {len(expected)} matrices are missing); "
+            "the adapter's coefficients for it are left out",
+            stacklevel=2,
+        )
+    unknown = [name for name in hashes if name not in expected or name not in (config.ranks or {})]
+    if unknown:
+        raise InputError(
+            f"the adapter knows nothing of {unknown[0]}: its base_hashes and ranks are of other modules; "
+            "pass target_modules as they were, or make a new SpectralConfig"
+        )
+    changed = [name for name, found in hashes.items() if expected[name] != found]
+    if changed:
+        base = config.base_model_name_or_path or "the base that it was trained on"
+        raise BaseMismatchError(
+            f"{changed[0]} has hash {hashes[changed[0]]}, but the adapter was made on {expected[changed[0]]} "
+            f"({len(changed)} of {len(hashes)} matrices differ); load it on {base}, in the same dtype or wider: a base "
+            "rounded to 16 bits is another base, so add the adapter before the cast"
+        )
+
+
+def _check_probes(config: SpectralConfig, probes: Mapping[str, float]) -> None:
+    expected = config.probes or {}
+    for name, found in probes.items():
+        if abs(found - expected.get(name, found)) > PROBE_TOLERANCE:
+            raise BaseMismatchError(
+                f"the directions found for {name} are not those that its coefficients were trained on (probe "
+                f"{found:.4f}, expected {expected[name]:.4f}): nearly equal singular values, or another basis file; "
+                "where the adapter was trained, write the file with: spectralbasis basis MODEL -o FILE, "
+                "put it in the adapter's folder, and set basis to its name in adapter_config.json"
+            )
