@@ -1,5 +1,7 @@
 """Opening weights wherever they are, and reading them as logical matrices."""
 
+from spectralbasis.checkpoints.adapter import Adapter, AdapterMethod
+from spectralbasis.checkpoints.adapter_folder import register_adapter_method
 from spectralbasis.checkpoints.checkpoint import Checkpoint
 from spectralbasis.checkpoints.matching import match_matrices
 from spectralbasis.checkpoints.matrix import Matrix
@@ -7,4 +9,14 @@ from spectralbasis.checkpoints.names import matrix_name
 from spectralbasis.checkpoints.opening import open_checkpoint
 from spectralbasis.checkpoints.views import logical_matrices
 
-__all__ = ["Checkpoint", "Matrix", "logical_matrices", "match_matrices", "matrix_name", "open_checkpoint"]
+__all__ = [
+    "Adapter",
+    "AdapterMethod",
+    "Checkpoint",
+    "Matrix",
+    "logical_matrices",
+    "match_matrices",
+    "matrix_name",
+    "open_checkpoint",
+    "register_adapter_method",
+]

@@ -40,6 +40,12 @@ def split_fused(tensor: str, rows: int, columns: int, config: Mapping[str, Any])
     return split(rows, columns, config) if split else None
 
 
+def model_type(config: Mapping[str, Any]) -> str:
+    """The family of models that a config names, "" where it names none."""
+    name = config.get("model_type")
+    return name if isinstance(name, str) else ""
+
+
 def _consecutive(sizes: Mapping[str, int], groups: int = 1) -> Parts:
     parts, start = {}, 0
     for name, size in sizes.items():
@@ -56,7 +62,7 @@ def _halves(first: str, second: str) -> Split:
     def split(rows: int, columns: int, config: Mapping[str, Any]) -> Parts | None:
         if rows % 2:
             return None
-        if config.get("model_type") == "gpt_oss":  # gate and up alternate row by row
+        if model_type(config) == "gpt_oss":  # gate and up alternate row by row
             return _consecutive({first: 1, second: 1}, groups=rows // 2)
         return _consecutive({first: rows // 2, second: rows // 2})
 
@@ -65,7 +71,7 @@ def _halves(first: str, second: str) -> Split:
 
 def _granite(rows: int, columns: int, config: Mapping[str, Any]) -> Parts | None:
     """`input_linear` is fused in the Granite mixtures of experts; elsewhere it may be any layer."""
-    granite = str(config.get("model_type")).startswith("granitemoe")
+    granite = model_type(config).startswith("granitemoe")
     return _halves("gate", "up")(rows, columns, config) if granite else None
 
 
@@ -76,7 +82,7 @@ def _key_value(rows: int, columns: int, config: Mapping[str, Any]) -> Parts | No
 def _grouped(rows: int, columns: int, config: Mapping[str, Any]) -> Parts | None:
     """All queries, then all keys, then all values; the config tells how many heads share a key (Phi-3, DBRX)."""
     for heads, shared, size in _heads(config, columns):
-        if config.get("model_type") == "codegen" and rows == 3 * heads * size:
+        if model_type(config) == "codegen" and rows == 3 * heads * size:
             return _codegen(rows)
         if parts := _grouped_if(rows, heads, shared, size):
             return parts
@@ -96,16 +102,16 @@ def _codegen(rows: int) -> Parts:
 
 def _per_head(rows: int, columns: int, config: Mapping[str, Any]) -> Parts | None:
     """GPT-NeoX, BLOOM: query, key and value of the first head, then of the second; Falcon in three layouts."""
-    model_type = config.get("model_type")
+    family = model_type(config)
     for heads, shared, size in _heads(config, columns):
-        if model_type == "falcon" and config.get("new_decoder_architecture"):
+        if family == "falcon" and config.get("new_decoder_architecture"):
             return _shared_keys(rows, heads, shared, size)
-        if model_type == "falcon" and config.get("multi_query"):
+        if family == "falcon" and config.get("multi_query"):
             return _grouped_if(rows, heads, 1, size)
-        if model_type in (*_BLOCKWISE_HEADS, "falcon") and rows == 3 * heads * size:
+        if family in (*_BLOCKWISE_HEADS, "falcon") and rows == 3 * heads * size:
             return _consecutive(dict.fromkeys(_QKV, size), groups=heads)
-        if model_type == "chatglm":
-            return _grouped_if(rows, heads, config.get("multi_query_group_num", heads), size)
+        if family == "chatglm":
+            return _grouped_if(rows, heads, _first(config, "multi_query_group_num") or heads, size)
     return None
 
 
@@ -129,7 +135,7 @@ def _grouped_if(rows: int, heads: int, shared: int, size: int) -> Parts | None:
 
 def _attention(rows: int, columns: int, config: Mapping[str, Any]) -> Parts | None:
     """`c_attn`: thirds in GPT-2, keys and values in its cross-attention, and two more layouts in GPT-BigCode."""
-    if config.get("model_type") == "gpt_bigcode":
+    if model_type(config) == "gpt_bigcode":
         return _bigcode(rows, columns, config)
     if rows == 2 * columns:
         return _key_value(rows, columns, config)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from spectralbasis.checkpoints.checkpoint import Checkpoint
+from spectralbasis.checkpoints.fused import model_type
 
 _CONV1D_NAMES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
@@ -17,7 +18,7 @@ class Layouts:
 
     def __init__(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
         self._checkpoint = checkpoint
-        self._conv1d = config.get("model_type") in _CONV1D_MODELS or self._has_wide_attention()
+        self._conv1d = model_type(config) in _CONV1D_MODELS or self._has_wide_attention()
         self._names = frozenset(checkpoint.names())
 
     def transposed(self, tensor: str) -> bool:

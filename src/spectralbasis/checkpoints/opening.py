@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG, open_adapter
 from spectralbasis.checkpoints.checkpoint import Checkpoint
 from spectralbasis.checkpoints.folder_files import read_config, weights_file
+from spectralbasis.checkpoints.hub import download, is_hub_id
 from spectralbasis.checkpoints.module import ModuleCheckpoint
 from spectralbasis.checkpoints.safetensors_file import SafetensorsFile
 from spectralbasis.checkpoints.sharded import join_shards, read_index
@@ -47,14 +49,17 @@ def open_checkpoint(source: str | Path | Mapping[str, Tensor] | nn.Module | Chec
 def _open_path(source: str) -> Checkpoint:
     path = Path(source)
     if path.is_dir():
-        return open_folder(path, source)
+        return _open_folder(path, source)
     if path.is_file():
         return _open_file(path, source, read_config(path.parent))
+    if not path.exists() and is_hub_id(source):
+        return _open_folder(download(source), source)
     raise InputError(f"{source} does not exist; pass a file, a folder or a hub id such as organisation/name")
 
 
-def open_folder(folder: Path, source: str) -> Checkpoint:
-    """Open the weights in a folder; `source` is what errors and results call it."""
+def _open_folder(folder: Path, source: str) -> Checkpoint:
+    if (folder / ADAPTER_CONFIG).exists():
+        return open_adapter(folder, source, _open_path)
     return _open_file(weights_file(folder), source, read_config(folder))
 
 

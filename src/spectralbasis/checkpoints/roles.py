@@ -55,7 +55,8 @@ def left_out_by_default(checkpoint: Checkpoint, tensor: str, name: str) -> str |
     """Why the tensor is measured only where `include` names it, if so: it is an embedding table or a task head."""
     owner = checkpoint.module_type(tensor)
     leaf = plain_name(tensor).rpartition(".")[2]
-    if (owner is not None and issubclass(owner, nn.Embedding)) or _EMBEDDING.search(leaf):
+    convolution = tensor.endswith(".weight") and len(checkpoint.shape(tensor)) > 3
+    if (owner is not None and issubclass(owner, nn.Embedding)) or (_EMBEDDING.search(leaf) and not convolution):
         return "embedding table: name it with include to measure it"
     if _HEAD.search(name):
         return "task head: name it with include to measure it"

@@ -45,13 +45,16 @@ def read_index(index: Path) -> dict[str, Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index} has no weight_map; expected the index that save_pretrained writes beside its shards")
+    strangers = [file for file in weight_map.values() if not isinstance(file, str)]
+    if strangers:
+        raise InputError(
+            f"{index} names {strangers[0]!r} as a shard, expected a file name; restore it from the original"
+        )
     shards = {file: _shard(index, file) for file in dict.fromkeys(weight_map.values())}
     return {name: shards[file] for name, file in weight_map.items()}
 
 
-def _shard(index: Path, file: object) -> Path:
-    if not isinstance(file, str):
-        raise InputError(f"{index} names {file!r} as a shard; expected a file name")
+def _shard(index: Path, file: str) -> Path:
     path = inside(index.parent, file, index)
     if not path.is_file():
         raise InputError(f"{index} names the shard {file}, which is missing; copy or download it into {index.parent}")
@@ -66,7 +69,8 @@ def join_shards(
     Raises:
         InputError: a shard lacks a tensor that the index places in it.
     """
+    held = {path: frozenset(shard.names()) for path, shard in opened.items()}
     for name, path in located.items():
-        if name not in opened[path].names():
+        if name not in held[path]:
             raise InputError(f"the index of {source} places {name} in {path.name}, which lacks it; download both again")
     return ShardedCheckpoint({name: opened[path] for name, path in located.items()}, source, config)

@@ -1,0 +1,130 @@
+"""PEFT adapters read over their base: each adapted tensor is computed when it is read."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectralbasis.checkpoints.checkpoint import Checkpoint
+from spectralbasis.checkpoints.names import matrix_name
+from spectralbasis.errors import InputError
+
+Edit = Callable[[Tensor], Tensor]
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as saved, and the base that it adapts."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Checkpoint
+    base: Checkpoint
+
+    def base_tensor(self, parameter: str) -> str:
+        """Name in the base of the parameter that the adapter's model calls `parameter`.
+
+        Raises:
+            InputError: the base has no such tensor.
+        """
+        found = self.find_base_tensor(parameter)
+        if found is None:
+            raise InputError(
+                f"the adapter in {self.folder} adapts {parameter}, which its base {self.base.source} does not have; "
+                f"set base_model_name_or_path in its adapter_config.json to the model that it was trained on"
+            )
+        return found
+
+    def find_base_tensor(self, parameter: str) -> str | None:
+        """As `base_tensor`, but None where the base has none: by full name, else without the prefix of a head."""
+        alike = self._base_tensors.get(matrix_name(parameter), ())
+        if parameter in alike:
+            return parameter
+        return alike[0] if len(alike) == 1 else None
+
+    @cached_property
+    def _base_tensors(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name in self.base.names():
+            found.setdefault(matrix_name(name), []).append(name)
+        return found
+
+
+@dataclass(frozen=True)
+class AdapterMethod:
+    """How one type of adapter changes the tensors of its base.
+
+    Attributes:
+        prefix: part of the name of each parameter that the method trains (`lora_`).
+        edits: maps each adapted tensor of the base to the function that makes the tuned tensor of the base's; the
+            result has the same shape and at least the precision of float32.
+    """
+
+    prefix: str
+    edits: Callable[[Adapter], Mapping[str, Edit]]
+
+
+class AdapterCheckpoint(Checkpoint):
+    """The base with adapted tensors computed on reading, and `modules_to_save` in place of the base's.
+
+    Adapted tensors have at least the precision of float32, so that a small update of a bfloat16 base is not rounded.
+
+    Raises:
+        InputError: the adapter does not fit the base.
+    """
+
+    def __init__(self, adapter: Adapter, method: AdapterMethod, source: str) -> None:
+        self.source = source
+        self.config = adapter.base.config
+        self._base = adapter.base
+        self._tensors = adapter.tensors
+        self._edits = method.edits(adapter)
+        self._replaced = {
+            adapter.find_base_tensor(plain) or plain: stored
+            for stored in adapter.tensors.names()
+            if method.prefix not in (plain := adapted_name(stored))
+        }
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self._base.names(), *self._replaced)))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name in self._replaced:
+            return self._tensors.shape(self._replaced[name])
+        return self._base.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        if name in self._replaced:
+            return self._tensors.dtype(self._replaced[name])
+        stored = self._base.dtype(name)
+        return edited_dtype(stored) if name in self._edits else stored
+
+    def read(self, name: str) -> Tensor:
+        if name in self._replaced:
+            return self._tensors.read(self._replaced[name])
+        tensor = self._base.read(name)
+        return self._edits[name](tensor) if name in self._edits else tensor
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        if name in self._edits or name in self._replaced:
+            return self.read(name)[start:stop]
+        return self._base.read_rows(name, start, stop)
+
+    def tied(self) -> Mapping[str, str]:
+        return self._base.tied()
+
+
+def edited_dtype(stored: torch.dtype) -> torch.dtype:
+    """The dtype of a tensor that an adapter changes; a quantized one keeps its own, by which it is known."""
+    quantized = stored.itemsize == 1 or not stored.is_floating_point
+    return stored if quantized else torch.promote_types(stored, torch.float32)
+
+
+def adapted_name(stored: str) -> str:
+    """Name of an adapter's tensor without what PEFT puts in front of it."""
+    return stored.removeprefix(_PEFT_PREFIX)

@@ -1,0 +1,71 @@
+"""A PEFT adapter's folder: its config, its tensors and the base that it names."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from spectralbasis.checkpoints.adapter import Adapter, AdapterCheckpoint, AdapterMethod
+from spectralbasis.checkpoints.checkpoint import Checkpoint
+from spectralbasis.checkpoints.folder_files import inside, read_json
+from spectralbasis.checkpoints.lora import LORA
+from spectralbasis.errors import InputError
+
+ADAPTER_CONFIG = "adapter_config.json"
+_METHODS: dict[str, AdapterMethod] = {"LORA": LORA}
+
+
+def register_adapter_method(peft_type: str, method: AdapterMethod) -> None:
+    """Make the adapters of a PEFT type readable as checkpoints."""
+    _METHODS[peft_type] = method
+
+
+def open_adapter(folder: Path, source: str, open_source: Callable[[str], Checkpoint]) -> AdapterCheckpoint:
+    """Open an adapter over its base.
+
+    `base_model_name_or_path` may be absolute, relative to the working directory or to the adapter, or a hub id.
+
+    Args:
+        open_source: opens the adapter's own tensors and the base.
+
+    Raises:
+        InputError: the base is not found or is an adapter itself, tensors are missing, or the type is not readable.
+    """
+    config = read_json(inside(folder, ADAPTER_CONFIG))
+    method = _method(folder, config.get("peft_type"))
+    tensors = open_source(str(_tensors_file(folder)))
+    base = _base_path(folder, config.get("base_model_name_or_path"))
+    if (Path(base) / ADAPTER_CONFIG).exists():
+        raise InputError(
+            f"the adapter in {folder} has an adapter as its base ({base}); merge that one into its model first"
+        )
+    try:
+        opened = open_source(base)
+    except InputError as error:
+        raise InputError(
+            f"the base of the adapter in {folder} cannot be opened: {error}. "
+            f"Its adapter_config.json names it under base_model_name_or_path; correct that"
+        ) from error
+    return AdapterCheckpoint(Adapter(folder, config, tensors, opened), method, source)
+
+
+def _method(folder: Path, peft_type: object) -> AdapterMethod:
+    if not isinstance(peft_type, str) or peft_type not in _METHODS:
+        raise InputError(
+            f"{folder} is an adapter of type {peft_type}, and only {', '.join(sorted(_METHODS))} can be read over a "
+            f"base; merge it with PEFT (model.merge_and_unload()), save the model and pass that folder"
+        )
+    return _METHODS[peft_type]
+
+
+def _tensors_file(folder: Path) -> Path:
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / name).exists():
+            return inside(folder, name)
+    raise InputError(f"{folder} has {ADAPTER_CONFIG} but no adapter_model.safetensors; save the adapter again")
+
+
+def _base_path(folder: Path, base: object) -> str:
+    if not isinstance(base, str) or not base:
+        raise InputError(
+            f"{folder / ADAPTER_CONFIG} names no base; set base_model_name_or_path to the model's folder or hub id"
+        )
+    return base if Path(base).exists() or not (folder / base).exists() else str(folder / base)

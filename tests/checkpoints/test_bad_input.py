@@ -1,0 +1,199 @@
+"""Each wrong input is an InputError of one paragraph that names the input and says what to do."""
+
+import json
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from spectralbasis.checkpoints import open_checkpoint
+from spectralbasis.errors import InputError
+
+WEIGHTS = {"a.weight": torch.eye(4)}
+
+
+def refusal(source) -> str:
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(source)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 700
+    return message
+
+
+def write_index(folder, file):
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a.weight": file}}))
+    return index
+
+
+class RunsCode:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_missing_path(tmp_path):
+    assert "does not exist" in refusal(tmp_path / "nothing.safetensors")
+
+
+def test_missing_file_with_a_plain_name_is_not_looked_up_on_the_hub():
+    assert "nothing.safetensors does not exist" in refusal("nothing.safetensors")
+
+
+def test_empty_folder(tmp_path):
+    assert "holds no weights" in refusal(tmp_path)
+
+
+def test_folder_of_checkpoints_suggests_one(tmp_path):
+    (tmp_path / "checkpoint-500").mkdir()
+    save_file(WEIGHTS, tmp_path / "checkpoint-500" / "model.safetensors")
+    assert f"did you mean {tmp_path / 'checkpoint-500'}?" in refusal(tmp_path)
+
+
+def test_several_candidates_are_listed(tmp_path):
+    for name in ("first.safetensors", "second.safetensors"):
+        save_file(WEIGHTS, tmp_path / name)
+    message = refusal(tmp_path)
+    assert "first.safetensors, second.safetensors" in message
+
+
+def test_standard_name_wins_over_others(tmp_path):
+    save_file({"other.weight": torch.eye(2)}, tmp_path / "adapter.safetensors")
+    torch.save({"other.weight": torch.eye(2)}, tmp_path / "pytorch_model.bin")
+    save_file(WEIGHTS, tmp_path / "model.safetensors")
+    assert open_checkpoint(tmp_path).names() == ("a.weight",)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 20, -1])
+def test_truncated_safetensors(tmp_path, keep):
+    path = tmp_path / "model.safetensors"
+    save_file(WEIGHTS, path)
+    path.write_bytes(path.read_bytes()[:keep])
+    assert str(path) in refusal(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_truncated_torch_file(tmp_path, zipped):
+    path = tmp_path / "model.pt"
+    torch.save(WEIGHTS, path, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(path.read_bytes()[:-40])
+    assert "cut short" in refusal(path)
+
+
+@pytest.mark.parametrize("writer", ["torch", "torch before 1.6", "pickle"])
+def test_pickle_that_would_run_code(tmp_path, writer):
+    path, marker = tmp_path / "model.pt", tmp_path / "ran"
+    if writer == "pickle":
+        path.write_bytes(pickle.dumps({"a": RunsCode(marker)}, protocol=2))
+    else:
+        torch.save({"a": RunsCode(marker)}, path, _use_new_zipfile_serialization=writer == "torch")
+    message = refusal(path)
+    assert "refused" in message
+    assert "system" in message
+    assert "safetensors" in message
+    assert not marker.exists()
+
+
+def test_pickled_module(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "model.pt")
+    assert "torch.nn.modules.linear.Linear" in refusal(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello world\n", b"\x80\x02]q\x00."])
+def test_no_checkpoint(tmp_path, content):
+    (tmp_path / "model.pt").write_bytes(content)
+    assert str(tmp_path / "model.pt") in refusal(tmp_path / "model.pt")
+
+
+def test_other_zip_file(tmp_path):
+    with zipfile.ZipFile(tmp_path / "model.pt", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    assert "no readable torch checkpoint" in refusal(tmp_path / "model.pt")
+
+
+def test_other_suffix(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert ".gguf" in refusal(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("saved", [[torch.eye(2)], {"epoch": 3}, {}])
+def test_torch_file_without_a_state(tmp_path, saved):
+    torch.save(saved, tmp_path / "model.pt")
+    assert "state_dict" in refusal(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("source", [{}, {"a": 1}, 7, None, nn.Flatten()])
+def test_objects_without_weights(source):
+    assert "expected" in refusal(source) or "pass a path" in refusal(source)
+
+
+@pytest.mark.parametrize("file", ["/etc/passwd", "../outside.safetensors", "sub/../../outside.safetensors"])
+def test_index_that_leads_out_of_the_folder(tmp_path, file):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(WEIGHTS, tmp_path / "outside.safetensors")
+    write_index(folder, file)
+    message = refusal(folder)
+    assert file in message
+    assert "refused" in message
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "shard.safetensors", "config.json"])
+def test_link_out_of_the_folder(tmp_path, name):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(WEIGHTS, tmp_path / "secret")
+    (folder / name).symlink_to(tmp_path / "secret")
+    if name == "shard.safetensors":
+        write_index(folder, name)
+    elif name == "config.json":
+        save_file(WEIGHTS, folder / "model.safetensors")
+    assert "refused" in refusal(folder)
+
+
+def test_links_of_the_hub_cache_are_followed(tmp_path):
+    repository = tmp_path / "models--org--name"
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    save_file(WEIGHTS, repository / "blobs" / "123")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/123")
+    assert open_checkpoint(snapshot).names() == ("a.weight",)
+
+
+def test_index_whose_shard_is_missing(tmp_path):
+    write_index(tmp_path, "model-1.safetensors")
+    assert "model-1.safetensors, which is missing" in refusal(tmp_path)
+
+
+def test_index_that_places_a_tensor_wrongly(tmp_path):
+    save_file({"b.weight": torch.eye(2)}, tmp_path / "shard.safetensors")
+    write_index(tmp_path, "shard.safetensors")
+    assert "places a.weight in shard.safetensors" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "\xff", "[" * 100_000]
+)
+def test_corrupt_index(tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_text(content, encoding="latin-1")
+    assert "index.json" in refusal(tmp_path)
+
+
+def test_corrupt_config(tmp_path):
+    save_file(WEIGHTS, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{'single': quotes}")
+    assert "config.json is no valid JSON" in refusal(tmp_path)
+
+
+def test_meta_weights_are_refused_when_read():
+    checkpoint = open_checkpoint(nn.Linear(2, 2, device="meta"))
+    with pytest.raises(InputError, match="meta device"):
+        checkpoint.read("weight")

@@ -1,0 +1,114 @@
+"""Every way of storing one state gives back the same tensors, shapes and dtypes."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from spectralbasis.checkpoints import open_checkpoint
+
+STATE = {
+    "layer.0.weight": torch.randn(5, 3, generator=torch.Generator().manual_seed(1)),
+    "layer.0.bias": torch.arange(5.0),
+    "layer.1.weight": torch.ones(2, 5, dtype=torch.bfloat16),
+    "steps": torch.tensor(7),
+}
+CONFIG = {"model_type": "bert"}
+
+
+def safetensors_file(folder):
+    save_file(STATE, folder / "weights.safetensors")
+    return folder / "weights.safetensors"
+
+
+def safetensors_folder(folder):
+    save_file(STATE, folder / "model.safetensors")
+    return folder
+
+
+def torch_file(folder):
+    torch.save(STATE, folder / "weights.pt")
+    return folder / "weights.pt"
+
+
+def old_torch_file(folder):
+    torch.save(STATE, folder / "weights.pth", _use_new_zipfile_serialization=False)
+    return folder / "weights.pth"
+
+
+def torch_folder(folder):
+    torch.save(STATE, folder / "pytorch_model.bin")
+    torch.save({"lr": 0.1}, folder / "training_args.bin")
+    return folder
+
+
+def sharded(folder, name, save):
+    halves = [dict(list(STATE.items())[:2]), dict(list(STATE.items())[2:])]
+    weight_map = {}
+    for index, half in enumerate(halves):
+        save(half, folder / name.format(index))
+        weight_map |= dict.fromkeys(half, name.format(index))
+    return weight_map
+
+
+def sharded_safetensors(folder):
+    weight_map = sharded(folder, "model-{}.safetensors", save_file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def sharded_torch(folder):
+    weight_map = sharded(folder, "pytorch_model-{}.bin", torch.save)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def index_itself(folder):
+    return sharded_safetensors(folder) / "model.safetensors.index.json"
+
+
+WAYS = [
+    safetensors_file,
+    safetensors_folder,
+    torch_file,
+    old_torch_file,
+    torch_folder,
+    sharded_safetensors,
+    sharded_torch,
+    index_itself,
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_same_tensors(way, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    source = way(tmp_path)
+
+    checkpoint = open_checkpoint(source)
+
+    assert set(checkpoint.names()) == set(STATE)
+    for name, expected in STATE.items():
+        assert checkpoint.shape(name) == tuple(expected.shape)
+        assert checkpoint.dtype(name) == expected.dtype
+        torch.testing.assert_close(checkpoint.read(name), expected, rtol=0, atol=0)
+    torch.testing.assert_close(checkpoint.read_rows("layer.0.weight", 1, 4), STATE["layer.0.weight"][1:4])
+    assert checkpoint.source == str(source)
+    assert checkpoint.config == CONFIG
+
+
+def test_state_dict_and_module_and_checkpoint():
+    module = torch.nn.Sequential(torch.nn.Linear(3, 5))
+    for source in (module, module.state_dict(), open_checkpoint(module)):
+        checkpoint = open_checkpoint(source)
+        assert set(checkpoint.names()) == {"0.weight", "0.bias"}
+        assert torch.equal(checkpoint.read("0.weight"), module[0].weight)
+        assert not checkpoint.read("0.weight").requires_grad
+        assert checkpoint.config == {}
+    assert open_checkpoint(checkpoint) is checkpoint
+
+
+def test_relative_and_string_paths(tmp_path, monkeypatch):
+    safetensors_folder(tmp_path)
+    monkeypatch.chdir(tmp_path.parent)
+    assert open_checkpoint(tmp_path.name).source == tmp_path.name
