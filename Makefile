@@ -1,0 +1,39 @@
+PYTHON ?= python3
+BIN := .venv/bin
+# An editable install, so that the tests see the working tree; every version comes from constraints.txt.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+
+.PHONY: demo test check docs clean
+
+demo: .venv/installed
+	$(BIN)/spectralbasis quickstart --output quickstart
+
+test: .venv/installed-dev check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+
+check: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/installed-docs
+	$(BIN)/mkdocs build --strict
+
+.venv/created:
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/installed: .venv/created pyproject.toml constraints.txt
+	$(INSTALL) .
+	touch $@
+
+.venv/installed-dev: .venv/created pyproject.toml constraints.txt
+	$(INSTALL) '.[dev,minilm]'
+	touch $@ .venv/installed
+
+.venv/installed-docs: .venv/created pyproject.toml constraints.txt
+	$(INSTALL) '.[docs]'
+	touch $@ .venv/installed
+
+clean:
+	rm -rf .venv quickstart build dist site
