@@ -1,4 +1,4 @@
-"""A matrix is the linear map that its layer computes: `layer(x) − layer(0) = x Wᵀ`, whatever the layout of its weight."""
+"""A matrix is the linear map that its layer computes, `layer(x) − layer(0) = x Wᵀ`, however its weight is laid out."""
 
 import pytest
 import torch
