@@ -36,30 +36,39 @@ COVERAGE = (
 )
 
 
+SMALLEST = 1e-12
+"""Where the bands end below, so that a logarithmic scale can show them."""
+
+
 def panel_curves(results: Results, panel: Panel) -> list[pd.DataFrame]:
-    """One curve per selection: all checkpoints together where there are several, then each of them."""
+    """One curve per selection: all checkpoints together where there are several, then each of them.
+
+    A curve holds means over matrices, at each k (its index) that at least half of them reach: columns `count, value,
+    low, high` (the middle 80 % of matrices), `null_mean, null_low, null_high` (two standard deviations of a typical
+    matrix: the root mean square of theirs) and `unrelated`.
+    """
     rows = results.measurements
     rows = rows[(rows["metric"] == panel.metric) & rows["side"].isin([panel.side, "both"])]
-    parts = dict(iter(rows.groupby("tuned", observed=True)))
-    single = [curve(parts.get(name, rows.iloc[:0]), panel) for name in results.tuned]
-    return single if len(single) == 1 else [curve(rows, panel), *single]
-
-
-def curve(rows: pd.DataFrame, panel: Panel) -> pd.DataFrame:
-    """Means over matrices at each k that at least half of them reach.
-
-    Index k; columns `count, value, low, high` (the middle 80 % of matrices), `null_mean, null_low, null_high`
-    (two standard deviations of a typical matrix: root mean square of theirs) and `unrelated`.
-    """
-    rows = rows.assign(unrelated=panel.unrelated(rows["k"], rows["m"], rows["n"]), variance=rows["null_std"] ** 2)
-    groups = rows.groupby("k")
-    means = groups[["value", "null_mean", "unrelated", "variance"]].mean()
-    spread = 2 * np.sqrt(means.pop("variance"))
-    curve = means.assign(
-        count=groups.size(),
-        low=groups["value"].quantile(0.1),
-        high=groups["value"].quantile(0.9),
-        null_low=(means["null_mean"] - spread).clip(lower=0),
-        null_high=(means["null_mean"] + spread).clip(upper=1),
+    rows = rows.assign(
+        unrelated=panel.unrelated(rows["k"], rows["m"], rows["n"]), null_variance=np.square(rows["null_std"])
     )
-    return curve[curve["count"] >= curve["count"].max() / 2]
+    each = _aggregate(rows, ["tuned", "k"])
+    single = [_well_founded(each[each["tuned"] == name]) for name in results.tuned]
+    return single if len(single) == 1 else [_well_founded(_aggregate(rows, ["k"])), *single]
+
+
+def _aggregate(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    groups = rows.groupby(keys, observed=True)
+    means = groups[["value", "null_mean", "unrelated", "null_variance"]].mean()
+    spread = 2 * np.sqrt(means.pop("null_variance"))
+    return means.assign(
+        count=groups.size(),
+        low=groups["value"].quantile(0.1).clip(lower=SMALLEST),
+        high=groups["value"].quantile(0.9),
+        null_low=(means["null_mean"] - spread).clip(lower=SMALLEST),
+        null_high=(means["null_mean"] + spread).clip(upper=1),
+    ).reset_index()
+
+
+def _well_founded(curve: pd.DataFrame) -> pd.DataFrame:
+    return curve[curve["count"] >= curve["count"].max() / 2].set_index("k")

@@ -25,8 +25,8 @@ def script_hash(script: str) -> str:
 
 
 def plotly_text(name: str) -> str:
-    """`name` as Plotly shows it literally: its labels interpret tags and entities."""
-    return html.escape(name, quote=False)
+    """`name` as Plotly shows it literally: its labels interpret tags, entities and, between dollars, TeX."""
+    return html.escape(name, quote=False).replace("$", "&#36;")
 
 
 def packed(values: ArrayLike) -> str:

@@ -8,6 +8,7 @@ spectra are drawn by the script from the embedded grids, so theirs hold the look
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from spectralbasis.report.curves import Panel
@@ -50,29 +51,20 @@ def layout(x: dict[str, Any], y: dict[str, Any], **more: Any) -> Figure:
 
 
 def curve_figure(panel: Panel, curves: Sequence[pd.DataFrame], selections: Sequence[str]) -> Figure:
-    """A metric against k with the null's band; one view per selection, zoomed on what was observed and its null."""
-    number = ".2~%" if panel.percent else ".3f"
+    """A metric against k with the null's band; one view per selection.
+
+    An overlap is drawn zoomed on what was observed and its null, with `full` as its whole range; a coverage, which
+    grows as a power of k, on logarithmic scales.
+    """
     ks = sorted({int(k) for curve in curves for k in curve.index})
-    return {
-        "traces": _curve_traces(number),
-        "layout": layout(
-            {
-                "type": "log",
-                "title": {"text": "k"},
-                "tickvals": ks,
-                "ticktext": [str(k) for k in ks],
-                "showgrid": False,
-            },
-            {"tickformat": ".3~%" if panel.percent else ".3~f", "rangemode": "tozero", "nticks": 6},
-            hovermode="x unified",
-        ),
+    x = {"type": "log", "title": {"text": "k"}, "tickvals": ks, "ticktext": [str(k) for k in ks], "showgrid": False}
+    y = {"type": "log", "tickformat": "~%", "dtick": 1} if panel.percent else {"tickformat": ".3~f", "nticks": 6}
+    figure = {
+        "traces": _curve_traces(".2~%" if panel.percent else ".4f"),
+        "layout": layout(x, y, hovermode="x unified"),
         "views": [_curve_view(panel, curve, name) for curve, name in zip(curves, selections, strict=True)],
-        "full": [0.0, 1.02],
     }
-
-
-def _ticks_at(ks: Sequence[int]) -> dict[str, Any]:
-    return {"tickvals": list(ks), "ticktext": [str(k) for k in ks]}
+    return figure if panel.percent else figure | {"full": [0.0, 1.02]}
 
 
 def _curve_traces(number: str) -> list[Figure]:
@@ -106,23 +98,27 @@ def _curve_traces(number: str) -> list[Figure]:
 
 def _curve_view(panel: Panel, curve: pd.DataFrame, selection: str) -> Figure:
     k = [int(size) for size in curve.index]
-    values = {name: rounded(curve[name]) for name in curve}
     nulled = curve[curve["null_mean"].notna()]
     traces = [
         _band(nulled, "null_low", "null_high"),
         _band(curve, "low", "high"),
-        {"x": k, "y": values["unrelated"]},
-        {"x": k, "y": values["null_mean"]},
-        {"x": k, "y": values["value"], "customdata": [int(count) for count in curve["count"]]},
+        {"x": k, "y": rounded(curve["unrelated"])},
+        {"x": k, "y": rounded(curve["null_mean"])},
+        {"x": k, "y": rounded(curve["value"]), "customdata": [int(count) for count in curve["count"]]},
     ]
-    return {"traces": traces, "range": _zoom(curve), "label": _label(panel, curve, selection)}
+    return {"traces": traces, "range": _zoom(curve, panel.percent), "label": _label(panel, curve, selection)}
 
 
-def _zoom(curve: pd.DataFrame) -> list[float | None]:
-    shown = curve[["low", "high", "value", "null_low", "null_high"]]
-    low, high = float(shown.min().min()), float(shown.max().max())
-    pad = 0.06 * (high - low) or 0.02
-    return rounded([max(low - pad, 0), high + pad])
+def _zoom(curve: pd.DataFrame, logarithmic: bool) -> list[float | None]:
+    names = ["value", "null_mean", "unrelated"] if logarithmic else ["value", "low", "high", "null_low", "null_high"]
+    shown = np.concatenate([curve[name].to_numpy() for name in names])
+    shown = shown[np.isfinite(shown) & (shown > 0)]
+    if not shown.size:
+        return [0.0, 1.0]
+    if logarithmic:
+        return rounded([np.log10(shown.min()) - 0.5, np.log10(shown.max()) + 0.3])
+    pad = 0.06 * np.ptp(shown) or 0.02
+    return rounded([max(shown.min() - pad, 0), shown.max() + pad])
 
 
 def _band(curve: pd.DataFrame, low: str, high: str) -> Figure:
@@ -134,7 +130,7 @@ def _label(panel: Panel, curve: pd.DataFrame, selection: str) -> str:
     if curve.empty:
         return f"{panel.title}, {selection}: no measurements"
     last = curve.iloc[-1]
-    number = "{:.2%}" if panel.percent else "{:.3f}"
+    number = "{:.3%}" if panel.percent else "{:.4f}"
     null = "" if pd.isna(last["null_mean"]) else f", null {number.format(last['null_mean'])}"
     value = number.format(last["value"])
     return f"Line chart. {panel.title}, {selection}. At k = {curve.index[-1]}: observed {value}{null}."
@@ -159,7 +155,8 @@ def heatmap_figure() -> Figure:
                     "y": 1,
                     "yanchor": "bottom",
                     "ypad": 8,
-                    "outlinewidth": 0,
+                    "outlinewidth": 1,
+                    "outlinecolor": "var(--rule)",
                     "ticks": "",
                     "nticks": 6,
                 },
@@ -182,9 +179,9 @@ def _scale(name: str, steps: int) -> list[list[Any]]:
 
 
 def heatmap_cells(matrices: pd.DataFrame) -> Figure:
-    """Where each matrix stands: `rows` (kinds) and `columns` (layers) with labels, and a matrix's place per cell or -1.
+    """Where each matrix stands: labels of `rows` (kinds; also `short` ones) and `columns` (layers), and `cells`.
 
-    Two matrices of one layer and kind (an encoder's and a decoder's) get rows by their full names, the layer starred.
+    A cell holds the matrix's place, or -1. Two matrices of one layer and kind (an encoder's and a decoder's) get rows by their full names, the layer starred.
     """
     shared = matrices.duplicated(["layer", "kind"], keep=False)
     named = zip(matrices["matrix"], matrices["layer"], matrices["kind"], shared, strict=True)
@@ -195,9 +192,14 @@ def heatmap_cells(matrices: pd.DataFrame) -> Figure:
         cells[row_names.index(row)][column_names.index(layer)] = place
     return {
         "rows": [plotly_text(name) for name in row_names],
+        "short": [plotly_text(_shorten(name)) for name in row_names],
         "columns": ["none" if layer < 0 else str(layer) for layer in column_names],
         "cells": cells,
     }
+
+
+def _shorten(name: str, most: int = 16) -> str:
+    return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
 def _starred(name: str, layer: int) -> str:

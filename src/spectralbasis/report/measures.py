@@ -25,13 +25,13 @@ class Measure:
 
 
 MEASURES = (
-    Measure("overlap_left", "subspace_overlap", "left", "Overlap, left", 3),
-    Measure("overlap_right", "subspace_overlap", "right", "Overlap, right", 3),
+    Measure("overlap_left", "subspace_overlap", "left", "Overlap, left", 4),
+    Measure("overlap_right", "subspace_overlap", "right", "Overlap, right", 4),
     Measure("coverage_core", "coverage_core", "both", "Coverage, core", 2, percent=True),
     Measure("coverage_diagonal", "coverage_diagonal", "both", "Coverage, diagonal", 3, percent=True),
     Measure("coverage_left", "coverage_left", "left", "Coverage, left", 2, percent=True),
     Measure("coverage_right", "coverage_right", "right", "Coverage, right", 2, percent=True),
-    Measure("step", "update_norm_relative", "both", "Step ‖ΔW‖ / ‖W₀‖", 2, percent=True),
+    Measure("step", "update_norm_relative", "both", "Relative step", 2, percent=True),
     Measure("stable_rank_base", "stable_rank_base", "both", "Stable rank of W₀", 1),
     Measure("stable_rank_update", "stable_rank_update", "both", "Stable rank of ΔW", 1),
     Measure("effective_rank_update", "effective_rank_update", "both", "Effective rank of ΔW", 1),

@@ -44,13 +44,10 @@
     for (const [id, figure] of Object.entries(page.figures)) {
       if (!figure.views) continue;
       const view = figure.views[Math.min(state.selection, figure.views.length - 1)];
-      const zoomed = id.startsWith("overlap");
-      const range = zoomed ? { range: state.full ? figure.full : view.range } : {};
-      draw(id, view.traces, { yaxis: range }, view.label);
+      const range = (state.full && figure.full) || view.range;
+      draw(id, view.traces, range ? { yaxis: { range } } : {}, view.label);
     }
   }
-
-  const shorten = (label, most) => (label.length > most ? `…${label.slice(1 - most)}` : label);
 
   function hover(matrix) {
     const lines = [`<b>${page.labels[matrix]}</b>`];
@@ -74,8 +71,8 @@
   }
 
   function drawHeatmap() {
-    const { rows, columns, cells } = page.cells;
-    const width = control("heatmap").parentElement.clientWidth;
+    const { rows, short, columns, cells } = page.cells;
+    const narrow = control("heatmap").parentElement.clientWidth < 560;
     const measure = page.measures[state.measure];
     const { scales } = page.figures.heatmap;
     const trace = {
@@ -90,7 +87,7 @@
     const changes = {
       height: 100 + rows.length * (rows.length > 60 ? 15 : 26),
       xaxis: columns.length <= 40 ? at(columns) : { ...at(columns), tickvals: columns.map((_, i) => i).filter((i) => i % 5 === 0), ticktext: columns.filter((_, i) => i % 5 === 0) },
-      yaxis: at(rows.map((label) => shorten(label, width < 560 ? 16 : 40))),
+      yaxis: at(narrow ? short : rows),
     };
     const what = `${measure.label}${state.excess ? ", excess over the null" : ""}`;
     draw("heatmap", [trace], changes, `Heat map. ${what} of ${size} matrices, ${page.selections[state.selection]}.`);
@@ -141,7 +138,7 @@
       });
     }
     const scope = control("table-scope");
-    if (scope) scope.textContent = `; ${page.selections[state.selection]}${state.selection ? "" : " (means)"}`;
+    if (scope) scope.textContent = `${page.selections[state.selection]}${state.selection ? "" : " (means)"}`;
     const sorted = matrixTable.querySelector("th[aria-sort]");
     if (sorted) sortRows(matrixTable, Number(sorted.dataset.column), sorted.getAttribute("aria-sort"));
   }
@@ -162,30 +159,25 @@
     table.tBodies[0].append(...keyed.map(({ row }) => row));
   }
 
-  // A heading that spans both rows stands for one column, a group for several that the second row names.
-  function sortableHeadings(table) {
-    const [first, second] = table.tHead.rows;
-    return [...first.cells].filter((cell) => cell.scope === "col").concat(second ? [...second.cells] : []);
-  }
-
   function makeSortable(table) {
-    const headings = sortableHeadings(table);
-    headings.forEach((heading, column) => {
-      heading.dataset.column = column;
+    for (const heading of table.querySelectorAll("th[data-column]")) {
       const button = document.createElement("button");
       button.type = "button";
       button.className = "sort";
       button.textContent = heading.textContent;
       heading.firstElementChild.replaceWith(button);
-      button.addEventListener("click", () => {
-        const direction = heading.getAttribute("aria-sort") === "descending" ? "ascending" : "descending";
-        const numeric = heading.classList.contains("number");
-        const start = numeric ? direction : heading.getAttribute("aria-sort") === "ascending" ? "descending" : "ascending";
-        for (const other of headings) other.removeAttribute("aria-sort");
-        heading.setAttribute("aria-sort", start);
-        sortRows(table, column, start);
-      });
-    });
+      button.addEventListener("click", () => sortBy(table, heading));
+    }
+  }
+
+  // Numbers start with the largest, names with the first; a second press reverses.
+  function sortBy(table, heading) {
+    const first = heading.classList.contains("number") ? "descending" : "ascending";
+    const second = first === "descending" ? "ascending" : "descending";
+    const direction = heading.getAttribute("aria-sort") === first ? second : first;
+    table.querySelector("th[aria-sort]")?.removeAttribute("aria-sort");
+    heading.setAttribute("aria-sort", direction);
+    sortRows(table, Number(heading.dataset.column), direction);
   }
 
   function filterRows() {

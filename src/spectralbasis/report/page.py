@@ -98,8 +98,7 @@ def _title(results: Results) -> str:
 
 
 def _null(results: Results) -> str:
-    drawn = [name for name in results.measurements["null"].dropna().unique() if name]
-    return ", ".join(drawn)
+    return ", ".join(name for name in results.measurements["null"].unique() if name)
 
 
 def _claim(claim: Claim, overall: Finding, results: Results, matrices: int) -> dict[str, Any]:
@@ -132,8 +131,11 @@ def _enumerate(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
-def _tasks(tuning: Tuning | None) -> list[str]:
-    return [] if tuning is None else list(dict.fromkeys(tuning.rows["task"]))
+def _tasks(tuning: Tuning | None) -> dict[str, str]:
+    """Each task with its metric."""
+    if tuning is None:
+        return {}
+    return {str(task): str(rows["metric"].iloc[0]) for task, rows in tuning.rows.groupby("task", sort=False)}
 
 
 def _payload(

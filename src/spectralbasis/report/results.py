@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spectralbasis.errors import InputError
@@ -121,7 +122,8 @@ def _read_rows(path: Path, columns: Sequence[str], metrics: Sequence[str]) -> pd
     names = [name for name in _NAMES if name in columns]
     for name in names:
         position = table.column_names.index(name)
-        table = table.set_column(position, name, table[name].dictionary_encode())
+        column = pc.fill_null(table[name].cast(pa.string()), "").dictionary_encode()
+        table = table.set_column(position, name, column)
     return table.to_pandas()
 
 

@@ -10,9 +10,16 @@ from spectralbasis.errors import InputError
 Claim = Literal["stability", "coverage"]
 CLAIMS: tuple[Claim, ...] = ("stability", "coverage")
 VERDICTS = ("supported", "contradicted", "undecided")
+_SPACE = "\N{NO-BREAK SPACE}"
 QUESTIONS: dict[Claim, str] = {
     "stability": "Do the leading directions stay where they were?",
     "coverage": "Does the update act along them?",
+}
+
+
+_UNJUDGED: dict[Claim, str] = {
+    "stability": "a small step alone gives a high overlap",
+    "coverage": "only a null says what chance puts there",
 }
 
 
@@ -26,12 +33,12 @@ _WORDS: dict[tuple[Claim, str], _Words] = {
     ("stability", "supported"): _Words(
         "Finetuning turned the leading singular directions less than a random step of the same size would",
         "turned less than by chance",
-        "So the leading directions resist: a step of this size would turn them further by chance.",
+        "So the leading directions resist: they turned {turned} less than by chance.",
     ),
     ("stability", "contradicted"): _Words(
         "Finetuning turned the leading singular directions more than a random step of the same size would",
         "turned more than by chance",
-        "So the leading directions give way: a step of this size would turn them less by chance.",
+        "So the leading directions give way: they turned {turned} more than by chance.",
     ),
     ("stability", "undecided"): _Words(
         "Whether finetuning spares the leading singular directions cannot be told from a random step of the same size",
@@ -42,12 +49,12 @@ _WORDS: dict[tuple[Claim, str], _Words] = {
     ("coverage", "supported"): _Words(
         "its update lies along those directions more than chance would have it",
         "more than by chance",
-        "So the update prefers the leading directions.",
+        "So the update prefers the leading directions: they hold {times} times what chance puts there.",
     ),
     ("coverage", "contradicted"): _Words(
         "its update lies along those directions less than chance would have it",
         "less than by chance",
-        "So the update avoids the leading directions.",
+        "So the update avoids the leading directions: they hold {times} times what chance puts there.",
     ),
     ("coverage", "undecided"): _Words(
         "how much of its update lies along them cannot be told from chance",
@@ -112,8 +119,8 @@ def explain(finding: Finding, scope: str) -> list[str]:
     """One claim in sentences: what was observed (`scope`: over what), what the null gives, how sure, what it means."""
     observed = f"{_observed(finding)}, averaged over {scope}."
     if not finding.has_null:
-        return [observed, "No null was drawn, so the claim cannot be judged: a small step alone makes this number."]
-    return [observed, _against_null(finding), _words(finding).meaning]
+        return [observed, f"No null was drawn, so the claim cannot be judged: {_UNJUDGED[finding.claim]}."]
+    return [observed, _against_null(finding), _meaning(finding)]
 
 
 def reading(finding: Finding) -> str:
@@ -125,14 +132,14 @@ def amount(claim: Claim, value: float | None) -> str:
     """`value` as its claim is spoken of: an overlap in [0, 1], a coverage in percent."""
     if value is None:
         return "–"
-    return f"{value:.3f}" if claim == "stability" else f"{_percent(value)} %"
+    return f"{value:.4f}" if claim == "stability" else f"{_percent(value)}{_SPACE}%"
 
 
 def difference(claim: Claim, value: float | None) -> str:
     """A difference of two amounts, signed; of coverages in percentage points, without the unit."""
     if value is None:
         return "–"
-    text = f"{value:+.3f}" if claim == "stability" else f"{'+' if value >= 0 else ''}{_percent(value)}"
+    text = f"{value:+.{_decimals(value)}f}" if claim == "stability" else f"{'+' if value >= 0 else ''}{_percent(value)}"
     return text.replace("-", "−")
 
 
@@ -147,11 +154,23 @@ def p_value(value: float | None) -> str:
     """A p-value to two significant digits, never as zero."""
     if value is None:
         return "–"
-    return "< 0.001" if value < 0.001 else f"{value:.2g}"
+    return f"<{_SPACE}0.001" if value < 0.001 else f"{value:.2g}"
 
 
 def _words(finding: Finding) -> _Words:
     return _WORDS[finding.claim, finding.verdict]
+
+
+def _meaning(finding: Finding) -> str:
+    if finding.value is None or not finding.null_mean:
+        return _words(finding).reading
+    room = 1 - finding.null_mean
+    turned = f"{100 * abs(finding.value - finding.null_mean) / room:.0f}{_SPACE}%" if room > 0 else "no"
+    return _words(finding).meaning.format(turned=turned, times=f"{finding.value / finding.null_mean:.2g}")
+
+
+def _decimals(value: float) -> int:
+    return 6 if 0 < abs(value) < 5e-5 else 4
 
 
 def _percent(value: float) -> str:
@@ -169,10 +188,10 @@ def _observed(finding: Finding) -> str:
 def _against_null(finding: Finding) -> str:
     stability = finding.claim == "stability"
     null = "A random step of the same size and spectrum leaves" if stability else "A random update would put there"
-    sure = [f"95 % interval {interval(finding)}"] if finding.ci_low is not None and finding.ci_high is not None else []
+    sure = [] if finding.ci_low is None else [f"95{_SPACE}% interval {interval(finding)}"]
     if finding.p_value is not None:
         p = p_value(finding.p_value)
-        sure.append(f"p {p}" if p.startswith("<") else f"p = {p}")
+        sure.append(f"p{_SPACE}{p}" if p.startswith("<") else f"p{_SPACE}={_SPACE}{p}")
     unit = "" if stability else " percentage points"
     effect = f"{difference(finding.claim, finding.effect)}{unit}"
     brackets = f" ({', '.join(sure)})" if sure else ""

@@ -34,13 +34,14 @@ class Column:
 
 def matrix_columns(headline: Headline) -> list[tuple[str, list[Column]]]:
     """Groups of columns with their headings: for each measure what was observed, its null and z."""
-    return [(measure.label, _columns(measure, headline)) for measure in headline.measures if measure.key in _MEASURES]
+    shown = [measure for measure in headline.measures if measure.key in _MEASURES]
+    return [(measure.label + ", %" * measure.percent, _columns(measure, headline)) for measure in shown]
 
 
 def _columns(measure: Measure, headline: Headline) -> list[Column]:
-    scale, unit = (100, ", %") if measure.percent else (1, "")
+    scale = 100 if measure.percent else 1
     values = [name for name in ("value", "null_mean") if name in headline.grids[measure.key]]
-    columns = [Column(measure.key, name, _STATISTICS[name] + unit, measure.digits, scale) for name in values]
+    columns = [Column(measure.key, name, _STATISTICS[name], measure.digits, scale) for name in values]
     return columns + [Column(measure.key, "z", "z", 1, 1)] * ("z" in headline.grids[measure.key])
 
 

@@ -20,13 +20,17 @@ def tuning_figure(rows: pd.DataFrame, task: str) -> Figure:
     trained, untrained = rows[rows["parameters_backbone"] > 0], rows[rows["parameters_backbone"] == 0]
     traces = [_points(place, label, part) for place, (label, part) in enumerate(_by_label(trained))]
     lines = [_score_line(label, float(part["score"].mean())) for label, part in _by_label(untrained)]
+    low, high = rows["score"].min(), rows["score"].max()
+    pad = 0.12 * (high - low) or 0.02
     return {
         "traces": traces,
         "layout": layout(
             {"type": "log", "title": {"text": "trained backbone parameters"}, "dtick": 1, "tickformat": "~s"},
-            {"title": {"text": plotly_text(str(rows["metric"].iloc[0]))}, "nticks": 6, "tickformat": ".3~f"},
+            {"nticks": 6, "tickformat": ".3~f", "range": rounded([low - pad, high + pad])},
             shapes=[shape for shape, _ in lines],
             annotations=[note for _, note in lines],
+            showlegend=True,
+            legend={"orientation": "h", "y": -0.34, "yanchor": "top", "x": 0, "bgcolor": "rgba(0,0,0,0)"},
         ),
         "views": [{"traces": [{} for _ in traces], "label": _label(rows, task)}],
     }
@@ -41,18 +45,16 @@ def _points(place: int, label: str, rows: pd.DataFrame) -> Figure:
     ours = bool((rows["method"] == "spectral").all())
     return {
         "type": "scatter",
-        "mode": "markers+text",
+        "mode": "markers",
         "name": name,
         "x": [int(count) for count in rows["parameters_backbone"]],
         "y": rounded(rows["score"]),
-        "text": [name] + [""] * (len(rows) - 1),
-        "textposition": "top center",
-        "textfont": {"color": "var(--ink)"},
         "cliponaxis": False,
         "marker": {
             "size": 10,
             "symbol": _SYMBOLS[place % len(_SYMBOLS)],
             "color": "var(--observed)" if ours else "var(--null)",
+            "line": {"width": 0},
         },
         "customdata": [name] * len(rows),
         "hovertemplate": "%{customdata}: %{y:.4~f} with %{x:,} parameters<extra></extra>",
