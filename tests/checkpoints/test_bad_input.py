@@ -193,6 +193,14 @@ def test_corrupt_config(tmp_path):
     assert "config.json is no valid JSON" in refusal(tmp_path)
 
 
+def test_file_that_vanishes_between_opening_and_reading(tmp_path):
+    save_file(WEIGHTS, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        checkpoint.read("a.weight")
+
+
 def test_meta_weights_are_refused_when_read():
     checkpoint = open_checkpoint(nn.Linear(2, 2, device="meta"))
     with pytest.raises(InputError, match="meta device"):

@@ -55,6 +55,17 @@ def test_several_unknown_states_are_asked_about(tmp_path):
         read({"left": STATE, "right": OTHER}, tmp_path)
 
 
+@pytest.mark.parametrize("first", [{}, {"w": torch.eye(2)}])
+def test_a_mapping_that_contains_itself_ends(first, tmp_path):
+    state = dict(first)
+    state["model"] = state
+    if first:
+        assert read(state, tmp_path).keys() == first.keys()
+    else:
+        with pytest.raises(InputError, match="no tensors"):
+            read(state, tmp_path)
+
+
 def test_nested_mapping_in_memory():
     assert open_checkpoint({"model": STATE, "epoch": 1}).names() == tuple(STATE)
 

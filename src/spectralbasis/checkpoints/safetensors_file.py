@@ -1,6 +1,7 @@
 """One `.safetensors` file."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,8 @@ class SafetensorsFile(Checkpoint):
         self.source = source
         self.config = config
         self._path = path
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                self._header = {name: _describe(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError, OverflowError) as error:
-            raise InputError(
-                f"{path} cannot be read as safetensors ({error}); it may be cut short or damaged, "
-                f"so compare its size with the original's and copy or download it again"
-            ) from error
+        with _opened(path) as file:
+            self._header = {name: _describe(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._header)
@@ -57,12 +52,24 @@ class SafetensorsFile(Checkpoint):
         return self._header[name][1]
 
     def read(self, name: str) -> Tensor:
-        with safe_open(str(self._path), framework="pt") as file:
+        with _opened(self._path) as file:
             return file.get_tensor(name)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        with safe_open(str(self._path), framework="pt") as file:
+        with _opened(self._path) as file:
             return file.get_slice(name)[start:stop]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"{path} cannot be read as safetensors ({error}); it may be cut short or damaged, "
+            f"so compare its size with the original's and copy or download it again"
+        ) from error
 
 
 def _describe(entry: Any) -> tuple[tuple[int, ...], torch.dtype]:

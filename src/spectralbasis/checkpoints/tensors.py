@@ -24,6 +24,7 @@ _STATE_KEYS = (
     "params",
     "weights",
 )
+_DEEPEST = 4  # a pickle may contain itself, so there is a limit
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
@@ -81,22 +82,22 @@ def find_state(loaded: object, source: str) -> dict[str, Tensor]:
         raise InputError(
             f"{source} holds a {type(loaded).__name__}, not a mapping of names to tensors; save model.state_dict()"
         )
-    return _without_wrappers(_tensors_of(_descend(loaded, source)))
+    return _without_wrappers(_tensors_of(_descend(loaded, source, _DEEPEST)))
 
 
-def _descend(loaded: Mapping[Any, Any], source: str) -> Mapping[Any, Any]:
+def _descend(loaded: Mapping[Any, Any], source: str, depth: int) -> Mapping[Any, Any]:
     nested = {
         key: value
         for key, value in loaded.items()
-        if isinstance(value, Mapping) and _holds_tensors(value) and "optim" not in str(key)
+        if isinstance(value, Mapping) and _holds_tensors(value, depth - 1) and "optim" not in str(key)
     }
     for key in _STATE_KEYS:
         if key in nested:
-            return _descend(nested[key], source)
+            return _descend(nested[key], source, depth - 1)
     if _tensors_of(loaded):
         return loaded
     if len(nested) == 1:
-        return _descend(next(iter(nested.values())), source)
+        return _descend(next(iter(nested.values())), source, depth - 1)
     if nested:
         raise InputError(
             f"{source} holds several sets of weights ({', '.join(map(repr, nested))}) and none under a usual name; "
@@ -106,9 +107,11 @@ def _descend(loaded: Mapping[Any, Any], source: str) -> Mapping[Any, Any]:
     raise InputError(f"{source} holds no tensors (found {keys}); expected a state_dict of names to tensors")
 
 
-def _holds_tensors(value: Mapping[Any, Any]) -> bool:
-    return any(
-        isinstance(entry, Tensor) or (isinstance(entry, Mapping) and _holds_tensors(entry)) for entry in value.values()
+def _holds_tensors(value: Mapping[Any, Any], depth: int) -> bool:
+    if depth < 0:
+        return False
+    return bool(_tensors_of(value)) or any(
+        isinstance(entry, Mapping) and _holds_tensors(entry, depth - 1) for entry in value.values()
     )
 
 

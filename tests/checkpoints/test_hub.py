@@ -1,0 +1,91 @@
+"""Hub ids: taken from the cache while offline, downloaded only where the text can be nothing else."""
+
+import shutil
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
+
+from spectralbasis.checkpoints import hub, open_checkpoint
+from spectralbasis.errors import InputError
+
+WEIGHTS = {"a.weight": torch.eye(3)}
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """Folder of the snapshot of `org/name` in an otherwise empty cache, without a network."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--org--name"
+    snapshot = repository / "snapshots" / REVISION
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(REVISION)
+    return snapshot
+
+
+def test_cached_model_opens_offline(cached):
+    save_file(WEIGHTS, cached / "model.safetensors")
+    checkpoint = open_checkpoint("org/name")
+    assert checkpoint.names() == ("a.weight",)
+    assert checkpoint.source == "org/name"
+
+
+def test_pickles_where_there_are_no_safetensors(cached):
+    torch.save(WEIGHTS, cached / "pytorch_model.bin")
+    assert open_checkpoint("org/name").names() == ("a.weight",)
+
+
+@pytest.mark.parametrize("hub_id", ["org/other", "other"])
+def test_uncached_model_offline(cached, hub_id):
+    with pytest.raises(InputError, match=f"{hub_id} is neither a file nor a folder.*HF_HUB_OFFLINE"):
+        open_checkpoint(hub_id)
+
+
+def test_safetensors_are_asked_for_first(cached, monkeypatch):
+    asked = []
+
+    def snapshot_download(hub_id, allow_patterns, ignore_patterns):
+        asked.append(allow_patterns)
+        return str(cached)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    save_file(WEIGHTS, cached / "model.safetensors")
+    open_checkpoint("org/name")
+    assert len(asked) == 1
+    assert "*.safetensors" in asked[0]
+    assert not any(pattern.endswith(".bin") for pattern in asked[0])
+
+
+def test_a_folder_of_that_name_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "_snapshot", lambda *args: pytest.fail("the hub was asked"))
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    save_file(WEIGHTS, tmp_path / "org" / "name" / "model.safetensors")
+    assert open_checkpoint("org/name").names() == ("a.weight",)
+    shutil.rmtree(tmp_path / "org")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "/abs/path",
+        "./here",
+        "../up",
+        "a/b/c",
+        "~/models",
+        "runs/model.safetensors",
+        "weights.pt",
+        "a b",
+        "a//b",
+        "-x",
+        "",
+    ],
+)
+def test_paths_are_never_looked_up(source, monkeypatch):
+    monkeypatch.setattr(hub, "_snapshot", lambda *args: pytest.fail("the hub was asked"))
+    with pytest.raises(InputError):
+        open_checkpoint(source)

@@ -1,0 +1,108 @@
+"""What counts as a weight matrix, what is skipped with a reason, and what is passed over in silence."""
+
+import pytest
+import torch
+from torch import nn
+
+from spectralbasis.checkpoints import logical_matrices, open_checkpoint
+from tests.models import tiny
+
+DENSE = {"layers.0.dense.weight": torch.ones(4, 3)}
+
+
+def listed(source, **globs):
+    matrices, skipped = logical_matrices(open_checkpoint(source), **globs)
+    return set(matrices), skipped
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    ["embeddings.word_embeddings.weight", "wte.weight", "model.embed_tokens.weight", "pos_embed", "shared.weight",
+     "transformer.wpe.weight", "tok_embeddings.weight", "embed_positions.weight", "gpt_neox.embed_in.weight",
+     "layers.0.attn.relative_position_bias_table", "embed.pos_embed.weight"],
+)  # fmt: skip
+def test_embedding_tables(tensor):
+    matrices, skipped = listed({tensor: torch.ones(7, 3), **DENSE})
+    assert matrices == {"layers.0.dense"}
+    assert [reason.partition(":")[0] for reason in skipped.values()] == ["embedding table"]
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    ["classifier.weight", "score.weight", "lm_head.weight", "cls.predictions.transform.dense.weight", "fc.weight",
+     "mlp_head.1.weight", "heads.head.weight", "qa_outputs.weight", "classifier.dense.weight", "decoder.weight"],
+)  # fmt: skip
+def test_task_heads(tensor):
+    matrices, skipped = listed({tensor: torch.ones(7, 3), **DENSE})
+    assert matrices == {"layers.0.dense"}
+    assert len(skipped) == 1
+
+
+@pytest.mark.parametrize("name", ["wte", "wte.weight", "w*"])
+def test_include_admits_embeddings_and_heads(name):
+    matrices, _ = listed({"wte.weight": torch.ones(7, 3), **DENSE}, include=[name, "layers.*"])
+    assert matrices == {"wte", "layers.0.dense"}
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value"),
+    [
+        ("h.0.attn.bias", torch.ones(1, 1, 4, 4)),
+        ("h.0.attn.bias", torch.ones(1, 1, 4, 4, dtype=torch.bool)),
+        ("embeddings.position_ids", torch.arange(8)[None]),
+        ("layers.0.relative_position_index", torch.ones(4, 4, dtype=torch.int64)),
+        ("layers.0.norm.weight", torch.ones(4)),
+        ("layers.0.norm.weight", torch.ones(4, 5)),
+        ("layers.0.post_attention_layernorm.weight", torch.ones(4, 5)),
+        ("layers.0.LayerNorm.weight", torch.ones(4, 5)),
+        ("layers.0.bn1.num_batches_tracked", torch.tensor(3)),
+        ("layers.0.dense.bias", torch.ones(4)),
+        ("layers.0.empty.weight", torch.ones(0, 4)),
+        ("logit_scale", torch.tensor(1.0)),
+    ],
+)
+def test_vectors_norms_and_buffers_are_passed_over(tensor, value):
+    assert listed({tensor: value, **DENSE}) == ({"layers.0.dense"}, {})
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+@pytest.mark.parametrize("leaf", ["weight", "qweight"])
+def test_quantized_weights_are_skipped(dtype, leaf):
+    matrices, skipped = listed({f"layers.1.dense.{leaf}": torch.ones(4, 3, dtype=dtype), **DENSE})
+    assert matrices == {"layers.0.dense"}
+    assert str(dtype).removeprefix("torch.") in next(iter(skipped.values()))
+
+
+def test_float8_is_a_matrix_unless_it_has_a_scale():
+    weight = {"layers.1.dense.weight": torch.ones(4, 3).to(torch.float8_e4m3fn)}
+    assert listed({**weight, **DENSE}) == ({"layers.0.dense", "layers.1.dense"}, {})
+    _, skipped = listed({**weight, "layers.1.dense.weight_scale_inv": torch.ones(1, 1)})
+    assert "quantized" in skipped["layers.1.dense"]
+
+
+def test_weight_normalised_layers_are_skipped_with_what_to_do():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+    _, skipped = listed(nn.Sequential(layer))
+    assert "remove the parametrization" in next(iter(skipped.values()))
+
+
+@pytest.mark.parametrize("as_module", [True, False])
+def test_tied_weights_count_once(as_module):
+    model = tiny("gpt2", "causal")
+    matrices, skipped = listed(model if as_module else model.state_dict(), include=["*wte*", "lm_head"])
+    assert matrices == {"wte"}
+    assert skipped["lm_head"] == "tied to transformer.wte.weight"
+
+
+def test_embedding_is_known_by_type_whatever_its_name():
+    module = nn.ModuleDict({"lookup": nn.Embedding(5, 4), "dense": nn.Linear(4, 4)})
+    assert listed(module)[0] == {"dense"}
+
+
+def test_patch_projection_is_a_matrix():
+    assert "embeddings.patch_embeddings" in listed(tiny("convnext"))[0]
+    assert "embeddings.patch_embeddings.projection" in listed(tiny("vit"))[0]
+
+
+def test_recurrent_weights_are_matrices():
+    assert listed(nn.ModuleDict({"gru": nn.GRU(3, 4)}))[0] == {"gru.weight_ih_l0", "gru.weight_hh_l0"}
