@@ -38,19 +38,23 @@ class TextCollator:
 
 @dataclass(frozen=True)
 class ImageCollator:
-    """Scales pixels to [0, 1], fits images to the model's size and channels, and normalises them."""
+    """Scales pixels to [0, 1], fits images to the model's size and channels, and normalises them.
+
+    `size` is (height, width), or None to keep each image's own; `mean` and `std` are one number for each channel, or
+    one for all.
+    """
 
     size: tuple[int, int] | None
     channels: int
-    mean: float | tuple[float, ...]
-    std: float | tuple[float, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     label_dtype: torch.dtype = torch.long
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         pixels = torch.from_numpy(np.stack([row[IMAGE] for row in rows]))
         values = pixels.float() if pixels.is_floating_point() else pixels.float() / 255
         values = self._fit(values)
-        normalised = (values - self._per_channel(self.mean)) / self._per_channel(self.std)
+        normalised = (values - _per_channel(self.mean)) / _per_channel(self.std)
         return {"pixel_values": normalised, "labels": _labels(rows, self.label_dtype)}
 
     def _fit(self, values: Tensor) -> Tensor:
@@ -61,15 +65,12 @@ class ImageCollator:
             return values
         return functional.interpolate(values, size=self.size, mode="bilinear", antialias=True, align_corners=False)
 
-    def _per_channel(self, value: float | tuple[float, ...]) -> Tensor:
-        return torch.tensor(value).reshape(-1, 1, 1)
-
     def save(self, folder: Path) -> None:
         """Write `preprocessor_config.json`, from which a later load takes mean and standard deviation."""
         settings: dict[str, Any] = {
             "image_processor_type": "ViTImageProcessor",
-            "image_mean": self._per_channel(self.mean).expand(self.channels, 1, 1).flatten().tolist(),
-            "image_std": self._per_channel(self.std).expand(self.channels, 1, 1).flatten().tolist(),
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
         }
         if self.size:
             settings["size"] = {"height": self.size[0], "width": self.size[1]}
@@ -77,6 +78,10 @@ class ImageCollator:
 
 
 Collator = TextCollator | ImageCollator
+
+
+def _per_channel(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values).reshape(-1, 1, 1)
 
 
 def _labels(rows: Sequence[Row], dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,6 @@
 """Tasks on images: MNIST and its relatives from NumPy and HDF5 files, and scikit-learn's bundled digits."""
 
+import math
 import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -50,28 +51,34 @@ def _find_file(name: str, file_name: str, data: Path | None) -> Path:
 
 
 def _read_npz(file: Path) -> tuple[Split, Split]:
+    names = ("x_train", "y_train", "x_test", "y_test")
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            _require(file, ("x_train", "y_train", "x_test", "y_test"), arrays)
-            return (arrays["x_train"], arrays["y_train"]), (arrays["x_test"], arrays["y_test"])
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
+        with np.load(file, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in names if name in stored}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"{file} cannot be read as a NumPy archive: {first_line(error)}") from error
+    _require(file, names, arrays)
+    return (arrays["x_train"], arrays["y_train"]), (arrays["x_test"], arrays["y_test"])
 
 
 def _read_h5(file: Path) -> tuple[Split, Split]:
+    names = ("train/data", "train/target", "test/data", "test/target")
     try:
-        with h5py.File(file) as arrays:
-            _require(file, ("train/data", "train/target", "test/data", "test/target"), arrays)
-            return _h5_split(arrays["train"]), _h5_split(arrays["test"])
+        with h5py.File(file) as stored:
+            arrays = {name: stored[name][()] for name in names if name in stored}
     except OSError as error:
         raise InputError(f"{file} cannot be read as an HDF5 file: {first_line(error)}") from error
+    _require(file, names, arrays)
+    squares = {split: _as_squares(file, arrays[f"{split}/data"]) for split in ("train", "test")}
+    return (squares["train"], arrays["train/target"]), (squares["test"], arrays["test/target"])
 
 
-def _h5_split(group: Mapping[str, Any]) -> Split:
-    """Flat square images and their labels."""
-    pixels = group["data"][()]
-    width = int(np.sqrt(pixels.shape[-1]))
-    return pixels.reshape(len(pixels), width, width), group["target"][()]
+def _as_squares(file: Path, pixels: NDArray[Any]) -> NDArray[Any]:
+    """Flat images as (N, width, width)."""
+    width = math.isqrt(pixels.shape[-1])
+    if pixels.ndim != 2 or width * width != pixels.shape[1]:
+        raise InputError(f"{file}: images of shape {pixels.shape}; expected (N, width²), one flat square a row")
+    return pixels.reshape(len(pixels), width, width)
 
 
 def _require(file: Path, names: tuple[str, ...], arrays: Mapping[str, Any]) -> None:

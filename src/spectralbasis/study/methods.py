@@ -28,6 +28,10 @@ class MethodOptions:
     rank: int = 8
     alpha: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"rank={self.rank} was given; expected a whole number from 1")
+
     def changed(self) -> tuple[str, ...]:
         """Names of the options that differ from their defaults."""
         return tuple(field.name for field in fields(self) if getattr(self, field.name) != field.default)

@@ -1,0 +1,71 @@
+"""What each method trains, and which options it takes."""
+
+import pytest
+
+from spectralbasis.errors import InputError
+from spectralbasis.study import METHODS, MethodOptions, load_model
+from spectralbasis.study.methods import find_method
+from spectralbasis.study.results import ParameterCounts
+from tests.study.examples import bright_side_task, save_image_model
+
+HEAD = 2 * 16 + 2
+SHAPES = 2 * [(16, 16), (16, 16), (16, 16), (16, 16), (24, 16), (16, 24)]
+
+
+def counts(tmp_path, name, **options):
+    loaded = load_model(save_image_model(tmp_path / "model"), bright_side_task())
+    total = sum(p.numel() for p in loaded.model.parameters())
+    model = find_method(name).prepare(loaded, MethodOptions(**options))
+    return ParameterCounts.of(model, loaded.head, total)
+
+
+def test_full_trains_all_and_head_trains_the_head(tmp_path):
+    full = counts(tmp_path, "full")
+    assert (full.backbone + full.head, full.head) == (full.model, HEAD)
+    head = counts(tmp_path, "head")
+    assert (head.backbone, head.head, head.model) == (0, HEAD, full.model)
+    assert head.share_head == HEAD / full.model
+
+
+def test_lora_trains_two_factors_in_every_linear_layer_of_the_backbone(tmp_path):
+    lora = counts(tmp_path, "lora", rank=3)
+    assert (lora.backbone, lora.head) == (3 * sum(m + n for m, n in SHAPES), HEAD)
+
+
+@pytest.mark.parametrize(("coefficients", "size"), [("diagonal", 5), ("core", 25)])
+def test_spectral_trains_coefficients_in_every_linear_layer_of_the_backbone(tmp_path, coefficients, size):
+    spectral = counts(tmp_path, "spectral", coefficients=coefficients, leading=5)
+    assert (spectral.backbone, spectral.head) == (size * len(SHAPES), HEAD)
+
+
+def test_a_budget_is_a_share_of_the_model_that_spectral_keeps_within(tmp_path):
+    spectral = counts(tmp_path, "spectral", coefficients="core", budget=0.05)
+    assert 0.03 < spectral.share_backbone <= 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("lora", {"leading": 4}, "the option leading means nothing to the method lora; it belongs to spectral"),
+        ("spectral", {"rank": 4}, "the option rank means nothing to the method spectral; it belongs to lora"),
+        ("full", {"coefficients": "core"}, "the option coefficients means nothing to the method full"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(name, options, message):
+    with pytest.raises(InputError, match=message):
+        find_method(name).check(MethodOptions(**options))
+
+
+def test_an_unknown_method_lists_the_known_ones():
+    with pytest.raises(InputError, match=f"unknown method 'adapter'; the known ones are {', '.join(METHODS)}"):
+        find_method("adapter")
+
+
+def test_learning_rates_that_are_given_win_over_the_defaults():
+    options = MethodOptions()
+    lora, head = METHODS["lora"], METHODS["head"]
+    default, default_head = lora.learning_rates(options, None, None)
+    assert lora.learning_rates(options, 7.0, None) == (7.0, default_head)
+    assert lora.learning_rates(options, None, 7.0) == (default, 7.0)
+    assert head.learning_rates(options, 7.0, None) == (7.0, 7.0)
+    assert head.learning_rates(options, None, None)[1] > 0
