@@ -71,6 +71,15 @@ def test_equals_merged_model(model_type, options, safetensors, tmp_path):
     assert checkpoint.config == original.config
 
 
+def test_square_embedding_table(tmp_path):
+    base = tiny("bert", vocab_size=32)
+    base.save_pretrained(tmp_path / "base")
+    model = trained(base, target_modules=["word_embeddings"])
+    checkpoint = open_checkpoint(save(model, tmp_path))
+    merged = model.merge_and_unload().embeddings.word_embeddings.weight
+    torch.testing.assert_close(checkpoint.read("embeddings.word_embeddings.weight"), merged.data)
+
+
 @pytest.fixture
 def adapter(tmp_path):
     base = tiny("bert", "classifier")

@@ -47,6 +47,12 @@ def test_missing_file_with_a_plain_name_is_not_looked_up_on_the_hub():
     assert "nothing.safetensors does not exist" in refusal("nothing.safetensors")
 
 
+@pytest.mark.parametrize("source", ["a/" * 3000, "a\0b"])
+def test_impossible_path(source):
+    with pytest.raises(InputError):
+        open_checkpoint(source)
+
+
 def test_empty_folder(tmp_path):
     assert "holds no weights" in refusal(tmp_path)
 

@@ -40,7 +40,12 @@ def open_checkpoint(source: str | Path | Mapping[str, Tensor] | nn.Module | Chec
     if isinstance(source, Mapping):
         return TensorCheckpoint(find_state(source, "state_dict"), "state_dict", {})
     if isinstance(source, str | os.PathLike):
-        return _open_path(str(source))
+        try:
+            return _open_path(str(source))
+        except OSError as error:
+            raise InputError(
+                f"{source} cannot be opened: {error.strerror or error}; check the path and its rights"
+            ) from error
     raise InputError(
         f"cannot open a {type(source).__name__} as a checkpoint; pass a path, a hub id, a state_dict or an nn.Module"
     )

@@ -10,14 +10,14 @@ from spectralbasis.checkpoints.names import plain_name
 
 _EMBEDDING = re.compile(
     r"(^|_)(emb|embed|embeds|embedding|embeddings)\d*$"
-    r"|^(embed|embeddings?)_(tokens|positions|in|out)$|^(wte|wpe|shared|lm_head|tok_embeddings|tokens_embed)$"
+    r"|^(embed|embeddings?)_(tokens|positions|in|out)$|^(wte|wpe|shared|tok_embeddings|tokens_embed)$"
     r"|^(relative_attention_bias|relative_position_bias_table|rel_pos_[hw])$|(^|_)tokens?$"
 )
 _HEAD = re.compile(
     r"^(classifier|score|cls|qa_outputs|head|heads|head_dist|pre_classifier|vocab_transform|vocab_projector"
     r"|predictions|logits_proj|seq_relationship|sequence_summary|span_predictor|output_projection|fc_out|proj_out"
     r"|generator_predictions|discriminator_predictions|projector|summary|output)(\.|$)"
-    r"|^\w+_(head|heads|classifier|predictor)(\.|$)|^(fc|decoder)$"
+    r"|^\w+_(head|heads|classifier|predictor)(\.|$)|(^|\.)lm_heads?(\.|$)|^(fc|decoder)$"
 )
 _NORM = re.compile(r"(^|_)(ln|bn|norm|layernorm|batchnorm|groupnorm|rmsnorm)(_?\d+|_[a-z])?$", re.IGNORECASE)
 _QUANTIZED = re.compile(r"(^|_)(q?weight|blocks|packed)$")
