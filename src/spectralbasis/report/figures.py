@@ -181,7 +181,8 @@ def _scale(name: str, steps: int) -> list[list[Any]]:
 def heatmap_cells(matrices: pd.DataFrame) -> Figure:
     """Where each matrix stands: labels of `rows` (kinds; also `short` ones) and `columns` (layers), and `cells`.
 
-    A cell holds the matrix's place, or -1. Two matrices of one layer and kind (an encoder's and a decoder's) get rows by their full names, the layer starred.
+    A cell holds the matrix's place, or -1. Two matrices of one layer and kind (an encoder's and a decoder's) get rows
+    by their full names, the layer starred.
     """
     shared = matrices.duplicated(["layer", "kind"], keep=False)
     named = zip(matrices["matrix"], matrices["layer"], matrices["kind"], shared, strict=True)

@@ -211,7 +211,7 @@
   });
   control("filter").addEventListener("input", filterRows);
 
-  document.querySelectorAll(".toolbar, .controls").forEach((element) => (element.hidden = false));
+  root.classList.add("scripted");
   document.querySelectorAll("table.sortable").forEach(makeSortable);
   filterRows();
   drawAll();
