@@ -30,7 +30,8 @@ def test_embedding_tables(tensor):
 @pytest.mark.parametrize(
     "tensor",
     ["classifier.weight", "score.weight", "lm_head.weight", "cls.predictions.transform.dense.weight", "fc.weight",
-     "mlp_head.1.weight", "heads.head.weight", "language_model.lm_head.weight", "qa_outputs.weight", "classifier.dense.weight", "decoder.weight"],
+     "mlp_head.1.weight", "heads.head.weight", "language_model.lm_head.weight",
+     "qa_outputs.weight", "classifier.dense.weight", "decoder.weight"],
 )  # fmt: skip
 def test_task_heads(tensor):
     matrices, skipped = listed({tensor: torch.ones(7, 3), **DENSE})
