@@ -8,6 +8,7 @@ from spectralbasis.basis import SpectralBasis
 from spectralbasis.checkpoints import open_checkpoint
 from spectralbasis.comparison import Comparison, compare
 from spectralbasis.errors import BaseMismatchError, InputError, SpectralBasisError
+from spectralbasis.tuner import SpectralConfig, SpectralModel
 from spectralbasis.version import __version__
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "InputError",
     "SpectralBasis",
     "SpectralBasisError",
+    "SpectralConfig",
+    "SpectralModel",
     "__version__",
     "compare",
     "linalg",

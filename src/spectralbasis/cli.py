@@ -21,7 +21,7 @@ app = typer.Typer(
     epilog="Add --debug to any command to see where an error comes from.",
 )
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, file, or hub id of a model.")]
+Model = Annotated[str, typer.Argument(help="Folder, file, or hub id of a model.")]
 Leading = Annotated[
     str, typer.Option(metavar="K|FRACTION|mp|gd", help="Number of leading directions, and the rule that sets it.")
 ]
@@ -109,8 +109,8 @@ def basis(
 
 @app.command()
 def compare(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="The pretrained checkpoint: folder, file or hub id.")],
-    tuned: Annotated[list[str], typer.Argument(metavar="TUNED...", help="Checkpoints or adapters finetuned from it.")],
+    base: Annotated[str, typer.Argument(help="The pretrained checkpoint: folder, file or hub id.")],
+    tuned: Annotated[list[str], typer.Argument(help="Checkpoints or adapters finetuned from it.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the table and the report.")] = None,
     leading: Leading = "64",
     null: Annotated[str, typer.Option(help="Null model: scrambled, gaussian or none.")] = "scrambled",
@@ -226,7 +226,7 @@ def evaluate(
 
 
 @app.command()
-def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `compare -o` wrote.")]) -> None:
+def report(directory: Annotated[Path, typer.Argument(help="Folder that `compare -o` wrote.")]) -> None:
     """Write index.html again from the results of a folder.
 
     Example: `spectralbasis report comparison`

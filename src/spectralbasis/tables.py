@@ -1,5 +1,6 @@
 """What the command line prints for people."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from rich.table import Table
 
 from spectralbasis.basis import SpectralBasis
 
+PIPE_WIDTH = 160
+
 
 def show(table: Table) -> None:
-    """Print a table on stdout."""
-    Console().print(table)
+    """Print a table on stdout, as wide as the terminal, or wide enough for all of it in a file or pipe."""
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
 
 
 def basis_facts(basis: SpectralBasis, file: Path) -> dict[str, Any]:

@@ -1,0 +1,139 @@
+"""The command line as a user types it: output, exit codes, and errors of one paragraph."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from spectralbasis import SpectralBasis, cli
+from spectralbasis.version import __version__
+from tests.comparison.pairs import random_updates
+
+COMMANDS = ("quickstart", "basis", "compare", "tune", "evaluate", "report")
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Run a command; gives its exit code, stdout and stderr."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["spectralbasis", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            code = stopped.code or 0
+        return code, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def pair(tmp_path):
+    base, tuned = random_updates(4, 0.3)
+    for name, state in {"base": base, "tuned": tuned}.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+    return tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert f"spectralbasis {command}" in " ".join(out.split())
+    assert "Example:" in out
+
+
+def test_version(run):
+    assert run("--version")[:2] == (0, f"{__version__}\n")
+
+
+def test_compare_prints_findings_and_writes_the_folder(run, pair, tmp_path):
+    code, out, err = run("compare", *pair, "--leading", 8, "-o", tmp_path / "out")
+    assert code == 0
+    assert "stability" in out
+    assert "undecided" in out
+    assert str(tmp_path / "out" / "index.html") in err
+    assert (tmp_path / "out" / "index.html").stat().st_size > 0
+
+
+def test_json_is_all_that_stdout_holds(run, pair):
+    code, out, _ = run("compare", *pair, "--leading", 8, "--null", "none", "--json")
+    assert code == 0
+    assert json.loads(out)["stability"]["null_mean"] is None
+
+
+def test_resume_takes_over_and_needs_a_folder(run, pair, tmp_path):
+    run("compare", *pair, "--leading", 8, "-o", tmp_path / "out")
+    assert run("compare", *pair, "--leading", 8, "-o", tmp_path / "out", "--resume")[0] == 0
+    code, _, err = run("compare", *pair, "--resume")
+    assert code == 1
+    assert "add -o DIR" in err
+
+
+def test_basis_is_written_and_described(run, pair, tmp_path):
+    file = tmp_path / "basis.safetensors"
+    code, out, _ = run("basis", pair[0], "-o", file, "--leading", "0.1", "--json")
+    assert code == 0
+    assert list(json.loads(out)["matrices"]) == list(SpectralBasis.load(file))
+    assert json.loads(out)["bytes"] == file.stat().st_size
+
+
+def test_report_is_made_again_from_the_results(run, pair, tmp_path):
+    run("compare", *pair, "--leading", 8, "-o", tmp_path / "out")
+    (tmp_path / "out" / "index.html").unlink()
+    code, out, _ = run("report", tmp_path / "out")
+    assert (code, out.strip()) == (0, str(tmp_path / "out" / "index.html"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("compare",),
+        ("compare", "only-one"),
+        ("nonsense",),
+        ("compare", "a", "b", "--draws", "few"),
+        ("tune", "minilm", "-o", "x"),
+    ],
+)
+def test_wrong_usage_ends_with_2(run, arguments):
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in err
+
+
+def test_bad_input_ends_with_1_and_one_paragraph(run, pair, tmp_path):
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(pair[1].read_bytes()[:100])
+    for arguments in (
+        ("compare", pair[0], tmp_path / "missing.safetensors"),
+        ("compare", pair[0], broken),
+        ("compare", *pair, "--leading", "many"),
+        ("compare", pair[0], pair[0]),
+        ("basis", broken, "-o", tmp_path / "basis.safetensors"),
+        ("report", tmp_path / "empty"),
+        ("evaluate", tmp_path / "missing", "--task", "RTE"),
+    ):
+        code, out, err = run(*arguments)
+        assert (code, out) == (1, ""), arguments
+        assert err.startswith("error: "), arguments
+        assert "Traceback" not in err
+        assert err.count("\n") == 1
+    assert not (tmp_path / "basis.safetensors").exists()
+
+
+def test_debug_shows_where_an_error_comes_from(run, tmp_path):
+    code, _, err = run("compare", tmp_path / "missing.pt", tmp_path / "missing.pt", "--debug")
+    assert code == 1
+    assert "Traceback" in err
+
+
+def test_an_unforeseen_error_is_no_traceback_either(run, pair, monkeypatch):
+    monkeypatch.setattr(torch, "equal", lambda *_: 1 / 0)
+    code, _, err = run("compare", *pair, "--leading", 8)
+    assert code == 1
+    assert err.startswith("unexpected ZeroDivisionError")
+    assert "--debug" in err
