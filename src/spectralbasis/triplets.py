@@ -58,7 +58,8 @@ class Triplets:
 
     def to(self, device: torch.device | str) -> "Triplets":
         """The same triplets with their tensors on a device."""
-        return replace(self, **{field: tensor.to(device) for field, tensor in triplet_tensors(self).items()})
+        U, S, Vh, residuals = (tensor.to(device) for tensor in (self.U, self.S, self.Vh, self.residuals))
+        return replace(self, U=U, S=S, Vh=Vh, residuals=residuals)
 
     def leading(self, k: int) -> "Triplets":
         """The first k triplets, with the certificate that their own gap allows.

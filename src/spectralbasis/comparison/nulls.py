@@ -34,7 +34,7 @@ NULLS: dict[str, Null] = {"scrambled": scrambled, "gaussian": gaussian}
 def draw_generator(seed: int, *what: str | int) -> torch.Generator:
     """A generator for one draw, fixed by the seed and by what is drawn, whatever the order or place of work."""
     key = "/".join(str(part) for part in (seed, *what))
-    return torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(key) & 0x7FFFFFFFFFFFFFFF)
+    return torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(key.encode()) & 0x7FFFFFFFFFFFFFFF)
 
 
 def _signs(size: int, generator: torch.Generator, like: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -96,12 +96,11 @@ def pair_rows(
     """The measurements of one pair as rows of the table."""
     for key, value in values.items():
         metric, side, k, index = key
-        row = Row(tuned, matrix.name, matrix.layer, matrix.kind, *matrix.shape, k, metric, side, index, value)
+        m, n = matrix.shape
+        row = Row(tuned, matrix.name, matrix.layer, matrix.kind, m, n, k, metric, side, index, value)
         if key in null_values:
             fit = against_null(value, np.array(null_values[key]))
-            row = row._replace(
-                null=null or "", null_mean=fit.null_mean, null_std=fit.null_std, z=fit.z, p_value=fit.p_value
-            )
+            row = replace(row, null=null or "", **asdict(fit))
         yield row
 
 

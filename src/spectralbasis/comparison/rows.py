@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from operator import attrgetter
 
 import pandas as pd
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Row:
     """A measurement; the fields are the table's columns in their order.
 
     `k` is the number of leading directions that the row speaks of, `side` is "left", "right" or "both", `index` is the
@@ -32,9 +34,14 @@ class Row(NamedTuple):
     p_value: float = math.nan
 
 
+COLUMNS = tuple(field.name for field in fields(Row))
+row_values = attrgetter(*COLUMNS)
+"""The values of a row, in the order of `COLUMNS`."""
+
+
 def to_frame(rows: Iterable[Row]) -> pd.DataFrame:
     """The rows as a table with one column per field, also where there are none."""
-    frame = pd.DataFrame(rows, columns=list(Row._fields))
+    frame = pd.DataFrame([row_values(row) for row in rows], columns=list(COLUMNS))
     integers = dict.fromkeys(("layer", "m", "n", "k", "index"), "int64")
     floats = dict.fromkeys(("value", "null_mean", "null_std", "z", "p_value"), "float64")
     return frame.astype(integers | floats)

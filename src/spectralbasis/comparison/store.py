@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
-from spectralbasis.comparison.rows import Row
+from spectralbasis.comparison.rows import Row, row_values
 from spectralbasis.errors import InputError
 
 FORMAT_VERSION = 1
@@ -57,7 +57,7 @@ class Store:
 
     def put(self, tuned: str, matrix: str, content: str, rows: Iterable[Row]) -> None:
         """Record one measured pair, all of it or nothing."""
-        record = (tuned, matrix, content, json.dumps(list(rows)))
+        record = (tuned, matrix, content, json.dumps([row_values(row) for row in rows]))
         with self._connection:
             self._connection.execute("INSERT OR REPLACE INTO pairs VALUES (?, ?, ?, ?)", record)
 
