@@ -21,5 +21,5 @@ def note_import(card: Path) -> None:
     if not card.is_file():
         return
     text = card.read_text(encoding="utf-8")
-    if IMPORT_NOTE not in text:
+    if IMPORT_NOTE.strip() not in text:
         card.write_text(text.rstrip("\n") + "\n" + IMPORT_NOTE, encoding="utf-8")

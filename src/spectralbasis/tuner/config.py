@@ -46,7 +46,7 @@ class SpectralConfig(PeftConfig):
         base_hashes: matrix name → hash of the weight the adapter was made on. Set by the model. A config that is
             built with hashes, as one read from an adapter folder is, only fits that base.
         ranks: matrix name → k as resolved. Set by the model; given at construction, it wins over the other settings.
-        probes: matrix name → number that depends on the directions, see `factors.probe`. Set by the model.
+        probes: matrix name → numbers that depend on the directions, see `Factors.probe`. Set by the model.
 
     Raises:
         InputError: a value is none of those above, or both `leading` and `budget` are given.
@@ -69,7 +69,7 @@ class SpectralConfig(PeftConfig):
     init_weights: bool = True
     base_hashes: dict[str, str] | None = None
     ranks: dict[str, int] | None = None
-    probes: dict[str, float] | None = None
+    probes: dict[str, list[float]] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

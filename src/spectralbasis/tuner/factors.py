@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from spectralbasis.tuner.forms import FORMS
 
 BASES = ("pretrained", "minor", "random")
 """Bases that are made from the base weight itself; anything else names a basis file."""
+PROBES = 4
 Directions = Callable[[str, Tensor, int], tuple[Tensor, Tensor]]
 """(name, W (m, n), k) → U (m, k), V (n, k), float32 or wider."""
 
@@ -34,9 +36,13 @@ class Factors(nn.Module):
 
     def __init__(self, U: Tensor, V: Tensor, source: str) -> None:
         super().__init__()
-        self.register_buffer("U", U, persistent=False)
-        self.register_buffer("V", V, persistent=False)
+        # Copies, so that memory layout and with it every rounding is the same wherever the directions came from.
+        self.register_buffer("U", U.clone(memory_format=torch.contiguous_format), persistent=False)
+        self.register_buffer("V", V.clone(memory_format=torch.contiguous_format), persistent=False)
         self.source = source
+        draws = np.random.Generator(np.random.Philox(1))
+        self._left_probe = _uniform(draws, PROBES, U.shape[0]) @ U.double().cpu()
+        self._right_probe = _uniform(draws, PROBES, V.shape[0]) @ V.double().cpu()
 
     @property
     def k(self) -> int:
@@ -47,8 +53,25 @@ class Factors(nn.Module):
         """The first k columns of U and V, as views."""
         return self.U[:, :k], self.V[:, :k]
 
+    def probe(self, form: str, k: int) -> list[float]:
+        """`PROBES` numbers `rᵀ U R Vᵀ s` of order 1, fixed pseudo-random r, R, s: they move when directions change.
+
+        R has the shape of `form`, so they depend on signs and rotations of the directions just as the trained ΔW does.
+        One number would miss a flipped sign among 64 directions once in 20 times, four do once in 10^5. U and V are
+        meant as they were found, before they were rounded to the dtype of the base.
+        """
+        shape = FORMS[form].shape(k)
+        R = _uniform(np.random.Generator(np.random.Philox(0)), *shape) / prod(shape) ** 0.5
+        left = FORMS[form].left_factor(self._left_probe[:, :k], R)
+        return [round(value, 6) for value in (left * self._right_probe[:, :k]).sum(1).tolist()]
+
     def extra_repr(self) -> str:
         return f"k={self.k}, source={self.source!r}"
+
+
+def _uniform(draws: np.random.Generator, *shape: int) -> Tensor:
+    """Uniform entries of unit variance, float64."""
+    return torch.from_numpy(3**0.5 * (2 * draws.random(shape) - 1))
 
 
 def source_of(basis: str, seed: int) -> str:
@@ -76,26 +99,7 @@ def directions_of(basis: str, *, tolerance: float, seed: int) -> Directions:
         return partial(_minor, tolerance)
     if basis == "random":
         return partial(_random, seed)
-    return partial(_stored, SpectralBasis.load(basis), basis)
-
-
-def probe(form: str, U: Tensor, V: Tensor) -> float:
-    """One number, `rᵀ U R Vᵀ s` with fixed pseudo-random r, R, s, of order 1: it moves when directions change.
-
-    R has the shape of `form`, so the number depends on signs and rotations of the directions exactly where trained
-    coefficients do.
-    """
-    draws = np.random.Generator(np.random.Philox(0))
-    shape = FORMS[form].shape(U.shape[1])
-    R = _uniform(draws, shape) / np.sqrt(np.prod(shape))
-    r, s = _uniform(draws, (U.shape[0],)), _uniform(draws, (V.shape[0],))
-    left = FORMS[form].left_factor(U.double().cpu(), torch.from_numpy(R))
-    return float((torch.from_numpy(r) @ left) @ (V.double().cpu().T @ torch.from_numpy(s)))
-
-
-def _uniform(draws: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Uniform entries of unit variance."""
-    return np.sqrt(3) * (2 * draws.random(shape) - 1)
+    return _Stored(basis)
 
 
 def _pretrained(tolerance: float, name: str, W: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -121,27 +125,39 @@ def _haar(draws: np.random.Generator, size: int, k: int) -> Tensor:
     return (Q * R.diagonal().sign()).float()
 
 
-def _stored(basis: SpectralBasis, file: str, name: str, W: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    triplets = _find(basis, file, name, W, k)
-    if triplets.base_hash != matrix_hash(W):
-        warnings.warn(
-            f"{file} was computed from other weights than the {name} of this model, and is used as it is",
-            stacklevel=2,
-        )
-    return triplets.U[:, :k], triplets.Vh[:k].T
+class _Stored:
+    """Directions from a basis file."""
 
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.basis = SpectralBasis.load(file)
+        self.warned = False
 
-def _find(basis: SpectralBasis, file: str, name: str, W: Tensor, k: int) -> Triplets:
-    if name not in basis:
-        raise InputError(
-            f"{file} has no directions for {name}; leave it out with exclude_modules, or use basis='pretrained'"
-        )
-    triplets = basis[name]
-    if triplets.shape != tuple(W.shape):
-        raise InputError(f"{name} is {tuple(W.shape)} but {triplets.shape} in {file}: a basis of another model")
-    if triplets.k < k:
-        raise InputError(
-            f"{file} has {triplets.k} directions for {name}, fewer than k={k}; pass leading<={triplets.k}, "
-            f"or compute the basis again with --leading {k}"
-        )
-    return triplets
+    def __call__(self, name: str, W: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        triplets = self._find(name, W, k)
+        if triplets.base_hash != matrix_hash(W) and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"{self.file} was computed from other weights than those of this model ({name} differs); "
+                "it is used as it is",
+                stacklevel=2,
+            )
+        return triplets.U[:, :k], triplets.Vh[:k].T
+
+    def _find(self, name: str, W: Tensor, k: int) -> Triplets:
+        if name not in self.basis:
+            raise InputError(
+                f"{self.file} has no directions for {name}; leave it out with exclude_modules, "
+                "or use basis='pretrained'"
+            )
+        triplets = self.basis[name]
+        if triplets.shape != tuple(W.shape):
+            raise InputError(
+                f"{name} is {tuple(W.shape)} but {triplets.shape} in {self.file}: a basis of another model"
+            )
+        if triplets.k < k:
+            raise InputError(
+                f"{self.file} has {triplets.k} directions for {name}, fewer than k={k}; pass leading<={triplets.k}, "
+                f"or compute the basis again with --leading {k}"
+            )
+        return triplets

@@ -17,7 +17,7 @@ from spectralbasis.errors import BaseMismatchError, InputError
 from spectralbasis.triplets import matrix_hash
 from spectralbasis.tuner.allocation import allocate_budget, allocate_leading
 from spectralbasis.tuner.config import SpectralConfig
-from spectralbasis.tuner.factors import Directions, Factors, directions_of, probe, source_of
+from spectralbasis.tuner.factors import Directions, Factors, directions_of, source_of
 from spectralbasis.tuner.layer import SpectralLayer
 
 DENSE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -79,7 +79,7 @@ def prepare(config: SpectralConfig, targets: Sequence[Target], total: int) -> di
         target.key: Preparation(ranks[target.name], factors)
         for target, factors in zip(targets, _find_factors(config, targets, ranks), strict=True)
     }
-    probes = {t.name: probe(config.coefficients, *prepared[t.key].factors.first(ranks[t.name])) for t in targets}
+    probes = {t.name: prepared[t.key].factors.probe(config.coefficients, ranks[t.name]) for t in targets}
     if config.bound:
         _check_probes(config, probes)
     else:
@@ -176,13 +176,14 @@ def _check_hashes(config: SpectralConfig, hashes: Mapping[str, str]) -> None:
         )
 
 
-def _check_probes(config: SpectralConfig, probes: Mapping[str, float]) -> None:
+def _check_probes(config: SpectralConfig, probes: Mapping[str, list[float]]) -> None:
     expected = config.probes or {}
     for name, found in probes.items():
-        if abs(found - expected.get(name, found)) > PROBE_TOLERANCE:
+        distance = max(abs(a - b) for a, b in zip(found, expected.get(name, found), strict=True))
+        if not distance <= PROBE_TOLERANCE:
             raise BaseMismatchError(
-                f"the directions found for {name} are not those that its coefficients were trained on (probe "
-                f"{found:.4f}, expected {expected[name]:.4f}): nearly equal singular values, or another basis file; "
+                f"the directions found for {name} are not those that its coefficients were trained on (probes "
+                f"differ by {distance:.2g}): nearly equal singular values, or another basis file; "
                 "where the adapter was trained, write the file with: spectralbasis basis MODEL -o FILE, "
                 "put it in the adapter's folder, and set basis to its name in adapter_config.json"
             )

@@ -1,0 +1,76 @@
+"""What a config accepts, refuses, and keeps when it is written and read."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+from peft import PeftConfig
+
+from spectralbasis.errors import InputError
+from spectralbasis.tuner import SpectralConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"coefficients": "full"}, "coefficients='full' is unknown; choose from 'diagonal', 'core'"),
+        ({"bias": "lora_only"}, "bias='lora_only' is unknown; choose from 'none', 'all', 'spectral_only'"),
+        ({"leading": 4, "budget": 0.1}, "leading=4 and budget=0.1 both choose k; pass one of them"),
+        ({"leading": 0}, "leading=0"),
+        ({"leading": 1.5}, "leading=1.5"),
+        ({"leading": "many"}, "leading='many'"),
+        ({"budget": 0}, "budget=0 is no fraction"),
+        ({"budget": 12}, "budget=12 is no fraction"),
+        ({"rank_pattern": {"q": 0}}, "rank_pattern 'q': k=0"),
+        ({"rank_pattern": {"q": 0.5}}, "rank_pattern 'q': k=0.5"),
+        ({"tolerance": 0}, "tolerance=0"),
+        ({"target_modules": "q", "layers_to_transform": [1]}, "layers_to_transform cannot be used"),
+        ({"target_modules": "q", "layers_pattern": "h"}, "layers_pattern cannot be used with target_modules='q'"),
+        ({"target_modules": ["q"], "layers_pattern": "h"}, "layers_pattern='h' needs layers_to_transform"),
+        ({"task_type": "nonsense"}, "Invalid task type"),
+    ],
+)  # fmt: skip
+def test_refusals_say_what_was_given_and_what_to_type(settings, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")) as caught:
+        SpectralConfig(**settings)
+    assert isinstance(caught.value, InputError) or "task_type" in settings
+
+
+def settings():
+    return SpectralConfig(
+        target_modules=["q", "v"], exclude_modules=["k"], coefficients="core", budget=0.01, rank_pattern={"q": 3},
+        basis="random", basis_seed=4, bias="spectral_only", modules_to_save=["head"], layers_to_transform=[0],
+        layers_pattern="h", fan_in_fan_out=True, tolerance=1e-3, init_weights=False,
+    )  # fmt: skip
+
+
+def test_a_config_is_read_as_it_was_written(tmp_path):
+    config = settings()
+    config.save_pretrained(tmp_path)
+    json.loads((tmp_path / "adapter_config.json").read_text())
+    for kind in (SpectralConfig, PeftConfig):
+        assert kind.from_pretrained(tmp_path) == config
+
+
+@pytest.mark.parametrize("leading", [8, 0.25, "mp", "gd"])
+def test_every_kind_of_leading_is_kept(leading, tmp_path):
+    SpectralConfig(leading=leading).save_pretrained(tmp_path)
+    assert SpectralConfig.from_pretrained(tmp_path).leading == leading
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, dataclasses.replace])
+def test_copies_are_equal(duplicate):
+    config = settings()
+    assert duplicate(config) == config
+    assert duplicate(config).to_dict() == config.to_dict()
+
+
+def test_lists_of_modules_become_sets_and_patterns_stay():
+    assert SpectralConfig(target_modules=["q", "q"]).target_modules == {"q"}
+    assert SpectralConfig(target_modules="all-linear").target_modules == "all-linear"
+
+
+def test_a_config_with_hashes_is_bound_to_their_base():
+    assert not SpectralConfig().bound
+    assert SpectralConfig(base_hashes={"a": "0"}, ranks={"a": 1}).bound
