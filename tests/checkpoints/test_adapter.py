@@ -126,6 +126,28 @@ def test_base_relative_to_the_adapter_or_to_the_working_directory(adapter, tmp_p
     assert open_checkpoint("adapter").names()
 
 
+def test_a_given_base_is_the_base_whatever_the_adapter_names(adapter, tmp_path):
+    other = load_file(tmp_path / "base" / "model.safetensors")
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    other[name] = other[name] + 1
+    over_other = open_checkpoint(adapter, base=other)
+    torch.testing.assert_close(over_other.read(name), open_checkpoint(adapter).read(name) + 1)
+    edit_config(adapter, base_model_name_or_path="/nowhere/at/all")
+    for base in (tmp_path / "base", open_checkpoint(tmp_path / "base"), tiny("bert", "classifier")):
+        assert name in open_checkpoint(adapter, base=base).names()
+
+
+def test_a_given_base_changes_nothing_for_other_sources(tmp_path):
+    tiny("bert").save_pretrained(tmp_path)
+    assert open_checkpoint(tmp_path, base="/nowhere").names() == open_checkpoint(tmp_path).names()
+
+
+def test_two_adapters_of_one_base_are_not_stacked(adapter):
+    sibling = open_checkpoint(adapter, base=adapter)
+    alone = open_checkpoint(adapter)
+    assert all(torch.equal(sibling.read(name), alone.read(name)) for name in alone.names())
+
+
 @pytest.mark.parametrize("base", [None, "", "/nowhere/at/all", 3])
 def test_base_that_is_not_there(adapter, base):
     edit_config(adapter, base_model_name_or_path=base)

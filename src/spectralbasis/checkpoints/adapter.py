@@ -36,7 +36,7 @@ class Adapter:
         if found is None:
             raise InputError(
                 f"the adapter in {self.folder} adapts {parameter}, which its base {self.base.source} does not have; "
-                f"set base_model_name_or_path in its adapter_config.json to the model that it was trained on"
+                f"give the model that it was trained on, or set base_model_name_or_path in its adapter_config.json"
             )
         return found
 

@@ -18,13 +18,17 @@ def register_adapter_method(peft_type: str, method: AdapterMethod) -> None:
     _METHODS[peft_type] = method
 
 
-def open_adapter(folder: Path, source: str, open_source: Callable[[str], Checkpoint]) -> AdapterCheckpoint:
-    """Open an adapter over its base.
-
-    `base_model_name_or_path` may be absolute, relative to the working directory or to the adapter, or a hub id.
+def open_adapter(
+    folder: Path, source: str, open_source: Callable[[str], Checkpoint], base: Checkpoint | None = None
+) -> AdapterCheckpoint:
+    """Open an adapter over a base.
 
     Args:
-        open_source: opens the adapter's own tensors and the base.
+        folder: holds `adapter_config.json`.
+        source: how a person named it.
+        open_source: opens the adapter's own tensors, and the base that it names.
+        base: None opens the adapter's `base_model_name_or_path`, which may be absolute, relative to the working
+            directory or to the adapter, or a hub id.
 
     Raises:
         InputError: the base is not found or is an adapter itself, tensors are missing, or the type is not readable.
@@ -32,19 +36,24 @@ def open_adapter(folder: Path, source: str, open_source: Callable[[str], Checkpo
     config = read_json(inside(folder, ADAPTER_CONFIG))
     method = _method(folder, config.get("peft_type"))
     tensors = open_source(str(_tensors_file(folder)))
-    base = _base_path(folder, config.get("base_model_name_or_path"))
-    if (Path(base) / ADAPTER_CONFIG).exists():
+    if base is None:
+        base = _named_base(folder, config.get("base_model_name_or_path"), open_source)
+    return AdapterCheckpoint(Adapter(folder, config, tensors, base), method, source)
+
+
+def _named_base(folder: Path, named: object, open_source: Callable[[str], Checkpoint]) -> Checkpoint:
+    path = _base_path(folder, named)
+    if (Path(path) / ADAPTER_CONFIG).exists():
         raise InputError(
-            f"the adapter in {folder} has an adapter as its base ({base}); merge that one into its model first"
+            f"the adapter in {folder} has an adapter as its base ({path}); merge that one into its model first"
         )
     try:
-        opened = open_source(base)
+        return open_source(path)
     except InputError as error:
         raise InputError(
             f"the base of the adapter in {folder} cannot be opened: {error}. "
-            f"Its adapter_config.json names it under base_model_name_or_path; correct that"
+            f"Its adapter_config.json names it under base_model_name_or_path; correct that, or give the base yourself"
         ) from error
-    return AdapterCheckpoint(Adapter(folder, config, tensors, opened), method, source)
 
 
 def _method(folder: Path, peft_type: object) -> AdapterMethod:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from spectralbasis.checkpoints.adapter import AdapterCheckpoint
 from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG, open_adapter
 from spectralbasis.checkpoints.checkpoint import Checkpoint
 from spectralbasis.checkpoints.folder_files import read_config, weights_file
@@ -18,20 +19,26 @@ from spectralbasis.checkpoints.tensors import TensorCheckpoint, find_state
 from spectralbasis.checkpoints.torch_file import open_torch_file
 from spectralbasis.errors import InputError
 
+Source = str | Path | Mapping[str, Tensor] | nn.Module | Checkpoint
+"""What `open_checkpoint` opens."""
 _SAFETENSORS = (".safetensors",)
 _TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 
 
-def open_checkpoint(source: str | Path | Mapping[str, Tensor] | nn.Module | Checkpoint) -> Checkpoint:
+def open_checkpoint(source: Source, base: Source | None = None) -> Checkpoint:
     """Open weights without reading them.
 
     Args:
         source: a file (safetensors, or a torch pickle, which is never run), a folder (single file, shards, or a PEFT
             adapter over its base), a hub id (`name` or `organisation/name`, where no such path exists; the only case
             in which anything is downloaded), a `state_dict`, an `nn.Module`, or an open checkpoint, returned as it is.
+        base: what an adapter is read over, in place of the base that its `base_model_name_or_path` names: the base
+            that a person gives is the base. Without meaning where `source` is no adapter. An adapter cannot be another
+            one's base, so where `base` is one, `source` is read over the base that it names itself.
 
     Raises:
-        InputError: the source does not exist, is damaged, is unsafe to read or is no checkpoint.
+        InputError: the source does not exist, is damaged, is unsafe to read or is no checkpoint, or does not fit the
+            base.
     """
     if isinstance(source, Checkpoint):
         return source
@@ -41,7 +48,7 @@ def open_checkpoint(source: str | Path | Mapping[str, Tensor] | nn.Module | Chec
         return TensorCheckpoint(find_state(source, "state_dict"), "state_dict", {})
     if isinstance(source, str | os.PathLike):
         try:
-            return _open_path(str(source))
+            return _open_path(str(source), base)
         except OSError as error:
             raise InputError(
                 f"{source} cannot be opened: {error.strerror or error}; check the path and its rights"
@@ -51,20 +58,21 @@ def open_checkpoint(source: str | Path | Mapping[str, Tensor] | nn.Module | Chec
     )
 
 
-def _open_path(source: str) -> Checkpoint:
+def _open_path(source: str, base: Source | None = None) -> Checkpoint:
     path = Path(source)
     if path.is_dir():
-        return _open_folder(path, source)
+        return _open_folder(path, source, base)
     if path.is_file():
         return _open_file(path, source, read_config(path.parent))
     if not path.exists() and is_hub_id(source):
-        return _open_folder(download(source), source)
+        return _open_folder(download(source), source, base)
     raise InputError(f"{source} does not exist; pass a file, a folder or a hub id such as organisation/name")
 
 
-def _open_folder(folder: Path, source: str) -> Checkpoint:
+def _open_folder(folder: Path, source: str, base: Source | None) -> Checkpoint:
     if (folder / ADAPTER_CONFIG).exists():
-        return open_adapter(folder, source, _open_path)
+        given = None if base is None else open_checkpoint(base)
+        return open_adapter(folder, source, _open_path, None if isinstance(given, AdapterCheckpoint) else given)
     return _open_file(weights_file(folder), source, read_config(folder))
 
 
