@@ -1,5 +1,6 @@
 """The PEFT method "SPECTRAL"; importing this package registers it."""
 
+from spectralbasis.tuner import reading  # noqa: F401  makes spectral adapters readable as checkpoints
 from spectralbasis.tuner.allocation import Allocation
 from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.layer import Linear, SpectralLayer

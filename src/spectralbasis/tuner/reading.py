@@ -1,0 +1,139 @@
+"""Spectral adapters as checkpoints: `W + U C Vᵀ`, with the directions found as the tuner finds them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectralbasis.checkpoints import Adapter, AdapterMethod, Checkpoint, matrix_name, register_adapter_method
+from spectralbasis.checkpoints.adapter import Edit, adapted_name
+from spectralbasis.errors import InputError
+from spectralbasis.triplets import matrix_hash
+from spectralbasis.tuner.config import SpectralConfig
+from spectralbasis.tuner.factors import PROBES
+from spectralbasis.tuner.forms import FORMS
+from spectralbasis.tuner.preparation import DENSE_DTYPES, Target, prepare
+from spectralbasis.tuner.registration import METHOD
+
+_COEFFICIENTS = ".spectral_coefficients"
+
+
+@dataclass(frozen=True)
+class SpectralEdit:
+    """Adds `U C Vᵀ` to one tensor of the base, which is hashed and decomposed when called.
+
+    Attributes:
+        tensors: the adapter's.
+        coefficients: name of C among them.
+        config: the adapter's, with the hash, the rank and the probes of this matrix only.
+        matrix: name of the matrix in the config.
+    """
+
+    tensors: Checkpoint
+    coefficients: str
+    config: SpectralConfig
+    matrix: str
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """The tuned tensor in the layout of the base's, in float32 or wider.
+
+        Raises:
+            BaseMismatchError: the weight, or its directions, are not those that the adapter was trained on.
+        """
+        if self._transposed(weight):
+            return self._tuned(weight.T).T.contiguous()
+        return self._tuned(weight)
+
+    def check(self, weight: Tensor) -> None:
+        """Raise BaseMismatchError unless this is the weight that the adapter was trained on."""
+        self._directions(weight.T if self._transposed(weight) else weight)
+
+    def _transposed(self, weight: Tensor) -> bool:
+        """Whether the weight is stored as (in, out), as Conv1D does, which only its hash tells for certain."""
+        expected = (self.config.base_hashes or {})[self.matrix]
+        return matrix_hash(weight) != expected and matrix_hash(weight.T) == expected
+
+    def _tuned(self, W: Tensor) -> Tensor:
+        U, V = self._directions(W)
+        dtype = torch.promote_types(W.dtype, torch.float32)
+        C = self.tensors.read(self.coefficients).to(dtype)
+        return W.to(dtype) + FORMS[self.config.coefficients].left_factor(U.to(dtype), C) @ V.to(dtype).T
+
+    def _directions(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        target = Target(self.matrix, self.matrix, nn.Module(), W)
+        prepared = prepare(self.config, [target], W.numel())[self.matrix]
+        return prepared.factors.first(prepared.k)
+
+
+def spectral_edits(adapter: Adapter) -> Mapping[str, Edit]:
+    """The edits of a spectral adapter, by tensor of the base.
+
+    The smallest adapted matrix is checked here, so that a wrong base is found before anything is computed.
+
+    Raises:
+        BaseMismatchError: the base is not the one that the adapter was trained on.
+        InputError: the config is damaged, or does not fit the coefficients or the base.
+    """
+    config = _config(adapter)
+    edits = {}
+    for stored in adapter.tensors.names():
+        module, found, _ = adapted_name(stored).partition(_COEFFICIENTS)
+        if found:
+            tensor = adapter.base_tensor(f"{module}.weight")
+            edits[tensor] = _edit(adapter, config, module, stored, tensor)
+    if edits:
+        smallest = min(edits, key=lambda tensor: prod(adapter.base.shape(tensor)))
+        edits[smallest].check(adapter.base.read(smallest))
+    return edits
+
+
+def _config(adapter: Adapter) -> SpectralConfig:
+    try:
+        return SpectralConfig.from_pretrained(str(adapter.folder))
+    except InputError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{adapter.folder}: adapter_config.json cannot be used ({error}); restore it") from error
+
+
+def _edit(adapter: Adapter, config: SpectralConfig, module: str, stored: str, tensor: str) -> SpectralEdit:
+    name, own = _own_config(adapter, config, module)
+    k, weight = (own.ranks or {})[name], adapter.base.shape(tensor)
+    if adapter.tensors.shape(stored) != FORMS[config.coefficients].shape(k):
+        raise InputError(
+            f"{adapter.folder}: {name} has coefficients of shape {adapter.tensors.shape(stored)}, but "
+            f"adapter_config.json says {config.coefficients} with k={k}; the two files are not of one adapter"
+        )
+    if adapter.base.dtype(tensor) not in DENSE_DTYPES or len(weight) != 2 or k > min(weight):
+        raise InputError(
+            f"{adapter.folder}: {name} cannot have {k} singular directions in {adapter.base.source}, where it is "
+            f"{'×'.join(map(str, weight))} of {adapter.base.dtype(tensor)}; give the base that it was trained on"
+        )
+    return SpectralEdit(adapter.tensors, stored, own, name)
+
+
+def _own_config(adapter: Adapter, config: SpectralConfig, module: str) -> tuple[str, SpectralConfig]:
+    """Name of a module's matrix, and the config with the record of this matrix only."""
+    hashes, ranks, probes = (_record(entry) for entry in (config.base_hashes, config.ranks, config.probes))
+    name = module if module in hashes else matrix_name(module)
+    base_hash, k, probe = hashes.get(name), ranks.get(name), probes.get(name)
+    if not isinstance(base_hash, str) or not isinstance(k, int) or k < 1 or not _is_probe(probe):
+        raise InputError(
+            f"{adapter.folder}: adapter_config.json has no base_hashes, ranks and probes for {name}, so nothing tells "
+            f"which weights the coefficients belong to; save the adapter again"
+        )
+    return name, replace(config, base_hashes={name: base_hash}, ranks={name: k}, probes={name: probe})
+
+
+def _record(entry: object) -> Mapping[str, Any]:
+    return entry if isinstance(entry, dict) else {}
+
+
+def _is_probe(entry: object) -> bool:
+    return isinstance(entry, list) and len(entry) == PROBES and all(isinstance(number, float) for number in entry)
+
+
+register_adapter_method(METHOD, AdapterMethod(prefix="spectral_", edits=spectral_edits))
