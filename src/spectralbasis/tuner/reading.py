@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +132,7 @@ def _record(entry: object) -> Mapping[str, Any]:
     return entry if isinstance(entry, dict) else {}
 
 
-def _is_probe(entry: object) -> bool:
+def _is_probe(entry: object) -> TypeGuard[list[float]]:
     return isinstance(entry, list) and len(entry) == PROBES and all(isinstance(number, float) for number in entry)
 
 
