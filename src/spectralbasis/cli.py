@@ -122,6 +122,7 @@ def compare(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an earlier run into the folder stopped.")
     ] = False,
+    workers: Annotated[int, typer.Option(help="Processes that measure matrices side by side.")] = 1,
     device: Annotated[str, typer.Option(help="Where matrices are decomposed: cpu or cuda.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
@@ -144,6 +145,7 @@ def compare(
         include=include or (),
         exclude=exclude or (),
         device=device,
+        workers=workers,
         output=output,
         resume=resume,
         progress=_draws_bars(),

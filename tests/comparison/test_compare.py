@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import save_file
 
 import spectralbasis as sb
-from spectralbasis.comparison import engine
+from spectralbasis.comparison import measuring
 from tests.comparison.pairs import layered, random_updates
 from tests.matrices import power_law, with_spectrum
 
-COLUMNS = "tuned, matrix, layer, kind, m, n, k, metric, side, index, value, null, null_mean, null_std, z, p_value"
+COLUMNS = (
+    "tuned, matrix, layer, kind, m, n, k, metric, side, index, value, null, null_mean, null_std, z, p_value, q_value"
+)
 SUMMARY = "base, tuned, leading, matrices, skipped, stability, coverage, versions, seed, seconds, peak_rss_bytes"
 FINDING = {"value", "null_mean", "effect", "ci_low", "ci_high", "p_value", "verdict"}
 
@@ -65,7 +67,7 @@ def test_table_summary_and_files_keep_the_contract(tmp_path):
     _, two = random_updates(4, 0.3, seed=1)
     two = {name: base[name] + 0.1 * (two[name] - base[name]) for name in base}
     result = sb.compare(base, [one, two], leading=8, draws=3, seed=5, output=tmp_path)
-    assert list(result.table.columns) == COLUMNS.split(", ")
+    assert list(result.table.columns) == [*CONTRACT.split(", "), "q_value"]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary == json.loads(json.dumps(result.summary()))
     assert set(SUMMARY.split(", ")) <= set(summary)
@@ -93,7 +95,7 @@ def test_matrices_that_cannot_be_measured_are_listed_and_the_others_go_on():
     reasons = list(summary["skipped"].values())
     assert summary["matrices"] == 1
     assert any("3 of 1920 values" in reason and "NaN" in reason for reason in reasons)
-    assert engine.UNCHANGED in reasons
+    assert measuring.UNCHANGED in reasons
     assert any("48×40" in reason and "7×7" in reason for reason in reasons)
 
 
@@ -147,7 +149,7 @@ def test_an_interrupted_comparison_resumes_to_the_same_table(tmp_path, monkeypat
     base, one = folders(tmp_path)
     whole = sb.compare(base, [one], leading=8, output=tmp_path / "whole").table
     measured = []
-    measure = engine.measure_pair
+    measure = measuring.measure_pair
 
     def dies_at_the_fourth(*arguments):
         if len(measured) == 3:
@@ -155,13 +157,13 @@ def test_an_interrupted_comparison_resumes_to_the_same_table(tmp_path, monkeypat
         measured.append(1)
         return measure(*arguments)
 
-    monkeypatch.setattr(engine, "measure_pair", dies_at_the_fourth)
+    monkeypatch.setattr(measuring, "measure_pair", dies_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         sb.compare(base, [one], leading=8, output=tmp_path / "part")
     assert [path.name for path in (tmp_path / "part").iterdir()] == ["store.sqlite"]
 
     again = []
-    monkeypatch.setattr(engine, "measure_pair", lambda *arguments: again.append(1) or measure(*arguments))
+    monkeypatch.setattr(measuring, "measure_pair", lambda *arguments: again.append(1) or measure(*arguments))
     resumed = sb.compare(base, [one], leading=8, output=tmp_path / "part", resume=True).table
     assert len(again) == 3
     pd.testing.assert_frame_equal(resumed, whole)

@@ -7,7 +7,13 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from spectralbasis.comparison.statistics import against_null, bootstrap_means, find, hierarchical_interval
+from spectralbasis.comparison.statistics import (
+    against_null,
+    bootstrap_means,
+    find,
+    hierarchical_interval,
+    with_q_values,
+)
 
 
 def units(effects, *, layers=6, tuned=1) -> pd.DataFrame:
@@ -97,3 +103,23 @@ def test_without_a_null_nothing_is_tested():
     assert found.verdict == "undecided"
     assert found.value == pytest.approx(0.65)
     assert found.to_dict()["null_mean"] is None
+
+
+def test_q_values_are_adjusted_within_one_metric_side_and_number_of_directions():
+    p_values = [0.01, 0.02, 0.03, 0.5, math.nan]
+    family = pd.DataFrame(
+        {"tuned": "a", "metric": "subspace_overlap", "side": "left", "index": -1, "k": 4, "p_value": p_values}
+    ).assign(matrix=list("ABCDE"))
+    other = family.assign(side="right", p_value=[0.04] * 5)
+    fewer = family.assign(k=2, p_value=[1.0] * 5)
+    table = with_q_values(pd.concat([family, other, fewer], ignore_index=True))
+    np.testing.assert_allclose(table["q_value"][:4], stats.false_discovery_control(p_values[:4]))
+    assert math.isnan(table["q_value"][4])
+    assert table["q_value"][5:10].tolist() == pytest.approx([0.04] * 5)
+
+
+def test_the_full_number_of_each_matrix_is_one_family():
+    rows = {"tuned": "a", "metric": "subspace_overlap", "side": "left", "index": -1}
+    table = pd.DataFrame([{**rows, "matrix": name, "k": k, "p_value": 0.01 * k} for name, k in (("A", 3), ("B", 5))])
+    expected = stats.false_discovery_control([0.03, 0.05])
+    assert with_q_values(table)["q_value"].tolist() == pytest.approx(list(expected))

@@ -1,4 +1,4 @@
-"""Streams matrix pairs through the measurements: one matrix of the base at a time, decomposed once for all."""
+"""Compares checkpoints: pairs their matrices by name, has each pair measured, and sums up."""
 
 import time
 from collections.abc import Sequence
@@ -6,20 +6,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from spectralbasis.checkpoints import Checkpoint, Matrix, match_matrices, open_checkpoint
-from spectralbasis.comparison.pair import Settings, as_float, measure_pair, pair_rows
+from spectralbasis.comparison.measuring import UNCHANGED, MatrixTask, Settings, measure_matrix
 from spectralbasis.comparison.result import Comparison
 from spectralbasis.comparison.rows import to_frame
+from spectralbasis.comparison.statistics import with_q_values
 from spectralbasis.comparison.store import Store
 from spectralbasis.comparison.summary import summarise
 from spectralbasis.errors import InputError
-from spectralbasis.linalg import Leading, parse_leading, resolve_leading
+from spectralbasis.execution import stream
+from spectralbasis.linalg import Leading, parse_leading
 from spectralbasis.progress import track
-from spectralbasis.triplets import Triplets, compute_triplets, matrix_hash
-
-UNCHANGED = "the same in both: finetuning did not touch it"
 
 
 def compare(
@@ -34,6 +34,7 @@ def compare(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     device: str = "cpu",
+    workers: int = 1,
     output: str | Path | None = None,
     resume: bool = False,
     progress: bool = False,
@@ -42,7 +43,7 @@ def compare(
 
     Args:
         base: the pretrained checkpoint: a path, a hub id, a state dict, a module.
-        tuned: one or more checkpoints finetuned from it; PEFT adapter folders are read over their base.
+        tuned: one or more checkpoints finetuned from it; PEFT adapter folders are read over `base`.
         leading: number of leading directions: a whole number, a fraction of min(m, n), "mp" or "gd".
         null: "scrambled", "gaussian", or None for no draws (then nothing is tested).
         draws: draws of the null per matrix; 2 are needed for a z-score, 5 or more are sensible.
@@ -51,6 +52,7 @@ def compare(
         include: glob patterns of matrix names to measure; empty measures all but embeddings and heads.
         exclude: glob patterns of matrix names to leave out.
         device: where matrices are decomposed, such as "cpu" or "cuda".
+        workers: processes that measure matrices side by side; the table does not depend on it.
         output: folder for `comparison.parquet`, `summary.json`, `index.html` and the store; None writes nothing.
         resume: take over what an earlier run into `output` measured on the same weights with the same settings.
         progress: draw a progress bar on stderr.
@@ -61,13 +63,15 @@ def compare(
     """
     started = time.monotonic()
     settings = Settings(parse_leading(leading), null, draws, seed, tolerance, _usable_device(device))
-    run = _Run(open_checkpoint(base), _labelled([open_checkpoint(one) for one in tuned]), settings)
+    opened = open_checkpoint(base)
+    run = _Run(opened, _labelled([open_checkpoint(one, base=opened) for one in tuned]), settings)
     run.match(include, exclude)
-    with run.open_store(Path(output) if output is not None else None, resume) as store:
-        run.measure(store, progress)
+    with _open_store(output, settings, resume) as store:
+        run.measure(store, workers, progress)
         table = to_frame(store.rows(run.done))
     if table.empty:
         raise InputError(run.nothing_measured())
+    table = with_q_values(table)
     result = Comparison(table, run.summary(table, time.monotonic() - started))
     if output is not None:
         result.report(output)
@@ -75,7 +79,7 @@ def compare(
 
 
 class _Run:
-    """The state of one comparison: checkpoints, matched pairs, what was skipped and why."""
+    """The state of one comparison: checkpoints, matched pairs, what is done, what was skipped and why."""
 
     def __init__(self, base: Checkpoint, tuned: dict[str, Checkpoint], settings: Settings) -> None:
         if not tuned:
@@ -98,52 +102,23 @@ class _Run:
                 self.bases[before.name] = before
                 self.partners.setdefault(before.name, {})[label] = after
 
-    def open_store(self, output: Path | None, resume: bool) -> Store:
-        """The store of the output folder, or one in memory."""
-        path = None
-        if output is not None:
-            path = output / "store.sqlite"
-            try:
-                output.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"cannot create {output}: {error.strerror}; choose another output folder") from error
-        return Store(path, {name: str(value) for name, value in asdict(self.settings).items()}, resume=resume)
-
-    def measure(self, store: Store, progress: bool) -> None:
-        """Measure every pair that the store does not hold yet."""
-        work = track(self.bases.items(), "comparing", total=len(self.bases), enabled=progress)
-        for name, before in work:
-            try:
-                self._measure_matrix(name, before, store)
-            except ValueError as error:
-                self.skipped[name] = str(error)
-
-    def _measure_matrix(self, name: str, before: Matrix, store: Store) -> None:
-        W0 = as_float(before.read(), self.settings.device)
-        _require_finite(W0, self.base.source)
-        base_hash = matrix_hash(W0)
-        triplets: Triplets | None = None
-        for label, after in self.partners[name].items():
-            W1 = as_float(after.read(), self.settings.device)
-            if torch.equal(W0, W1):
-                self._skip(label, name, UNCHANGED)
-                continue
-            tuned_hash = matrix_hash(W1)
-            content = f"{base_hash}-{tuned_hash}"
-            if not store.has(label, name, content):
-                triplets = triplets or self._decompose(W0)
-                try:
-                    _require_finite(W1, label)
-                    measured = measure_pair(W0, W1, triplets, self.settings, tuned_hash)
-                except ValueError as error:
-                    self._skip(label, name, str(error))
-                    continue
-                store.put(label, name, content, pair_rows(label, before, *measured, self.settings.null))
-            self.done.append((label, name))
-
-    def _decompose(self, W0: torch.Tensor) -> Triplets:
-        k = resolve_leading(self.settings.leading, W0)
-        return compute_triplets(W0, k, tolerance=self.settings.tolerance).to(self.settings.device)
+    def measure(self, store: Store, workers: int, progress: bool) -> None:
+        """Measure every pair that the store does not hold yet; the driver alone writes the store."""
+        tasks = [
+            MatrixTask(before, self.partners[name], self.settings, self.base.source, store.contents(name))
+            for name, before in self.bases.items()
+        ]
+        outcomes = track(stream(measure_matrix, tasks, workers), "comparing", total=len(tasks), enabled=progress)
+        for task, outcome in outcomes:
+            name = task.before.name
+            for label, (content, rows) in outcome.measured.items():
+                if rows is not None:
+                    store.put(label, name, content, rows)
+                self.done.append((label, name))
+            for label, reason in outcome.skipped.items():
+                self._skip(label, name, reason)
+        order = {name: position for position, name in enumerate(self.bases)}
+        self.done.sort(key=lambda pair: order[pair[1]])
 
     def _skip(self, label: str, name: str, reason: str) -> None:
         """Record a reason under the matrix's name, with the checkpoint where several are compared."""
@@ -151,17 +126,29 @@ class _Run:
 
     def nothing_measured(self) -> str:
         """Why the table is empty, for the person who asked."""
-        if any(reason == UNCHANGED for reason in self.skipped.values()) and not self.done:
+        if UNCHANGED in self.skipped.values():
             return (
                 f"{self.base.source} and {', '.join(self.tuned)} hold the same weights: there is no update to measure"
             )
         name, reason = next(iter(self.skipped.items()), ("", "no matrix matches the given patterns"))
         return f"no matrix could be measured; {name + ': ' if name else ''}{reason}"
 
-    def summary(self, table: Any, seconds: float) -> dict[str, Any]:
+    def summary(self, table: pd.DataFrame, seconds: float) -> dict[str, Any]:
         """The content of `summary.json`."""
         sources = {label: checkpoint.source for label, checkpoint in self.tuned.items()}
         return summarise(table, self.settings, self.base.source, sources, self.skipped, seconds)
+
+
+def _open_store(output: str | Path | None, settings: Settings, resume: bool) -> Store:
+    """The store of the output folder, or one in memory."""
+    known = {name: str(value) for name, value in asdict(settings).items()}
+    if output is None:
+        return Store(None, known, resume=False)
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot create {output}: {error.strerror}; choose another output folder") from error
+    return Store(Path(output) / "store.sqlite", known, resume=resume)
 
 
 def _labelled(checkpoints: Sequence[Checkpoint]) -> dict[str, Checkpoint]:
@@ -172,12 +159,6 @@ def _labelled(checkpoints: Sequence[Checkpoint]) -> dict[str, Checkpoint]:
         if len(set(labels)) == len(labels):
             return dict(zip(labels, checkpoints, strict=True))
     return {f"{index}: {checkpoint.source}": checkpoint for index, checkpoint in enumerate(checkpoints)}
-
-
-def _require_finite(W: torch.Tensor, where: str) -> None:
-    bad = int((~torch.isfinite(W)).sum())
-    if bad:
-        raise ValueError(f"{bad} of {W.numel()} values in {where} are NaN or infinite; this matrix has no spectrum")
 
 
 def _usable_device(device: str) -> str:

@@ -25,6 +25,9 @@ Key = tuple[str, str, int, int]
 Measurements = dict[Key, float]
 Factors = LeadingSVD | Triplets
 
+INTRUDER_WINDOW = 10
+INTRUDER_COSINE = 0.5
+
 
 def leading_grid(k: int) -> list[int]:
     """The numbers of directions that curves are drawn over: 1, 2, 4, … below k, then k."""
@@ -104,8 +107,27 @@ def spectra(base: Factors, tuned: Factors) -> Measurements:
     }
 
 
-def sizes(W0: Tensor, W1: Tensor, k: int) -> Measurements:
-    """Norm of the update, absolute and relative, and the ranks of `W0`, `W1` and `ΔW`."""
+def intruders(base: Factors, tuned: Factors, W0: Tensor) -> Measurements:
+    """Largest `|cos|` of each of the tuned top 10 left vectors to any left vector of the base, and how many are new.
+
+    A vector whose largest cosine is below 0.5 is an intruder dimension (Shuttleworth et al., 2410.21228). The base's
+    leading vectors settle most: no other vector can be closer than what they leave of the tuned vector. Only where that
+    leaves doubt is `W0` decomposed in full.
+    """
+    top = min(INTRUDER_WINDOW, tuned.S.numel())
+    U1 = tuned.U[:, :top].double()
+    cosines = (base.U.double().T @ U1).abs()
+    largest = cosines.amax(0)
+    remaining = (1 - cosines.square().sum(0)).clamp_min(0).sqrt()
+    if bool((remaining > largest).any()):
+        every = torch.linalg.svd(W0.double(), full_matrices=False).U
+        largest = (every.T @ U1).abs().amax(0)
+    values = {("max_cosine", "left", top, index): value for index, value in enumerate(largest.tolist())}
+    return values | {("intruders", "left", top, -1): float((largest < INTRUDER_COSINE).sum())}
+
+
+def sizes(W0: Tensor, W1: Tensor, k: int) -> tuple[Measurements, float]:
+    """Norm of the update, absolute and relative, the ranks of `W0`, `W1` and `ΔW`; and the spectral norm of `ΔW`."""
     spectrum = {"base": singular_values(W0), "tuned": singular_values(W1), "update": singular_values(W1 - W0)}
     norms = {name: float(S.norm()) for name, S in spectrum.items()}
     values = {"update_norm": norms["update"]}
@@ -115,7 +137,7 @@ def sizes(W0: Tensor, W1: Tensor, k: int) -> Measurements:
         if norms[name] > 0:
             values[f"stable_rank_{name}"] = stable_rank(S)
             values[f"effective_rank_{name}"] = effective_rank(S)
-    return {(metric, "both", k, -1): value for metric, value in values.items()}
+    return {(metric, "both", k, -1): value for metric, value in values.items()}, float(spectrum["update"][0])
 
 
 def wedin_bounds(base: Factors, tuned: Factors, update_norm: float) -> Measurements:

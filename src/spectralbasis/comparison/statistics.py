@@ -10,6 +10,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+FALSE_DISCOVERY_RATE = 0.05
 _BATCH_ENTRIES = 4_000_000
 
 Floats = NDArray[np.float64]
@@ -41,6 +42,31 @@ def against_null(value: float, draws: Floats) -> NullFit:
         return NullFit(mean, std, math.nan, math.nan)
     t = (value - mean) / (std * math.sqrt(1 + 1 / draws.size))
     return NullFit(mean, std, (value - mean) / std, float(2 * stats.t.sf(abs(t), draws.size - 1)))
+
+
+def with_q_values(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with a column `q_value`: p-values adjusted over matrices by Benjamini–Hochberg.
+
+    A family is one metric, side and number of directions in one checkpoint: what one would scan by eye. Each matrix's
+    full number counts as the same, also where a fraction, "mp" or "gd" makes them differ.
+    """
+    full = full_k(table)
+    directions = table["k"].where(table["k"] != full, -1)
+    families = table.groupby(["tuned", "metric", "side", "index", directions])["p_value"]
+    return table.assign(q_value=families.transform(_adjusted))
+
+
+def full_k(table: pd.DataFrame) -> pd.Series:
+    """The full number of leading directions of each row's matrix."""
+    overlaps = table[table["metric"] == "subspace_overlap"]
+    return table["matrix"].map(overlaps.groupby("matrix")["k"].max())
+
+
+def _adjusted(p_values: pd.Series) -> pd.Series:
+    known = p_values.dropna()
+    if known.empty:
+        return p_values
+    return pd.Series(stats.false_discovery_control(known), index=known.index).reindex(p_values.index)
 
 
 @dataclass(frozen=True)

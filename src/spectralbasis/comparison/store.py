@@ -10,34 +10,48 @@ from spectralbasis.comparison.rows import Row, row_values
 from spectralbasis.errors import InputError
 
 FORMAT_VERSION = 1
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS pairs (
-    tuned TEXT NOT NULL, matrix TEXT NOT NULL, content TEXT NOT NULL, rows TEXT NOT NULL,
-    PRIMARY KEY (tuned, matrix)
-);
-"""
+_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS pairs (tuned TEXT NOT NULL, matrix TEXT NOT NULL, content TEXT NOT NULL,"
+    " rows TEXT NOT NULL, PRIMARY KEY (tuned, matrix))",
+)
 
 
 class Store:
     """Rows by (tuned, matrix); a pair counts as done only for the very weights (`content`) that it was made from."""
 
     def __init__(self, path: Path | None, settings: dict[str, str], *, resume: bool) -> None:
-        """Open the store of a folder, or one in memory where `path` is None.
+        """Open the store of a folder, or one in memory where `path` is None, for this process alone.
 
         Raises:
-            InputError: the file is damaged or not writable, or `resume` meets results of other settings.
+            InputError: another process uses the file, it is damaged or not writable, or `resume` meets results of
+                other settings.
         """
         self.path = path
-        if path is not None and not resume:
-            path.unlink(missing_ok=True)
         try:
-            self._connection = sqlite3.connect(path or ":memory:")
-            with self._connection:
-                self._connection.executescript(_SCHEMA)
-            self._check_settings({"format": str(FORMAT_VERSION), **settings})
-        except sqlite3.Error as error:
-            raise InputError(f"{path} cannot be used ({error}); remove it, or choose another output folder") from error
+            self._connection = sqlite3.connect(path or ":memory:", timeout=0)
+            self._begin(settings, resume)
+        except sqlite3.DatabaseError as error:
+            raise InputError(self._explain(error)) from error
+
+    def _begin(self, settings: dict[str, str], resume: bool) -> None:
+        # Held until the connection closes, also by a crash: a second comparison into the folder finds it locked.
+        self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        with self._connection:
+            self._connection.execute("BEGIN EXCLUSIVE")
+            if not resume:
+                for table in ("settings", "pairs"):
+                    self._connection.execute(f"DROP TABLE IF EXISTS {table}")
+            for statement in _SCHEMA:
+                self._connection.execute(statement)
+        self._check_settings({"format": str(FORMAT_VERSION), **settings})
+
+    def _explain(self, error: sqlite3.Error) -> str:
+        if "locked" in str(error):
+            return (
+                f"another comparison is writing into {self.path and self.path.parent}; wait for it, or choose another"
+            )
+        return f"{self.path} cannot be used ({error}); remove it, or choose another output folder"
 
     def _check_settings(self, settings: dict[str, str]) -> None:
         known = dict(self._connection.execute("SELECT name, value FROM settings"))
@@ -50,10 +64,9 @@ class Store:
         with self._connection:
             self._connection.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", settings.items())
 
-    def has(self, tuned: str, matrix: str, content: str) -> bool:
-        """Whether this pair was measured on weights with this content."""
-        query = "SELECT 1 FROM pairs WHERE tuned = ? AND matrix = ? AND content = ?"
-        return self._connection.execute(query, (tuned, matrix, content)).fetchone() is not None
+    def contents(self, matrix: str) -> dict[str, str]:
+        """Label → content hash of the pairs of this matrix that were measured."""
+        return dict(self._connection.execute("SELECT tuned, content FROM pairs WHERE matrix = ?", (matrix,)))
 
     def put(self, tuned: str, matrix: str, content: str, rows: Iterable[Row]) -> None:
         """Record one measured pair, all of it or nothing."""

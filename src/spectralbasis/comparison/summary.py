@@ -4,13 +4,15 @@ import math
 import platform
 import resource
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
 import pandas as pd
 
-from spectralbasis.comparison.pair import Settings
-from spectralbasis.comparison.statistics import Finding, find
+from spectralbasis.comparison.measuring import Settings
+from spectralbasis.comparison.methods import methods_paragraph
+from spectralbasis.comparison.statistics import FALSE_DISCOVERY_RATE, Finding, find, full_k
 
 CEILING = 0.99
 """Above this null overlap, stability has next to no room to show in."""
@@ -35,6 +37,7 @@ def summarise(
         skipped: matrix → reason.
         seconds: wall-clock time that the comparison took.
     """
+    versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
     return {
         "base": base,
         "tuned": list(tuned),
@@ -47,7 +50,8 @@ def summarise(
         "skipped": skipped,
         **findings(table, settings.seed),
         "per_tuned": {label: findings(rows, settings.seed) for label, rows in table.groupby("tuned", sort=False)},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "methods": methods_paragraph(table, settings, base, tuned, skipped, versions),
+        "versions": versions,
         "seed": settings.seed,
         "seconds": round(seconds, 3),
         "peak_rss_bytes": peak_rss_bytes(),
@@ -56,20 +60,40 @@ def summarise(
 
 def findings(table: pd.DataFrame, seed: int) -> dict[str, dict[str, Any]]:
     """Stability and coverage with their intervals and verdicts, over the rows of a table."""
-    stability = find(_headline(table, "subspace_overlap"), seed)
-    coverage = find(_headline(table, "coverage_core"), seed)
     return {
-        "stability": {**stability.to_dict(), **_reading(rotation_avoided(stability), _stability_note(stability))},
-        "coverage": {**coverage.to_dict(), **_reading(ratio_to_null(coverage), "")},
+        "stability": _finding(table, "subspace_overlap", seed, rotation_avoided, _stability_note),
+        "coverage": _finding(table, "coverage_core", seed, ratio_to_null, lambda _: ""),
     }
 
 
-def _headline(table: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """One row per matrix at its full number of leading directions, left and right averaged."""
-    rows = table[table["metric"] == metric]
+def _finding(
+    table: pd.DataFrame,
+    metric: str,
+    seed: int,
+    relative: Callable[[Finding], float],
+    note: Callable[[Finding], str],
+) -> dict[str, Any]:
+    rows = table[(table["metric"] == metric) & (table["k"] == full_k(table))]
     keys = ["tuned", "layer", "matrix"]
-    rows = rows[rows["k"] == rows.groupby(keys)["k"].transform("max")]
-    return rows.groupby(keys, as_index=False)[["value", "null_mean"]].mean()
+    finding = find(rows.groupby(keys, as_index=False)[["value", "null_mean"]].mean(), seed)
+    share = relative(finding)
+    return {
+        **finding.to_dict(),
+        "relative_effect": share if math.isfinite(share) else None,
+        "significant": _significant(rows),
+        "note": note(finding),
+    }
+
+
+def _significant(rows: pd.DataFrame) -> dict[str, int | float]:
+    """How many single measurements stand out from their null after correction, on either side of it."""
+    found = rows[rows["q_value"] <= FALSE_DISCOVERY_RATE]
+    return {
+        "above_null": int((found["z"] > 0).sum()),
+        "below_null": int((found["z"] < 0).sum()),
+        "of": int(rows["q_value"].notna().sum()),
+        "false_discovery_rate": FALSE_DISCOVERY_RATE,
+    }
 
 
 def rotation_avoided(finding: Finding) -> float:
@@ -81,10 +105,6 @@ def rotation_avoided(finding: Finding) -> float:
 def ratio_to_null(finding: Finding) -> float:
     """How many times the coverage that chance gives."""
     return finding.value / finding.null_mean if finding.null_mean > 0 else math.nan
-
-
-def _reading(relative: float, note: str) -> dict[str, Any]:
-    return {"relative_effect": relative if math.isfinite(relative) else None, "note": note}
 
 
 def _stability_note(finding: Finding) -> str:

@@ -54,7 +54,8 @@ def principal_angles(U0: Tensor, U1: Tensor) -> Tensor:
         U1: (m, k) with independent columns.
     """
     angles = subspace_angles(U0.double().cpu().numpy(), U1.double().cpu().numpy())
-    return torch.from_numpy(angles[::-1].copy())
+    # SciPy mixes two methods, which may disagree in order by rounding.
+    return torch.from_numpy(angles).sort().values
 
 
 def matched_cosines(cosines: Tensor) -> Tensor:

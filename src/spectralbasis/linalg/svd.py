@@ -74,11 +74,15 @@ def leading_svd(A: Tensor, k: int, *, tolerance: float = 1e-4) -> LeadingSVD:
 def singular_values(A: Tensor) -> Tensor:
     """All singular values of an (m, n) matrix, (min(m, n),), descending, float64.
 
+    From the Gram matrix in float64, several times faster than a decomposition; values below 1e-8 σ_1 are noise.
+
     Raises:
         ValueError: `A` is not a finite matrix.
     """
     check_matrix(A)
-    return torch.linalg.svdvals(A.detach().double())
+    A64 = A.detach().double()
+    gram = A64 @ A64.T if A.shape[0] < A.shape[1] else A64.T @ A64
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
 
 
 def gram_pays(m: int, n: int, k: int) -> bool:

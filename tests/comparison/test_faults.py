@@ -1,0 +1,77 @@
+"""Comparisons that are killed, doubled, or spread over processes end in the same table or in a sentence."""
+
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from safetensors.torch import save_file
+
+import spectralbasis as sb
+from spectralbasis.comparison.store import Store
+from spectralbasis.execution import stream
+from tests.comparison.pairs import random_updates
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    base, tuned = random_updates(40, 0.3, m=160, n=140)
+    save_file(base, folder / "base.safetensors")
+    save_file(tuned, folder / "tuned.safetensors")
+    return folder / "base.safetensors", folder / "tuned.safetensors"
+
+
+def measured(store: Path) -> int:
+    try:
+        with sqlite3.connect(f"file:{store}?mode=ro", uri=True) as connection:
+            return connection.execute("SELECT COUNT(*) FROM pairs").fetchone()[0]
+    except sqlite3.OperationalError:
+        return 0
+
+
+def test_killed_and_resumed_gives_the_table_of_one_run(files, tmp_path):
+    script = "import sys, spectralbasis as sb; sb.compare(sys.argv[1], [sys.argv[2]], leading=8, output=sys.argv[3])"
+    arguments = [sys.executable, "-c", script, *map(str, files), str(tmp_path / "out")]
+    store = tmp_path / "out" / "store.sqlite"
+    process = subprocess.Popen(arguments)
+    while process.poll() is None and not (store.exists() and store.stat().st_size > 200_000):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < measured(store) < 40
+    assert not (tmp_path / "out" / "comparison.parquet").exists()
+    resumed = sb.compare(files[0], [files[1]], leading=8, output=tmp_path / "out", resume=True).table
+    pd.testing.assert_frame_equal(resumed, sb.compare(files[0], [files[1]], leading=8).table)
+
+
+def test_the_table_does_not_depend_on_the_number_of_processes(files):
+    options = {"leading": 8, "draws": 2, "include": ["*.layer.[0-3].*"]}
+    alone = sb.compare(files[0], [files[1]], **options).table
+    together = sb.compare(files[0], [files[1]], workers=2, **options).table
+    pd.testing.assert_frame_equal(together, alone)
+
+
+def test_a_second_comparison_into_a_folder_is_refused_while_the_first_runs(files, tmp_path):
+    (tmp_path / "out").mkdir()
+    with (
+        Store(tmp_path / "out" / "store.sqlite", {}, resume=False),
+        pytest.raises(sb.InputError, match="another comparison is writing"),
+    ):
+        sb.compare(files[0], [files[1]], leading=8, output=tmp_path / "out")
+    sb.compare(files[0], [files[1]], leading=8, output=tmp_path / "out", include=["*.layer.0.*"])
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(files, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(sb.InputError, match="choose another output folder"):
+        sb.compare(files[0], [files[1]], leading=8, output=tmp_path / "file" / "out")
+
+
+def test_no_workers_is_a_sentence():
+    with pytest.raises(sb.InputError, match="workers=0"):
+        list(stream(abs, [1], workers=0))
