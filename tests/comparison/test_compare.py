@@ -13,7 +13,7 @@ from spectralbasis.comparison import measuring
 from tests.comparison.pairs import layered, random_updates
 from tests.matrices import power_law, with_spectrum
 
-COLUMNS = (
+CONTRACT = "tuned, matrix, layer, kind, m, n, k, metric, side, index, value, null, null_mean, null_std, z, p_value"
     "tuned, matrix, layer, kind, m, n, k, metric, side, index, value, null, null_mean, null_std, z, p_value, q_value"
 )
 SUMMARY = "base, tuned, leading, matrices, skipped, stability, coverage, versions, seed, seconds, peak_rss_bytes"
