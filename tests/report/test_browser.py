@@ -9,6 +9,7 @@ from tests.report import results
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
+expect = sync_api.expect
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 ARGUMENTS = [
     "--no-sandbox",
@@ -139,7 +140,7 @@ def test_choosing_a_checkpoint_changes_figures_and_table(opened, report):
     assert numbers(page, 4) == table
 
 
-def test_choosing_a_measure_and_a_matrix_redraws(opened, report):
+def test_measure_matrix_and_scale_redraw_what_they_name(opened, report):
     page = opened(report)
     page.select_option("#measure", label="Coverage, core: excess")
     assert "Coverage, core, excess over the null" in page.locator("#heatmap").get_attribute("aria-label")
@@ -148,6 +149,10 @@ def test_choosing_a_measure_and_a_matrix_redraws(opened, report):
     assert all(value > 0 for value in excess[1:])
     page.select_option("#matrix", label="pooler.dense")
     assert "pooler.dense" in page.locator("#spectrum-values").get_attribute("aria-label")
+    scale = "document.getElementById('overlap-left').layout.yaxis.range"
+    assert page.evaluate(scale)[0] > 0.5
+    page.check("#full-scale")
+    assert page.evaluate(scale) == [0, 1.02]
 
 
 def test_a_cell_of_the_heat_map_shows_its_numbers_and_selects_its_matrix(opened, report):
@@ -157,19 +162,11 @@ def test_a_cell_of_the_heat_map_shows_its_numbers_and_selects_its_matrix(opened,
     spot = area["x"] + area["width"] * 0.95, area["y"] + 5
     page.mouse.move(*spot)
     hover = page.locator("#heatmap .hoverlayer")
-    sync_api.expect(hover).to_contain_text("encoder.layer.2.attention.self.query")
-    sync_api.expect(hover).to_contain_text("null mean")
+    expect(hover).to_contain_text("encoder.layer.2.attention.self.query")
+    expect(hover).to_contain_text("null mean")
     page.mouse.click(*spot)
     chosen = page.locator("#matrix option:checked")
-    sync_api.expect(chosen).to_have_text("encoder.layer.2.attention.self.query")
-
-
-def test_the_full_scale_is_zero_to_one(opened, report):
-    page = opened(report)
-    top = "document.getElementById('overlap-left').layout.yaxis.range"
-    assert page.evaluate(top)[0] > 0.5
-    page.check("#full-scale")
-    assert page.evaluate(top) == [0, 1.02]
+    expect(chosen).to_have_text("encoder.layer.2.attention.self.query")
 
 
 def test_a_phone_never_scrolls_sideways(opened, report):
@@ -180,14 +177,23 @@ def test_a_phone_never_scrolls_sideways(opened, report):
     )
 
 
+def test_plots_follow_the_width_of_the_window(opened, report):
+    page = opened(report)
+    page.set_viewport_size({"width": 500, "height": 740})
+    width = page.evaluate("document.getElementById('heatmap').clientWidth")
+    for plot in ("heatmap", "overlap-left"):
+        expect(page.locator(f"#{plot} svg.main-svg").first).to_have_attribute("width", str(width))
+    assert page.evaluate("document.documentElement.scrollWidth") == 500
+
+
 def test_the_colours_follow_the_scheme_also_while_open(opened, report):
     page = opened(report, color_scheme="dark")
-    line = "document.getElementById('overlap-left').data.at(-1).line.color"
-    colours = f"[getComputedStyle(document.body).backgroundColor, {line}]"
-    assert page.evaluate(colours) == ["rgb(17, 20, 24)", "#6bb3ee"]
+    body, line = page.locator("body"), page.locator("#overlap-left path.js-line").last
+    expect(body).to_have_css("background-color", "rgb(17, 20, 24)")
+    expect(line).to_have_css("stroke", "rgb(107, 179, 238)")
     page.emulate_media(color_scheme="light")
-    page.wait_for_function(f"{line} === '#0b62a8'")
-    assert page.evaluate(colours) == ["rgb(255, 255, 255)", "#0b62a8"]
+    expect(body).to_have_css("background-color", "rgb(255, 255, 255)")
+    expect(line).to_have_css("stroke", "rgb(11, 98, 168)")
 
 
 def test_paper_is_white_and_has_no_controls(opened, report):
@@ -196,6 +202,7 @@ def test_paper_is_white_and_has_no_controls(opened, report):
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.evaluate("document.getElementById('overlap-left').data.at(-1).line.color") == "#0b62a8"
+    assert page.evaluate("[...document.querySelectorAll('.main-svg')].every(svg => svg.clientWidth <= 640)")
     assert not page.locator("nav").is_visible()
     assert not page.locator(".controls").first.is_visible()
 

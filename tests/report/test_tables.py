@@ -34,7 +34,10 @@ def test_a_matrix_outside_the_layers_has_none(numbers):
     assert tables.matrix_rows(numbers, [])[-1][1] == tables.Cell("–", -1)
 
 
-@pytest.mark.parametrize(("value", "cell"), [(-0.5, ("−50.0", -0.5)), (float("nan"), ("–", None)), (None, ("–", None))])
+@pytest.mark.parametrize(
+    ("value", "cell"),
+    [(-0.5, ("−50.0", -0.5)), (-1e-6, ("0.0", -1e-6)), (float("nan"), ("–", None)), (None, ("–", None))],
+)
 def test_numbers_are_fixed_and_absent_ones_sort_last(value, cell):
     assert tables.fixed(value, 1, 100) == cell
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
 from spectralbasis.report.results import Results
@@ -45,13 +44,11 @@ def panel_curves(results: Results, panel: Panel) -> list[pd.DataFrame]:
 
     A curve holds means over matrices, at each k (its index) that at least half of them reach: columns `count, value,
     low, high` (the middle 80 % of matrices), `null_mean, null_low, null_high` (two standard deviations of a typical
-    matrix: the root mean square of theirs) and `unrelated`.
+    matrix: the median of theirs) and `unrelated`.
     """
     rows = results.measurements
     rows = rows[(rows["metric"] == panel.metric) & rows["side"].isin([panel.side, "both"])]
-    rows = rows.assign(
-        unrelated=panel.unrelated(rows["k"], rows["m"], rows["n"]), null_variance=np.square(rows["null_std"])
-    )
+    rows = rows.assign(unrelated=panel.unrelated(rows["k"], rows["m"], rows["n"]))
     each = _aggregate(rows, ["tuned", "k"])
     single = [_well_founded(each[each["tuned"] == name]) for name in results.tuned]
     return single if len(single) == 1 else [_well_founded(_aggregate(rows, ["k"])), *single]
@@ -59,8 +56,8 @@ def panel_curves(results: Results, panel: Panel) -> list[pd.DataFrame]:
 
 def _aggregate(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     groups = rows.groupby(keys, observed=True)
-    means = groups[["value", "null_mean", "unrelated", "null_variance"]].mean()
-    spread = 2 * np.sqrt(means.pop("null_variance"))
+    means = groups[["value", "null_mean", "unrelated"]].mean()
+    spread = 2 * groups["null_std"].median()
     return means.assign(
         count=groups.size(),
         low=groups["value"].quantile(0.1).clip(lower=SMALLEST),

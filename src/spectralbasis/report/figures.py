@@ -21,6 +21,9 @@ _AXIS = {
     "linecolor": "var(--axis)",
     "tickcolor": "var(--axis)",
     "zeroline": False,
+    "spikecolor": "var(--axis)",
+    "spikethickness": -1,
+    "spikedash": "solid",
     "ticks": "outside",
     "ticklen": 4,
     "automargin": True,
@@ -57,7 +60,8 @@ def curve_figure(panel: Panel, curves: Sequence[pd.DataFrame], selections: Seque
     grows as a power of k, on logarithmic scales.
     """
     ks = sorted({int(k) for curve in curves for k in curve.index})
-    x = {"type": "log", "title": {"text": "k"}, "tickvals": ks, "ticktext": [str(k) for k in ks], "showgrid": False}
+    ticks = {"tickvals": ks, "ticktext": [str(k) for k in ks]}
+    x = {"type": "log", "title": {"text": "k"}, "showgrid": False, "unifiedhovertitle": {"text": "k = %{x}"}} | ticks
     y = {"type": "log", "tickformat": "~%", "dtick": 1} if panel.percent else {"tickformat": ".3~f", "nticks": 6}
     figure = {
         "traces": _curve_traces(".2~%" if panel.percent else ".4f"),
@@ -91,7 +95,7 @@ def _curve_traces(number: str) -> list[Figure]:
             "mode": "lines+markers",
             "line": {"color": "var(--observed)", "width": 2.5},
             "marker": {"size": 6},
-            "hovertemplate": f"observed %{{y:{number}}} (%{{customdata}} rows)<extra></extra>",
+            "hovertemplate": f"observed %{{y:{number}}} (%{{customdata}} measurements)<extra></extra>",
         },
     ]
 
@@ -222,7 +226,12 @@ def spectrum_figures() -> tuple[Figure, Figure]:
         "hovertemplate": "finetuned %{y:.4g}<extra></extra>",
     }
     change = tuned | {"name": "change", "hovertemplate": "%{y:+.3~%}<extra></extra>"}
-    direction = {"title": {"text": "direction"}, "showgrid": False, "rangemode": "tozero"}
+    direction = {
+        "title": {"text": "direction"},
+        "showgrid": False,
+        "rangemode": "tozero",
+        "unifiedhovertitle": {"text": "direction %{x}"},
+    }
     return (
         {
             "traces": [band | {"fillcolor": "var(--observed-band)"}, base, tuned],

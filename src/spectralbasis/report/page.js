@@ -4,7 +4,7 @@
   const page = JSON.parse(document.getElementById("payload").textContent);
   const control = (id) => document.getElementById(id);
   const state = { selection: 0, matrix: 0, measure: Object.keys(page.measures)[0], excess: false, full: false };
-  const config = { displayModeBar: false, responsive: true, doubleClick: false };
+  const config = { displayModeBar: false, doubleClick: false };
   const ABSENT = "–";
 
   // Numbers -----------------------------------------------------------------------------------------------------------
@@ -16,7 +16,7 @@
   }
   const read = (key, statistic, matrix) => grids[key][statistic]?.[state.selection * size + matrix] ?? NaN;
   const fixed = (value, digits, scale = 1) =>
-    Number.isFinite(value) ? (value * scale).toFixed(digits).replace("-", "−") : ABSENT;
+    Number.isFinite(value) ? (value * scale).toFixed(digits).replace(/^-(0\.?0*)$/, "$1").replace("-", "−") : ABSENT;
 
   // Drawing -----------------------------------------------------------------------------------------------------------
   // Names come escaped for Plotly in `page.labels` and in the figures; everything else is numbers.
@@ -36,6 +36,7 @@
     const layout = themed(figure.layout, style);
     for (const axis of ["xaxis", "yaxis"]) Object.assign(layout[axis], changes?.[axis]);
     if (changes?.height) element.style.height = `${changes.height}px`;
+    Object.assign(layout, { width: element.clientWidth, height: element.clientHeight });
     if (label) element.setAttribute("aria-label", label);
     Plotly.react(element, traces, layout, config);
   }
@@ -55,8 +56,12 @@
     const write = (statistic) => fixed(read(state.measure, statistic, matrix), measure.digits, measure.percent ? 100 : 1);
     const unit = measure.percent ? " %" : "";
     lines.push(`${measure.label}: ${write("value")}${unit}`);
-    const null_mean = read(state.measure, "null_mean", matrix);
-    if (Number.isFinite(null_mean)) lines.push(`null mean: ${write("null_mean")}${unit}`);
+    const nullMean = read(state.measure, "null_mean", matrix);
+    if (Number.isFinite(nullMean)) {
+      const excess = read(state.measure, "value", matrix) - nullMean;
+      lines.push(`null mean: ${write("null_mean")}${unit}`);
+      lines.push(`excess: ${fixed(excess, measure.digits, measure.percent ? 100 : 1)}${unit}`);
+    }
     const z = read(state.measure, "z", matrix);
     if (Number.isFinite(z)) lines.push(`z: ${fixed(z, 1)}`);
     const p = read(state.measure, "p_value", matrix);
@@ -221,6 +226,11 @@
     drawSpectra();
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+  let resized;
+  addEventListener("resize", () => {
+    clearTimeout(resized);
+    resized = setTimeout(drawAll, 150);
+  });
   addEventListener("beforeprint", () => {
     root.dataset.paper = "";
     drawAll();

@@ -105,7 +105,8 @@ def _claim(claim: Claim, overall: Finding, results: Results, matrices: int) -> d
     per_tuned = results.summary.get("per_tuned") or {}
     each = {name: Finding.read(claim, per_tuned[name][claim]) for name in results.tuned if name in per_tuned}
     several = len(results.tuned) > 1
-    scope = f"{matrices} matrices" + (f" in each of {len(results.tuned)} checkpoints" if several else "")
+    scope = "one matrix" if matrices == 1 else f"{matrices} matrices"
+    scope += f" in each of {len(results.tuned)} checkpoints" if several else ""
     labels = [f"All {len(results.tuned)} checkpoints", *short_names(list(each))] if several else short_names(list(each))
     shown = [overall, *each.values()] if several else list(each.values()) or [overall]
     return {

@@ -41,7 +41,7 @@ _WORDS: dict[tuple[Claim, str], _Words] = {
         "So the leading directions give way: they turned {turned} more than by chance.",
     ),
     ("stability", "undecided"): _Words(
-        "Whether finetuning spares the leading singular directions cannot be told from a random step of the same size",
+        "How far finetuning turned the leading singular directions cannot be told from what a random step would do",
         "not to be told from chance",
         "So the stability seen here is what any step of this size may leave: it speaks of the size of the step, "
         "not of the basis.",

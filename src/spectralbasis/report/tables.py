@@ -65,7 +65,7 @@ def fixed(value: Any, digits: int, scale: float = 1) -> Cell:
     found = number(value)
     if found is None:
         return Cell(_ABSENT, None)
-    return Cell(f"{found * scale:.{digits}f}".replace("-", "−"), float(f"{found:.6g}"))
+    return Cell(f"{found * scale:z.{digits}f}".replace("-", "−"), float(f"{found:.6g}"))
 
 
 TUNING_HEADINGS = (
