@@ -14,8 +14,6 @@ from tests.comparison.pairs import layered, random_updates
 from tests.matrices import power_law, with_spectrum
 
 CONTRACT = "tuned, matrix, layer, kind, m, n, k, metric, side, index, value, null, null_mean, null_std, z, p_value"
-    "tuned, matrix, layer, kind, m, n, k, metric, side, index, value, null, null_mean, null_std, z, p_value, q_value"
-)
 SUMMARY = "base, tuned, leading, matrices, skipped, stability, coverage, versions, seed, seconds, peak_rss_bytes"
 FINDING = {"value", "null_mean", "effect", "ci_low", "ci_high", "p_value", "verdict"}
 
