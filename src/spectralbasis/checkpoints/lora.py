@@ -1,79 +1,71 @@
-"""LoRA adapters: `ΔW = scaling · B A`."""
+"""LoRA adapters and their relatives that end in a dense weight: rsLoRA, DoRA, PiSSA, OLoRA."""
 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from spectralbasis.checkpoints.adapter import Adapter, AdapterMethod, Edit, adapted_name, edited_dtype
-from spectralbasis.checkpoints.checkpoint import Checkpoint
+from spectralbasis.checkpoints.adapter import Adapter, AdapterMethod, Edit, adapted_name
+from spectralbasis.checkpoints.layout import Layouts
+from spectralbasis.checkpoints.lora_edit import BiasEdit, LoraEdit
+from spectralbasis.checkpoints.lora_start import CONVERSION, STARTS
 from spectralbasis.errors import InputError
 
-_FACTOR = re.compile(r"(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(\.weight)?")
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|lora_B\.bias)"
+    r"(\.weight)?"
+)
 # These change the base, or the formula, at load time, so B·A alone would be the wrong update.
 _UNREADABLE_OPTIONS = (
-    "use_dora",
     "use_qalora",
     "use_bdlora",
     "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
     "layer_replication",
-    "lora_bias",
     "monteclora_config",
     "target_parameters",
     "trainable_token_indices",
 )
-_PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
-
-
-@dataclass(frozen=True)
-class LoraEdit:
-    """Adds one LoRA update to the base's tensor, reading the two factors when called."""
-
-    tensors: Checkpoint
-    A: str
-    B: str
-    scaling: float
-    transposed: bool
-
-    def __call__(self, weight: Tensor) -> Tensor:
-        A, B = (self.tensors.read(name).float() for name in (self.A, self.B))
-        update = B.flatten(1) @ A.flatten(1)
-        update = (update.T if self.transposed else update).reshape(weight.shape)
-        return weight.to(edited_dtype(weight.dtype)) + self.scaling * update
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+_MERGE = "merge it with PEFT (model.merge_and_unload()), save the model and pass that folder"
 
 
 def lora_edits(adapter: Adapter) -> Mapping[str, Edit]:
-    """The edits of a LoRA adapter, by tensor of the base.
+    """The edits of a LoRA adapter, by tensor of the base. A bias for a layer that has none is left out.
 
     Raises:
-        InputError: the adapter uses a variant whose update is not `B A`, or a factor is missing or misshapen.
+        InputError: the adapter uses a variant whose weights cannot be known, or a factor is missing or misshapen.
     """
     _refuse_variants(adapter)
-    return {
-        adapter.base_tensor(f"{module}.weight"): _edit(adapter, module, factors)
-        for module, factors in _factors(adapter).items()
-    }
+    layouts = Layouts(adapter.base, adapter.base.config)
+    edits: dict[str, Edit] = {}
+    for module, factors in _factors(adapter).items():
+        edit = _edit(adapter, layouts, module, factors)
+        edits[adapter.base_tensor(f"{module}.weight")] = edit
+        bias = adapter.find_base_tensor(f"{module}.bias")
+        if "lora_B.bias" in factors and bias is not None:
+            edits[bias] = BiasEdit(adapter.tensors, factors["lora_B.bias"], edit.scaling)
+    return edits
 
 
 def _refuse_variants(adapter: Adapter) -> None:
     used = [option for option in _UNREADABLE_OPTIONS if adapter.config.get(option)]
-    initialisation = adapter.config.get("init_lora_weights", True)
-    if initialisation not in _PLAIN_INITIALISATIONS:
-        used.append(f"init_lora_weights={initialisation!r}")
     if used:
         raise InputError(
             f"the LoRA adapter in {adapter.folder} uses {', '.join(used)}, with which the tuned weights are not "
-            f"base + scaling·B·A; merge it with PEFT (model.merge_and_unload()), save the model and pass that folder"
+            f"base + scaling·B·A; {_MERGE}"
+        )
+    start = adapter.config.get("init_lora_weights", True)
+    if start not in _PLAIN_STARTS and str(start) not in STARTS:
+        raise InputError(
+            f"the LoRA adapter in {adapter.folder} has init_lora_weights={start!r}, which changed the base in a way "
+            f"that cannot be repeated from the adapter alone; {CONVERSION}"
         )
 
 
 def _factors(adapter: Adapter) -> dict[str, dict[str, str]]:
-    """Module name to the stored names of its factors A and B."""
+    """Module name to the stored names of its factors, magnitude and bias."""
     modules: dict[str, dict[str, str]] = {}
     for stored in adapter.tensors.names():
         name = adapted_name(stored)
@@ -81,23 +73,34 @@ def _factors(adapter: Adapter) -> dict[str, dict[str, str]]:
         if match:
             modules.setdefault(match["module"], {})[match["factor"]] = stored
         elif "lora_" in name:
-            raise InputError(
-                f"the adapter in {adapter.folder} holds {stored}, which plain LoRA does not have; "
-                f"merge it with PEFT (model.merge_and_unload()), save the model and pass that folder"
-            )
+            raise InputError(f"the adapter in {adapter.folder} holds {stored}, which LoRA does not have; {_MERGE}")
     return modules
 
 
-def _edit(adapter: Adapter, module: str, factors: Mapping[str, str]) -> LoraEdit:
+def _edit(adapter: Adapter, layouts: Layouts, module: str, factors: Mapping[str, str]) -> LoraEdit:
     embedding = "lora_embedding_A" in factors
     A, B = (factors.get(f"lora_embedding_{x}" if embedding else f"lora_{x}") for x in "AB")
     if A is None or B is None:
         raise InputError(
             f"the adapter in {adapter.folder} has one LoRA factor of {module} and not the other; it is cut short"
         )
+    return LoraEdit(
+        adapter.tensors,
+        A,
+        B,
+        _scaling(adapter, module, adapter.tensors.shape(A)[0]),
+        _transposed(adapter, layouts, module, A, B),
+        STARTS.get(str(adapter.config.get("init_lora_weights"))),
+        _magnitude(adapter, module, factors),
+    )
+
+
+def _transposed(adapter: Adapter, layouts: Layouts, module: str, A: str, B: str) -> bool:
+    """Whether the base stores the module's weight as (in, out); by shape, and where that is square by what is known."""
     rank, *inputs = adapter.tensors.shape(A)
     outputs, *inner = adapter.tensors.shape(B)
-    weight = adapter.base.shape(adapter.base_tensor(f"{module}.weight"))
+    tensor = adapter.base_tensor(f"{module}.weight")
+    weight = adapter.base.shape(tensor)
     size = (outputs, math.prod(inputs))
     straight, turned = (weight[0], math.prod(weight[1:])) == size, weight == size[::-1]
     if math.prod(inner) != rank or not (straight or turned):
@@ -105,8 +108,23 @@ def _edit(adapter: Adapter, module: str, factors: Mapping[str, str]) -> LoraEdit
             f"the adapter in {adapter.folder} updates {module} by {outputs}×{size[1]} at rank {rank}, but its base "
             f"{adapter.base.source} has {'×'.join(map(str, weight))}; it was trained on another model"
         )
-    transposed = turned and (not straight or embedding or bool(adapter.config.get("fan_in_fan_out")))
-    return LoraEdit(adapter.tensors, A, B, _scaling(adapter, module, rank), transposed)
+    fan_in_fan_out = (
+        adapted_name(A).endswith("lora_embedding_A")
+        or bool(adapter.config.get("fan_in_fan_out"))
+        or layouts.transposed(tensor)
+    )
+    return turned and (not straight or fan_in_fan_out)
+
+
+def _magnitude(adapter: Adapter, module: str, factors: Mapping[str, str]) -> str | None:
+    magnitude, expected = factors.get("lora_magnitude_vector"), bool(adapter.config.get("use_dora"))
+    if (magnitude is not None) is not expected:
+        found = "has" if magnitude is not None else "lacks"
+        raise InputError(
+            f"the adapter in {adapter.folder} {found} the lora_magnitude_vector of {module}, but its config has "
+            f"use_dora={expected}; its two files are not of one adapter, so save it again"
+        )
+    return magnitude
 
 
 def _scaling(adapter: Adapter, module: str, rank: int) -> float:
