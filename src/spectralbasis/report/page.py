@@ -69,6 +69,7 @@ def render(results: Results) -> str:
         tuning_tasks=_tasks(tuning),
         settings=tables.settings(results.summary, null, len(numbers.matrices)),
         null=null,
+        methods=results.summary.get("methods", ""),
         version=__version__,
         policy=f"{script_hash(plotly)} {script_hash(script)}",
         style=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
