@@ -29,7 +29,7 @@ def dense_reference(x, C, U, V, W, bias):
 def apply(kind, form, x, C, U, V, W, bias):
     if kind == "dense":
         return DenseUpdate.apply(x, W, bias, C, U, V, form)
-    return FactoredUpdate.apply(linear(x, W, bias), x, C, U, V, form, x.dtype)
+    return FactoredUpdate.apply(linear(x, W, bias), x, C, U, V, form)
 
 
 @pytest.fixture(params=["factored", "dense"])
@@ -90,9 +90,7 @@ def test_per_example_gradients_with_torch_func(kind, form):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_products_keep_full_precision_coefficients(form, dtype):
     x, C, U, V, W, bias = tensors(form, (3, 4))
-    output, _ = FactoredUpdate.apply(
-        linear(x, W, bias).to(dtype), x.float(), C.float(), U.float(), V.float(), form, dtype
-    )
+    output, _ = FactoredUpdate.apply(linear(x, W, bias).to(dtype), x.to(dtype), C.float(), U.float(), V.float(), form)
     assert output.dtype == dtype
     grad = torch.autograd.grad(output.float().sum(), C)[0]
     wanted = torch.autograd.grad(dense_reference(x, C, U, V, W, bias).sum(), C)[0]

@@ -11,10 +11,12 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
 def several(case, **changes):
     """Two adapters of the case's kind and one of another form and rank."""
-    model = case.adapted(adapter_name="a", task_type=None, modules_to_save=None)
-    model.add_adapter("b", case.settings(task_type=None, modules_to_save=None, rank_pattern={}, leading=3, budget=None))
+    model = case.adapted(adapter_name="first", task_type=None, modules_to_save=None)
     model.add_adapter(
-        "c", case.settings(task_type=None, modules_to_save=None, coefficients="core", basis="random", **changes)
+        "second", case.settings(task_type=None, modules_to_save=None, rank_pattern={}, leading=3, budget=None)
+    )
+    model.add_adapter(
+        "third", case.settings(task_type=None, modules_to_save=None, coefficients="core", basis="random", **changes)
     )
     return model.eval()
 
@@ -30,7 +32,7 @@ def alone(case, model, name):
 def test_each_row_gets_its_adapter(case):
     model = several(case)
     rows = len(next(iter(case.inputs.values())))
-    names = [["__base__", "a", "b", "c"][row % 4] for row in range(rows)]
+    names = [["__base__", "first", "second", "third"][row % 4] for row in range(rows)]
     mixed = case.output(model, adapter_names=names)
     for row, name in enumerate(names):
         torch.testing.assert_close(mixed[row], alone(case, model, name)[row], **CLOSE)
@@ -39,7 +41,7 @@ def test_each_row_gets_its_adapter(case):
 @torch.inference_mode()
 def test_rows_of_the_base_are_exact():
     case = CASES["mlp, both layers"]
-    mixed = case.output(several(case), adapter_names=["__base__", "a", "b"] * 3)
+    mixed = case.output(several(case), adapter_names=["__base__", "first", "second"] * 3)
     assert torch.equal(mixed[::3], case.output(case.base())[::3])
 
 
@@ -47,19 +49,19 @@ def test_rows_of_the_base_are_exact():
 def test_half_precision():
     case = CASES["mlp"]
     model = several(case).bfloat16()
-    mixed = case.output(model, adapter_names=["a", "b", "c"] * 3)
-    for row, name in enumerate(["a", "b", "c"]):
+    mixed = case.output(model, adapter_names=["first", "second", "third"] * 3)
+    for row, name in enumerate(["first", "second", "third"]):
         torch.testing.assert_close(mixed[row], alone(case, model, name)[row], atol=0.05, rtol=0.05)
 
 
 @torch.inference_mode()
 def test_each_row_gets_the_retrained_module_of_its_adapter():
     case = CASES["mlp, head"]
-    model = case.adapted(adapter_name="a")
-    model.add_adapter("b", case.settings())
-    model.base_model.model.lin1.modules_to_save["b"].weight.data.mul_(-1)
-    mixed = case.output(model.eval(), adapter_names=["a", "b", "b"] * 3)
-    for row, name in enumerate(["a", "b", "b"]):
+    model = case.adapted(adapter_name="first")
+    model.add_adapter("second", case.settings())
+    model.base_model.model.lin1.modules_to_save["second"].weight.data.mul_(-1)
+    mixed = case.output(model.eval(), adapter_names=["first", "second", "second"] * 3)
+    for row, name in enumerate(["first", "second", "second"]):
         torch.testing.assert_close(mixed[row], alone(case, model, name)[row], **CLOSE)
 
 
@@ -68,10 +70,10 @@ def test_each_row_gets_the_retrained_module_of_its_adapter():
 @torch.inference_mode()
 def test_generation(name, options):
     case = CASES[name]
-    model = case.adapted(adapter_name="a")
-    model.add_adapter("b", case.settings())
+    model = case.adapted(adapter_name="first")
+    model.add_adapter("second", case.settings())
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
-    names = ["a", "__base__", "b"]
+    names = ["first", "__base__", "second"]
     mixed = model.eval().generate(**case.inputs, **options, adapter_names=names)
     copies = options.get("num_return_sequences", 1)
     for row, adapter in enumerate(names):

@@ -17,13 +17,12 @@ class FactoredUpdate(torch.autograd.Function):
     """`base_output + ((x V) Cᵀ) Uᵀ`: k (m + n) multiplications a token, and as many in the backward pass.
 
     Args of `apply`:
-        base_output: (..., m).
-        x: (..., n).
+        base_output: (..., m), whose dtype the output has.
+        x: (..., n); the products are computed in its dtype.
         C: coefficients in the shape of `form`.
         U: (m, k), frozen.
         V: (n, k), frozen.
         form: a key of `FORMS`.
-        dtype: what the products are computed in; the output keeps the dtype of `base_output`.
 
     Returns:
         The output, and `x V` as (tokens, k).
@@ -32,17 +31,15 @@ class FactoredUpdate(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        base_output: Tensor, x: Tensor, C: Tensor, U: Tensor, V: Tensor, form: str, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        Z = x.reshape(-1, x.shape[-1]).to(dtype) @ V.to(dtype)
-        return _add_product(base_output, FORMS[form].multiply(Z, C.to(dtype)), U.to(dtype).T), Z
+    def forward(base_output: Tensor, x: Tensor, C: Tensor, U: Tensor, V: Tensor, form: str) -> tuple[Tensor, Tensor]:
+        Z = x.reshape(-1, x.shape[-1]) @ V.to(x.dtype)
+        return _add_product(base_output, FORMS[form].multiply(Z, C.to(x.dtype)), U.to(x.dtype).T), Z
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, x, C, U, V, ctx.form, ctx.dtype = inputs
+        _, x, C, U, V, ctx.form = inputs
         ctx.save_for_backward(output[1], C, U, V)
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.x_shape = x.shape
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -52,12 +49,12 @@ class FactoredUpdate(torch.autograd.Function):
         _, needs_x, needs_C, *_ = ctx.needs_input_grad
         grad_x, grad_C = None, None
         if grad_output is not None and (needs_x or needs_C):
-            G = grad_output.reshape(-1, grad_output.shape[-1]).to(ctx.dtype) @ U.to(ctx.dtype)
+            G = grad_output.reshape(-1, grad_output.shape[-1]).to(Z.dtype) @ U.to(Z.dtype)
             grad_C = FORMS[ctx.form].gradient(G, Z, C.dtype) if needs_C else None
-            grad_Z = _add(FORMS[ctx.form].multiply_transposed(G, C.to(ctx.dtype)) if needs_x else None, grad_Z)
+            grad_Z = _add(FORMS[ctx.form].multiply_transposed(G, C.to(Z.dtype)) if needs_x else None, grad_Z)
         if grad_Z is not None and needs_x:
-            grad_x = (grad_Z @ V.to(ctx.dtype).T).reshape(ctx.x_shape).to(ctx.x_dtype)
-        return grad_output, grad_x, grad_C, None, None, None, None
+            grad_x = (grad_Z @ V.to(Z.dtype).T).reshape(ctx.x_shape)
+        return grad_output, grad_x, grad_C, None, None, None
 
 
 class DenseUpdate(torch.autograd.Function):

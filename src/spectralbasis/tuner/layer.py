@@ -125,11 +125,12 @@ class Linear(nn.Module, SpectralLayer):
         if adapter_names is not None:
             return add_row_updates(self.base_layer(x, *args, **kwargs), x, self, adapter_names)
         active = [name for name in self.active_adapters if name in self.spectral_coefficients]
+        x = _autocast(x) if active else x
         if len(active) == 1 and not args and not kwargs and self._may_form_weight(x):
             return self._dense_forward(x, active[0])
         output = self.base_layer(x, *args, **kwargs)
         for name in active:
-            output, _ = FactoredUpdate.apply(output, x, *self.terms(name), self._compute_dtype(x))
+            output, _ = FactoredUpdate.apply(output, x, *self.terms(name))
         return output
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -187,13 +188,6 @@ class Linear(nn.Module, SpectralLayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
 
-    def _compute_dtype(self, x: Tensor) -> torch.dtype:
-        """What autocast computes in, else the dtype of the weight."""
-        kind = x.device.type
-        if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-            return torch.get_autocast_dtype(kind)
-        return self.get_base_layer().weight.dtype
-
     def _may_form_weight(self, x: Tensor) -> bool:
         """Whether forming W + ΔW is cheaper and changes nothing else.
 
@@ -204,7 +198,7 @@ class Linear(nn.Module, SpectralLayer):
         if type(base) is not nn.Linear or not dense_pays(x.numel() // base.in_features, base.in_features):
             return False
         plain = not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base))
-        wide = x.dtype == base.weight.dtype and self._compute_dtype(x) in (torch.float32, torch.float64)
+        wide = x.dtype == base.weight.dtype and x.dtype in (torch.float32, torch.float64)
         return plain and wide and not base.weight.requires_grad
 
     def _dense_forward(self, x: Tensor, adapter_name: str) -> Tensor:
@@ -215,3 +209,11 @@ class Linear(nn.Module, SpectralLayer):
 
     def __repr__(self) -> str:
         return "spectral." + super().__repr__()
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """`x` in the dtype that autocast computes in: cast once, for the base layer and its update."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
