@@ -13,6 +13,7 @@ from spectralbasis.checkpoints.checkpoint import Checkpoint
 from spectralbasis.checkpoints.folder_files import read_config, weights_file
 from spectralbasis.checkpoints.hub import download, is_hub_id
 from spectralbasis.checkpoints.module import ModuleCheckpoint
+from spectralbasis.checkpoints.quantized import dequantized
 from spectralbasis.checkpoints.safetensors_file import SafetensorsFile
 from spectralbasis.checkpoints.sharded import join_shards, read_index
 from spectralbasis.checkpoints.tensors import TensorCheckpoint, find_state
@@ -45,7 +46,7 @@ def open_checkpoint(source: Source, base: Source | None = None) -> Checkpoint:
     if isinstance(source, nn.Module):
         return ModuleCheckpoint(source)
     if isinstance(source, Mapping):
-        return TensorCheckpoint(find_state(source, "state_dict"), "state_dict", {})
+        return dequantized(TensorCheckpoint(find_state(source, "state_dict"), "state_dict", {}))
     if isinstance(source, str | os.PathLike):
         try:
             return _open_path(str(source), base)
@@ -63,7 +64,7 @@ def _open_path(source: str, base: Source | None = None) -> Checkpoint:
     if path.is_dir():
         return _open_folder(path, source, base)
     if path.is_file():
-        return _open_file(path, source, read_config(path.parent))
+        return dequantized(_open_file(path, source, read_config(path.parent)))
     if not path.exists() and is_hub_id(source):
         return _open_folder(download(source), source, base)
     raise InputError(f"{source} does not exist; pass a file, a folder or a hub id such as organisation/name")
@@ -73,7 +74,7 @@ def _open_folder(folder: Path, source: str, base: Source | None) -> Checkpoint:
     if (folder / ADAPTER_CONFIG).exists():
         given = None if base is None else open_checkpoint(base)
         return open_adapter(folder, source, _open_path, None if isinstance(given, AdapterCheckpoint) else given)
-    return _open_file(weights_file(folder), source, read_config(folder))
+    return dequantized(_open_file(weights_file(folder), source, read_config(folder)))
 
 
 def _open_file(path: Path, source: str, config: Mapping[str, Any]) -> Checkpoint:

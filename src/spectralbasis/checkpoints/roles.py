@@ -23,7 +23,7 @@ _NORM = re.compile(r"(^|_)(ln|bn|norm|layernorm|batchnorm|groupnorm|rmsnorm)(_?\
 _QUANTIZED = re.compile(r"(^|_)(q?weight|blocks|packed)$")
 _NOT_WEIGHTS = re.compile(
     r"bias$|^(attn_mask|causal_mask|relative_coords_table|relative_position_index|position_ids|inv_freq|A_log"
-    r"|original0|weight_g)$"
+    r"|original0|weight_g|freqs_(cos|sin|cis))$|(^|_)(scale|scales|scale_inv|zero_point|absmax|SCB)$"
 )
 _DIRECTION = re.compile(r"(^|\.)(parametrizations\.weight\.original1|weight_v)$")
 _SCALES = ("_scale", "_scale_inv", "_scales")
