@@ -21,6 +21,7 @@ from spectralbasis.tuner import SpectralConfig
         ({"leading": 1.5}, "leading=1.5"),
         ({"leading": "many"}, "leading='many'"),
         ({"budget": 0}, "budget=0 is no fraction"),
+        ({"budget": "0.1"}, "budget='0.1' is no fraction"),
         ({"budget": 12}, "budget=12 is no fraction"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern 'q': k=0"),
         ({"rank_pattern": {"q": 0.5}}, "rank_pattern 'q': k=0.5"),
@@ -73,4 +74,20 @@ def test_lists_of_modules_become_sets_and_patterns_stay():
 
 def test_a_config_with_hashes_is_bound_to_their_base():
     assert not SpectralConfig().bound
-    assert SpectralConfig(base_hashes={"a": "0"}, ranks={"a": 1}).bound
+    assert SpectralConfig(base_hashes={"a": "0"}, ranks={"a": 1}, probes={"a": [0.0] * 4}).bound
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"base_hashes": {"a": "0"}},
+        {"ranks": {"a": 1}},
+        {"base_hashes": {"a": "0"}, "ranks": {"b": 1}, "probes": {"a": []}},
+        {"base_hashes": ["a"], "ranks": {"a": 1}, "probes": {"a": []}},
+        {"base_hashes": {"a": "0"}, "ranks": {"a": "1"}, "probes": {"a": []}},
+        {"base_hashes": {"a": "0"}, "ranks": {"a": 0}, "probes": {"a": []}},
+    ],
+)
+def test_a_damaged_record_is_refused(record):
+    with pytest.raises(InputError, match=r"restore adapter_config\.json"):
+        SpectralConfig(**record)

@@ -13,10 +13,15 @@ def test_the_output_at_the_start_is_that_of_the_base_bit_by_bit(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_the_start_is_exact_in_other_dtypes(dtype):
-    case = CASES["mlp, both layers"]
+def test_the_start_is_exact_in_other_dtypes(case, dtype):
     expected = case.output(case.base().to(dtype))
     assert torch.equal(case.output(case.adapted(init_weights=True).to(dtype)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_start_is_exact_under_autocast(case, dtype):
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(case.output(case.adapted(init_weights=True)), case.output(case.base()))
 
 
 def test_the_start_is_exact_where_the_changed_weight_is_formed():

@@ -82,6 +82,7 @@ class SpectralConfig(PeftConfig):
         self._check_choices()
         self._check_size()
         self._check_layers()
+        self._check_record()
 
     @classmethod
     def from_pretrained(
@@ -112,7 +113,7 @@ class SpectralConfig(PeftConfig):
             raise InputError(f"leading={self.leading!r} and budget={self.budget!r} both choose k; pass one of them")
         if self.leading is not None:
             self.leading = parse_leading(self.leading)
-        if self.budget is not None and not 0 < self.budget <= 1:
+        if self.budget is not None and not (isinstance(self.budget, int | float) and 0 < self.budget <= 1):
             raise InputError(f"budget={self.budget!r} is no fraction of the parameters; pass a number such as 0.002")
         for pattern, k in self.rank_pattern.items():
             if not isinstance(k, int) or k < 1:
@@ -129,6 +130,22 @@ class SpectralConfig(PeftConfig):
                 )
         if self.layers_pattern and self.layers_to_transform is None:
             raise InputError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, such as [0, 1]")
+
+    def _check_record(self) -> None:
+        record = [self.base_hashes, self.ranks, self.probes]
+        if all(entry is None for entry in record):
+            return
+        if (
+            not all(isinstance(entry, dict) for entry in record)
+            or len({frozenset(entry or ()) for entry in record}) > 1
+        ):
+            raise InputError(
+                "base_hashes, ranks and probes belong together, one entry for each matrix; restore adapter_config.json, "
+                "or pass none of them"
+            )
+        for name, k in (self.ranks or {}).items():
+            if not isinstance(k, int) or k < 1:
+                raise InputError(f"ranks of {name}: {k!r} is no number of directions; restore adapter_config.json")
 
 
 def _find_basis(basis: str, folder: Path) -> str:

@@ -28,8 +28,6 @@ class SpectralLayer(BaseTunerLayer):
     base_layer: nn.Module
     active_adapters: list[str]
     get_base_layer: Callable[[], Any]
-    get_base_weight: Callable[[], Tensor]
-    set_base_weight: Callable[[Tensor], None]
 
     def __init__(self, base_layer: nn.Module) -> None:
         self.base_layer = base_layer
@@ -43,7 +41,7 @@ class SpectralLayer(BaseTunerLayer):
     @property
     def original_weight(self) -> Tensor:
         """The weight of the base layer, in its own layout, without merged adapters."""
-        return self.get_base_weight().detach() if self._unmerged_weight is None else self._unmerged_weight
+        return self.get_base_layer().weight.detach() if self._unmerged_weight is None else self._unmerged_weight
 
     def held_factors(self, source: str, k: int) -> Factors | None:
         """Factors of an adapter of this layer that serve k directions of the basis `source` too."""
@@ -153,7 +151,7 @@ class Linear(nn.Module, SpectralLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.spectral_coefficients]
         if not names:
             return
-        weight = self.get_base_weight()
+        weight = self.get_base_layer().weight.data
         merged = weight
         for name in names:
             merged = merged + self.get_delta_weight(name)
@@ -161,7 +159,7 @@ class Linear(nn.Module, SpectralLayer):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         if not self.merged:
             self._unmerged_weight = weight.cpu()
-        self.set_base_weight(merged.to(weight.dtype).contiguous())
+        self.get_base_layer().weight.data = merged.to(weight.dtype).contiguous()
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -169,7 +167,8 @@ class Linear(nn.Module, SpectralLayer):
         if not self.merged or self._unmerged_weight is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.set_base_weight(self._unmerged_weight.to(self.get_base_weight()))
+        weight = self.get_base_layer().weight
+        weight.data = self._unmerged_weight.to(weight)
         self._unmerged_weight = None
         self.merged_adapters.clear()
 
@@ -195,7 +194,9 @@ class Linear(nn.Module, SpectralLayer):
         called itself.
         """
         base = self.base_layer
-        if type(base) is not nn.Linear or not dense_pays(x.numel() // base.in_features, base.in_features):
+        if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter:
+            return False
+        if not dense_pays(x.numel() // base.in_features, base.in_features):
             return False
         plain = not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base))
         wide = x.dtype == base.weight.dtype and x.dtype in (torch.float32, torch.float64)
