@@ -19,7 +19,7 @@ METHODS = [
     {"method": "spectral", "coefficients": "diagonal", "leading": 8},
     {"method": "spectral", "coefficients": "core", "budget": 0.02},
 ]
-RATES = [(5e-3, 2e-2), (None, 0.5), (2e-2, 2e-2), (1e-1, 2e-2), (1e-1, 2e-2)]
+RATES = [(5e-3, 2e-2), (None, 5e-2), (2e-2, 2e-2), (1e-1, 2e-2), (1e-1, 2e-2)]
 NAMES = [options["method"] + options.get("coefficients", "") for options in METHODS]
 SHORT = {"steps": 3, "batch_size": 8, "max_length": 16, "progress": False}
 
