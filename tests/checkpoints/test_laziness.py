@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from spectralbasis.checkpoints import Checkpoint, logical_matrices, match_matrices, open_checkpoint
+from spectralbasis.checkpoints import Checkpoint, logical_matrices, match_matrices, open_checkpoint, safetensors_file
 from spectralbasis.checkpoints.safetensors_file import SafetensorsFile
+from spectralbasis.errors import InputError
 from tests.models import tiny
 
 
@@ -67,6 +68,28 @@ def test_safetensors_are_not_read_when_opened(tmp_path, monkeypatch):
         monkeypatch.setattr(SafetensorsFile, method, lambda *args: pytest.fail("data was read"))
     matrices, _ = logical_matrices(open_checkpoint(tmp_path))
     assert list(matrices) == ["a"]
+
+
+def test_the_header_is_parsed_once(tmp_path, monkeypatch):
+    state = {"a.weight": torch.randn(4, 3), "b.weight": torch.zeros(0, 2), "c": torch.tensor(3.0)}
+    save_file(state, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    monkeypatch.setattr(safetensors_file, "safe_open", lambda *args, **options: pytest.fail("parsed again"))
+    assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in state.items())
+    assert torch.equal(checkpoint.read_rows("a.weight", 1, 9), state["a.weight"][1:9])
+    assert checkpoint.read_rows("a.weight", 3, 2).shape == (0, 3)
+
+
+def test_a_file_that_shrank_or_went_after_it_was_opened(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"a.weight": torch.eye(3)}, path)
+    checkpoint = open_checkpoint(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match="became shorter"):
+        checkpoint.read("a.weight")
+    path.unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        checkpoint.read("a.weight")
 
 
 def test_torch_files_are_mapped(tmp_path, monkeypatch):

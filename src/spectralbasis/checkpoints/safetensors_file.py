@@ -1,7 +1,9 @@
 """One `.safetensors` file."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spectralbasis.checkpoints.checkpoint import Checkpoint
+from spectralbasis.checkpoints.raw_file import read_tensor
 from spectralbasis.errors import InputError
 
 _DTYPES = {
@@ -19,17 +22,32 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
     "BOOL": torch.bool,
 }
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor: its type as torch and as the file names it, its shape, and where its bytes start in the file."""
+
+    dtype: torch.dtype
+    named: str
+    shape: tuple[int, ...]
+    start: int
+
+
 class SafetensorsFile(Checkpoint):
-    """Reads the header when opened; maps the file anew for each tensor, so that nothing stays resident.
+    """Reads the header once, when opened; each read takes the tensor's own bytes, and the file does not stay mapped.
 
     Raises:
         InputError: the file is missing, cut short or no safetensors file.
@@ -39,39 +57,51 @@ class SafetensorsFile(Checkpoint):
         self.source = source
         self.config = config
         self._path = path
-        with _opened(path) as file:
-            self._header = {name: _describe(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
+        try:
+            self._entries = _read_header(path)
+        except (SafetensorError, OSError, ValueError, OverflowError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path} cannot be read as safetensors ({error}); it may be cut short or damaged, "
+                f"so compare its size with the original's and copy or download it again"
+            ) from error
 
     def names(self) -> tuple[str, ...]:
-        return tuple(self._header)
+        return tuple(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._header[name][0]
+        return self._entries[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._header[name][1]
+        return self._entries[name].dtype
 
     def read(self, name: str) -> Tensor:
-        with _opened(self._path) as file:
-            return file.get_tensor(name)
+        entry = self._entries[name]
+        return self._read(name, entry, entry.start, entry.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        with _opened(self._path) as file:
-            return file.get_slice(name)[start:stop]
+        entry = self._entries[name]
+        start, stop, _ = slice(start, stop).indices(entry.shape[0])
+        inner = entry.shape[1:]
+        offset = entry.start + start * prod(inner) * entry.dtype.itemsize
+        return self._read(name, entry, offset, (max(stop - start, 0), *inner))
+
+    def _read(self, name: str, entry: _Entry, offset: int, shape: tuple[int, ...]) -> Tensor:
+        if entry.named not in _DTYPES:
+            raise InputError(f"{name} of {self._path} has the type {entry.named}, which torch cannot represent")
+        return read_tensor(self._path, offset, shape, entry.dtype)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError, ValueError, OverflowError) as error:
-        raise InputError(
-            f"{path} cannot be read as safetensors ({error}); it may be cut short or damaged, "
-            f"so compare its size with the original's and copy or download it again"
-        ) from error
+def _read_header(path: Path) -> dict[str, _Entry]:
+    with safe_open(str(path), framework="pt") as file:  # checks sizes, order and overlaps of all entries
+        names = file.keys()
+    with path.open("rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+        header = json.loads(raw.read(length))
+    return {name: _entry(header[name], 8 + length) for name in names}
 
 
-def _describe(entry: Any) -> tuple[tuple[int, ...], torch.dtype]:
+def _entry(described: Mapping[str, Any], data: int) -> _Entry:
     # Types that torch has no name for (packed 4- and 6-bit floats) are bytes to us, as other quantized weights are.
-    return tuple(entry.get_shape()), _DTYPES.get(entry.get_dtype(), torch.uint8)
+    named = described["dtype"]
+    dtype = _DTYPES.get(named, torch.uint8)
+    return _Entry(dtype, named, tuple(described["shape"]), data + described["data_offsets"][0])
