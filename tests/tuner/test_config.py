@@ -82,10 +82,11 @@ def test_a_config_with_hashes_is_bound_to_their_base():
     [
         {"base_hashes": {"a": "0"}},
         {"ranks": {"a": 1}},
-        {"base_hashes": {"a": "0"}, "ranks": {"b": 1}, "probes": {"a": []}},
-        {"base_hashes": ["a"], "ranks": {"a": 1}, "probes": {"a": []}},
-        {"base_hashes": {"a": "0"}, "ranks": {"a": "1"}, "probes": {"a": []}},
-        {"base_hashes": {"a": "0"}, "ranks": {"a": 0}, "probes": {"a": []}},
+        {"base_hashes": {"a": "0"}, "ranks": {"b": 1}, "probes": {"a": [0.0] * 4}},
+        {"base_hashes": ["a"], "ranks": {"a": 1}, "probes": {"a": [0.0] * 4}},
+        {"base_hashes": {"a": "0"}, "ranks": {"a": "1"}, "probes": {"a": [0.0] * 4}},
+        {"base_hashes": {"a": "0"}, "ranks": {"a": 0}, "probes": {"a": [0.0] * 4}},
+        {"base_hashes": {"a": "0"}, "ranks": {"a": 1}, "probes": {"a": [0.0]}},
     ],
 )
 def test_a_damaged_record_is_refused(record):

@@ -11,7 +11,7 @@ from spectralbasis.errors import InputError
 from spectralbasis.linalg import Leading, parse_leading
 from spectralbasis.triplets import DEFAULT_TOLERANCE
 from spectralbasis.tuner.card import note_import
-from spectralbasis.tuner.factors import BASES
+from spectralbasis.tuner.factors import BASES, PROBES
 from spectralbasis.tuner.forms import FORMS
 from spectralbasis.tuner.registration import METHOD
 
@@ -132,20 +132,22 @@ class SpectralConfig(PeftConfig):
             raise InputError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, such as [0, 1]")
 
     def _check_record(self) -> None:
-        record = [self.base_hashes, self.ranks, self.probes]
-        if all(entry is None for entry in record):
-            return
-        if (
-            not all(isinstance(entry, dict) for entry in record)
-            or len({frozenset(entry or ()) for entry in record}) > 1
-        ):
+        record = (self.base_hashes, self.ranks, self.probes)
+        if record != (None, None, None) and not _is_record(*record):
             raise InputError(
-                "base_hashes, ranks and probes belong together, one entry for each matrix; restore adapter_config.json, "
-                "or pass none of them"
+                f"base_hashes, ranks and probes do not hold a hash, a k of 1 or more and {PROBES} numbers for each "
+                "matrix; restore adapter_config.json, or pass none of the three"
             )
-        for name, k in (self.ranks or {}).items():
-            if not isinstance(k, int) or k < 1:
-                raise InputError(f"ranks of {name}: {k!r} is no number of directions; restore adapter_config.json")
+
+
+def _is_record(hashes: Any, ranks: Any, probes: Any) -> bool:
+    if not all(isinstance(entry, dict) for entry in (hashes, ranks, probes)):
+        return False
+    return (
+        hashes.keys() == ranks.keys() == probes.keys()
+        and all(isinstance(k, int) and k >= 1 for k in ranks.values())
+        and all(isinstance(probe, list) and len(probe) == PROBES for probe in probes.values())
+    )
 
 
 def _find_basis(basis: str, folder: Path) -> str:

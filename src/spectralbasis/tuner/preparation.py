@@ -179,7 +179,7 @@ def _check_hashes(config: SpectralConfig, hashes: Mapping[str, str]) -> None:
 def _check_probes(config: SpectralConfig, probes: Mapping[str, list[float]]) -> None:
     expected = config.probes or {}
     for name, found in probes.items():
-        distance = max((abs(a - b) for a, b in zip(found, expected[name], strict=False)), default=0.0)
+        distance = max(abs(a - b) for a, b in zip(found, expected[name], strict=True))
         if not distance <= PROBE_TOLERANCE:
             raise BaseMismatchError(
                 f"the directions found for {name} are not those that its coefficients were trained on (probes "
