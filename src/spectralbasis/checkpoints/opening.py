@@ -12,6 +12,7 @@ from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG, open_adapte
 from spectralbasis.checkpoints.checkpoint import Checkpoint
 from spectralbasis.checkpoints.folder_files import read_config, weights_file
 from spectralbasis.checkpoints.hub import download, is_hub_id
+from spectralbasis.checkpoints.llama2c_file import open_llama2c_file
 from spectralbasis.checkpoints.module import ModuleCheckpoint
 from spectralbasis.checkpoints.quantized import dequantized
 from spectralbasis.checkpoints.safetensors_file import SafetensorsFile
@@ -23,6 +24,7 @@ from spectralbasis.errors import InputError
 Source = str | Path | Mapping[str, Tensor] | nn.Module | Checkpoint
 """What `open_checkpoint` opens."""
 _SAFETENSORS = (".safetensors",)
+_LLAMA2C = ".bin"
 _TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 
 
@@ -30,9 +32,10 @@ def open_checkpoint(source: Source, base: Source | None = None) -> Checkpoint:
     """Open weights without reading them.
 
     Args:
-        source: a file (safetensors, or a torch pickle, which is never run), a folder (single file, shards, or a PEFT
-            adapter over its base), a hub id (`name` or `organisation/name`, where no such path exists; the only case
-            in which anything is downloaded), a `state_dict`, an `nn.Module`, or an open checkpoint, returned as it is.
+        source: a file (safetensors, llama2.c, or a torch pickle, which is never run), a folder (single file, shards,
+            or a PEFT adapter over its base), a hub id (`name` or `organisation/name`, where no such path exists; the
+            only case in which anything is downloaded), a `state_dict`, an `nn.Module`, or an open checkpoint, which is
+            returned as it is.
         base: what an adapter is read over, in place of the base that its `base_model_name_or_path` names: the base
             that a person gives is the base. Without meaning where `source` is no adapter. An adapter cannot be another
             one's base, so where `base` is one, `source` is read over the base that it names itself.
@@ -84,6 +87,8 @@ def _open_file(path: Path, source: str, config: Mapping[str, Any]) -> Checkpoint
         return join_shards(located, opened, source, config)
     if path.suffix in _SAFETENSORS:
         return SafetensorsFile(path, source, config)
+    if path.suffix == _LLAMA2C and (found := open_llama2c_file(path, source)):
+        return found
     if path.suffix in _TORCH:
         return open_torch_file(path, source, config)
     raise InputError(
