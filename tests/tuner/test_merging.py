@@ -129,6 +129,14 @@ def test_safe_merge_refuses_what_is_not_finite_and_leaves_the_base_as_it_was(cas
         assert not layer.merged
 
 
+def test_safe_merge_refuses_what_overflows_in_the_dtype_of_the_base():
+    layer = spectral_layers(CASES["mlp"].adapted().half())[0]
+    layer.spectral_coefficients["default"] = torch.nn.Parameter(torch.full((10,), 1e6))
+    with pytest.raises(ValueError, match="NaNs detected"):
+        layer.merge(safe_merge=True)
+    assert not layer.merged
+
+
 def test_what_is_unloaded_can_be_saved(case, tmp_path):
     unloaded = case.adapted(modules_to_save=None, task_type=None).merge_and_unload()
     tied = {p.data_ptr(): (name, p) for name, p in unloaded.state_dict().items()}

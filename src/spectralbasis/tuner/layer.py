@@ -155,7 +155,7 @@ class Linear(nn.Module, SpectralLayer):
         merged = weight
         for name in names:
             merged = merged + self.get_delta_weight(name)
-            if safe_merge and not bool(torch.isfinite(merged).all()):
+            if safe_merge and not bool(torch.isfinite(merged.to(weight.dtype)).all()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         if not self.merged:
             self._unmerged_weight = weight.cpu()
