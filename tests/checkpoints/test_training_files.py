@@ -1,6 +1,7 @@
 """What training scripts save: states nested under other entries, names wrapped by DDP and torch.compile."""
 
 import argparse
+import types
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ def same(found, expected):
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict", "net", "teacher", "weights_of_mine"])
+@pytest.mark.parametrize(
+    "key", ["model", "state_dict", "model_state_dict", "net", "teacher", "encoder", "weights_of_mine"]
+)
 def test_nested_state(key, tmp_path):
     optimizer = {"state": {0: {"exp_avg": torch.ones(3, 3)}}, "param_groups": []}
     assert same(read({"epoch": 3, "loss": 0.5, key: STATE, "optimizer": optimizer}, tmp_path), STATE)
@@ -70,6 +73,16 @@ def test_nested_mapping_in_memory():
     assert open_checkpoint({"model": STATE, "epoch": 1}).names() == tuple(STATE)
 
 
-def test_arguments_pickled_beside_the_weights_are_refused_by_name(tmp_path):
-    with pytest.raises(InputError, match=r"refused.*argparse\.Namespace.*safetensors"):
-        read({"model": STATE, "args": argparse.Namespace(lr=0.1)}, tmp_path)
+def test_an_encoder_beside_its_decoder_is_asked_about(tmp_path):
+    with pytest.raises(InputError, match=r"several sets of weights.*'encoder', 'decoder'"):
+        read({"encoder": STATE, "decoder": OTHER}, tmp_path)
+
+
+def test_parsed_arguments_beside_the_weights(tmp_path):
+    arguments = argparse.Namespace(lr=0.1, betas=[0.9, 0.98], output="runs", inner=argparse.Namespace(depth=12))
+    assert same(read({"model": STATE, "args": arguments}, tmp_path), STATE)
+
+
+def test_other_objects_beside_the_weights_are_refused_by_name(tmp_path):
+    with pytest.raises(InputError, match=r"refused.*types\.SimpleNamespace.*safetensors"):
+        read({"model": STATE, "args": types.SimpleNamespace(lr=0.1)}, tmp_path)

@@ -4,7 +4,7 @@
 # Words that name a part of some model (encoder, backbone, vision_model, language_model) are left out on purpose.
 HEAD_PREFIXES = frozenset(
     """
-    base_model module model transformer
+    base_model module model transformer student teacher
     albert audio_spectrogram_transformer beit bert biogpt bit bros camembert canine clip convbert convnext convnextv2
     cvt data2vec_audio data2vec_text data2vec_vision deberta decision_transformer deit dinat dinov2
     dinov2_with_registers dinov3_convnext dinov3_vit distilbert efficientformer efficientnet electra ernie ernie_m esm

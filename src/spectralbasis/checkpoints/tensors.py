@@ -9,7 +9,8 @@ from torch import Tensor
 from spectralbasis.checkpoints.checkpoint import Checkpoint
 from spectralbasis.errors import InputError
 
-# In order of preference: training scripts nest the state under one of these (DINO keeps a teacher and a student).
+# In order of preference: training scripts nest the state under one of these. DINO keeps a teacher and a student, JEPA
+# a target encoder, its average an encoder, and a predictor.
 _STATE_KEYS = (
     "state_dict",
     "model_state_dict",
@@ -21,8 +22,10 @@ _STATE_KEYS = (
     "model_ema",
     "teacher",
     "student",
+    "target_encoder",
     "params",
     "weights",
+    "encoder",
 )
 _DEEPEST = 4  # a pickle may contain itself, so there is a limit
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
@@ -92,7 +95,7 @@ def _descend(loaded: Mapping[Any, Any], source: str, depth: int) -> Mapping[Any,
         if isinstance(value, Mapping) and _holds_tensors(value, depth - 1) and "optim" not in str(key)
     }
     for key in _STATE_KEYS:
-        if key in nested:
+        if key in nested and not (key == "encoder" and "decoder" in nested):  # half a model is not the model
             return _descend(nested[key], source, depth - 1)
     if _tensors_of(loaded):
         return loaded

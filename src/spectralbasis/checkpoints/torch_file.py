@@ -1,5 +1,6 @@
 """One file written by `torch.save`: never run, only read."""
 
+import argparse
 import pickle
 import warnings
 import zipfile
@@ -25,7 +26,8 @@ def open_torch_file(path: Path, source: str, config: Mapping[str, Any]) -> Tenso
 def _load(path: Path) -> object:
     try:
         mappable = zipfile.is_zipfile(path)
-        with warnings.catch_warnings():
+        # Training scripts save their arguments beside the weights: a Namespace holds values and runs nothing.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except pickle.UnpicklingError as error:
