@@ -2,12 +2,12 @@
 
 import math
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import (
     PrinterCallback,
@@ -21,8 +21,7 @@ from transformers import (
 
 from spectralbasis.errors import InputError
 from spectralbasis.progress import track
-from spectralbasis.study.collators import Collator
-from spectralbasis.study.models import in_modules
+from spectralbasis.study.models import LoadedModel, in_modules
 
 WARM_UP = 0.1
 EPOCHS = 3.0
@@ -63,31 +62,31 @@ class TrainingSettings:
 
 def fit(
     model: nn.Module,
-    head: Iterable[str],
-    examples: Dataset,
-    collator: Collator,
+    loaded: LoadedModel,
     settings: TrainingSettings,
     *,
     description: str,
     progress: bool,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> float:
-    """Train the model's trainable parameters in place; returns the seconds that it took.
+    """Train what is trainable in `model`, which a method made from `loaded`, in place; returns the seconds it took.
 
     Raises:
         InputError: the loss became infinite or NaN.
     """
+    examples = loaded.task.train
     steps = settings.total_steps(len(examples))
-    optimizer = torch.optim.AdamW(_parameter_groups(model, tuple(head), settings), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(_parameter_groups(model, loaded.head, settings), weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(WARM_UP * steps), steps)
-    with tempfile.TemporaryDirectory() as scratch:
+    bar = cast(Generator[int, None, None], track(range(steps), description, total=steps, enabled=progress))
+    with tempfile.TemporaryDirectory() as scratch, closing(bar):
         trainer = Trainer(
             model=model,
             args=_arguments(scratch, steps, settings),
             train_dataset=examples,
-            data_collator=collator,
+            data_collator=loaded.collator,
             optimizers=(optimizer, schedule),
-            callbacks=[*callbacks, *([_Bar(description)] if progress else [])],
+            callbacks=[*callbacks, _Ticks(bar)],
         )
         trainer.remove_callback(PrinterCallback)
         measured = trainer.train().metrics
@@ -128,16 +127,14 @@ def _arguments(scratch: str, steps: int, settings: TrainingSettings) -> Training
     )
 
 
-class _Bar(TrainerCallback):
-    """The package's progress bar, one tick a step."""
+class _Ticks(TrainerCallback):
+    """Moves a progress bar on with every step."""
 
-    def __init__(self, description: str) -> None:
-        self.description = description
+    def __init__(self, bar: Iterator[int]) -> None:
+        self.bar = bar
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        steps = range(state.max_steps)
-        self.ticks = track(steps, self.description, total=len(steps), enabled=True)
-        next(self.ticks)
+        next(self.bar)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        next(self.ticks, None)
+        next(self.bar, None)

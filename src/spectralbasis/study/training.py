@@ -8,6 +8,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, set_seed
 
+from spectralbasis.linalg import Leading
 from spectralbasis.study.cards import write_card
 from spectralbasis.study.evaluation import MAX_LENGTH, score_task
 from spectralbasis.study.fitting import TrainingSettings, fit
@@ -27,7 +28,7 @@ def tune(
     method: str = "spectral",
     coefficients: str = "diagonal",
     basis: str = "pretrained",
-    leading: int | None = None,
+    leading: Leading | None = None,
     budget: float | None = None,
     rank: int = 8,
     alpha: float | None = None,
@@ -98,9 +99,7 @@ def _tune_into(
     model = method.prepare(loaded, options)
     seconds = fit(
         model,
-        loaded.head,
-        task.train,
-        loaded.collator,
+        loaded,
         settings,
         description=f"{task.name}, {method.name}",
         progress=progress,
