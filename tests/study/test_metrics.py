@@ -12,6 +12,7 @@ BINARY = arrays(np.int64, 12, elements=st.integers(0, 1))
 REAL = arrays(np.float64, 12, elements=st.integers(-50, 50).map(float))
 
 
+@pytest.mark.filterwarnings("ignore:A single label was found")
 @given(BINARY, BINARY)
 def test_f1_and_matthews_follow_from_the_confusion_matrix(predictions, references):
     tp = float(np.sum((predictions == 1) & (references == 1)))

@@ -169,9 +169,11 @@ class Interrupt(TrainerCallback):
 
 def test_an_interrupt_leaves_nothing_behind(tmp_path):
     model = save_image_model(tmp_path / "model")
+    options = {"task": bright_side_task(), "output": tmp_path / "a", "steps": 3}
     with pytest.raises(KeyboardInterrupt):
-        tune(model, task=bright_side_task(), output=tmp_path / "a", steps=3, callbacks=[Interrupt()])
+        tune(model, callbacks=[Interrupt()], **options)
     assert {entry.name for entry in tmp_path.iterdir()} == {"model"}
+    assert tune(model, **options).steps == 3
 
 
 def test_a_loss_that_overflows_is_an_error(tmp_path):

@@ -22,7 +22,7 @@ def check_output(path: Path, *, overwrite: bool, written_file: str) -> None:
     if not path.is_dir() or not any(path.iterdir()):
         return
     if not overwrite:
-        raise InputError(f"the output folder {path} is not empty; name a new one, or overwrite it on purpose")
+        raise InputError(f"the output folder {path} is not empty; name a new one, or pass overwrite to replace it")
     if not (path / written_file).is_file():
         raise InputError(f"the output folder {path} holds no {written_file}, so it is not replaced; name a new one")
 

