@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from spectralbasis.checkpoints.adapter import AdapterCheckpoint
 from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG, open_adapter
 from spectralbasis.checkpoints.checkpoint import Checkpoint
+from spectralbasis.checkpoints.decoded import decoded
 from spectralbasis.checkpoints.folder_files import read_config, weights_file
 from spectralbasis.checkpoints.hub import download, is_hub_id
+from spectralbasis.checkpoints.installed import installed_folder
 from spectralbasis.checkpoints.llama2c_file import open_llama2c_file
 from spectralbasis.checkpoints.module import ModuleCheckpoint
-from spectralbasis.checkpoints.quantized import dequantized
 from spectralbasis.checkpoints.safetensors_file import SafetensorsFile
 from spectralbasis.checkpoints.sharded import join_shards, read_index
 from spectralbasis.checkpoints.tensors import TensorCheckpoint, find_state
@@ -47,9 +48,9 @@ def open_checkpoint(source: Source, base: Source | None = None) -> Checkpoint:
     if isinstance(source, Checkpoint):
         return source
     if isinstance(source, nn.Module):
-        return ModuleCheckpoint(source)
+        return decoded(ModuleCheckpoint(source))
     if isinstance(source, Mapping):
-        return dequantized(TensorCheckpoint(find_state(source, "state_dict"), "state_dict", {}))
+        return decoded(TensorCheckpoint(find_state(source, "state_dict"), "state_dict", {}))
     if isinstance(source, str | os.PathLike):
         try:
             return _open_path(str(source), base)
@@ -63,11 +64,11 @@ def open_checkpoint(source: Source, base: Source | None = None) -> Checkpoint:
 
 
 def _open_path(source: str, base: Source | None = None) -> Checkpoint:
-    path = Path(source)
+    path = installed_folder(source) or Path(source)
     if path.is_dir():
         return _open_folder(path, source, base)
     if path.is_file():
-        return dequantized(_open_file(path, source, read_config(path.parent)))
+        return decoded(_open_file(path, source, read_config(path.parent)))
     if not path.exists() and is_hub_id(source):
         return _open_folder(download(source), source, base)
     raise InputError(f"{source} does not exist; pass a file, a folder or a hub id such as organisation/name")
@@ -77,7 +78,7 @@ def _open_folder(folder: Path, source: str, base: Source | None) -> Checkpoint:
     if (folder / ADAPTER_CONFIG).exists():
         given = None if base is None else open_checkpoint(base)
         return open_adapter(folder, source, _open_path, None if isinstance(given, AdapterCheckpoint) else given)
-    return dequantized(_open_file(weights_file(folder), source, read_config(folder)))
+    return decoded(_open_file(weights_file(folder), source, read_config(folder)))
 
 
 def _open_file(path: Path, source: str, config: Mapping[str, Any]) -> Checkpoint:
