@@ -17,7 +17,7 @@ def linear_map(layer: nn.Module) -> torch.Tensor:
     """The matrix (out, in) of a layer, found by feeding it unit vectors."""
     if isinstance(layer, CONVOLUTIONS):
         inputs = layer.weight[0].numel()
-        patches = torch.eye(inputs).reshape(inputs, *layer.weight.shape[1:]).repeat_interleave(layer.groups, dim=1)
+        patches = torch.cat([torch.eye(inputs).reshape(inputs, *layer.weight.shape[1:])] * layer.groups, dim=1)
         convolve = torch.conv1d if isinstance(layer, nn.Conv1d) else torch.conv2d
         return convolve(patches, layer.weight, groups=layer.groups).flatten(1).T
     inputs = layer.weight.shape[0] if isinstance(layer, Conv1D) else layer.weight.shape[1]
@@ -47,7 +47,7 @@ def test_matrices_are_the_maps_of_their_layers(model_type, saved, tmp_path):
         owner = next(map_ for layer, map_ in expected.items() if layer.endswith(name))
         torch.testing.assert_close(found, owner, rtol=1e-5, atol=1e-6, msg=name)
     covered = {matrix.cut.tensor.removesuffix(".weight") for matrix in matrices.values()}
-    assert set(expected) - covered <= {"encoder.pos_conv_embed.conv"}
+    assert covered >= set(expected)
 
 
 @torch.no_grad()

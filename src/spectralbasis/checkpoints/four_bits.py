@@ -26,7 +26,7 @@ class FourBitWeight:
     """Two levels a byte, the first in the higher half, times the scale of their block.
 
     Attributes:
-        weight: name of the packed tensor, and the beginning of the names of what describes it.
+        name: of the packed tensor, and the beginning of the names of what describes it.
         shape: of the real weight.
         block: values that share a scale.
         nested_block: scales that share a scale of their own; None where scales are stored as they are.
@@ -34,7 +34,7 @@ class FourBitWeight:
         description: name of the JSON.
     """
 
-    weight: str
+    name: str
     shape: tuple[int, ...]
     block: int
     nested_block: int | None
@@ -44,11 +44,11 @@ class FourBitWeight:
     @property
     def parts(self) -> tuple[str, ...]:
         nested = ("nested_absmax", "nested_quant_map") if self.nested_block is not None else ()
-        return self.description, *(f"{self.weight}.{part}" for part in ("absmax", "quant_map", *nested))
+        return self.name, self.description, *(f"{self.name}.{part}" for part in ("absmax", "quant_map", *nested))
 
     def read(self, checkpoint: Checkpoint) -> Tensor:
         """The real weight, float32."""
-        packed = checkpoint.read(self.weight).reshape(-1).view(torch.uint8)
+        packed = checkpoint.read(self.name).reshape(-1).view(torch.uint8)
         levels = torch.stack([packed >> 4, packed & 0xF], dim=1).flatten()[: prod(self.shape)]
         values = self._part(checkpoint, "quant_map")[levels.int()]
         return (values * _spread(self._scales(checkpoint), self.block, len(values))).reshape(self.shape)
@@ -62,7 +62,7 @@ class FourBitWeight:
         return levels * outer + self.nested_offset
 
     def _part(self, checkpoint: Checkpoint, part: str) -> Tensor:
-        return checkpoint.read(f"{self.weight}.{part}").float().flatten()
+        return checkpoint.read(f"{self.name}.{part}").float().flatten()
 
 
 def _spread(scales: Tensor, block: int, count: int) -> Tensor:
@@ -82,7 +82,7 @@ def find_four_bits(checkpoint: Checkpoint, name: str, names: frozenset[str]) -> 
     try:
         facts = json.loads(bytes(checkpoint.read(description).to(torch.uint8).flatten().tolist()))
         found = _weight(name, facts, description)
-        _check_sizes(found, {part: checkpoint.shape(part) for part in (name, *found.parts)}, checkpoint.dtype(name))
+        _check_sizes(found, {part: checkpoint.shape(part) for part in found.parts}, checkpoint.dtype(name))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{name} of {checkpoint.source} is a 4-bit weight whose description is damaged ({error}); "
@@ -94,7 +94,7 @@ def find_four_bits(checkpoint: Checkpoint, name: str, names: frozenset[str]) -> 
 def _weight(name: str, facts: Mapping[str, Any], description: str) -> FourBitWeight:
     nested = facts.get("nested_blocksize")
     return FourBitWeight(
-        weight=name,
+        name=name,
         shape=tuple(map(int, facts["shape"])),
         block=int(facts["blocksize"]),
         nested_block=None if nested is None else int(nested),
@@ -110,10 +110,10 @@ def _check_sizes(found: FourBitWeight, stored: Mapping[str, tuple[int, ...]], pa
         raise ValueError(f"shape {found.shape} in blocks of {found.block}")
     count = prod(found.shape)
     blocks = ceil(count / found.block)
-    expected = {found.weight: ceil(count / 2) // packed.itemsize, "absmax": blocks, "quant_map": _LEVELS}
+    expected = {found.name: ceil(count / 2) // packed.itemsize, "absmax": blocks, "quant_map": _LEVELS}
     if found.nested_block is not None:
         expected |= {"nested_absmax": ceil(blocks / found.nested_block), "nested_quant_map": 256}
     for part, size in expected.items():
-        name = part if part == found.weight else f"{found.weight}.{part}"
+        name = part if part == found.name else f"{found.name}.{part}"
         if sizes[name] != size:
             raise ValueError(f"{name} holds {sizes[name]} numbers, expected {size}")

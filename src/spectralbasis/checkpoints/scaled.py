@@ -24,14 +24,14 @@ class ScaledWeight:
     """`W = factor · Q / steps`, one factor for each block of Q.
 
     Attributes:
-        weight: name of Q.
+        name: of Q, and of W.
         factor: name of the factors, one number or (rows,) or (block rows, block columns).
         shape: of Q.
         block: rows and columns of a block; those at the right and lower edge may be cut.
         steps: what Q is counted in.
     """
 
-    weight: str
+    name: str
     factor: str
     shape: tuple[int, ...]
     block: tuple[int, int]
@@ -39,7 +39,7 @@ class ScaledWeight:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return (self.factor,)
+        return self.name, self.factor
 
     def read(self, checkpoint: Checkpoint) -> Tensor:
         """The real weight, float32, (out, in)."""
@@ -48,7 +48,7 @@ class ScaledWeight:
         rows, columns = self.shape
         for dimension, block in enumerate(self.block):
             factors = factors.repeat_interleave(block, dimension)
-        return checkpoint.read(self.weight).float() * factors[:rows, :columns]
+        return checkpoint.read(self.name).float() * factors[:rows, :columns]
 
 
 def find_scaled(checkpoint: Checkpoint, name: str, names: frozenset[str]) -> ScaledWeight | None:
