@@ -1,6 +1,7 @@
 """Tuning, as a user calls it."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -115,12 +116,16 @@ def test_tuning_json_holds_the_result(tmp_path, model, data):
     assert {"python", "torch", "transformers", "peft", "spectralbasis"} <= set(written["versions"])
 
 
-def test_the_card_names_task_score_and_how_to_load(tmp_path, model, data):
-    result = tune(model, task="sst2", data=data, output=tmp_path / "a", leading=3, **SHORT)
+def test_the_card_names_task_and_score_and_its_code_loads_the_adapter(tmp_path):
+    base = save_image_model(tmp_path / "model", labels=10)
+    result = tune(base, task=bright_side_task(), output=tmp_path / "a", leading=3, **SHORT)
     card = (tmp_path / "a" / "README.md").read_text()
-    assert "SST-2 adapter (spectral, diagonal)" in card
-    assert f"| accuracy on dev | {result.score:.4f} |" in card
-    assert "import spectralbasis" in card
+    assert "bright side adapter (spectral, diagonal)" in card
+    assert f"| accuracy on evaluation | {result.score:.4f} |" in card
+    names: dict[str, Any] = {}
+    exec(card.split("```python")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "a")), names)
+    stored = load_file(tmp_path / "a" / "adapter_model.safetensors")["base_model.model.classifier.weight"]
+    assert torch.equal(names["model"].base_model.model.classifier.modules_to_save["default"].weight, stored)
 
 
 @pytest.mark.parametrize(("length", "steps"), [({"epochs": 2}, 16), ({"epochs": 0.5}, 4), ({}, 24), ({"steps": 5}, 5)])

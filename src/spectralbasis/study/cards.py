@@ -37,7 +37,7 @@ import spectralbasis  # registers the method with PEFT
 from peft import PeftModel
 from transformers import {auto_model}
 
-base = {auto_model}.from_pretrained("{place}", num_labels={labels})
+base = {auto_model}.from_pretrained("{place}", num_labels={labels}, ignore_mismatched_sizes=True)
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 """

@@ -46,7 +46,7 @@ def evaluate(
     started = time.perf_counter()
     chosen = load_task(task, data) if isinstance(task, str) else task
     tuned = Path(adapter or model)
-    length = max_length or stored_settings(tuned).get("max_length", MAX_LENGTH)
+    length = stored_settings(tuned).get("max_length", MAX_LENGTH) if max_length is None else max_length
     loaded = load_model(model, chosen, head="fresh" if adapter else "stored", max_length=length)
     scored = attach_adapter(loaded, tuned) if adapter else loaded.model
     metrics = score_task(scored, chosen, loaded.collator, progress=progress)
