@@ -6,6 +6,7 @@ import tempfile
 from math import prod
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -92,3 +93,56 @@ def test_any_config(config):
     matrices, _ = logical_matrices(checkpoint)
     assert sum(prod(matrix.shape) for matrix in matrices.values()) == len(FUSED) * 48
     assert all(tuple(matrix.read().shape) == matrix.shape for matrix in matrices.values())
+
+
+FACTORS = save(
+    {"base_model.model.0.lora_A.weight": torch.ones(2, 4), "base_model.model.0.lora_B.weight": torch.ones(4, 2)}
+)
+SETTINGS = ("base_model_name_or_path", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights",
+            "fan_in_fan_out", "layer_replication")  # fmt: skip
+values = json_values | st.sampled_from(["pissa", "olora", {"0": 3}, {"0": "x"}, {"(": 1}, 1e308, 0])
+
+
+@settings(max_examples=150)
+@given(st.dictionaries(st.sampled_from(SETTINGS), values), st.booleans())
+def test_any_adapter_config(config, give_base):
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
+        Path(folder, "adapter_model.safetensors").write_bytes(FACTORS)
+        try:
+            checkpoint = open_checkpoint(folder, {"0.weight": torch.randn(4, 4)} if give_base else None)
+            assert checkpoint.read("0.weight").shape == (4, 4)
+        except InputError:
+            pass
+
+
+@settings(max_examples=50)
+@given(json_values)
+def test_any_adapter_config_file(content):
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "adapter_config.json").write_text(json.dumps(content))
+        Path(folder, "adapter_model.safetensors").write_bytes(FACTORS)
+        with pytest.raises(InputError):
+            open_checkpoint(folder)
+
+
+sizes = st.integers(-2, 9) | st.integers(-(2**31), 2**31 - 1)
+
+
+@given(st.lists(sizes, min_size=7, max_size=7), st.binary(max_size=400), st.integers(0, 8))
+def test_any_llama2c_header(header, data, cut):
+    read_all((struct.pack("<7i", *header) + data)[: 428 - cut], "model.bin")
+
+
+@settings(max_examples=50)
+@given(
+    st.dictionaries(
+        st.sampled_from(["quant_type", "shape", "blocksize", "nested_blocksize", "nested_offset"]),
+        json_values | st.sampled_from([[4, 4], [2, 8], 16, 8, 4]),
+    )
+)
+def test_any_description_of_four_bits(facts):
+    described = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+    state = {"0.weight": torch.ones(8, 1, dtype=torch.uint8), "0.weight.quant_map": torch.ones(16)}
+    state |= {"0.weight.absmax": torch.ones(1), "0.weight.quant_state.bitsandbytes__nf4": described}
+    read_all(save(state), "model.safetensors")

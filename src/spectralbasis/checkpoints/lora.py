@@ -28,6 +28,7 @@ _UNREADABLE_OPTIONS = (
     "trainable_token_indices",
 )
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+_LARGEST_ALPHA = 1e30
 _MERGE = "merge it with PEFT (model.merge_and_unload()), save the model and pass that folder"
 
 
@@ -129,7 +130,7 @@ def _magnitude(adapter: Adapter, module: str, factors: Mapping[str, str]) -> str
 
 def _scaling(adapter: Adapter, module: str, rank: int) -> float:
     alpha = _alpha(adapter, module)
-    if not isinstance(alpha, int | float):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < _LARGEST_ALPHA:
         raise InputError(f"adapter_config.json in {adapter.folder} has lora_alpha={alpha!r}, expected a number")
     return alpha / math.sqrt(rank) if adapter.config.get("use_rslora") else alpha / rank
 
@@ -137,6 +138,10 @@ def _scaling(adapter: Adapter, module: str, rank: int) -> float:
 def _alpha(adapter: Adapter, module: str) -> Any:
     """The common alpha, unless `alpha_pattern` has a regular expression for the end of the module's name."""
     patterns = adapter.config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise InputError(
+            f"adapter_config.json in {adapter.folder} has alpha_pattern={patterns!r}, expected names with their alpha"
+        )
     try:
         return next(
             (patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", module)),
