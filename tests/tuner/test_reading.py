@@ -2,9 +2,15 @@
 
 import json
 import pickle
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import spectralbasis
@@ -146,3 +152,31 @@ def test_more_directions_than_the_base_has(tmp_path):
     edit_config(adapter, ranks={"lin0": 30})
     with pytest.raises(InputError, match="cannot have 30 singular directions"):
         open_checkpoint(adapter, base=CASES["mlp"].base())
+
+
+FIELDS = ("basis", "basis_seed", "tolerance", "coefficients", "leading", "budget", "rank_pattern", "base_hashes",
+          "ranks", "probes", "target_modules", "bias", "peft_version", "revision", "unknown")  # fmt: skip
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.sampled_from(["lin0", "minor", "core"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["lin0", ""]), inner, max_size=2),
+    max_leaves=5,
+)
+
+
+@pytest.fixture(scope="module")
+def mlp_adapter(tmp_path_factory):
+    return saved(CASES["mlp"], tmp_path_factory.mktemp("fuzz"))[0]
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(FIELDS), values, max_size=3))
+def test_any_config(mlp_adapter, config):
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of unknown fields
+        shutil.copytree(mlp_adapter, folder, dirs_exist_ok=True)
+        edit_config(Path(folder), **config)
+        try:
+            checkpoint = open_checkpoint(folder, CASES["mlp"].base())
+            assert checkpoint.read("lin0.weight").shape == (20, 10)
+        except (InputError, BaseMismatchError):
+            pass
