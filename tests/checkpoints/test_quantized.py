@@ -133,6 +133,13 @@ def test_float8_with_a_factor_per_matrix_row_or_block(method, block, tmp_path):
     torch.testing.assert_close(checkpoint.read_rows("a.weight", 2, 3), meant[2:3])
 
 
+def test_int8_of_compressed_tensors(tmp_path):
+    stored, factors = torch.arange(-12, 12, dtype=torch.int8).reshape(4, 6), torch.tensor([[0.5], [1.0], [2.0], [4.0]])
+    state = {"a.weight": stored, "a.weight_scale": factors}
+    checkpoint = write(tmp_path, state, quantization_config={"quant_method": "compressed-tensors"})
+    torch.testing.assert_close(checkpoint.read("a.weight"), stored * factors)
+
+
 UNCERTAIN = [
     ({}, {}),
     ({"quant_method": "of my own"}, {}),
