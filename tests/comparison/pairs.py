@@ -6,6 +6,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from spectralbasis.comparison.nulls import scrambled
 from tests.matrices import power_law, with_spectrum
 
 
@@ -41,3 +42,15 @@ def value(table: pd.DataFrame, metric: str, *, k: int, side: str = "both", index
     rows = table[(table.metric == metric) & (table.side == side) & (table.k == k) & (table["index"] == index)]
     assert len(rows) == 1, rows
     return float(rows["value"].iloc[0])
+
+
+def chance_pairs(count: int, size: float, *, per_layer: int = 1, m: int = 24, n: int = 20, seed: int = 0):
+    """Base and finetuned state dicts for which the null is true: each update is itself a scrambled one."""
+    base, tuned = {}, {}
+    for index in range(count):
+        name = f"{index // per_layer}.dense{index % per_layer}"
+        W0 = with_spectrum(m, n, power_law(n), seed=count * seed + index)[0].float()
+        generator = torch.Generator().manual_seed(count * seed + index)
+        update = scrambled(torch.randn(m, n, generator=generator), generator)
+        base[name], tuned[name] = W0, W0 + size * update / update.norm()
+    return layered(base), layered(tuned)

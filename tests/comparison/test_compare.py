@@ -76,6 +76,7 @@ def test_table_summary_and_files_keep_the_contract(tmp_path):
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "comparison.parquet"), result.table)
     assert {path.name for path in tmp_path.iterdir()} == {
         "comparison.parquet",
+        "sharing.parquet",
         "summary.json",
         "index.html",
         "store.sqlite",

@@ -1,0 +1,48 @@
+"""Where benchmarks leave what they measured, and on what."""
+
+import argparse
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).parent / "results"
+
+
+def parse_arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
+    """Command-line options with these defaults, each of the default's type."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    return parser.parse_args()
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions that a figure was measured with."""
+    packages = ("spectralbasis", "torch", "numpy", "scipy", "transformers", "peft")
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def write(name: str, content: dict[str, Any]) -> None:
+    """Write one benchmark's results as JSON."""
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read(name: str) -> dict[str, Any]:
+    """Read one benchmark's results."""
+    return json.loads((FOLDER / f"{name}.json").read_text())
