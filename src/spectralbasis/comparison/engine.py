@@ -10,9 +10,10 @@ import pandas as pd
 import torch
 
 from spectralbasis.checkpoints import Checkpoint, Matrix, match_matrices, open_checkpoint
-from spectralbasis.comparison.measuring import UNCHANGED, MatrixTask, Settings, measure_matrix
+from spectralbasis.comparison.measuring import UNCHANGED, MatrixTask, Outcome, Settings, measure_matrix
 from spectralbasis.comparison.result import Comparison
-from spectralbasis.comparison.rows import to_frame
+from spectralbasis.comparison.rows import SharedRow, to_frame
+from spectralbasis.comparison.sharing import Pair
 from spectralbasis.comparison.statistics import with_q_values
 from spectralbasis.comparison.store import Store
 from spectralbasis.comparison.summary import summarise
@@ -29,6 +30,7 @@ def compare(
     leading: Leading = 64,
     null: str | None = "scrambled",
     draws: int = 5,
+    tasks: Sequence[str] | None = None,
     seed: int = 0,
     tolerance: float = 1e-4,
     include: Sequence[str] = (),
@@ -47,6 +49,8 @@ def compare(
         leading: number of leading directions: a whole number, a fraction of min(m, n), "mp" or "gd".
         null: "scrambled", "gaussian", or None for no draws (then nothing is tested).
         draws: draws of the null per matrix; 2 are needed for a z-score, 5 or more are sensible.
+        tasks: what each of `tuned` was finetuned to, in their order; checkpoints of one task, as of several seeds, are
+            the ceiling for what checkpoints of different tasks share.
         seed: of the draws and of the bootstrap.
         tolerance: largest sine accepted between computed and true leading subspaces.
         include: glob patterns of matrix names to measure; empty measures all but embeddings and heads.
@@ -64,15 +68,16 @@ def compare(
     started = time.monotonic()
     settings = Settings(parse_leading(leading), null, draws, seed, tolerance, _usable_device(device))
     opened = open_checkpoint(base)
-    run = _Run(opened, _labelled([open_checkpoint(one, base=opened) for one in tuned]), settings)
+    run = _Run(opened, _labelled([open_checkpoint(one, base=opened) for one in tuned]), settings, tasks)
     run.match(include, exclude)
     with _open_store(output, settings, resume) as store:
         run.measure(store, workers, progress)
         table = to_frame(store.rows(run.done))
+        sharing = to_frame(store.shared_rows(run.shared), SharedRow) if len(run.tuned) > 1 else None
     if table.empty:
         raise InputError(run.nothing_measured())
     table = with_q_values(table)
-    result = Comparison(table, run.summary(table, time.monotonic() - started))
+    result = Comparison(table, run.summary(table, sharing, time.monotonic() - started), sharing)
     if output is not None:
         result.report(output)
     return result
@@ -81,16 +86,25 @@ def compare(
 class _Run:
     """The state of one comparison: checkpoints, matched pairs, what is done, what was skipped and why."""
 
-    def __init__(self, base: Checkpoint, tuned: dict[str, Checkpoint], settings: Settings) -> None:
+    def __init__(
+        self, base: Checkpoint, tuned: dict[str, Checkpoint], settings: Settings, tasks: Sequence[str] | None
+    ) -> None:
         if not tuned:
             raise InputError("nothing to compare with: pass at least one finetuned checkpoint after the base")
+        if tasks is not None and len(tasks) != len(tuned):
+            raise InputError(
+                f"{len(tasks)} task labels ({', '.join(tasks)}) for {len(tuned)} finetuned checkpoints; "
+                "give one for each, in their order"
+            )
         self.base = base
         self.tuned = tuned
         self.settings = settings
         self.bases: dict[str, Matrix] = {}
         self.partners: dict[str, dict[str, Matrix]] = {}
         self.skipped: dict[str, str] = {}
+        self.tasks = dict(zip(tuned, tasks or (), strict=False))
         self.done: list[tuple[str, str]] = []
+        self.shared: list[tuple[Pair, str]] = []
 
     def match(self, include: Sequence[str], exclude: Sequence[str]) -> None:
         """Pair the matrices of the base with those of each finetuned checkpoint, by name."""
@@ -104,21 +118,36 @@ class _Run:
 
     def measure(self, store: Store, workers: int, progress: bool) -> None:
         """Measure every pair that the store does not hold yet; the driver alone writes the store."""
-        tasks = [
-            MatrixTask(before, self.partners[name], self.settings, self.base.source, store.contents(name))
+        work = [
+            MatrixTask(
+                before,
+                self.partners[name],
+                self.settings,
+                self.base.source,
+                store.contents(name),
+                store.shared_contents(name),
+            )
             for name, before in self.bases.items()
         ]
-        outcomes = track(stream(measure_matrix, tasks, workers), "comparing", total=len(tasks), enabled=progress)
+        outcomes = track(stream(measure_matrix, work, workers), "comparing", total=len(work), enabled=progress)
         for task, outcome in outcomes:
-            name = task.before.name
-            for label, (content, rows) in outcome.measured.items():
-                if rows is not None:
-                    store.put(label, name, content, rows)
-                self.done.append((label, name))
-            for label, reason in outcome.skipped.items():
-                self._skip(label, name, reason)
+            self._take(task.before.name, outcome, store)
         order = {name: position for position, name in enumerate(self.bases)}
-        self.done.sort(key=lambda pair: order[pair[1]])
+        self.done.sort(key=lambda done: order[done[1]])
+        self.shared.sort(key=lambda shared: order[shared[1]])
+
+    def _take(self, name: str, outcome: Outcome, store: Store) -> None:
+        """Store what came of one matrix."""
+        for label, (content, rows) in outcome.measured.items():
+            if rows is not None:
+                store.put(label, name, content, rows)
+            self.done.append((label, name))
+        for pair, (content, shared) in outcome.shared.items():
+            if shared is not None:
+                store.put_shared(pair, name, content, shared)
+            self.shared.append((pair, name))
+        for label, reason in outcome.skipped.items():
+            self._skip(label, name, reason)
 
     def _skip(self, label: str, name: str, reason: str) -> None:
         """Record a reason under the matrix's name, with the checkpoint where several are compared."""
@@ -133,10 +162,10 @@ class _Run:
         name, reason = next(iter(self.skipped.items()), ("", "no matrix matches the given patterns"))
         return f"no matrix could be measured; {name + ': ' if name else ''}{reason}"
 
-    def summary(self, table: pd.DataFrame, seconds: float) -> dict[str, Any]:
+    def summary(self, table: pd.DataFrame, sharing: pd.DataFrame | None, seconds: float) -> dict[str, Any]:
         """The content of `summary.json`."""
         sources = {label: checkpoint.source for label, checkpoint in self.tuned.items()}
-        return summarise(table, self.settings, self.base.source, sources, self.skipped, seconds)
+        return summarise(table, sharing, self.settings, self.base.source, sources, self.tasks, self.skipped, seconds)
 
 
 def _open_store(output: str | Path | None, settings: Settings, resume: bool) -> Store:

@@ -3,6 +3,8 @@
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -12,10 +14,11 @@ from spectralbasis.checkpoints import Matrix
 from spectralbasis.comparison import metrics
 from spectralbasis.comparison.metrics import Key, Measurements
 from spectralbasis.comparison.nulls import NULLS, draw_generator
-from spectralbasis.comparison.rows import Row
+from spectralbasis.comparison.rows import Row, SharedRow
+from spectralbasis.comparison.sharing import Frames, Pair, frames, shared_rows
 from spectralbasis.comparison.statistics import against_null
 from spectralbasis.errors import InputError
-from spectralbasis.linalg import Leading, leading_svd, resolve_leading
+from spectralbasis.linalg import Leading, LeadingSVD, gram_cosines, inner_products, leading_svd, resolve_leading
 from spectralbasis.triplets import Triplets, compute_triplets, matrix_hash
 
 UNCHANGED = "the same in both: finetuning did not touch it"
@@ -58,7 +61,8 @@ class MatrixTask:
         partners: label of a finetuned checkpoint → its matrix.
         settings: what to measure.
         base_source: how the base is named in messages.
-        known: label → content hash of the pair whose rows the store holds.
+        known: label → content hash of the matrices whose rows the store holds.
+        known_pairs: labels of two finetuned checkpoints → the same for what they share.
     """
 
     before: Matrix
@@ -66,74 +70,112 @@ class MatrixTask:
     settings: Settings
     base_source: str
     known: Mapping[str, str]
+    known_pairs: Mapping[Pair, str]
 
 
 @dataclass
 class Outcome:
-    """What came of a task, by label: the content hash with the rows (None: those of the store), or why not."""
+    """What came of a task, by label or pair: the content hash with the rows (None: those of the store), or why not."""
 
     measured: dict[str, tuple[str, list[Row] | None]] = field(default_factory=dict)
+    shared: dict[Pair, tuple[str, list[SharedRow] | None]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
 def measure_matrix(task: MatrixTask) -> Outcome:
     """Measure one base matrix against all its partners; what cannot be measured is a reason, not an error."""
-    outcome = Outcome()
     try:
         W0 = _read(task.before, task.settings, task.base_source)
     except ValueError as error:
-        outcome.skipped = dict.fromkeys(task.partners, str(error))
-        return outcome
-    base = _Base(W0, task.settings)
-    for label, after in task.partners.items():
+        return Outcome(skipped=dict.fromkeys(task.partners, str(error)))
+    work = _Work(task, W0)
+    for label in task.partners:
         try:
-            W1 = _read(after, task.settings, label)
-            if torch.equal(W0, W1):
-                raise ValueError(UNCHANGED)
-            tuned_hash = matrix_hash(W1)
-            content = f"{base.hash}-{tuned_hash}"
-            known = task.known.get(label) == content
-            outcome.measured[label] = content, None if known else base.rows(label, task.before, W1, tuned_hash)
+            work.measure(label)
         except ValueError as error:
-            outcome.skipped[label] = str(error)
-    return outcome
+            work.outcome.skipped[label] = str(error)
+    work.share()
+    return work.outcome
 
 
-class _Base:
-    """A base matrix, decomposed when the first partner needs it."""
+class _Work:
+    """A task while it runs; the base is decomposed when the first partner needs it."""
 
-    def __init__(self, W0: Tensor, settings: Settings) -> None:
+    def __init__(self, task: MatrixTask, W0: Tensor) -> None:
+        self.task = task
+        self.settings = task.settings
         self.W0 = W0
-        self.settings = settings
-        self.hash = matrix_hash(W0)
-        self._triplets: Triplets | None = None
+        self.base_hash = matrix_hash(W0)
+        self.outcome = Outcome()
+        self._hashes: dict[str, str] = {}
+        self._frames: dict[str, Frames] = {}
 
-    @property
+    @cached_property
     def triplets(self) -> Triplets:
-        if self._triplets is None:
-            k = resolve_leading(self.settings.leading, self.W0)
-            found = compute_triplets(self.W0, k, tolerance=self.settings.tolerance)
-            self._triplets = found.to(self.settings.device)
-        return self._triplets
+        k = resolve_leading(self.settings.leading, self.W0)
+        found = compute_triplets(self.W0, k, tolerance=self.settings.tolerance)
+        return found.to(self.settings.device)
 
-    def rows(self, label: str, matrix: Matrix, W1: Tensor, tuned_hash: str) -> list[Row]:
+    def measure(self, label: str) -> None:
+        """Measure one partner, unless the store holds its rows.
+
+        Raises:
+            ValueError: it cannot be measured.
+        """
+        W1 = self._read(label)
+        if torch.equal(self.W0, W1):
+            raise ValueError(UNCHANGED)
+        tuned_hash = matrix_hash(W1)
+        content = f"{self.base_hash}-{tuned_hash}"
+        known = self.task.known.get(label) == content
+        self.outcome.measured[label] = content, None if known else self._rows(label, W1, tuned_hash)
+        self._hashes[label] = tuned_hash
+
+    def share(self) -> None:
+        """Measure what the partners share, pair by pair, unless the store holds it."""
+        missing = []
+        for pair in combinations(self._hashes, 2):
+            content = "-".join([self.base_hash, *(self._hashes[label] for label in pair)])
+            self.outcome.shared[pair] = content, None
+            if self.task.known_pairs.get(pair) != content:
+                missing.append(pair)
+        labels = list(dict.fromkeys(label for pair in missing for label in pair))
+        for label in labels:
+            if label not in self._frames:
+                self._rows(label, self._read(label), self._hashes[label])
+        update_cosines = gram_cosines(inner_products([partial(self._update, label) for label in labels]))
+        for pair in missing:
+            cosine = float(update_cosines[labels.index(pair[0]), labels.index(pair[1])])
+            a, b = (self._frames[label] for label in pair)
+            rows = shared_rows(pair, self.task.before, a, b, cosine, self.settings.null or "")
+            self.outcome.shared[pair] = self.outcome.shared[pair][0], rows
+
+    def _read(self, label: str) -> Tensor:
+        return _read(self.task.partners[label], self.settings, label)
+
+    def _update(self, label: str) -> Tensor:
+        return self._read(label) - self.W0
+
+    def _rows(self, label: str, W1: Tensor, tuned_hash: str) -> list[Row]:
         """The measurements of one pair as rows of the table, beside their null where they have one."""
-        values, null_values = measure_pair(self.W0, W1, self.triplets, self.settings, tuned_hash)
-        m, n = matrix.shape
+        kept = len(self.task.partners) > 1
+        values, null_values, found = measure_pair(self.W0, W1, self.triplets, self.settings, tuned_hash, kept)
+        if found is not None:
+            self._frames[label] = found
+        matrix = self.task.before
         rows = []
-        for key, value in values.items():
-            metric, side, k, index = key
-            row = Row(label, matrix.name, matrix.layer, matrix.kind, m, n, k, metric, side, index, value)
-            if key in null_values:
-                fit = against_null(value, np.array(null_values[key]))
-                row = replace(row, null=self.settings.null or "", **asdict(fit))
+        for (metric, side, k, index), value in values.items():
+            row = Row(label, matrix.name, matrix.layer, matrix.kind, *matrix.shape, k, metric, side, index, value)
+            draws = null_values.get((metric, side, k, index))
+            if draws is not None:
+                row = replace(row, null=self.settings.null or "", **asdict(against_null(value, np.array(draws))))
             rows.append(row)
         return rows
 
 
 def measure_pair(
-    W0: Tensor, W1: Tensor, base: Triplets, settings: Settings, tuned_hash: str
-) -> tuple[Measurements, NullValues]:
+    W0: Tensor, W1: Tensor, base: Triplets, settings: Settings, tuned_hash: str, keep: bool
+) -> tuple[Measurements, NullValues, Frames | None]:
     """All measurements of one pair, and the null's values of those that have a null.
 
     Args:
@@ -142,6 +184,7 @@ def measure_pair(
         base: leading triplets of W0.
         settings: what to measure.
         tuned_hash: content hash of W1, which fixes the draws.
+        keep: return also the frames that other finetuned checkpoints are held against, else None.
     """
     update = W1 - W0
     tuned = leading_svd(W1, base.k, tolerance=settings.tolerance)
@@ -156,10 +199,15 @@ def measure_pair(
         | metrics.spectra(base, tuned)
         | ranks
     )
-    return values, _null_values(W0, update, base, settings, tuned_hash)
+    draws: list[LeadingSVD] = []
+    null_values = _null_values(W0, update, base, settings, tuned_hash, draws if keep else None)
+    return values, null_values, frames(base, W0, W1, tuned_hash, tuned, draws) if keep else None
 
 
-def _null_values(W0: Tensor, update: Tensor, base: Triplets, settings: Settings, tuned_hash: str) -> NullValues:
+def _null_values(
+    W0: Tensor, update: Tensor, base: Triplets, settings: Settings, tuned_hash: str, kept: list[LeadingSVD] | None
+) -> NullValues:
+    """Values of each measurement under the null's draws; the base's triplets under each draw are added to `kept`."""
     values: NullValues = defaultdict(list)
     for draw in range(settings.draws if settings.null else 0):
         generator = draw_generator(settings.seed, base.base_hash, tuned_hash, draw)
@@ -167,6 +215,8 @@ def _null_values(W0: Tensor, update: Tensor, base: Triplets, settings: Settings,
         moved = leading_svd(W0 + chance, base.k, tolerance=settings.tolerance)
         for key, value in (metrics.overlaps(base, moved) | metrics.coverages(base, chance)).items():
             values[key].append(value)
+        if kept is not None:
+            kept.append(moved)
     return values
 
 

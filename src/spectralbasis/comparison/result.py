@@ -16,18 +16,26 @@ class Comparison:
 
     Attributes:
         table: one row per measurement; the columns are the fields of `comparison.rows.Row`.
+        sharing: the same between every two finetuned checkpoints (`comparison.rows.SharedRow`); None where there is
+            only one.
     """
 
     table: pd.DataFrame
     _summary: dict[str, Any]
+    sharing: pd.DataFrame | None = None
 
     def summary(self) -> dict[str, Any]:
         """Verdicts with their intervals, settings, versions: the content of `summary.json`."""
         return self._summary
 
     def save(self, directory: str | Path) -> None:
-        """Write `comparison.parquet` and `summary.json` into a folder."""
+        """Write `comparison.parquet`, `summary.json` and, of several checkpoints, `sharing.parquet` into a folder."""
         folder = Path(directory)
+        if self.sharing is None:
+            (folder / "sharing.parquet").unlink(missing_ok=True)
+        else:
+            with atomic_path(folder / "sharing.parquet") as temporary:
+                self.sharing.to_parquet(temporary, index=False)
         with atomic_path(folder / "comparison.parquet") as temporary:
             self.table.to_parquet(temporary, index=False)
         with atomic_path(folder / "summary.json") as temporary:

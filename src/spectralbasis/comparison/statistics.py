@@ -1,12 +1,15 @@
 """From measurements and null draws to effects, intervals and verdicts."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
+
+from spectralbasis.linalg import haar_overlap, haar_overlap_std
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -42,6 +45,32 @@ def against_null(value: float, draws: Floats) -> NullFit:
         return NullFit(mean, std, math.nan, math.nan)
     t = (value - mean) / (std * math.sqrt(1 + 1 / draws.size))
     return NullFit(mean, std, (value - mean) / std, float(2 * stats.t.sf(abs(t), draws.size - 1)))
+
+
+def against_haar(overlap: float, size: int, k: int) -> NullFit:
+    """An overlap of two k-dimensional subspaces of a `size`-dimensional space, held against Haar-random ones.
+
+    Mean and standard deviation are exact; the two-sided p-value is that of the Beta law with these two moments, which
+    is the exact law for k = 1.
+    """
+    mean, std = haar_overlap(size, k), haar_overlap_std(size, k)
+    if std == 0:
+        return NullFit(mean, std, math.nan, math.nan)
+    weight = mean * (1 - mean) / std**2 - 1
+    law = stats.beta(mean * weight, (1 - mean) * weight)
+    return NullFit(mean, std, (overlap - mean) / std, float(min(1.0, 2 * min(law.cdf(overlap), law.sf(overlap)))))
+
+
+def against_unrelated(cosine: float, shape: tuple[int, int]) -> NullFit:
+    """A cosine between two updates, held against updates whose orientations are unrelated.
+
+    Its mean is 0 and its standard deviation `1/√(mn)`, exactly, for Haar-random rotations as for scrambling and
+    whatever the updates. Its law does depend on them (for rank one it is a product of two normals), so the p-value is
+    Chebyshev's bound, 1/z².
+    """
+    std = 1 / math.sqrt(math.prod(shape))
+    z = cosine / std
+    return NullFit(0.0, std, z, min(1.0, z**-2) if z else 1.0)
 
 
 def with_q_values(table: pd.DataFrame) -> pd.DataFrame:
@@ -91,16 +120,17 @@ class Finding:
         return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in asdict(self).items()}
 
 
-def find(units: pd.DataFrame, seed: int) -> Finding:
+def find(units: pd.DataFrame, seed: int, interval_of: "IntervalRule | None" = None) -> Finding:
     """Test over matrices whether a measurement exceeds its null.
 
     Args:
         units: one row per matrix with the columns `tuned`, `layer`, `value`, `null_mean`.
         seed: of the bootstrap.
+        interval_of: gives the interval of `units` with a column `effect`; None is `hierarchical_interval`.
     """
     value, null_mean = _mean(units["value"]), _mean(units["null_mean"])
     effects = units.assign(effect=units["value"] - units["null_mean"]).dropna(subset=["effect"])
-    interval = hierarchical_interval(effects, seed)
+    interval = (interval_of or hierarchical_interval)(effects, seed)
     return Finding(
         value=value,
         null_mean=null_mean,
@@ -147,12 +177,55 @@ def hierarchical_interval(effects: pd.DataFrame, seed: int, resamples: int = RES
     """
     if effects.empty:
         return Interval(math.nan, math.nan, math.nan, math.nan)
-    estimate = float(effects["effect"].mean())
+    return _student_interval(float(effects["effect"].mean()), *_bootstrap_error(effects, seed, resamples))
+
+
+def pair_interval(effects: pd.DataFrame, seed: int) -> Interval:
+    """Confidence interval of the mean effect over pairs of checkpoints, of which many have a checkpoint in common.
+
+    The hierarchical bootstrap takes pairs as its outermost groups, as if they were independent. Where leaving out one
+    checkpoint with all its pairs moves the mean by more (the delete-one jackknife of a statistic of pairs; Arvesen,
+    1969), that error counts, and in any case the degrees of freedom are those of the checkpoints.
+
+    Args:
+        effects: the columns `tuned` (the pair), `tuned_a`, `tuned_b`, `layer`, `effect`, a row per matrix.
+        seed: of the resampling.
+    """
+    if effects.empty:
+        return Interval(math.nan, math.nan, math.nan, math.nan)
+    error, groups = _bootstrap_error(effects, seed, RESAMPLES)
+    without = _means_without_each_checkpoint(effects)
+    if without.size > 1:
+        jackknife = math.sqrt((without.size - 1) * float(without.var()))
+        error, groups = max(error, jackknife), without.size
+    return _student_interval(float(effects["effect"].mean()), error, groups)
+
+
+IntervalRule = Callable[[pd.DataFrame, int], Interval]
+
+
+def _means_without_each_checkpoint(effects: pd.DataFrame) -> Floats:
+    """Mean effect of the pairs that lack a checkpoint, for each whose absence leaves any."""
+    pairs = effects.groupby(["tuned_a", "tuned_b"])["effect"].agg(["sum", "count"]).reset_index()
+    kept = [
+        pairs[(pairs["tuned_a"] != one) & (pairs["tuned_b"] != one)]
+        for one in pd.unique(pairs[["tuned_a", "tuned_b"]].to_numpy().ravel())
+    ]
+    return np.array([rest["sum"].sum() / rest["count"].sum() for rest in kept if len(rest)])
+
+
+def _bootstrap_error(effects: pd.DataFrame, seed: int, resamples: int) -> tuple[float, int]:
+    """Standard error of the mean effect, and how many independent groups it rests on."""
     groups = _outer_groups(effects)
     if groups < 2:
-        return Interval(estimate, math.nan, math.nan, math.nan)
+        return math.nan, groups
     means = bootstrap_means(effects, np.random.default_rng(seed), resamples)
-    error = float(means.std(ddof=1)) * math.sqrt(groups / (groups - 1))
+    return float(means.std(ddof=1)) * math.sqrt(groups / (groups - 1)), groups
+
+
+def _student_interval(estimate: float, error: float, groups: int) -> Interval:
+    if math.isnan(error):
+        return Interval(estimate, math.nan, math.nan, math.nan)
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, groups - 1)) * error
     p_value = float(2 * stats.t.sf(abs(estimate) / error, groups - 1)) if error > 0 else float(estimate == 0)
     return Interval(estimate, estimate - reach, estimate + reach, p_value)

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
-from spectralbasis.comparison.rows import Row, row_values
+from spectralbasis.comparison.rows import Row, SharedRow, row_values
+from spectralbasis.comparison.sharing import Pair
 from spectralbasis.errors import InputError
 
 FORMAT_VERSION = 1
@@ -14,11 +15,16 @@ _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
     "CREATE TABLE IF NOT EXISTS pairs (tuned TEXT NOT NULL, matrix TEXT NOT NULL, content TEXT NOT NULL,"
     " rows TEXT NOT NULL, PRIMARY KEY (tuned, matrix))",
+    "CREATE TABLE IF NOT EXISTS shared (tuned_a TEXT NOT NULL, tuned_b TEXT NOT NULL, matrix TEXT NOT NULL,"
+    " content TEXT NOT NULL, rows TEXT NOT NULL, PRIMARY KEY (tuned_a, tuned_b, matrix))",
 )
 
 
 class Store:
-    """Rows by (tuned, matrix); a pair counts as done only for the very weights (`content`) that it was made from."""
+    """Rows by (tuned, matrix), and by (tuned_a, tuned_b, matrix) what two finetuned checkpoints share.
+
+    Either counts as done only for the very weights (`content`) that it was made from.
+    """
 
     def __init__(self, path: Path | None, settings: dict[str, str], *, resume: bool) -> None:
         """Open the store of a folder, or one in memory where `path` is None, for this process alone.
@@ -40,7 +46,7 @@ class Store:
         with self._connection:
             self._connection.execute("BEGIN EXCLUSIVE")
             if not resume:
-                for table in ("settings", "pairs"):
+                for table in ("settings", "pairs", "shared"):
                     self._connection.execute(f"DROP TABLE IF EXISTS {table}")
             for statement in _SCHEMA:
                 self._connection.execute(statement)
@@ -80,6 +86,24 @@ class Store:
             query = "SELECT rows FROM pairs WHERE tuned = ? AND matrix = ?"
             for (text,) in self._connection.execute(query, pair):
                 yield from (Row(*values) for values in json.loads(text))
+
+    def shared_contents(self, matrix: str) -> dict[Pair, str]:
+        """Two labels → content hash of what was measured of this matrix between them."""
+        query = "SELECT tuned_a, tuned_b, content FROM shared WHERE matrix = ?"
+        return {(a, b): content for a, b, content in self._connection.execute(query, (matrix,))}
+
+    def put_shared(self, pair: Pair, matrix: str, content: str, rows: Iterable[SharedRow]) -> None:
+        """Record what two finetuned checkpoints share in a matrix, all of it or nothing."""
+        record = (*pair, matrix, content, json.dumps([row_values(row) for row in rows]))
+        with self._connection:
+            self._connection.execute("INSERT OR REPLACE INTO shared VALUES (?, ?, ?, ?, ?)", record)
+
+    def shared_rows(self, pairs: Iterable[tuple[Pair, str]]) -> Iterator[SharedRow]:
+        """The rows of these (two labels, matrix), in their order."""
+        for (a, b), matrix in pairs:
+            query = "SELECT rows FROM shared WHERE tuned_a = ? AND tuned_b = ? AND matrix = ?"
+            for (text,) in self._connection.execute(query, (a, b, matrix)):
+                yield from (SharedRow(*values) for values in json.loads(text))
 
     def __enter__(self) -> Self:
         return self

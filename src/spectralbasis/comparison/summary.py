@@ -12,7 +12,9 @@ import pandas as pd
 
 from spectralbasis.comparison.measuring import Settings
 from spectralbasis.comparison.methods import methods_paragraph
+from spectralbasis.comparison.shared_findings import sharing_findings
 from spectralbasis.comparison.statistics import FALSE_DISCOVERY_RATE, Finding, find, full_k
+from spectralbasis.comparison.trajectory import training_runs, trajectories
 
 CEILING = 0.99
 """Above this null overlap, stability has next to no room to show in."""
@@ -21,9 +23,11 @@ _PACKAGES = ("spectralbasis", "torch", "numpy", "scipy", "pandas", "safetensors"
 
 def summarise(
     table: pd.DataFrame,
+    sharing: pd.DataFrame | None,
     settings: Settings,
     base: str,
     tuned: dict[str, str],
+    tasks: dict[str, str],
     skipped: dict[str, str],
     seconds: float,
 ) -> dict[str, Any]:
@@ -31,13 +35,16 @@ def summarise(
 
     Args:
         table: all rows of the comparison.
+        sharing: all rows of what finetuned checkpoints share; None where there is one checkpoint.
         settings: what was measured.
         base: the base, as it was named.
         tuned: label → source of each finetuned checkpoint.
+        tasks: label → task of each, or empty.
         skipped: matrix → reason.
         seconds: wall-clock time that the comparison took.
     """
     versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+    per_tuned = {str(label): findings(rows, settings.seed) for label, rows in table.groupby("tuned", sort=False)}
     return {
         "base": base,
         "tuned": list(tuned),
@@ -49,7 +56,8 @@ def summarise(
         "matrices": int(table["matrix"].nunique()),
         "skipped": skipped,
         **findings(table, settings.seed),
-        "per_tuned": {label: findings(rows, settings.seed) for label, rows in table.groupby("tuned", sort=False)},
+        "per_tuned": per_tuned,
+        **_between(table, sharing, per_tuned, tuned, tasks, settings.seed),
         "methods": methods_paragraph(table, settings, base, tuned, skipped, versions),
         "versions": versions,
         "seed": settings.seed,
@@ -64,6 +72,25 @@ def findings(table: pd.DataFrame, seed: int) -> dict[str, dict[str, Any]]:
         "stability": _finding(table, "subspace_overlap", seed, rotation_avoided, _stability_note),
         "coverage": _finding(table, "coverage_core", seed, ratio_to_null, lambda _: ""),
     }
+
+
+def _between(
+    table: pd.DataFrame,
+    sharing: pd.DataFrame | None,
+    per_tuned: dict[str, Any],
+    tuned: dict[str, str],
+    tasks: dict[str, str],
+    seed: int,
+) -> dict[str, Any]:
+    """What concerns several checkpoints at once: what they share, and the course of training runs."""
+    runs = training_runs(tuned)
+    found: dict[str, Any] = {}
+    if sharing is not None and len(sharing):
+        earlier = {label for steps in runs.values() for label in list(steps.values())[:-1]}
+        found["sharing"] = sharing_findings(sharing, tasks, earlier, seed)
+    if runs:
+        found["trajectory"] = trajectories(runs, per_tuned, table)
+    return found
 
 
 def _finding(

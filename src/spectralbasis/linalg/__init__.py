@@ -1,10 +1,12 @@
 """Spectral numerics: pure functions on tensors."""
 
 from spectralbasis.linalg.certificates import subspace_error_bound, vector_error_bounds, wedin_bound
+from spectralbasis.linalg.inner_products import gram_cosines, inner_products
 from spectralbasis.linalg.subspaces import (
     assigned_cosines,
     cross_cosines,
     haar_overlap,
+    haar_overlap_std,
     matched_cosines,
     overlaps_by_k,
     principal_angles,
@@ -25,7 +27,10 @@ __all__ = [
     "assigned_cosines",
     "cross_cosines",
     "gavish_donoho_threshold",
+    "gram_cosines",
     "haar_overlap",
+    "haar_overlap_std",
+    "inner_products",
     "leading_svd",
     "marchenko_pastur_edge",
     "matched_cosines",

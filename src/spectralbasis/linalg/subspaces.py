@@ -1,5 +1,7 @@
 """How far two orthonormal frames agree: overlaps, angles and cosines, blind to the arbitrary signs of the vectors."""
 
+import math
+
 import torch
 from scipy.linalg import subspace_angles
 from scipy.optimize import linear_sum_assignment
@@ -42,6 +44,15 @@ def overlaps_by_k(cosines: Tensor) -> Tensor:
 def haar_overlap(m: int, k: int) -> float:
     """Expected overlap of two independent uniformly random k-dimensional subspaces of an m-dimensional space."""
     return k / m
+
+
+def haar_overlap_std(m: int, k: int) -> float:
+    """Standard deviation of that overlap, 0 where k = m.
+
+    From the second moments of a Haar-random projection (Collins & Matsumoto, J. Math. Phys. 50, 2009); at k = 1 the
+    overlap is Beta(1/2, (m − 1)/2).
+    """
+    return (m - k) / m * math.sqrt(2 / ((m - 1) * (m + 2))) if m > 1 else 0.0
 
 
 def principal_angles(U0: Tensor, U1: Tensor) -> Tensor:
