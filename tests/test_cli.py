@@ -11,7 +11,7 @@ from spectralbasis import SpectralBasis, cli
 from spectralbasis.version import __version__
 from tests.comparison.pairs import random_updates
 
-COMMANDS = ("quickstart", "basis", "compare", "tune", "evaluate", "report")
+COMMANDS = ("quickstart", "basis", "compare", "tune", "evaluate", "similarity", "report")
 
 
 @pytest.fixture
@@ -71,6 +71,30 @@ def test_resume_takes_over_and_needs_a_folder(run, pair, tmp_path):
     code, _, err = run("compare", *pair, "--resume")
     assert code == 1
     assert "add -o DIR" in err
+
+
+def test_several_checkpoints_are_held_against_each_other(run, pair, tmp_path):
+    labels = ("--label", "RTE", "--label", "RTE")
+    arguments = ("compare", pair[0], pair[1], pair[1].with_name("copy.safetensors"), "--leading", 8)
+    arguments[3].write_bytes(pair[1].read_bytes())
+    code, out, _ = run(*arguments, *labels, "--json")
+    assert code == 0
+    assert json.loads(out)["sharing"]["over"] == "same task"
+    assert "sharing" in run(*arguments)[1]
+    code, _, err = run(*arguments, "--label", "RTE")
+    assert code == 1
+    assert "1 task label(s) (RTE) for 2 finetuned checkpoints" in err
+
+
+def test_similarity_prints_cosines_and_writes_the_folder(run, pair, tmp_path):
+    code, out, _ = run("similarity", pair[1], pair[1], "--base", pair[0], "-o", tmp_path / "out")
+    assert code == 0
+    assert "+1.0000" in out
+    code, out, _ = run("similarity", pair[1], pair[1], "--base", pair[0], "--json")
+    assert json.loads(out) == json.loads((tmp_path / "out" / "similarity.json").read_text())
+    code, _, err = run("similarity", pair[1], pair[1])
+    assert code == 1
+    assert "--base MODEL" in err
 
 
 def test_basis_is_written_and_described(run, pair, tmp_path):

@@ -6,6 +6,7 @@ Importing the package registers the method `SPECTRAL` with PEFT.
 from spectralbasis import linalg
 from spectralbasis.basis import SpectralBasis
 from spectralbasis.checkpoints import open_checkpoint
+from spectralbasis.coefficients import Similarity, similarity
 from spectralbasis.comparison import Comparison, compare
 from spectralbasis.errors import BaseMismatchError, InputError, SpectralBasisError
 from spectralbasis.tuner import SpectralConfig, SpectralModel
@@ -15,6 +16,7 @@ __all__ = [
     "BaseMismatchError",
     "Comparison",
     "InputError",
+    "Similarity",
     "SpectralBasis",
     "SpectralBasisError",
     "SpectralConfig",
@@ -23,4 +25,5 @@ __all__ = [
     "compare",
     "linalg",
     "open_checkpoint",
+    "similarity",
 ]

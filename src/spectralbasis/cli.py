@@ -115,6 +115,10 @@ def compare(
     leading: Leading = "64",
     null: Annotated[str, typer.Option(help="Null model: scrambled, gaussian or none.")] = "scrambled",
     draws: Annotated[int, typer.Option(min=1, help="Draws of the null per matrix.")] = 5,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK", help="Task of a finetuned checkpoint; given once for each, in their order."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws and of the bootstrap.")] = 0,
     tolerance: Tolerance = 1e-4,
     include: Include = None,
@@ -128,6 +132,8 @@ def compare(
 ) -> None:
     """Measure what finetuning did to the leading singular vectors, against a null, with a verdict.
 
+    Several checkpoints are also held against each other, and steps of one run (`checkpoint-100`) become a curve.
+
     Example: `spectralbasis compare path/to/base path/to/tuned -o comparison --leading 64`
     """
     from spectralbasis.comparison import compare as run
@@ -140,6 +146,7 @@ def compare(
         leading=leading,
         null=None if null == "none" else null,
         draws=draws,
+        tasks=label or None,
         seed=seed,
         tolerance=tolerance,
         include=include or (),
@@ -225,6 +232,32 @@ def evaluate(
 
     result = run(model, adapter, task=task, data=data, progress=_draws_bars())
     _show(result.to_dict(), tables.scores_table, as_json)
+
+
+@app.command()
+def similarity(
+    checkpoints: Annotated[list[str], typer.Argument(help="Two or more adapters or checkpoints of one base.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for similarity.json and similarity.parquet.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The pretrained checkpoint; by default what the first adapter names.")
+    ] = None,
+    of: Annotated[
+        str, typer.Option(metavar="both|coefficients|updates", help="What to compare; coefficients need no base.")
+    ] = "both",
+    include: Include = None,
+    exclude: Exclude = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare trained coefficients, and the updates that they make, by their cosines.
+
+    Example: `spectralbasis similarity adapter-rte adapter-mrpc -o similarity`
+    """
+    from spectralbasis.coefficients import similarity as run
+
+    result = run(checkpoints, base=base, of=of, include=include or (), exclude=exclude or (), output=output)
+    _show(result.to_dict(), tables.similarity_table, as_json)
 
 
 @app.command()

@@ -66,8 +66,20 @@ def findings_table(summary: Mapping[str, Any]) -> Table:
     for label, finding in findings.items():
         for measure in ("stability", "coverage"):
             table.add_row(escape(label), measure, *_finding_cells(finding[measure]))
+    if "sharing" in summary:
+        sharing = summary["sharing"]
+        table.add_row(f"pairs: {sharing['over']}", "sharing", *_finding_cells(sharing))
     notes = [f"{m}: {summary[m]['note']}" for m in ("stability", "coverage") if summary[m].get("note")]
     table.caption = escape("\n".join(notes))
+    return table
+
+
+def similarity_table(result: Mapping[str, Any]) -> Table:
+    """Cosines of every two checkpoints: of their coefficients and of their updates."""
+    table = _table(f"{result['matrices']} matrices", ["checkpoint", "checkpoint", "coefficients", "updates"])
+    for pair in result["pairs"]:
+        cosines = (_number(pair[kind], "+.4f") for kind in ("coefficients", "updates"))
+        table.add_row(escape(pair["a"]), escape(pair["b"]), *cosines)
     return table
 
 

@@ -90,6 +90,11 @@ class AdapterCheckpoint(Checkpoint):
             if method.prefix not in (plain := adapted_name(stored))
         }
 
+    @property
+    def base(self) -> Checkpoint:
+        """What the adapter is read over."""
+        return self._base
+
     def names(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((*self._base.names(), *self._replaced)))
 

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from spectralbasis.checkpoints import Checkpoint, Matrix, match_matrices, open_checkpoint
+from spectralbasis.checkpoints.labels import short_labels
 from spectralbasis.comparison.measuring import UNCHANGED, MatrixTask, Outcome, Settings, measure_matrix
 from spectralbasis.comparison.result import Comparison
 from spectralbasis.comparison.rows import SharedRow, to_frame
@@ -68,7 +69,9 @@ def compare(
     started = time.monotonic()
     settings = Settings(parse_leading(leading), null, draws, seed, tolerance, _usable_device(device))
     opened = open_checkpoint(base)
-    run = _Run(opened, _labelled([open_checkpoint(one, base=opened) for one in tuned]), settings, tasks)
+    checkpoints = [open_checkpoint(one, base=opened) for one in tuned]
+    labels = short_labels([checkpoint.source for checkpoint in checkpoints])
+    run = _Run(opened, dict(zip(labels, checkpoints, strict=True)), settings, tasks)
     run.match(include, exclude)
     with _open_store(output, settings, resume) as store:
         run.measure(store, workers, progress)
@@ -93,7 +96,7 @@ class _Run:
             raise InputError("nothing to compare with: pass at least one finetuned checkpoint after the base")
         if tasks is not None and len(tasks) != len(tuned):
             raise InputError(
-                f"{len(tasks)} task labels ({', '.join(tasks)}) for {len(tuned)} finetuned checkpoints; "
+                f"{len(tasks)} task label(s) ({', '.join(tasks)}) for {len(tuned)} finetuned checkpoints; "
                 "give one for each, in their order"
             )
         self.base = base
@@ -178,16 +181,6 @@ def _open_store(output: str | Path | None, settings: Settings, resume: bool) -> 
     except OSError as error:
         raise InputError(f"cannot create {output}: {error.strerror}; choose another output folder") from error
     return Store(Path(output) / "store.sqlite", known, resume=resume)
-
-
-def _labelled(checkpoints: Sequence[Checkpoint]) -> dict[str, Checkpoint]:
-    """Checkpoints by the shortest end of their path that tells them apart."""
-    parts = [Path(checkpoint.source).parts or (checkpoint.source,) for checkpoint in checkpoints]
-    for depth in range(1, max(map(len, parts), default=0) + 1):
-        labels = ["/".join(part[-depth:]) for part in parts]
-        if len(set(labels)) == len(labels):
-            return dict(zip(labels, checkpoints, strict=True))
-    return {f"{index}: {checkpoint.source}": checkpoint for index, checkpoint in enumerate(checkpoints)}
 
 
 def _usable_device(device: str) -> str:

@@ -1,0 +1,157 @@
+"""Cosines of coefficients equal those of the updates they make, and are refused where they would mean nothing."""
+
+import json
+import math
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+
+import spectralbasis as sb
+from tests.comparison.pairs import random_updates
+from tests.models import tiny
+
+CORE = {"target_modules": ["query", "value"], "coefficients": "core", "leading": 4, "init_weights": False}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "base"
+    torch.manual_seed(0)
+    tiny("bert", initializer_range=0.2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    """Saves an adapter over the base; gives its folder."""
+
+    def save(name, seed=0, model=base, config=None, **changes):
+        loaded = type(tiny("bert")).from_pretrained(model)
+        torch.manual_seed(seed)
+        adapted = get_peft_model(loaded, config or sb.SpectralConfig(**{**CORE, **changes}))
+        adapted.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
+@pytest.mark.parametrize("coefficients", ["diagonal", "core"])
+def test_coefficients_and_updates_have_the_same_cosines(adapter, coefficients):
+    folders = [adapter(f"a{seed}", seed, coefficients=coefficients) for seed in range(3)]
+    found = sb.similarity(folders)
+    torch.testing.assert_close(
+        torch.tensor(found.coefficients.to_numpy()), torch.tensor(found.updates.to_numpy()), rtol=0, atol=1e-4
+    )
+    assert found.table["coefficient_cosine"].notna().all()
+    difference = found.table["coefficient_cosine"] - found.table["update_cosine"]
+    assert difference.abs().max() < 1e-4
+    assert found.coefficients.to_numpy().diagonal() == pytest.approx(1)
+    assert found.coefficients.loc["a0", "a1"] == found.coefficients.loc["a1", "a0"]
+    assert len(found.table) == 3 * 4
+
+
+def test_an_adapter_is_like_itself_and_opposite_to_its_negative(adapter, tmp_path):
+    one = adapter("one")
+    tensors = sb.open_checkpoint(one / "adapter_model.safetensors")
+    (tmp_path / "minus").mkdir()
+    shutil.copy(one / "adapter_config.json", tmp_path / "minus")
+    save_file({n: -2 * tensors.read(n) for n in tensors.names()}, tmp_path / "minus" / "adapter_model.safetensors")
+    found = sb.similarity([one, one, tmp_path / "minus"], of="coefficients")
+    expected = [[1, 1, -1], [1, 1, -1], [-1, -1, 1]]
+    torch.testing.assert_close(torch.tensor(found.coefficients.to_numpy()), torch.tensor(expected, dtype=torch.float64))
+    assert found.updates is None
+
+
+def test_fewer_directions_and_fewer_matrices_count_as_zero(adapter):
+    few, many = adapter("few", 1, leading=2, target_modules=["query"]), adapter("many", 2)
+    found = sb.similarity([few, many])
+    assert found.coefficients.loc["few", "many"] == pytest.approx(found.updates.loc["few", "many"], abs=1e-4)
+    values = found.table[found.table["matrix"].str.endswith("value")]
+    assert values["coefficient_cosine"].isna().all()
+    assert found.table["coefficient_cosine"].notna().sum() == 2
+
+
+def test_coefficients_alone_need_no_base(adapter, base, tmp_path):
+    folders = [adapter(f"a{seed}", seed) for seed in range(2)]
+    expected = sb.similarity(folders).coefficients
+    for folder in folders:
+        config = folder / "adapter_config.json"
+        config.write_text(config.read_text().replace(str(base), str(tmp_path / "gone")))
+    pd.testing.assert_frame_equal(sb.similarity(folders, of="coefficients").coefficients, expected)
+    with pytest.raises(sb.InputError, match="gone"):
+        sb.similarity(folders)
+    assert sb.similarity(folders, base=base).updates is not None
+
+
+def test_lora_and_full_checkpoints_have_updates_only(adapter, base):
+    lora = adapter("lora", config=LoraConfig(target_modules=["query"], r=2, init_lora_weights=False))
+    found = sb.similarity([adapter("spectral"), lora])
+    assert found.coefficients is None
+    assert -1 < found.updates.loc["spectral", "lora"] < 1
+    assert found.to_dict()["pairs"][0]["coefficients"] is None
+    with pytest.raises(sb.InputError, match="no folder of a spectral adapter"):
+        sb.similarity([adapter("other"), lora], of="coefficients")
+
+
+def test_full_checkpoints_need_their_base():
+    start, one = random_updates(2, 0.3)
+    half = {name: start[name] + 0.5 * (one[name] - start[name]) for name in start}
+    found = sb.similarity([one, half], base=start)
+    assert found.updates.to_numpy()[0, 1] == pytest.approx(1, abs=1e-5)
+    with pytest.raises(sb.InputError, match="pass the pretrained model"):
+        sb.similarity([one, half])
+    with pytest.raises(sb.InputError, match="the same weights"):
+        sb.similarity([start, start], base=start)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"coefficients": "diagonal"}, "one trains core coefficients, the other diagonal"),
+        ({"basis": "minor"}, "the basis pretrained, the other minor"),
+        ({"target_modules": ["key"]}, "no matrix in common"),
+    ],
+)
+def test_coefficients_that_mean_different_things_are_refused(adapter, change, message):
+    folders = [adapter("one"), adapter("two", **change)]
+    with pytest.raises(sb.InputError, match=message):
+        sb.similarity(folders)
+    assert math.isfinite(sb.similarity(folders, of="updates").to_dict()["pairs"][0]["updates"])
+
+
+def test_another_base_or_other_directions_are_refused(adapter, base, tmp_path):
+    torch.manual_seed(5)
+    tiny("bert", initializer_range=0.2).save_pretrained(tmp_path / "other")
+    one, two = adapter("one"), adapter("two", model=tmp_path / "other")
+    with pytest.raises(sb.InputError, match="of their bases differs"):
+        sb.similarity([one, two])
+    three = adapter("three", 3)
+    config = json.loads((three / "adapter_config.json").read_text())
+    for probe in config["probes"].values():
+        probe[0] += 1
+    (three / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(sb.InputError, match="different directions"):
+        sb.similarity([one, three], of="coefficients")
+
+
+def test_damaged_adapters_and_odd_requests_are_sentences(adapter):
+    one = adapter("one")
+    with pytest.raises(sb.InputError, match="two or more"):
+        sb.similarity([one])
+    with pytest.raises(sb.InputError, match="of='cosines' is unknown"):
+        sb.similarity([one, one], of="cosines")
+    two = adapter("two")
+    save_file({"base_model.model.x.spectral_coefficients": torch.ones(4, 4)}, two / "adapter_model.safetensors")
+    with pytest.raises(sb.InputError, match="does not describe the coefficients of x"):
+        sb.similarity([one, two])
+
+
+def test_files_hold_what_the_result_says(adapter, tmp_path):
+    found = sb.similarity([adapter("one", 1), adapter("two", 2)], output=tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "similarity.json").read_text()) == found.to_dict()
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out" / "similarity.parquet"), found.table)
+    assert len(list((tmp_path / "out").iterdir())) == 2
