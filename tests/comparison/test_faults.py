@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import spectralbasis as sb
 from spectralbasis.comparison.store import Store
@@ -49,11 +49,15 @@ def test_killed_and_resumed_gives_the_table_of_one_run(files, tmp_path):
     pd.testing.assert_frame_equal(resumed, sb.compare(files[0], [files[1]], leading=8).table)
 
 
-def test_the_table_does_not_depend_on_the_number_of_processes(files):
+def test_the_table_does_not_depend_on_the_number_of_processes(files, tmp_path):
     options = {"leading": 8, "draws": 2, "include": ["*.layer.[0-3].*"]}
-    alone = sb.compare(files[0], [files[1]], **options).table
-    together = sb.compare(files[0], [files[1]], workers=2, **options).table
-    pd.testing.assert_frame_equal(together, alone)
+    tuned = [files[1], tmp_path / "half.safetensors"]
+    base, whole = (load_file(file) for file in files)
+    save_file({name: base[name] + 0.5 * (whole[name] - base[name]) for name in base}, tuned[1])
+    alone = sb.compare(files[0], tuned, **options)
+    together = sb.compare(files[0], tuned, workers=2, **options)
+    pd.testing.assert_frame_equal(together.table, alone.table)
+    pd.testing.assert_frame_equal(together.sharing, alone.sharing)
 
 
 def test_a_second_comparison_into_a_folder_is_refused_while_the_first_runs(files, tmp_path):
