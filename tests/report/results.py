@@ -158,6 +158,52 @@ def summary(tuned: Sequence[str] = ("rte", "sst2"), *, null: bool = True, **chan
     } | changes
 
 
+def sharing(labels: Sequence[str], tasks: Sequence[str] = (), *, null: bool = True) -> dict[str, Any]:
+    """The entry `sharing`; checkpoints of one task share more."""
+    found = finding(0.861, 0.842 if null else None, *((0.008, 0.031, 0.004) if null else (None,) * 3), "supported")
+    pairs = []
+    for j, b in enumerate(labels):
+        for i, a in enumerate(labels[:j]):
+            same = tasks[i] == tasks[j] if tasks else None
+            effect = 0.05 if same else 0.012 + 0.002 * ((i + 3 * j) % 5 - 2)
+            pairs.append(
+                {"a": a, "b": b, "value": 0.842 + effect, "null_mean": 0.842 if null else None}
+                | {"effect": effect if null else None, "base_overlap_a": 0.93, "base_overlap_b": 0.91}
+                | {"update_cosine": 0.3 * bool(same) + 0.004 * i, "update_overlap": 0.2, "update_overlap_haar": 0.0208}
+                | {"same_task": same}
+            )
+    test = {"statistic": 0.0381, "same_task": 0.05, "different_tasks": 0.0119, "p_value": 0.0667}
+    return found | {
+        "over": "different tasks" if tasks else "all",
+        "note": "",
+        "tasks": dict(zip(labels, tasks, strict=False)),
+        "ceiling": finding(0.892, 0.842, 0.04, 0.06, 0.001, "supported") if tasks else None,
+        "permutation": test | {"arrangements": 90, "exact": True} if tasks else None,
+        "pairs": pairs,
+    }
+
+
+def trajectory(runs: Sequence[str] = ("rte",), points: int = 5) -> list[dict[str, Any]]:
+    """The entry `trajectory`: runs that move away from the base, faster than their null says."""
+    return [
+        {
+            "run": run,
+            "points": [
+                {
+                    "step": 200 * (i + 1),
+                    "tuned": f"{run}/checkpoint-{200 * (i + 1)}",
+                    "stability": finding(0.99 - size, 0.985 - 1.5 * size, 0.001, 0.01, 0.01, "supported"),
+                    "coverage": finding(0.05 + 0.002 * i, 0.0278, 0.01, 0.03, 0.01, "supported"),
+                    "update_norm_relative": size,
+                }
+                for i in range(points)
+                for size in [0.02 * (i + 1) ** 0.5 * (1 + 0.3 * place)]
+            ],
+        }
+        for place, run in enumerate(runs)
+    ]
+
+
 def tuning() -> dict[str, Any]:
     shape = {"parameters_head": 770, "seed": 0, "metric": "accuracy", "seconds_per_step": 0.31}
     methods = [

@@ -235,6 +235,69 @@ def test_hostile_names_are_shown_and_do_not_run(opened, tmp_path):
     assert evil[1] in page.locator("#spectrum-values").get_attribute("aria-label")
 
 
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("several")
+    tuned = ("rte-0", "sst2-0", "rte-1", "sst2-1")
+    content = results.summary(
+        tuned,
+        sharing=results.sharing(tuned, ("RTE", "SST-2", "RTE", "SST-2")),
+        trajectory=results.trajectory(("rte", "sst2")),
+    )
+    results.write_results(folder, results.comparison(tuned, layers=1, k=2), content)
+    return write_report(folder)
+
+
+def test_what_checkpoints_share_is_clustered_and_has_its_numbers(opened, several):
+    page = opened(several)
+    ticks = page.locator("#sharing-map .ytick text").all_text_contents()
+    assert {frozenset(ticks[:2]), frozenset(ticks[2:])} == {
+        frozenset({"rte-0", "rte-1"}),
+        frozenset({"sst2-0", "sst2-1"}),
+    }
+    page.locator("#sharing-map").scroll_into_view_if_needed()
+    area = page.locator("#sharing-map .nsewdrag").bounding_box()
+    page.mouse.move(area["x"] + 0.9 * area["width"], area["y"] + 5)
+    expect(page.locator("#sharing-map .hoverlayer")).to_contain_text("excess")
+    heading = page.locator("#sharing-table th", has_text="Excess")
+    heading.get_by_role("button").click()
+    assert page.locator("#sharing-table tbody tr td:nth-child(3)").all_inner_texts()[:2] == ["same", "same"]
+
+
+def test_runs_are_drawn_against_step_and_size_with_their_null(opened, several):
+    page = opened(several)
+    for panel in ("stability-step", "stability-size", "coverage-step", "coverage-size"):
+        assert page.locator(f"#trajectory-{panel} .scatterlayer path.js-line").count() == 4
+    assert page.locator("#trajectory-table tbody tr").count() == 10
+    assert page.evaluate("document.getElementById('trajectory-stability-step').data[1].x") == [200, 400, 600, 800, 1000]
+
+
+def test_sharing_and_runs_fit_a_phone_and_do_without_javascript(opened, several):
+    assert opened(several, **PHONE).evaluate("document.documentElement.scrollWidth") == 360
+    page = opened(several, java_script_enabled=False)
+    assert page.locator("#sharing-table tbody tr").count() == 6
+    assert page.get_by_text("permutation test over all 90 arrangements").is_visible()
+    assert page.locator("#trajectory-table").is_visible()
+    assert not page.locator("#sharing-map").is_visible()
+
+
+def test_hostile_names_of_shared_checkpoints_and_runs_stay_text(opened, tmp_path):
+    evil = ("<script>alert(1)</script>", "</script><img src=x onerror=alert(1)>", "<b>x</b> $a$ %{y}")
+    content = results.summary(evil, sharing=results.sharing(evil, evil), trajectory=results.trajectory(evil))
+    content["sharing"]["note"] = evil[1]
+    results.write_results(tmp_path, results.comparison(evil, layers=1, k=2), content)
+    page = opened(write_report(tmp_path))
+    assert page.locator("img, svg a, svg b").count() == 0
+    assert set(page.locator("#sharing-table tbody th").all_inner_texts()) <= {name.split("/")[-1] for name in evil}
+    page.locator("#trajectory-stability-step").scroll_into_view_if_needed()
+    area = page.locator("#trajectory-stability-step .nsewdrag").bounding_box()
+    page.mouse.move(area["x"] + 0.2 * area["width"], area["y"] + 0.2 * area["height"])
+    page.locator("#sharing-map").scroll_into_view_if_needed()
+    area = page.locator("#sharing-map .nsewdrag").bounding_box()
+    page.mouse.move(area["x"] + 0.9 * area["width"], area["y"] + 5)
+    expect(page.locator("#sharing-map .hoverlayer")).to_contain_text("excess")
+
+
 def test_a_comparison_without_null_or_spectra_is_quiet(opened, tmp_path):
     table = results.comparison(("a",), layers=1, k=4, null=False)
     table = table[~table["metric"].str.startswith("singular_value")]

@@ -197,13 +197,14 @@ def heatmap_cells(matrices: pd.DataFrame) -> Figure:
         cells[row_names.index(row)][column_names.index(layer)] = place
     return {
         "rows": [plotly_text(name) for name in row_names],
-        "short": [plotly_text(_shorten(name)) for name in row_names],
+        "short": [plotly_text(shorten(name)) for name in row_names],
         "columns": ["none" if layer < 0 else str(layer) for layer in column_names],
         "cells": cells,
     }
 
 
-def _shorten(name: str, most: int = 16) -> str:
+def shorten(name: str, most: int = 16) -> str:
+    """The end of a name that is too long for an axis."""
     return name if len(name) <= most else f"…{name[1 - most :]}"
 
 

@@ -10,12 +10,14 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from spectralbasis.files import atomic_path
-from spectralbasis.report import curves, figures, sentences, tables
+from spectralbasis.report import curves, figures, sentences, sharing, tables, trajectory
 from spectralbasis.report.embed import packed, plotly_text, script_hash, script_json, short_names
+from spectralbasis.report.figures import Figure
 from spectralbasis.report.forest import tracks
 from spectralbasis.report.measures import Headline, headline
 from spectralbasis.report.results import Results, Tuning, read_results
 from spectralbasis.report.sentences import CLAIMS, QUESTIONS, Claim, Finding
+from spectralbasis.report.sharing import Sharing
 from spectralbasis.report.spectra import Spectra, spectra
 from spectralbasis.report.tuning import tuning_figure, with_labels
 from spectralbasis.version import __version__
@@ -45,8 +47,10 @@ def render(results: Results) -> str:
     flat = [column for _, group in columns for column in group]
     shown = spectra(results, numbers.matrices["matrix"])
     tuning = None if results.tuning is None else Tuning(with_labels(results.tuning.rows), results.tuning.note)
+    shared, runs = Sharing.read(results.summary), trajectory.read_trajectories(results.summary)
     null = _null(results)
     plotly, script = Markup(get_plotlyjs()), Markup((_HERE / "page.js").read_text(encoding="utf-8"))
+    drawn = _optional_figures(tuning, shared, runs)
     findings = {claim: Finding.read(claim, results.summary[claim]) for claim in CLAIMS}
     return _template().render(
         title=_title(results),
@@ -67,6 +71,16 @@ def render(results: Results) -> str:
         tuning_headings=tables.TUNING_HEADINGS,
         tuning_rows=[] if tuning is None else tables.tuning_rows(tuning),
         tuning_tasks=_tasks(tuning),
+        sharing=shared,
+        sharing_sentences=[] if shared is None else sharing.explain_sharing(shared),
+        sharing_tasks=[] if shared is None else sharing.explain_tasks(shared),
+        sharing_drawn="sharing-map" in drawn,
+        sharing_headings=sharing.HEADINGS,
+        sharing_rows=[] if shared is None else sharing.sharing_rows(shared),
+        trajectory=trajectory.PANELS if runs else (),
+        trajectory_runs=trajectory.markers(runs),
+        trajectory_headings=trajectory.HEADINGS,
+        trajectory_rows=trajectory.trajectory_rows(runs),
         settings=tables.settings(results.summary, null, len(numbers.matrices)),
         null=null,
         methods=results.summary.get("methods", ""),
@@ -75,7 +89,7 @@ def render(results: Results) -> str:
         style=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
         plotly=plotly,
         script=script,
-        payload=script_json(_payload(results, numbers, flat, shown, tuning)),
+        payload=script_json(_payload(results, numbers, flat, shown, drawn)),
     )
 
 
@@ -140,15 +154,30 @@ def _tasks(tuning: Tuning | None) -> dict[str, str]:
     return {str(task): str(rows["metric"].iloc[0]) for task, rows in tuning.rows.groupby("task", sort=False)}
 
 
+def _optional_figures(
+    tuning: Tuning | None, shared: Sharing | None, runs: Sequence[Mapping[str, Any]]
+) -> dict[str, Figure]:
+    """The figures of the sections that not every page has."""
+    drawn = {f"tuning-{i}": tuning_figure(tuning.rows, task) for i, task in enumerate(_tasks(tuning)) if tuning}
+    if shared is not None and len(shared.names) >= sharing.FEWEST_DRAWN:
+        drawn["sharing-map"] = sharing.sharing_figure(shared)
+    if runs:
+        drawn |= {panel.key: trajectory.trajectory_figure(panel, runs) for panel in trajectory.PANELS}
+    return drawn
+
+
 def _payload(
-    results: Results, numbers: Headline, columns: Sequence[tables.Column], shown: Spectra | None, tuning: Tuning | None
+    results: Results,
+    numbers: Headline,
+    columns: Sequence[tables.Column],
+    shown: Spectra | None,
+    optional: Mapping[str, Figure],
 ) -> Mapping[str, Any]:
     drawn = {
         panel.key: figures.curve_figure(panel, curves.panel_curves(results, panel), numbers.selections)
         for panel in (*curves.OVERLAP, *curves.COVERAGE)
     }
-    if tuning is not None:
-        drawn |= {f"tuning-{i}": tuning_figure(tuning.rows, task) for i, task in enumerate(_tasks(tuning))}
+    drawn |= optional
     drawn["heatmap"] = figures.heatmap_figure()
     drawn["spectrum-values"], drawn["spectrum-change"] = figures.spectrum_figures()
     return {

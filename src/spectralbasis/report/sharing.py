@@ -1,0 +1,239 @@
+"""What finetuned checkpoints share, for the page: a clustered heat map, a table, sentences."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
+
+from spectralbasis.report.embed import plotly_text, rounded, short_names
+from spectralbasis.report.figures import Figure, layout, shorten
+from spectralbasis.report.sentences import number, p_value
+from spectralbasis.report.tables import Cell, fixed
+
+HEADINGS = (
+    "Checkpoint",
+    "Checkpoint",
+    "Tasks",
+    "Overlap",
+    "Null",
+    "Excess",
+    "Base with first",
+    "Base with second",
+    "Updates: cosine",
+    "Updates: overlap",
+    "Updates: unrelated",
+)
+_NUMBERS = (
+    "value",
+    "null_mean",
+    "effect",
+    "base_overlap_a",
+    "base_overlap_b",
+    "update_cosine",
+    "update_overlap",
+    "update_overlap_haar",
+)
+FEWEST_DRAWN = 3
+"""Checkpoints from which on a map shows more than the table does."""
+_OVER = {
+    "different tasks": "pairs of different tasks",
+    "all": "all pairs",
+    "same task": "pairs of one task",
+    "one run": "pairs of steps of one run",
+}
+_MEANING = {
+    "supported": "So they share more than independent updates of their sizes would leave. Either each kept more of the "
+    "base than by chance, or they moved the same way: the similarity of the updates themselves tells the two apart.",
+    "contradicted": "So they share less than independent updates of their sizes would leave.",
+    "undecided": "So what they have in common is what independent updates of their sizes leave of one base.",
+}
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """The entry `sharing` of a summary, with the names that the page shows.
+
+    Attributes:
+        entry: as in `summary.json`.
+        names: label → short name, in the summary's order.
+    """
+
+    entry: Mapping[str, Any]
+    names: Mapping[str, str]
+
+    @classmethod
+    def read(cls, summary: Mapping[str, Any]) -> "Sharing | None":
+        """The sharing of a summary; None where it has none."""
+        entry = summary.get("sharing")
+        if not entry or not entry.get("pairs"):
+            return None
+        labels = list(dict.fromkeys(pair[end] for end in ("a", "b") for pair in entry["pairs"]))
+        return cls(entry, dict(zip(labels, short_names(labels), strict=True)))
+
+    @property
+    def tested(self) -> bool:
+        """Whether there is a null, so that an excess exists."""
+        return number(self.entry.get("effect")) is not None
+
+    def grid(self, key: str) -> np.ndarray:
+        """One number of every pair, (t, t), symmetric, NaN on the diagonal and where a pair has none."""
+        place = {label: i for i, label in enumerate(self.names)}
+        grid = np.full((len(place), len(place)), np.nan)
+        for pair in self.entry["pairs"]:
+            value = number(pair.get(key))
+            i, j = place[pair["a"]], place[pair["b"]]
+            grid[i, j] = grid[j, i] = np.nan if value is None else value
+        return grid
+
+
+def cluster_order(likeness: np.ndarray) -> list[int]:
+    """The order of checkpoints that puts alike ones side by side: average linkage on 1 − likeness.
+
+    Args:
+        likeness: (t, t), symmetric; what is NaN counts as 0.
+    """
+    if len(likeness) < 3:
+        return list(range(len(likeness)))
+    distance = 1 - np.nan_to_num(likeness)
+    np.fill_diagonal(distance, 0)
+    tree = linkage(squareform(distance.clip(min=0), checks=False), "average", optimal_ordering=True)
+    return [int(leaf) for leaf in leaves_list(tree)]
+
+
+def sharing_figure(sharing: Sharing) -> Figure:
+    """Heat map of the excess between every two checkpoints (of the overlap itself where there is no null)."""
+    key = "effect" if sharing.tested else "value"
+    grid = sharing.grid(key)
+    order = cluster_order(grid)
+    names = [list(sharing.names.values())[i] for i in order]
+    grid = grid[np.ix_(order, order)]
+    ticks = [plotly_text(shorten(name)) for name in names]
+    axis = {"showgrid": False, "ticks": "", "showline": False, "tickvals": list(range(len(ticks))), "ticktext": ticks}
+    scale = "diverging" if sharing.tested else "sequential"
+    trace = {
+        "type": "heatmap",
+        "xgap": 2,
+        "ygap": 2,
+        "hoverongaps": False,
+        "hovertemplate": "%{text}<extra></extra>",
+        "colorscale": [[step / 4, f"var(--{scale}-{step})"] for step in range(5)],
+        "colorbar": {"orientation": "h", "thickness": 8, "len": 1, "x": 0, "xanchor": "left", "y": 1, "ypad": 8}
+        | {"yanchor": "bottom", "outlinewidth": 1, "outlinecolor": "var(--rule)", "ticks": "", "nticks": 5}
+        | {"tickformat": ".3~g"},
+    }
+    return {
+        "traces": [trace | ({"zmid": 0} if sharing.tested else {})],
+        "layout": layout(
+            axis | {"tickangle": -40}, axis | {"autorange": "reversed"}, margin={"l": 8, "r": 8, "t": 44, "b": 8}
+        ),
+        "views": [
+            {
+                "traces": [{"z": [rounded(row) for row in grid], "text": _hover(sharing, order)}],
+                "label": _label(sharing, names, grid),
+            }
+        ],
+    }
+
+
+def _hover(sharing: Sharing, order: Sequence[int]) -> list[list[str]]:
+    labels = [list(sharing.names)[i] for i in order]
+    pairs = {frozenset((pair["a"], pair["b"])): pair for pair in sharing.entry["pairs"]}
+    return [[_numbers(pairs.get(frozenset((row, column)))) for column in labels] for row in labels]
+
+
+def _numbers(pair: Mapping[str, Any] | None) -> str:
+    if pair is None:
+        return ""
+    lines = [f"<b>{plotly_text(str(pair['a']))}</b> and <b>{plotly_text(str(pair['b']))}</b>"]
+    named = {"overlap": "value", "null mean": "null_mean", "excess": "effect", "cosine of updates": "update_cosine"}
+    lines += [f"{name}: {fixed(pair.get(key), 4).text}" for name, key in named.items() if pair.get(key) is not None]
+    return "<br>".join(lines)
+
+
+def _label(sharing: Sharing, names: Sequence[str], grid: np.ndarray) -> str:
+    what = "Excess of shared overlap over the null" if sharing.tested else "Shared overlap"
+    found = f" From {np.nanmin(grid):.4f} to {np.nanmax(grid):.4f}." if np.isfinite(grid).any() else ""
+    return f"Heat map. {what} between {len(names)} checkpoints, alike ones side by side: {', '.join(names)}.{found}"
+
+
+def sharing_rows(sharing: Sharing) -> list[list[Cell]]:
+    """One row per pair, in the order of `HEADINGS`."""
+    return [
+        [
+            *(Cell(sharing.names[pair[end]], sharing.names[pair[end]]) for end in ("a", "b")),
+            _tasks(pair.get("same_task")),
+            *(fixed(pair.get(key), 4) for key in _NUMBERS),
+        ]
+        for pair in sharing.entry["pairs"]
+    ]
+
+
+def _tasks(same: bool | None) -> Cell:
+    text = "–" if same is None else "same" if same else "different"
+    return Cell(text, text)
+
+
+def explain_sharing(sharing: Sharing) -> list[str]:
+    """The finding in sentences."""
+    entry = sharing.entry
+    over = _OVER.get(str(entry.get("over")), "pairs")
+    observed = f"Averaged over {over}, the leading subspaces of two finetuned checkpoints overlap by"
+    if not sharing.tested:
+        return [
+            f"{observed} {fixed(entry.get('value'), 4).text}. No null was drawn, so nothing tells how much is chance."
+        ]
+    said = [
+        f"{observed} {fixed(entry['value'], 4).text}; two independent random updates of their sizes and spectra leave "
+        f"{fixed(entry.get('null_mean'), 4).text}. The excess is {_signed(entry['effect'])}{_sure(entry)}.",
+    ]
+    if entry.get("over") != "one run":
+        said.append(_MEANING.get(str(entry.get("verdict")), ""))
+    return said
+
+
+def explain_tasks(sharing: Sharing) -> list[str]:
+    """The ceiling and the permutation test in sentences, where tasks are known."""
+    return [*_ceiling(sharing.entry), *_permutation(sharing.entry.get("permutation"))]
+
+
+def _ceiling(entry: Mapping[str, Any]) -> list[str]:
+    ceiling = entry.get("ceiling")
+    if not ceiling or entry.get("over") != "different tasks":
+        return []
+    return [
+        f"The ceiling, which is the same task with other seeds, is {fixed(ceiling.get('value'), 4).text} "
+        f"(excess {_signed(ceiling.get('effect'))})."
+    ]
+
+
+def _permutation(test: Mapping[str, Any] | None) -> list[str]:
+    if not test:
+        return []
+    more = "more" if test["statistic"] > 0 else "less"
+    how = "all" if test["exact"] else "a sample of"
+    return [
+        f"Checkpoints of one task share {fixed(abs(test['statistic']), 4).text} {more} than those of different tasks: "
+        f"permutation test over {how} {test['arrangements']:,} arrangements of the task labels, one-sided "
+        f"{_p(test['p_value'])}."
+    ]
+
+
+def _sure(entry: Mapping[str, Any]) -> str:
+    ends = [entry.get("ci_low"), entry.get("ci_high")]
+    if any(number(end) is None for end in ends):
+        return ""
+    p = number(entry.get("p_value"))
+    return f" (95\u00a0% interval {_signed(ends[0])} to {_signed(ends[1])}{'' if p is None else ', ' + _p(p)})"
+
+
+def _p(value: float) -> str:
+    text = p_value(value)
+    return f"p\u00a0{text}" if text.startswith("<") else f"p\u00a0=\u00a0{text}"
+
+
+def _signed(value: Any) -> str:
+    found = number(value)
+    return "–" if found is None else f"{found:+.4f}".replace("-", "−")
