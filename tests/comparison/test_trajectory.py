@@ -30,17 +30,11 @@ def test_steps_are_read_from_the_last_component(label, step):
 
 
 def test_runs_are_told_apart_by_where_they_lie():
-    paths = [
-        "/x/a/checkpoint-20",
-        "/x/a/checkpoint-100",
-        "/x/b/step_1.pt",
-        "/x/b/step_2.pt",
-        "/x/c/checkpoint-5",
-        "/x/d",
-    ]
-    found = training_runs({path[-8:]: path for path in paths})
-    assert found == {"a": {20: "point-20", 100: "oint-100"}, "b": {1: "tep_1.pt", 2: "tep_2.pt"}}
-    assert list(found["a"]) == [20, 100]
+    paths = ["x/a/checkpoint-20", "x/a/checkpoint-100", "x/b/step_1.pt", "x/b/step_2.pt", "x/c/checkpoint-5", "x/d"]
+    found = training_runs(dict(zip("pqrstu", paths, strict=True)))
+    assert found == {"a": {20: "p", 100: "q"}, "b": {1: "r", 2: "s"}}
+    late_first = training_runs({"q": paths[1], "p": paths[0]})
+    assert list(late_first["a"]) == [20, 100]
 
 
 def test_files_in_step_folders_and_runs_in_one_folder():
