@@ -111,7 +111,7 @@ def _spectral(loaded: LoadedModel, options: MethodOptions) -> nn.Module:
 
 
 def _spectral_rate(options: MethodOptions) -> float:
-    return 5e-2 if options.coefficients == "diagonal" else 1e-2
+    return 2e-2 if options.coefficients == "diagonal" else 5e-3
 
 
 def _everywhere(loaded: LoadedModel) -> dict[str, Any]:
@@ -128,7 +128,7 @@ METHODS = {
     for method in (
         Method("spectral", _spectral, _spectral_rate, 6e-3, frozenset({"coefficients", "basis", "leading", "budget"})),
         Method("full", _full, lambda _: 1e-4, 1e-3),
-        Method("head", _head, None, 1e-2),
+        Method("head", _head, None, 5e-2),
         Method("lora", _lora, lambda _: 1e-3, 6e-3, frozenset({"rank", "alpha"})),
     )
 }
