@@ -48,6 +48,22 @@ def sharing_findings(
     }
 
 
+def sharing_methods(found: Mapping[str, Any]) -> str:
+    """How sharing was measured and tested, for the methods paragraph; `found` is the entry `sharing`."""
+    counted = {"different tasks": "those of different tasks", "same task": "all, which are of one task"}
+    text = (
+        f"Of every two of the finetuned checkpoints ({len(found['pairs'])} pairs; counted are "
+        f"{counted.get(found['over'], 'all')}) the leading subspaces were held against pairs of independent draws; the "
+        "error of the mean excess is the larger of the hierarchical bootstrap's (pairs outermost) and of the jackknife "
+        "over checkpoints."
+    )
+    test = found["permutation"]
+    if test is None:
+        return text
+    how = "all" if test["exact"] else "a seeded sample of"
+    return f"{text} Task labels were permuted over {how} {test['arrangements']} arrangements."
+
+
 def _kind(a: str, b: str, tasks: Mapping[str, str], earlier: Collection[str]) -> str:
     if a in earlier or b in earlier:
         return "one run"

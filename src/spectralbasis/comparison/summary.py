@@ -12,7 +12,7 @@ import pandas as pd
 
 from spectralbasis.comparison.measuring import Settings
 from spectralbasis.comparison.methods import methods_paragraph
-from spectralbasis.comparison.shared_findings import sharing_findings
+from spectralbasis.comparison.shared_findings import sharing_findings, sharing_methods
 from spectralbasis.comparison.statistics import FALSE_DISCOVERY_RATE, Finding, find, full_k
 from spectralbasis.comparison.trajectory import training_runs, trajectories
 
@@ -45,6 +45,8 @@ def summarise(
     """
     versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
     per_tuned = {str(label): findings(rows, settings.seed) for label, rows in table.groupby("tuned", sort=False)}
+    between = _between(table, sharing, per_tuned, tuned, tasks, settings.seed)
+    methods = methods_paragraph(table, settings, base, tuned, skipped, versions)
     return {
         "base": base,
         "tuned": list(tuned),
@@ -57,8 +59,8 @@ def summarise(
         "skipped": skipped,
         **findings(table, settings.seed),
         "per_tuned": per_tuned,
-        **_between(table, sharing, per_tuned, tuned, tasks, settings.seed),
-        "methods": methods_paragraph(table, settings, base, tuned, skipped, versions),
+        **between,
+        "methods": f"{methods} {sharing_methods(between['sharing'])}" if "sharing" in between else methods,
         "versions": versions,
         "seed": settings.seed,
         "seconds": round(seconds, 3),
