@@ -51,7 +51,8 @@ def test_rows_do_not_depend_on_which_other_matrices_are_measured():
     part = compare(base, [tuned], leading=4, include=["*.layer.1.*"]).table
     both = whole[whole.matrix.isin(part.matrix)].reset_index(drop=True)
     assert len(part) > 0
-    assert both.equals(part)
+    # q-values are adjusted over the matrices that were measured, and only they.
+    assert both.drop(columns="q_value").equals(part.drop(columns="q_value"))
 
 
 def test_the_null_of_two_checkpoints_is_drawn_apart():

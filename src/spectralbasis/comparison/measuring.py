@@ -188,7 +188,7 @@ def measure_pair(
     """
     update = W1 - W0
     tuned = leading_svd(W1, base.k, tolerance=settings.tolerance)
-    ranks, update_norm = metrics.sizes(W0, W1, base.k)
+    ranks, update_norm = metrics.sizes(W0, W1, update, base.k)
     values = (
         metrics.overlaps(base, tuned)
         | metrics.haar_overlaps(base.shape, base.k)
@@ -212,8 +212,9 @@ def _null_values(
     for draw in range(settings.draws if settings.null else 0):
         generator = draw_generator(settings.seed, base.base_hash, tuned_hash, draw)
         chance = NULLS[str(settings.null)](update, generator)
-        moved = leading_svd(W0 + chance, base.k, tolerance=settings.tolerance)
-        for key, value in (metrics.overlaps(base, moved) | metrics.coverages(base, chance)).items():
+        measured = metrics.coverages(base, chance)
+        moved = leading_svd(chance.add_(W0), base.k, tolerance=settings.tolerance)
+        for key, value in (measured | metrics.overlaps(base, moved)).items():
             values[key].append(value)
         if kept is not None:
             kept.append(moved)

@@ -19,6 +19,7 @@ from spectralbasis.linalg import (
     singular_values,
     wedin_bound,
 )
+from spectralbasis.linalg.products import times, transposed_times
 from spectralbasis.triplets import Triplets
 
 Key = tuple[str, str, int, int]
@@ -51,10 +52,9 @@ def coverages(base: Factors, update: Tensor) -> Measurements:
         base: leading triplets of W0.
         update: ΔW, (m, n), not zero.
     """
-    delta = update.double()
-    total = delta.square().sum()
-    left = base.U.double().T @ delta
-    right = delta @ base.Vh.double().T
+    total = torch.linalg.matrix_norm(update, dtype=torch.float64).square()
+    left = transposed_times(update, base.U.double()).T
+    right = times(update, base.Vh.double().T)
     core = left @ base.Vh.double().T
     by_k = {
         ("coverage_left", "left"): left.square().sum(1).cumsum(0),
@@ -126,9 +126,9 @@ def intruders(base: Factors, tuned: Factors, W0: Tensor) -> Measurements:
     return values | {("intruders", "left", top, -1): float((largest < INTRUDER_COSINE).sum())}
 
 
-def sizes(W0: Tensor, W1: Tensor, k: int) -> tuple[Measurements, float]:
+def sizes(W0: Tensor, W1: Tensor, update: Tensor, k: int) -> tuple[Measurements, float]:
     """Norm of the update, absolute and relative, the ranks of `W0`, `W1` and `ΔW`; and the spectral norm of `ΔW`."""
-    spectrum = {"base": singular_values(W0), "tuned": singular_values(W1), "update": singular_values(W1 - W0)}
+    spectrum = {"base": singular_values(W0), "tuned": singular_values(W1), "update": singular_values(update)}
     norms = {name: float(S.norm()) for name, S in spectrum.items()}
     values = {"update_norm": norms["update"]}
     if norms["base"] > 0:

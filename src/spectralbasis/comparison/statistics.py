@@ -79,23 +79,16 @@ def with_q_values(table: pd.DataFrame) -> pd.DataFrame:
     A family is one metric, side and number of directions in one checkpoint: what one would scan by eye. Each matrix's
     full number counts as the same, also where a fraction, "mp" or "gd" makes them differ.
     """
-    full = full_k(table)
-    directions = table["k"].where(table["k"] != full, -1)
-    families = table.groupby(["tuned", "metric", "side", "index", directions])["p_value"]
-    return table.assign(q_value=families.transform(_adjusted))
+    tested = table[table["p_value"].notna()]
+    directions = tested["k"].where(tested["k"] != full_k(table)[tested.index], -1)
+    families = tested.groupby(["tuned", "metric", "side", "index", directions])["p_value"]
+    return table.assign(q_value=families.transform(stats.false_discovery_control).reindex(table.index))
 
 
 def full_k(table: pd.DataFrame) -> pd.Series:
     """The full number of leading directions of each row's matrix."""
     overlaps = table[table["metric"] == "subspace_overlap"]
     return table["matrix"].map(overlaps.groupby("matrix")["k"].max())
-
-
-def _adjusted(p_values: pd.Series) -> pd.Series:
-    known = p_values.dropna()
-    if known.empty:
-        return p_values
-    return pd.Series(stats.false_discovery_control(known), index=known.index).reindex(p_values.index)
 
 
 @dataclass(frozen=True)

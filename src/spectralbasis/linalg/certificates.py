@@ -5,11 +5,20 @@ import math
 import torch
 from torch import Tensor
 
+from spectralbasis.linalg.products import times, transposed_times
+
 
 def triplet_residuals(A: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
-    """`sqrt(‖A v_i − σ_i u_i‖² + ‖Aᵀ u_i − σ_i v_i‖²)` for each triplet, (k,), in the units of S."""
-    right = (A @ Vh.T - U * S).square().sum(0)
-    left = (A.T @ U - Vh.T * S).square().sum(0)
+    """`sqrt(‖A v_i − σ_i u_i‖² + ‖Aᵀ u_i − σ_i v_i‖²)` for each triplet, (k,), float64, in the units of S.
+
+    Args:
+        A: (m, n), any floating dtype.
+        U: (m, k) float64.
+        S: (k,) float64.
+        Vh: (k, n) float64.
+    """
+    right = (times(A, Vh.T) - U * S).square().sum(0)
+    left = (transposed_times(A, U) - Vh.T * S).square().sum(0)
     return (left + right).sqrt()
 
 

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from scipy.linalg import eigh
+from scipy.linalg import eigh, eigvalsh
 from torch import Tensor
 
 from spectralbasis.linalg.certificates import subspace_error_bound, triplet_residuals
+from spectralbasis.linalg.products import gram, times
 
 DENSE_SIDE = 64
 """Up to this smaller side a dense decomposition costs less than the calls around any other."""
@@ -61,14 +62,13 @@ def leading_svd(A: Tensor, k: int, *, tolerance: float = 1e-4) -> LeadingSVD:
     m, n = A.shape
     if not 1 <= k <= min(m, n):
         raise ValueError(f"k={k} is outside 1..min(m, n)={min(m, n)} of this {m}x{n} matrix; pass k<={min(m, n)}")
-    A64 = A.detach().double()
+    A = A.detach()
     if not gram_pays(m, n, k):
-        return _certified(A64, *_dense(A64, k), solver="dense", dtype=_result_dtype(A))
-    result = _certified(A64, *_gram(A64, k), solver="gram", dtype=_result_dtype(A))
+        return _certified(A, *_dense(A, k), solver="dense")
+    result = _certified(A, *_gram(A, k), solver="gram")
     if result.subspace_error_bound <= tolerance:
         return result
-    solver = "dense (gram missed the tolerance)"
-    return _certified(A64, *_dense(A64, k), solver=solver, dtype=_result_dtype(A))
+    return _certified(A, *_dense(A, k), solver="dense (gram missed the tolerance)")
 
 
 def singular_values(A: Tensor) -> Tensor:
@@ -80,9 +80,12 @@ def singular_values(A: Tensor) -> Tensor:
         ValueError: `A` is not a finite matrix.
     """
     check_matrix(A)
-    A64 = A.detach().double()
-    gram = A64 @ A64.T if A.shape[0] < A.shape[1] else A64.T @ A64
-    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
+    G = gram(A.detach() if A.shape[0] >= A.shape[1] else A.detach().T)
+    if G.device.type == "cpu":
+        eigenvalues = torch.from_numpy(eigvalsh(G.numpy().T, overwrite_a=True, check_finite=False))
+    else:
+        eigenvalues = torch.linalg.eigvalsh(G)
+    return eigenvalues.flip(0).clamp_min(0).sqrt()
 
 
 def gram_pays(m: int, n: int, k: int) -> bool:
@@ -99,13 +102,9 @@ def check_matrix(A: Tensor) -> None:
         raise ValueError("the matrix holds NaN or infinite values, so it has no singular value decomposition")
 
 
-def _result_dtype(A: Tensor) -> torch.dtype:
-    return torch.float64 if A.dtype == torch.float64 else torch.float32
-
-
 def _dense(A: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Triplets by a full decomposition; S has one value more than k where the matrix has."""
-    U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+    U, S, Vh = torch.linalg.svd(A.double(), full_matrices=False)
     return U[:, :k], S[: k + 1], Vh[:k]
 
 
@@ -117,23 +116,25 @@ def _gram(A: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     if A.shape[0] < A.shape[1]:
         V, S, Uh = _gram(A.T, k)
         return Uh.T, S, V.T
-    V = leading_eigenvectors(A.T @ A, k + 1)
-    Q, R = torch.linalg.qr(A @ V)
+    V = leading_eigenvectors(gram(A), k + 1)
+    Q, R = torch.linalg.qr(times(A, V))
     left, S, right = torch.linalg.svd(R)
     return (Q @ left)[:, :k], S, (right @ V.T)[:k]
 
 
 def leading_eigenvectors(G: Tensor, k: int) -> Tensor:
-    """The k leading eigenvectors of a symmetric (p, p) matrix, (p, k), by descending eigenvalue."""
+    """The k leading eigenvectors of a symmetric (p, p) matrix, (p, k), by descending eigenvalue; overwrites `G`."""
     p = G.shape[0]
     if G.device.type != "cpu":
         return torch.linalg.eigh(G)[1][:, -k:].flip(1)
-    _, V = eigh(G.numpy(), subset_by_index=(p - k, p - 1), driver="evr", check_finite=False)
+    # The transpose has LAPACK's own memory order, so that it is not copied.
+    _, V = eigh(G.numpy().T, subset_by_index=(p - k, p - 1), driver="evr", overwrite_a=True, check_finite=False)
     return torch.from_numpy(V).flip(1)
 
 
-def _certified(A: Tensor, U: Tensor, S: Tensor, Vh: Tensor, *, solver: str, dtype: torch.dtype) -> LeadingSVD:
+def _certified(A: Tensor, U: Tensor, S: Tensor, Vh: Tensor, *, solver: str) -> LeadingSVD:
     k = U.shape[1]
+    dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
     next_value = float(S[k]) if S.numel() > k else 0.0
     residuals = triplet_residuals(A, U, S[:k], Vh)
     bound = subspace_error_bound(S[:k], residuals, next_value, (A.shape[0], A.shape[1]))
