@@ -173,17 +173,22 @@ def tune(
     basis: Annotated[
         str, typer.Option(metavar="pretrained|random|minor|PATH", help="Whose directions the method spectral uses.")
     ] = "pretrained",
-    leading: Annotated[int | None, typer.Option(help="Directions in each matrix (spectral).")] = None,
+    leading: Annotated[
+        str | None, typer.Option(metavar="K|FRACTION|mp|gd", help="Directions in each matrix (spectral).")
+    ] = None,
     budget: Annotated[float | None, typer.Option(help="Share of the model's parameters to train (spectral).")] = None,
     rank: Annotated[int, typer.Option(help="Rank (lora).")] = 8,
+    alpha: Annotated[float | None, typer.Option(help="Scale (lora); default: twice the rank.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; instead of --epochs.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the training examples.")] = None,
     batch_size: Annotated[int, typer.Option(help="Examples in each step.")] = 32,
     max_length: Annotated[int, typer.Option(help="Tokens at which a text is cut.")] = 64,
     learning_rate: Annotated[float | None, typer.Option(help="Default: what suits the method.")] = None,
+    head_learning_rate: Annotated[float | None, typer.Option(help="Default: what suits the method.")] = None,
     seed: Annotated[int, typer.Option(help="Of the head, the order of examples and dropout.")] = 0,
     train_examples: Annotated[int | None, typer.Option(help="Use only so many training examples.")] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train under bfloat16 autocast.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left there.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Tune a model to a task, score it on held-out data, and save it (an adapter of a few kilobytes by default).
@@ -203,14 +208,17 @@ def tune(
         leading=leading,
         budget=budget,
         rank=rank,
+        alpha=alpha,
         steps=steps,
         epochs=epochs,
         batch_size=batch_size,
         max_length=max_length,
         learning_rate=learning_rate,
+        head_learning_rate=head_learning_rate,
         seed=seed,
         train_examples=train_examples,
         bf16=bf16,
+        overwrite=overwrite,
         progress=_draws_bars(),
     )
     _show(result.to_dict(), tables.tuning_table, as_json)

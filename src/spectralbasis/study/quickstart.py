@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits
 from transformers import ViTConfig, ViTForImageClassification
 
 import spectralbasis as sb
