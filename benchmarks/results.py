@@ -46,3 +46,20 @@ def write(name: str, content: dict[str, Any]) -> None:
 def read(name: str) -> dict[str, Any]:
     """Read one benchmark's results."""
     return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def earlier(name: str) -> dict[str, Any]:
+    """What earlier parts of a run left, so that later parts can be added; empty where there is nothing.
+
+    Raises:
+        SystemExit: they were measured under other conditions, so that the times cannot stand in one table.
+    """
+    if not (FOLDER / f"{name}.json").exists():
+        return {}
+    found = read(name)
+    changed = [key for key, value in environment().items() if found.get(key) != value]
+    if changed:
+        raise SystemExit(
+            f"{FOLDER / name}.json was measured with other {', '.join(changed)}; move it away to measure all anew"
+        )
+    return found
