@@ -1,20 +1,34 @@
-"""Writes the tables of the documentation from the results of the benchmarks: `python -m benchmarks.tables`."""
+"""Writes the tables of the documentation from the results of the benchmarks: `python -m benchmarks.tables`.
 
-from collections.abc import Callable, Sequence
+A page marks where a table belongs with `<!-- table NAME: made by python -m benchmarks.tables -->` and
+`<!-- end of table -->`; what stands between is replaced once there are results.
+"""
+
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import performance
+from benchmarks.markdown import table, versions
 from benchmarks.results import FOLDER, read
 
 DOCS = Path(__file__).parents[1] / "docs"
+PLACE = re.compile(
+    r"(<!-- table (\w+): made by python -m benchmarks\.tables -->\n).*?(<!-- end of table -->)", re.DOTALL
+)
 
 
 def main() -> None:
-    for name, make in TABLES.items():
-        if (FOLDER / f"{name}.json").exists():
-            page = DOCS / f"{name}.md"
-            before, _, rest = page.read_text().partition(START)
-            page.write_text(f"{before}{START}\n\n{make(read(name))}\n{END}{rest.partition(END)[2]}")
+    for page in sorted(DOCS.glob("*.md")):
+        page.write_text(PLACE.sub(filled, page.read_text()))
+
+
+def filled(place: re.Match[str]) -> str:
+    """The place with its table, or as it is where nothing was measured yet."""
+    start, name, end = place.groups()
+    result, make = TABLES[name]
+    return f"{start}\n{make(read(result))}\n{end}" if (FOLDER / f"{result}.json").exists() else place[0]
 
 
 def calibration(found: dict[str, Any]) -> str:
@@ -36,22 +50,23 @@ def calibration(found: dict[str, Any]) -> str:
     m, n = settings["shape"]
     note = (
         f"{settings['trials']} simulated comparisons for each row, {settings['matrices']} matrices of {m}×{n} in "
-        f"{settings['layers']} layers, k = {settings['k']}, 5 draws. {_machine(found)}"
+        f"{settings['layers']} layers, k = {settings['k']}, 5 draws. {versions(found)}"
     )
-    return f"{_markdown(heads, rows)}\n\n{note}\n"
+    return f"{table(heads, rows)}\n\n{note}\n"
 
 
-def _machine(found: dict[str, Any]) -> str:
-    return f"spectralbasis {found['versions']['spectralbasis']}, torch {found['versions']['torch']}."
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-START, END = "<!-- table: made by python -m benchmarks.tables -->", "<!-- end of table -->"
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"calibration": calibration}
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "calibration": ("calibration", calibration),
+    "solvers_steep": ("leading_triplets", performance.solver_times("steep")),
+    "solvers_flat": ("leading_triplets", performance.solver_times("flat")),
+    "solver_goals": ("leading_triplets", performance.solver_goals),
+    "solver_products": ("leading_triplets", performance.solver_products),
+    "whole_pair": ("whole_pair", performance.whole_pair),
+    "whole_pair_goals": ("whole_pair", performance.whole_pair_goals),
+    "memory": ("memory", performance.memory),
+    "scaling": ("scaling", performance.scaling),
+}
+"""Name of a table → the benchmark that it shows, and what makes it."""
 
 
 if __name__ == "__main__":

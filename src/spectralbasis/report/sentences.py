@@ -43,8 +43,7 @@ _WORDS: dict[tuple[Claim, str], _Words] = {
     ("stability", "undecided"): _Words(
         "How far finetuning turned the leading singular directions cannot be told from what a random step would do",
         "not to be told from chance",
-        "So the stability seen here is what any step of this size may leave: it speaks of the size of the step, "
-        "not of the basis.",
+        "So the stability seen here cannot be told from what any step of this size leaves.",
     ),
     ("coverage", "supported"): _Words(
         "its update lies along those directions more than chance would have it",

@@ -10,7 +10,16 @@ from spectralbasis.checkpoints.installed import installed_folder
 from spectralbasis.errors import InputError
 from spectralbasis.study.messages import first_line
 
-UNREADABLE = (OSError, ValueError, TypeError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
+UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    EOFError,
+    ImportError,  # transformers looks for a tokenizer that needs a package which may be absent
+    SafetensorError,
+    pickle.UnpicklingError,
+)
 
 
 def resolve_source(source: str | Path) -> str:
