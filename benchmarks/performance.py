@@ -1,0 +1,215 @@
+"""The tables of docs/performance.md, and whether each goal was met."""
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.markdown import machine, met, table, versions
+from benchmarks.solvers import DENSE, OURS
+
+OVER_DENSE, OVER_DENSE_FROM = 4, 2048
+OVER_SCRIPT = 5
+LARGEST_MATRICES = 12
+EXPONENT = 1.1
+"""An exponent up to this is called linear: what repeated timings can tell from 1."""
+
+
+def solver_times(spectrum: str) -> Callable[[dict[str, Any]], str]:
+    """Time and error of each method, a column for each shape."""
+
+    def make(found: dict[str, Any]) -> str:
+        problems = [one for one in found["problems"] if one["spectrum"] == spectrum]
+        methods = [row["method"] for row in problems[-1]["methods"]] if problems else []
+        rows = [[method, *(_solver_cell(_row(one, method), found) for one in problems)] for method in methods]
+        absent = f" Not installed: {', '.join(found['settings']['absent'])}." if found["settings"]["absent"] else ""
+        note = (
+            f"k = {found['settings']['k']}. In bold: the error is at most {found['settings']['tolerance']:g}.{absent} "
+            f"{machine(found)} {versions(found, 'scipy')}"
+        )
+        return f"{table(['', *(_shape(one) for one in problems)], rows)}\n\n{note}\n"
+
+    return make
+
+
+def solver_goals(found: dict[str, Any]) -> str:
+    """Ours against the fastest peer that is accurate, and against the dense decomposition."""
+    heads = [
+        "matrix",
+        "ours",
+        "fastest accurate peer",
+        "its time / ours",
+        "goal 1",
+        "torch.linalg.svd / ours",
+        "goal 4",
+    ]
+    return table(heads, [_solver_goal(one, found["settings"]["tolerance"]) for one in found["problems"]]) + "\n"
+
+
+def solver_products(found: dict[str, Any]) -> str:
+    """Ours in units of its own matrix products."""
+    heads = ["matrix", "ours", "solver", *(f"{name}, {dtype}" for name in ("AᵀA", "AV") for dtype in _DTYPES)]
+    heads += [f"ours / (AᵀA + AV), {dtype}" for dtype in _DTYPES]
+    return table(heads, [_products_row(one) for one in found["problems"]]) + "\n"
+
+
+def whole_pair(found: dict[str, Any]) -> str:
+    """Time and memory of each tool."""
+    heads = ["", "matrices", "start-up", "time", "peak memory", "its own"]
+    rows = [_tool_row(row) for row in found["rows"]]
+    settings = found["settings"]
+    pair = (
+        "MiniLM and a finetuned copy"
+        if settings["step"] is None
+        else f"MiniLM and a copy with an update of {settings['step']:.0%} of the norm in every matrix"
+    )
+    peers = "".join(f"{name} {version}. " for name, version in found["peers"].items() if version)
+    note = f"{pair}, least of {settings['repeats']} runs. {peers}{machine(found)} {versions(found, 'transformers')}"
+    return f"{table(heads, rows)}\n\n{note}\n"
+
+
+def whole_pair_goals(found: dict[str, Any]) -> str:
+    """How many times faster each comparison is than what it is held against."""
+    seconds = {row["tool"]: row["seconds"] for row in found["rows"] if "seconds" in row}
+    draws = found["settings"]["draws"]
+    without, drawn = "compare, no null", f"compare, {draws} draws"
+    script, script_drawn = "script of two full SVDs per matrix", f"the same script with {draws} draws"
+    held = [(without, script, OVER_SCRIPT), (drawn, script_drawn, OVER_SCRIPT), (drawn, script, OVER_SCRIPT)]
+    held += [
+        (ours, f"modeldelta, {scope}", 1) for ours in (without, drawn) for scope in ("the same matrices", "all tensors")
+    ]
+    rows = []
+    for ours, against, goal in held:
+        if ours in seconds and against in seconds:
+            ratio = seconds[against] / seconds[ours]
+            rows.append([ours, against, f"{ratio:.2f}", f"{goal}", met(ratio >= goal)])
+    return table(["", "against", "its time / ours", "goal", ""], rows) + "\n"
+
+
+def memory(found: dict[str, Any]) -> str:
+    """Memory above the floor in units of the largest matrix."""
+    heads = ["each checkpoint", "layers", "matrices measured", "largest matrix (float32)", "peak above the floor"]
+    heads += [
+        "largest matrices",
+        f"goal {LARGEST_MATRICES}",
+        "own memory above the floor",
+        "largest matrices",
+        "as stored",
+    ]
+    floor = found["floor"]
+    note = (
+        f"The floor: {_size(floor['peak_bytes'])} peak, {_size(floor['peak_anonymous_bytes'])} own. "
+        f"{found['settings']['draws']} draws. {machine(found)} {versions(found)}"
+    )
+    return f"{table(heads, [_memory_row(row, floor) for row in found['rows']])}\n\n{note}\n"
+
+
+def scaling(found: dict[str, Any]) -> str:
+    """Times over counts and the fitted exponents."""
+    rows = []
+    for series in found["series"]:
+        counts = ", ".join(str(count) for count in series["counts"])
+        times = ", ".join(f"{seconds:.2f}" for seconds in series["seconds"])
+        exponent = series["exponent"]
+        fixed = f"{series['fixed_seconds']:.2f}"
+        rows.append([series["over"], counts, times, fixed, f"{exponent:.2f}", met(exponent <= EXPONENT)])
+    settings = found["settings"]
+    m, n = settings["shape"]
+    note = (
+        f"Matrices of {m}×{n}, k = {settings['k']}, {settings['draws']} draws; checkpoints of {settings['matrices']} "
+        f"matrices; least of {settings['repeats']} runs. {machine(found)} {versions(found)}"
+    )
+    return f"{table(['over', 'counts', 'seconds', 'fixed', 'exponent', f'at most {EXPONENT}'], rows)}\n\n{note}\n"
+
+
+_DTYPES = ("float32", "float64")
+
+
+def _solver_cell(row: dict[str, Any], found: dict[str, Any]) -> str:
+    if "skipped" in row:
+        return f"left out ({row['skipped']})"
+    if "seconds" not in row:
+        return "failed" if "failed" in row else ""
+    cell = f"{_seconds(row['seconds'])} ({_error(row):.0e})"
+    return f"**{cell}**" if _error(row) <= found["settings"]["tolerance"] else cell
+
+
+def _solver_goal(one: dict[str, Any], tolerance: float) -> list[str]:
+    accurate = {
+        row["method"]: row["seconds"] for row in one["methods"] if "seconds" in row and _error(row) <= tolerance
+    }
+    ours, dense = _row(one, OURS), _row(one, DENSE)
+    peers = {seconds: method for method, seconds in accurate.items() if method != OURS}
+    label = f"{_shape(one)} {one['spectrum']}"
+    if not peers or "seconds" not in ours:
+        return [label, *[""] * 6]
+    fastest = min(peers)
+    ratio = fastest / ours["seconds"]
+    over_dense = dense["seconds"] / ours["seconds"] if "seconds" in dense else None
+    asked = min(one["shape"]) >= OVER_DENSE_FROM and over_dense is not None
+    return [
+        label,
+        _seconds(ours["seconds"]),
+        f"{peers[fastest]}, {_seconds(fastest)}",
+        f"{ratio:.2f}",
+        met(ratio >= 1 and OURS in accurate),
+        "" if over_dense is None else f"{over_dense:.1f}",
+        met(over_dense >= OVER_DENSE) if asked and over_dense is not None else "",
+    ]
+
+
+def _products_row(one: dict[str, Any]) -> list[str]:
+    ours, products = _row(one, OURS), one["products"]
+    if "seconds" not in ours:
+        return [f"{_shape(one)} {one['spectrum']}", *[""] * 8]
+    times = [_seconds(products[f"{name}_{dtype}"]) for name in ("gram", "apply") for dtype in _DTYPES]
+    ratios = [f"{ours['seconds'] / (products[f'gram_{dtype}'] + products[f'apply_{dtype}']):.1f}" for dtype in _DTYPES]
+    return [f"{_shape(one)} {one['spectrum']}", _seconds(ours["seconds"]), ours["solver"], *times, *ratios]
+
+
+def _tool_row(row: dict[str, Any]) -> list[str]:
+    if "seconds" not in row:
+        return [row["tool"], *[""] * 2, "not installed or failed", *[""] * 2]
+    times = [_seconds(row[field]) for field in ("start_up_seconds", "seconds")]
+    return [
+        row["tool"],
+        str(row["matrices"]),
+        *times,
+        *(_size(row[f"peak_{kind}bytes"]) for kind in ("", "anonymous_")),
+    ]
+
+
+def _memory_row(row: dict[str, Any], floor: dict[str, Any]) -> list[str]:
+    stored, largest = 2 * row["largest_elements"], 4 * row["largest_elements"]
+    peak = row["peak_bytes"] - floor["peak_bytes"]
+    own = row["peak_anonymous_bytes"] - floor["peak_anonymous_bytes"]
+    return [
+        f"{row['checkpoint_bytes'] / 1e9:.1f} GB",
+        str(row["layers"]),
+        str(row["matrices"]),
+        _size(largest),
+        _size(peak),
+        f"{peak / largest:.1f}",
+        met(peak <= LARGEST_MATRICES * largest),
+        _size(own),
+        f"{own / largest:.1f}",
+        f"{peak / stored:.1f}",
+    ]
+
+
+def _row(one: dict[str, Any], method: str) -> dict[str, Any]:
+    return next((row for row in one["methods"] if row["method"] == method), {})
+
+
+def _error(row: dict[str, Any]) -> float:
+    return max(row["left"], row["right"])
+
+
+def _shape(one: dict[str, Any]) -> str:
+    return "×".join(str(side) for side in one["shape"])
+
+
+def _seconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e6:.0f} MB"
