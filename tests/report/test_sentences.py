@@ -31,9 +31,9 @@ def test_a_contradicted_stability_says_that_the_directions_gave_way():
     assert "turned 50\u00a0% more than by chance" in text
 
 
-def test_an_undecided_stability_speaks_of_the_size_of_the_step():
+def test_an_undecided_stability_claims_nothing_either_way():
     text = " ".join(sentences.explain(read("stability", 0.98, 0.9797, -0.001, 0.002, 0.6, "undecided"), "3 matrices"))
-    assert "size of the step, not of the basis" in text
+    assert "cannot be told from what any step of this size leaves" in text
 
 
 def test_coverage_is_spoken_of_in_percent_and_as_a_multiple_of_chance():
