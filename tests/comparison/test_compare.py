@@ -58,6 +58,15 @@ def test_stability_that_a_small_step_forces_is_no_finding():
     stability = sb.compare(base, [tuned], leading=8).summary()["stability"]
     assert stability["value"] > 0.99
     assert "says only that the step was small" in stability["note"]
+    assert stability["forced_by_size"] == {"matrices": 4, "of": 4}
+    assert "In 4 of 4 matrices the size of the update alone" in stability["note"]
+
+
+def test_a_large_step_forces_nothing():
+    base, tuned = random_updates(4, 1.0)
+    stability = sb.compare(base, [tuned], leading=8).summary()["stability"]
+    assert stability["forced_by_size"] == {"matrices": 0, "of": 4}
+    assert "size of the update alone" not in stability["note"]
 
 
 def test_table_summary_and_files_keep_the_contract(tmp_path):

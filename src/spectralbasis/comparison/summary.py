@@ -70,9 +70,12 @@ def summarise(
 
 def findings(table: pd.DataFrame, seed: int) -> dict[str, dict[str, Any]]:
     """Stability and coverage with their intervals and verdicts, over the rows of a table."""
+    forced = forced_by_size(table)
+    stability, finding = _finding(table, "subspace_overlap", seed, rotation_avoided)
+    coverage, _ = _finding(table, "coverage_core", seed, ratio_to_null)
     return {
-        "stability": _finding(table, "subspace_overlap", seed, rotation_avoided, _stability_note),
-        "coverage": _finding(table, "coverage_core", seed, ratio_to_null, lambda _: ""),
+        "stability": {**stability, "forced_by_size": forced, "note": _stability_note(finding, forced)},
+        "coverage": {**coverage, "note": ""},
     }
 
 
@@ -100,18 +103,17 @@ def _finding(
     metric: str,
     seed: int,
     relative: Callable[[Finding], float],
-    note: Callable[[Finding], str],
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Finding]:
     rows = table[(table["metric"] == metric) & (table["k"] == full_k(table))]
     keys = ["tuned", "layer", "matrix"]
     finding = find(rows.groupby(keys, as_index=False)[["value", "null_mean"]].mean(), seed)
     share = relative(finding)
-    return {
+    entry = {
         **finding.to_dict(),
         "relative_effect": share if math.isfinite(share) else None,
         "significant": _significant(rows),
-        "note": note(finding),
     }
+    return entry, finding
 
 
 def _significant(rows: pd.DataFrame) -> dict[str, int | float]:
@@ -136,13 +138,28 @@ def ratio_to_null(finding: Finding) -> float:
     return finding.value / finding.null_mean if finding.null_mean > 0 else math.nan
 
 
-def _stability_note(finding: Finding) -> str:
-    if not finding.null_mean > CEILING:
-        return ""
-    return (
-        f"An update of this size leaves {finding.null_mean:.4f} of the leading subspace in place even when its "
-        "alignment is left to chance, so that high overlap here says only that the step was small."
-    )
+def forced_by_size(table: pd.DataFrame) -> dict[str, int]:
+    """In how many matrices Wedin's bound, which knows only the size of ΔW, forces an overlap of at least `CEILING`.
+
+    A largest sine of s leaves an overlap of at least 1 − s².
+    """
+    bounds = table[(table["metric"] == "wedin_bound") & (table["k"] == full_k(table))]["value"]
+    return {"matrices": int((1 - bounds**2 >= CEILING).sum()), "of": len(bounds)}
+
+
+def _stability_note(finding: Finding, forced: dict[str, int]) -> str:
+    notes = []
+    if finding.null_mean > CEILING:
+        notes.append(
+            f"An update of this size leaves {finding.null_mean:.4f} of the leading subspace in place even when its "
+            "alignment is left to chance, so that high overlap here says only that the step was small."
+        )
+    if forced["matrices"]:
+        notes.append(
+            f"In {forced['matrices']} of {forced['of']} matrices the size of the update alone (Wedin's bound) forces "
+            f"an overlap of at least {CEILING}: stability there is no finding."
+        )
+    return " ".join(notes)
 
 
 def peak_rss_bytes() -> int:
