@@ -135,7 +135,14 @@ def _facts(title: str) -> Table:
 
 
 def _table(title: str, columns: list[str]) -> Table:
-    table = Table(title=escape(title), title_justify="left", caption_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title=escape(title),
+        title_justify="left",
+        caption_justify="left",
+        box=None,
+        pad_edge=False,
+        min_width=len(title),
+    )
     for column in columns:
         table.add_column(column, overflow="fold")
     return table

@@ -18,6 +18,11 @@ SUMMARY = "base, tuned, leading, matrices, skipped, stability, coverage, version
 FINDING = {"value", "null_mean", "effect", "ci_low", "ci_high", "p_value", "verdict"}
 
 
+def random_updates_of(size: float):
+    base, tuned = random_updates(4, size)
+    return base, [tuned]
+
+
 def aligned_updates(kind: str, size: float = 0.3):
     """Updates that lie in the leading block of the base (turn nothing), or that push its leading vectors outwards."""
     base, tuned = {}, {}
@@ -67,6 +72,14 @@ def test_a_large_step_forces_nothing():
     stability = sb.compare(base, [tuned], leading=8).summary()["stability"]
     assert stability["forced_by_size"] == {"matrices": 0, "of": 4}
     assert "size of the update alone" not in stability["note"]
+
+
+def test_coverage_by_an_unrelated_model_is_no_sign_of_a_shared_basis():
+    base, tuned = ({f"{i}.dense.weight": torch.randn(48, 40) for i in range(4)} for _ in range(2))
+    coverage = sb.compare(base, [tuned], leading=8).summary()["coverage"]
+    assert coverage["verdict"] == "supported"
+    assert "times as large as the weights" in coverage["note"]
+    assert sb.compare(*random_updates_of(0.3), leading=8).summary()["coverage"]["note"] == ""
 
 
 def test_table_summary_and_files_keep_the_contract(tmp_path):

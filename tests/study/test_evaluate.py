@@ -39,7 +39,9 @@ def test_an_adapter_for_other_shapes_is_refused(tmp_path, task):
 def test_an_adapter_without_a_head_is_refused(tmp_path, task):
     base = save_image_model(tmp_path / "base")
     model = AutoModelForImageClassification.from_pretrained(base)
-    get_peft_model(model, LoraConfig(target_modules=["query"])).save_pretrained(tmp_path / "adapter")
+    get_peft_model(model, LoraConfig(target_modules="all-linear", exclude_modules=["classifier"])).save_pretrained(
+        tmp_path / "adapter"
+    )
     with pytest.raises(InputError, match=r"brings no head for bright side.*modules_to_save=\['classifier'\]"):
         evaluate(base, tmp_path / "adapter", task=task, progress=False)
 

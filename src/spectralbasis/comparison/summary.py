@@ -18,6 +18,8 @@ from spectralbasis.comparison.trajectory import training_runs, trajectories
 
 CEILING = 0.99
 """Above this null overlap, stability has next to no room to show in."""
+LARGE_STEP = 0.5
+"""From this ‖ΔW‖/‖W0‖ on, what the update takes away of the base makes up much of its coverage."""
 _PACKAGES = ("spectralbasis", "torch", "numpy", "scipy", "pandas", "safetensors", "transformers", "peft")
 
 
@@ -75,7 +77,7 @@ def findings(table: pd.DataFrame, seed: int) -> dict[str, dict[str, Any]]:
     coverage, _ = _finding(table, "coverage_core", seed, ratio_to_null)
     return {
         "stability": {**stability, "forced_by_size": forced, "note": _stability_note(finding, forced)},
-        "coverage": {**coverage, "note": ""},
+        "coverage": {**coverage, "note": _coverage_note(table)},
     }
 
 
@@ -160,6 +162,16 @@ def _stability_note(finding: Finding, forced: dict[str, int]) -> str:
             f"an overlap of at least {CEILING}: stability there is no finding."
         )
     return " ".join(notes)
+
+
+def _coverage_note(table: pd.DataFrame) -> str:
+    step = table[table["metric"] == "update_norm_relative"]["value"].mean()
+    if not step >= LARGE_STEP:
+        return ""
+    return (
+        f"The update is {step:.2f} times as large as the weights. Whatever of the base it takes away lies in the "
+        "base's own directions, so even an unrelated model covers them: this coverage is no sign of a shared basis."
+    )
 
 
 def peak_rss_bytes() -> int:

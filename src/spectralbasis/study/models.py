@@ -143,4 +143,8 @@ def _require_stored_head(place: str, task: Task, unusable: Sequence[str]) -> Non
 
 def _reinitialise(model: PreTrainedModel, modules: Iterable[str]) -> None:
     for name in modules:
-        model.get_submodule(name).apply(model._init_weights)
+        head = model.get_submodule(name)
+        for part in (*head.modules(), *head.parameters()):
+            # transformers marks what it has loaded, and draws no marked weight again.
+            vars(part)["_is_hf_initialized"] = False
+        head.apply(model._init_weights)

@@ -37,9 +37,13 @@ def _text_collator(place: str, config: PretrainedConfig, task: Task, max_length:
 
 def _load_tokenizer(place: str) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except UNREADABLE as error:
         raise unreadable(place, "tokenizer", error) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        # What transformers 5 makes of a folder without one: every word would be unknown.
+        raise InputError(f"the tokenizer in {place} cannot be read: it has no words; save the tokenizer there too")
+    return tokenizer
 
 
 def _image_collator(place: str, config: PretrainedConfig) -> ImageCollator:
