@@ -1,9 +1,12 @@
 """Leading singular triplets that carry their own certificate."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from scipy.linalg import eigh, eigvalsh
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from spectralbasis.linalg.certificates import subspace_error_bound, triplet_residuals
@@ -11,6 +14,8 @@ from spectralbasis.linalg.products import gram, times
 
 DENSE_SIDE = 64
 """Up to this smaller side a dense decomposition costs less than the calls around any other."""
+THREADED_SIDE = 1536
+"""From this side on, an eigenvalue problem gains more from several threads than it loses by waiting for torch's."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,8 @@ def singular_values(A: Tensor) -> Tensor:
     check_matrix(A)
     G = gram(A.detach() if A.shape[0] >= A.shape[1] else A.detach().T)
     if G.device.type == "cpu":
-        eigenvalues = torch.from_numpy(eigvalsh(G.numpy().T, overwrite_a=True, check_finite=False))
+        with _blas_threads(len(G)):
+            eigenvalues = torch.from_numpy(eigvalsh(G.numpy().T, overwrite_a=True, check_finite=False))
     else:
         eigenvalues = torch.linalg.eigvalsh(G)
     return eigenvalues.flip(0).clamp_min(0).sqrt()
@@ -128,8 +134,22 @@ def leading_eigenvectors(G: Tensor, k: int) -> Tensor:
     if G.device.type != "cpu":
         return torch.linalg.eigh(G)[1][:, -k:].flip(1)
     # The transpose has LAPACK's own memory order, so that it is not copied.
-    _, V = eigh(G.numpy().T, subset_by_index=(p - k, p - 1), driver="evr", overwrite_a=True, check_finite=False)
+    with _blas_threads(p):
+        _, V = eigh(G.numpy().T, subset_by_index=(p - k, p - 1), driver="evr", overwrite_a=True, check_finite=False)
     return torch.from_numpy(V).flip(1)
+
+
+def _blas_threads(p: int) -> AbstractContextManager[object]:
+    """One BLAS thread for SciPy on matrices of a side below `THREADED_SIDE`.
+
+    Its threads and torch's wait for each other in turns, which costs small problems more than the threads gain them.
+    """
+    return _pools().limit(limits=1, user_api="blas") if p < THREADED_SIDE else nullcontext()
+
+
+@cache
+def _pools() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def _certified(A: Tensor, U: Tensor, S: Tensor, Vh: Tensor, *, solver: str) -> LeadingSVD:
