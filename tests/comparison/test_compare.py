@@ -148,6 +148,14 @@ def test_wrong_settings_are_a_sentence(change, message):
         sb.compare(base, [tuned], **{"leading": 8, **change})
 
 
+def test_where_nothing_could_be_measured_a_matrix_that_was_tried_says_why():
+    base, tuned = random_updates(2, 0.3)
+    for state in (base, tuned):
+        state["embeddings.word_embeddings.weight"] = torch.ones(50, 40)
+    with pytest.raises(sb.InputError, match=r"encoder\.layer\.0\.dense0: k=41 exceeds"):
+        sb.compare(base, [tuned], leading=41)
+
+
 def test_the_same_weights_twice_is_an_error_not_a_finding():
     base, _ = random_updates(2, 0.3)
     with pytest.raises(sb.InputError, match="the same weights"):

@@ -162,8 +162,10 @@ class _Run:
             return (
                 f"{self.base.source} and {', '.join(self.tuned)} hold the same weights: there is no update to measure"
             )
-        name, reason = next(iter(self.skipped.items()), ("", "no matrix matches the given patterns"))
-        return f"no matrix could be measured; {name + ': ' if name else ''}{reason}"
+        # Matrices that were tried say more than embeddings and heads, which nobody asked for.
+        tried = [name for name in self.skipped if name.split(" [")[0] in self.bases]
+        name = next(iter([*tried, *self.skipped]), "")
+        return f"no matrix could be measured; {name}: {self.skipped[name]}" if name else "no matrix could be measured"
 
     def summary(self, table: pd.DataFrame, sharing: pd.DataFrame | None, seconds: float) -> dict[str, Any]:
         """The content of `summary.json`."""
