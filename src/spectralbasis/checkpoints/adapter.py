@@ -74,6 +74,10 @@ class AdapterCheckpoint(Checkpoint):
 
     Adapted tensors have at least the precision of float32, so that a small update of a bfloat16 base is not rounded.
 
+    Attributes:
+        adapter: what was saved.
+        edits: tensor of the base → what the adapter does to it.
+
     Raises:
         InputError: the adapter does not fit the base.
     """
@@ -81,9 +85,10 @@ class AdapterCheckpoint(Checkpoint):
     def __init__(self, adapter: Adapter, method: AdapterMethod, source: str) -> None:
         self.source = source
         self.config = adapter.base.config
+        self.adapter = adapter
+        self.edits = method.edits(adapter)
         self._base = adapter.base
         self._tensors = adapter.tensors
-        self._edits = method.edits(adapter)
         self._replaced = {
             adapter.find_base_tensor(plain) or plain: stored
             for stored in adapter.tensors.names()
@@ -107,16 +112,16 @@ class AdapterCheckpoint(Checkpoint):
         if name in self._replaced:
             return self._tensors.dtype(self._replaced[name])
         stored = self._base.dtype(name)
-        return edited_dtype(stored) if name in self._edits else stored
+        return edited_dtype(stored) if name in self.edits else stored
 
     def read(self, name: str) -> Tensor:
         if name in self._replaced:
             return self._tensors.read(self._replaced[name])
         tensor = self._base.read(name)
-        return self._edits[name](tensor) if name in self._edits else tensor
+        return self.edits[name](tensor) if name in self.edits else tensor
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        if name in self._edits or name in self._replaced:
+        if name in self.edits or name in self._replaced:
             return self.read(name)[start:stop]
         return self._base.read_rows(name, start, stop)
 

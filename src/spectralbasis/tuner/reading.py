@@ -43,15 +43,15 @@ class SpectralEdit:
         Raises:
             BaseMismatchError: the weight, or its directions, are not those that the adapter was trained on.
         """
-        if self._transposed(weight):
+        if self.transposed(weight):
             return self._tuned(weight.T).T.contiguous()
         return self._tuned(weight)
 
     def check(self, weight: Tensor) -> None:
         """Raise BaseMismatchError unless this is the weight that the adapter was trained on."""
-        self._directions(weight.T if self._transposed(weight) else weight)
+        self._directions(weight.T if self.transposed(weight) else weight)
 
-    def _transposed(self, weight: Tensor) -> bool:
+    def transposed(self, weight: Tensor) -> bool:
         """Whether the weight is stored as (in, out), as Conv1D does, which only its hash tells for certain."""
         expected = (self.config.base_hashes or {})[self.matrix]
         return matrix_hash(weight) != expected and matrix_hash(weight.T) == expected
@@ -61,6 +61,19 @@ class SpectralEdit:
         dtype = torch.promote_types(W.dtype, torch.float32)
         C = self.tensors.read(self.coefficients).to(dtype)
         return W.to(dtype) + FORMS[self.config.coefficients].left_factor(U.to(dtype), C) @ V.to(dtype).T
+
+    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """U (m, k), C (k, k) and V (n, k) of `ΔW = U C Vᵀ`, in float32 or wider, m being the outputs.
+
+        Raises:
+            BaseMismatchError: see `__call__`.
+        """
+        W = weight.T if self.transposed(weight) else weight
+        U, V = self._directions(W)
+        dtype = torch.promote_types(W.dtype, torch.float32)
+        C = self.tensors.read(self.coefficients).to(dtype)
+        identity = torch.eye(U.shape[1], dtype=dtype)
+        return U.to(dtype), FORMS[self.config.coefficients].left_factor(identity, C), V.to(dtype)
 
     def _directions(self, W: Tensor) -> tuple[Tensor, Tensor]:
         target = Target(self.matrix, self.matrix, nn.Module(), W)
