@@ -8,11 +8,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, set_seed
 
+from spectralbasis.folders import atomic_folder, check_output
 from spectralbasis.linalg import Leading
 from spectralbasis.study.cards import write_card
 from spectralbasis.study.evaluation import MAX_LENGTH, score_task
 from spectralbasis.study.fitting import TrainingSettings, fit
-from spectralbasis.study.folders import atomic_folder, check_output
 from spectralbasis.study.methods import Method, MethodOptions, find_method
 from spectralbasis.study.models import LoadedModel, load_model
 from spectralbasis.study.results import TUNING_FILE, ParameterCounts, TuneResult, library_versions, write_json

@@ -3,7 +3,7 @@
 import pytest
 
 from spectralbasis.errors import InputError
-from spectralbasis.study.folders import atomic_folder, check_output
+from spectralbasis.folders import atomic_folder, check_output
 
 
 def test_a_folder_appears_when_the_block_ends(tmp_path):
