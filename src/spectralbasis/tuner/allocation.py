@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spectralbasis.errors import InputError
 from spectralbasis.linalg import Leading, resolve_leading
-from spectralbasis.tuner.forms import numbers
+from spectralbasis.tuner.parametrisation import numbers
 
 DEFAULT_LEADING = 64
 """k where neither `leading` nor `budget` is given; smaller matrices give all they have."""
@@ -54,7 +54,12 @@ def allocate_leading(
 
 
 def allocate_budget(
-    budget: float, total: int, weights: Mapping[str, Tensor], fixed: Mapping[str, int], form: str
+    budget: float,
+    total: int,
+    weights: Mapping[str, Tensor],
+    fixed: Mapping[str, int],
+    coefficients: str,
+    bandwidth: int = 1,
 ) -> dict[str, int]:
     """The largest k, one for all matrices (min(m, n) where that is smaller), that trains at most `budget * total`.
 
@@ -63,7 +68,8 @@ def allocate_budget(
         total: parameters of the model.
         weights: matrix name → W, (m, n).
         fixed: matrix name → k, of the matrices whose k is settled already; they are paid first.
-        form: a key of `FORMS`.
+        coefficients: "diagonal", "core" or "band".
+        bandwidth: of a band.
 
     Raises:
         InputError: the budget does not pay for k = 1, or a settled k exceeds min(m, n).
@@ -71,10 +77,10 @@ def allocate_budget(
     for name, k in fixed.items():
         _check_rank(k, name, weights[name])
     sides = {name: min(W.shape) for name, W in weights.items() if name not in fixed}
-    settled = sum(numbers(form, k) for k in fixed.values())
+    settled = sum(numbers(coefficients, k, bandwidth) for k in fixed.values())
 
     def price(k: int) -> int:
-        return settled + sum(numbers(form, min(k, side)) for side in sides.values())
+        return settled + sum(numbers(coefficients, min(k, side), bandwidth) for side in sides.values())
 
     allowed = math.floor(budget * total)
     if price(1) > allowed:

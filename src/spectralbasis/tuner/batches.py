@@ -25,7 +25,7 @@ def add_row_updates(output: Tensor, x: Tensor, layer: "SpectralLayer", adapter_n
         adapter_names: the adapter of each row.
     """
     for factors, form, members in _groups(layer, adapter_names):
-        k = max(layer.spectral_coefficients[name].shape[-1] for name in members)
+        k = max(layer.parametrisation(name).k for name in members)
         C = _stacked(layer, members, k)
         position = {name: index for index, name in enumerate(members, start=1)}
         rows = torch.tensor([position.get(name, 0) for name in adapter_names], device=x.device)
@@ -40,13 +40,13 @@ def _groups(layer: "SpectralLayer", adapter_names: list[str]) -> list[tuple[Fact
     groups: dict[tuple[int, str], tuple[Factors, str, list[str]]] = {}
     for name in dict.fromkeys(adapter_names):
         if name in layer.spectral_coefficients:
-            factors, form = layer.factors(name), layer.forms[name]
+            factors, form = layer.factors(name), layer.parametrisation(name).form
             groups.setdefault((id(factors), form), (factors, form, []))[2].append(name)
     return list(groups.values())
 
 
 def _stacked(layer: "SpectralLayer", members: list[str], k: int) -> Tensor:
     """Coefficients of the members behind a zero entry for rows of others, all padded to k directions."""
-    coefficients = [layer.spectral_coefficients[name] for name in members]
+    coefficients = [layer.terms(name)[0] for name in members]
     padded = [pad(C, [0, k - C.shape[-1]] * C.ndim) for C in coefficients]
     return torch.stack([torch.zeros_like(padded[0]), *padded])

@@ -11,8 +11,10 @@ from spectralbasis.errors import InputError
 from spectralbasis.linalg import Leading, parse_leading
 from spectralbasis.triplets import DEFAULT_TOLERANCE
 from spectralbasis.tuner.card import note_import
-from spectralbasis.tuner.factors import BASES, PROBES
-from spectralbasis.tuner.forms import FORMS
+from spectralbasis.tuner.entries import unpack_positions
+from spectralbasis.tuner.factors import BASES
+from spectralbasis.tuner.parametrisation import COEFFICIENTS, SCALINGS, Parametrisation, parametrisation
+from spectralbasis.tuner.record import RECORD, check_record
 from spectralbasis.tuner.registration import METHOD
 
 BIASES = ("none", "all", "spectral_only")
@@ -34,9 +36,14 @@ class SpectralConfig(PeftConfig):
         bias: which biases of the base are trained: "none", "all" or "spectral_only" (those of adapted layers).
         fan_in_fan_out: None lets each layer say whether it stores its weight as (in, out), as Conv1D does; a value
             that contradicts the layer is overruled with a warning.
-        coefficients: "diagonal" (k numbers a matrix) or "core" (k×k).
+        coefficients: "diagonal" (k numbers a matrix), "core" (k×k), "band" (the entries of a core near its diagonal) or
+            "sparse" (those entries of all cores that `calibrate` picks).
+        bandwidth: of a band, the largest |i − j| of a trained entry.
+        scaling: in which unit the trained numbers c count. "absolute": `C = c`; "relative" to the singular values:
+            `C_ij = c_ij √(σ_i σ_j)` with `σ_i = |u_iᵀ W v_i|`; "normalized" by the matrix: `C = c ‖W‖_F / √min(m, n)`.
         leading: k as a number, a fraction of min(m, n), "mp" or "gd"; None, without a budget, is 64 at most.
-        budget: instead of `leading`, the fraction of the model's parameters to train; it chooses one k for all.
+        budget: instead of `leading`, the fraction of the model's parameters to train; it chooses one k for all. Beside
+            `leading` for sparse coefficients: how many entries `calibrate` picks among the k×k of every matrix.
         rank_pattern: end of a module name, as a regular expression → k; wins over `leading` and `budget`.
         basis: "pretrained" (leading singular vectors of each weight), "minor" (the trailing ones), "random"
             (Haar-distributed) or the path of a basis file.
@@ -47,6 +54,8 @@ class SpectralConfig(PeftConfig):
             built with hashes, as one read from an adapter folder is, only fits that base.
         ranks: matrix name → k as resolved. Set by the model; given at construction, it wins over the other settings.
         probes: matrix name → numbers that depend on the directions, see `Factors.probe`. Set by the model.
+        scales: matrix name → the σ of a scaling other than "absolute", k of them or one. Set by the model.
+        entries: matrix name → which entries are trained, see `pack_positions`. Set by `calibrate`.
 
     Raises:
         InputError: a value is none of those above, or both `leading` and `budget` are given.
@@ -60,6 +69,8 @@ class SpectralConfig(PeftConfig):
     bias: str = "none"
     fan_in_fan_out: bool | None = None
     coefficients: str = "diagonal"
+    bandwidth: int = 1
+    scaling: str = "absolute"
     leading: Leading | None = None
     budget: float | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -70,6 +81,8 @@ class SpectralConfig(PeftConfig):
     base_hashes: dict[str, str] | None = None
     ranks: dict[str, int] | None = None
     probes: dict[str, list[float]] | None = None
+    scales: dict[str, list[float]] | None = None
+    entries: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,7 +95,8 @@ class SpectralConfig(PeftConfig):
         self._check_choices()
         self._check_size()
         self._check_layers()
-        self._check_record()
+        record = {name: getattr(self, name) for name in RECORD}
+        check_record(record, scaling=self.scaling, coefficients=self.coefficients)
 
     @classmethod
     def from_pretrained(
@@ -102,19 +116,32 @@ class SpectralConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         note_import(Path(save_directory) / "README.md")
 
+    def parametrisation(self, name: str) -> Parametrisation:
+        """What makes C of a matrix from its stored numbers, once a model, or a file, has set the record of it."""
+        k = (self.ranks or {})[name]
+        return parametrisation(
+            self.coefficients,
+            k,
+            bandwidth=self.bandwidth,
+            positions=unpack_positions(self.entries[name], k) if self.entries else None,
+            scales=self.scales[name] if self.scales else None,
+        )
+
     def _check_choices(self) -> None:
-        for name, choices in (("coefficients", tuple(FORMS)), ("bias", BIASES)):
+        for name, choices in (("coefficients", COEFFICIENTS), ("scaling", SCALINGS), ("bias", BIASES)):
             value = getattr(self, name)
             if value not in choices:
                 raise InputError(f"{name}={value!r} is unknown; choose from {', '.join(map(repr, choices))}")
 
     def _check_size(self) -> None:
-        if self.leading is not None and self.budget is not None:
+        if self.leading is not None and self.budget is not None and self.coefficients != "sparse":
             raise InputError(f"leading={self.leading!r} and budget={self.budget!r} both choose k; pass one of them")
         if self.leading is not None:
             self.leading = parse_leading(self.leading)
         if self.budget is not None and not (isinstance(self.budget, int | float) and 0 < self.budget <= 1):
             raise InputError(f"budget={self.budget!r} is no fraction of the parameters; pass a number such as 0.002")
+        if not isinstance(self.bandwidth, int) or self.bandwidth < 0:
+            raise InputError(f"bandwidth={self.bandwidth!r} is no distance from the diagonal; pass a whole number >= 0")
         for pattern, k in self.rank_pattern.items():
             if not isinstance(k, int) or k < 1:
                 raise InputError(f"rank_pattern {pattern!r}: k={k!r} is no number of directions; pass a whole number")
@@ -130,24 +157,6 @@ class SpectralConfig(PeftConfig):
                 )
         if self.layers_pattern and self.layers_to_transform is None:
             raise InputError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, such as [0, 1]")
-
-    def _check_record(self) -> None:
-        record = (self.base_hashes, self.ranks, self.probes)
-        if record != (None, None, None) and not _is_record(*record):
-            raise InputError(
-                f"base_hashes, ranks and probes do not hold a hash, a k of 1 or more and {PROBES} numbers for each "
-                "matrix; restore adapter_config.json, or pass none of the three"
-            )
-
-
-def _is_record(hashes: Any, ranks: Any, probes: Any) -> bool:
-    if not all(isinstance(entry, dict) for entry in (hashes, ranks, probes)):
-        return False
-    return (
-        hashes.keys() == ranks.keys() == probes.keys()
-        and all(isinstance(k, int) and k >= 1 for k in ranks.values())
-        and all(isinstance(probe, list) and len(probe) == PROBES for probe in probes.values())
-    )
 
 
 def _find_basis(basis: str, folder: Path) -> str:

@@ -1,7 +1,9 @@
-"""The forms that the coefficients C of `ΔW = U C Vᵀ` can take. A form is a few pure functions on tensors."""
+"""The forms in which C of `ΔW = U C Vᵀ` multiplies. A form is a few pure functions on tensors.
+
+A band and sparse coefficients multiply as a core; `Parametrisation` says which of its entries are trained.
+"""
 
 from collections.abc import Mapping
-from math import prod
 from types import MappingProxyType
 from typing import Protocol
 
@@ -10,10 +12,10 @@ from torch import Tensor
 
 
 class CoefficientForm(Protocol):
-    """How one form stores C for k directions and how it multiplies. `Z` and `G` are (..., tokens, k)."""
+    """How one form holds C for k directions and how it multiplies. `Z` and `G` are (..., tokens, k)."""
 
     def shape(self, k: int) -> tuple[int, ...]:
-        """Shape of the stored coefficients."""
+        """Shape of C."""
 
     def multiply(self, Z: Tensor, C: Tensor) -> Tensor:
         """`Z Cᵀ`; leading dimensions of C are batch dimensions."""
@@ -22,7 +24,7 @@ class CoefficientForm(Protocol):
         """`G C`, the adjoint of `multiply`."""
 
     def gradient(self, G: Tensor, Z: Tensor, dtype: torch.dtype) -> Tensor:
-        """Gradient with respect to the stored coefficients, where G is the one with respect to `Z Cᵀ`."""
+        """Gradient with respect to C, where G is the one with respect to `Z Cᵀ`."""
 
     def left_factor(self, U: Tensor, C: Tensor) -> Tensor:
         """`U C`, so that `ΔW = left_factor(U, C) @ Vᵀ`."""
@@ -67,9 +69,4 @@ class Core:
 
 
 FORMS: Mapping[str, CoefficientForm] = MappingProxyType({"diagonal": Diagonal(), "core": Core()})
-"""Form by the name that `SpectralConfig.coefficients` takes."""
-
-
-def numbers(form: str, k: int) -> int:
-    """How many numbers a form trains for k directions."""
-    return prod(FORMS[form].shape(k))
+"""Form by name."""

@@ -13,16 +13,17 @@ from spectralbasis.tuner.batches import add_row_updates
 from spectralbasis.tuner.factors import Factors
 from spectralbasis.tuner.forms import FORMS
 from spectralbasis.tuner.function import DenseUpdate, FactoredUpdate, dense_pays
+from spectralbasis.tuner.parametrisation import Parametrisation
 
 START_SCALE = 0.3
 """Standard deviation of the coefficients that `init_weights=False` starts from."""
 
 
 class SpectralLayer(BaseTunerLayer):
-    """What every layer with spectral coefficients holds: per adapter C, its form, and the factors it refers to."""
+    """What every layer with spectral coefficients holds: per adapter its numbers, what makes C of them, and U and V."""
 
     adapter_layer_names: tuple[str, ...] = ("spectral_coefficients",)
-    other_param_names: tuple[str, ...] = ("spectral_factors", "forms")
+    other_param_names: tuple[str, ...] = ("spectral_factors", "spectral_parametrisations")
 
     # What BaseTunerLayer provides; PEFT has no types, and nn.Module would pass these off as tensors.
     base_layer: nn.Module
@@ -33,7 +34,7 @@ class SpectralLayer(BaseTunerLayer):
         self.base_layer = base_layer
         self.spectral_coefficients = nn.ParameterDict()
         self.spectral_factors = nn.ModuleDict()
-        self.forms: dict[str, str] = {}
+        self.spectral_parametrisations = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._unmerged_weight: Tensor | None = None
@@ -54,9 +55,8 @@ class SpectralLayer(BaseTunerLayer):
         self,
         adapter_name: str,
         *,
-        k: int,
         factors: Factors,
-        form: str,
+        parametrisation: Parametrisation,
         init_weights: bool = True,
         inference_mode: bool = False,
     ) -> None:
@@ -64,15 +64,14 @@ class SpectralLayer(BaseTunerLayer):
 
         Args:
             adapter_name: a new name.
-            k: number of directions, at most `factors.k`.
-            factors: may be those of another adapter of this layer.
-            form: a key of `FORMS`.
+            factors: may be those of another adapter of this layer, and have more directions.
+            parametrisation: of as many directions, or fewer.
             init_weights: start from C = 0, at which the output is exactly that of the base.
             inference_mode: leave the coefficients frozen.
         """
-        self.forms[adapter_name] = form
         self.spectral_factors[adapter_name] = factors
-        self.spectral_coefficients[adapter_name] = nn.Parameter(torch.zeros(FORMS[form].shape(k)))
+        self.spectral_parametrisations[adapter_name] = parametrisation
+        self.spectral_coefficients[adapter_name] = nn.Parameter(torch.zeros(parametrisation.shape))
         if not init_weights:
             nn.init.normal_(self.spectral_coefficients[adapter_name], std=START_SCALE)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -82,10 +81,15 @@ class SpectralLayer(BaseTunerLayer):
         """The factors of one adapter."""
         return cast(Factors, self.spectral_factors[adapter_name])
 
+    def parametrisation(self, adapter_name: str) -> Parametrisation:
+        """What makes C of the numbers that one adapter trains."""
+        return cast(Parametrisation, self.spectral_parametrisations[adapter_name])
+
     def terms(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, str]:
-        """C, U (m, k), V (n, k) and the form of one adapter."""
-        C = self.spectral_coefficients[adapter_name]
-        return C, *self.factors(adapter_name).first(C.shape[-1]), self.forms[adapter_name]
+        """C, U (m, k), V (n, k) and the form of C of one adapter."""
+        parametrisation = self.parametrisation(adapter_name)
+        C = parametrisation(self.spectral_coefficients[adapter_name])
+        return C, *self.factors(adapter_name).first(parametrisation.k), parametrisation.form
 
 
 class Linear(nn.Module, SpectralLayer):

@@ -32,10 +32,10 @@ class SpectralModel(BaseTuner):
     def allocation(self, adapter_name: str = "default") -> Allocation:
         """How many coefficients an adapter trains, and on how many parameters."""
         layers = _spectral_layers(self.model).items()
-        trained = {key: layer.spectral_coefficients for key, layer in layers if adapter_name in layer.forms}
+        trained = {key: layer for key, layer in layers if adapter_name in layer.spectral_coefficients}
         return Allocation(
-            ranks={matrix_name(key): C[adapter_name].shape[-1] for key, C in trained.items()},
-            trained=sum(C[adapter_name].numel() for C in trained.values()),
+            ranks={matrix_name(key): layer.parametrisation(adapter_name).k for key, layer in trained.items()},
+            trained=sum(layer.spectral_coefficients[adapter_name].numel() for layer in trained.values()),
             total=_count_parameters(self.model),
         )
 
@@ -108,9 +108,8 @@ class SpectralModel(BaseTuner):
         if prepared is None:
             raise InputError(f"{current_key} is not among target_modules={config.target_modules!r}; add it there")
         options = {
-            "k": prepared.k,
             "factors": prepared.factors,
-            "form": config.coefficients,
+            "parametrisation": prepared.parametrisation,
             "init_weights": config.init_weights,
             "inference_mode": config.inference_mode,
         }
@@ -142,7 +141,7 @@ class SpectralModel(BaseTuner):
     def _check_mixed(self, adapter_names: Sequence[str]) -> None:
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        known = {name for layer in _spectral_layers(self.model).values() for name in layer.forms}
+        known = {name for layer in _spectral_layers(self.model).values() for name in layer.spectral_coefficients}
         unknown = sorted(set(adapter_names) - known - {"__base__"})
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
@@ -158,7 +157,7 @@ class SpectralModel(BaseTuner):
             raise InputError(f"adapters {', '.join(adapters)} have modules_to_save, which cannot be added")
         first = self.peft_config[adapters[0]]
         for other in (self.peft_config[name] for name in adapters[1:]):
-            for field in ("coefficients", "basis", "basis_seed", "ranks"):
+            for field in ("coefficients", "bandwidth", "scaling", "basis", "basis_seed", "ranks", "entries"):
                 if getattr(other, field) != getattr(first, field):
                     raise InputError(
                         f"adapters {', '.join(adapters)} differ in {field}, so their coefficients cannot be added"

@@ -19,6 +19,7 @@ from spectralbasis.tuner.allocation import allocate_budget, allocate_leading
 from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.factors import Directions, Factors, directions_of, source_of
 from spectralbasis.tuner.layer import SpectralLayer
+from spectralbasis.tuner.parametrisation import Parametrisation
 
 DENSE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PROBE_TOLERANCE = 1e-2
@@ -39,7 +40,7 @@ class Target:
 class Preparation:
     """What a layer needs to take an adapter."""
 
-    k: int
+    parametrisation: Parametrisation
     factors: Factors
 
 
@@ -54,7 +55,7 @@ def find_targets(modules: Mapping[str, nn.Module]) -> list[Target]:
 
 
 def prepare(config: SpectralConfig, targets: Sequence[Target], total: int) -> dict[str, Preparation]:
-    """Resolve ranks, check or record hashes, find the factors, check or record probes; `config` keeps the record.
+    """Resolve ranks, find the factors, check or record hashes, scales and probes; `config` keeps the record.
 
     Args:
         config: read from an adapter folder, it must fit this base; otherwise it takes what is found here.
@@ -72,14 +73,15 @@ def prepare(config: SpectralConfig, targets: Sequence[Target], total: int) -> di
     if config.bound:
         _check_hashes(config, hashes)
     else:
+        _check_calibrated(config)
         config.ranks = _resolve_ranks(config, targets, total)
         config.base_hashes = hashes
     ranks = config.ranks or {}
-    prepared = {
-        target.key: Preparation(ranks[target.name], factors)
-        for target, factors in zip(targets, _find_factors(config, targets, ranks), strict=True)
-    }
-    probes = {t.name: prepared[t.key].factors.probe(config.coefficients, ranks[t.name]) for t in targets}
+    factors = dict(zip(hashes, _find_factors(config, targets, ranks), strict=True))
+    if not config.bound:
+        config.scales = _measure_scales(config.scaling, targets, factors, ranks)
+    prepared = {t.key: Preparation(config.parametrisation(t.name), factors[t.name]) for t in targets}
+    probes = {t.name: factors[t.name].probe(prepared[t.key].parametrisation.form, ranks[t.name]) for t in targets}
     if config.bound:
         _check_probes(config, probes)
     else:
@@ -127,7 +129,33 @@ def _resolve_ranks(config: SpectralConfig, targets: Sequence[Target], total: int
     fixed = {name: patterns[pattern] for name, pattern in matched.items() if pattern in patterns}
     if config.budget is None:
         return allocate_leading(config.leading, weights, fixed)
-    return allocate_budget(config.budget, total, weights, fixed, config.coefficients)
+    return allocate_budget(config.budget, total, weights, fixed, config.coefficients, config.bandwidth)
+
+
+def _measure_scales(
+    scaling: str, targets: Sequence[Target], factors: Mapping[str, Factors], ranks: Mapping[str, int]
+) -> dict[str, list[float]] | None:
+    """The record of `SpectralConfig.scaling`, rounded to what its JSON and float32 hold alike."""
+    if scaling == "absolute":
+        return None
+    scales = {}
+    for target in targets:
+        W = target.W.float()
+        if scaling == "normalized":
+            found = W.norm().unsqueeze(0) / min(W.shape) ** 0.5
+        else:
+            U, V = (factor.to(W) for factor in factors[target.name].first(ranks[target.name]))
+            found = (U * (W @ V)).sum(0).abs()
+        scales[target.name] = [float(f"{value:.7g}") for value in found.tolist()]
+    return scales
+
+
+def _check_calibrated(config: SpectralConfig) -> None:
+    if config.coefficients == "sparse":
+        raise InputError(
+            "coefficients='sparse' needs to know which entries to train; pick them first: "
+            "config = spectralbasis.calibrate(model, batches, config)"
+        )
 
 
 def _find_factors(config: SpectralConfig, targets: Sequence[Target], ranks: Mapping[str, int]) -> list[Factors]:

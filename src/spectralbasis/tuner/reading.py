@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,9 @@ from spectralbasis.checkpoints.adapter import Edit, adapted_name
 from spectralbasis.errors import InputError
 from spectralbasis.triplets import matrix_hash
 from spectralbasis.tuner.config import SpectralConfig
-from spectralbasis.tuner.factors import PROBES
 from spectralbasis.tuner.forms import FORMS
-from spectralbasis.tuner.preparation import DENSE_DTYPES, Target, prepare
+from spectralbasis.tuner.preparation import DENSE_DTYPES, Preparation, Target, prepare
+from spectralbasis.tuner.record import RECORD
 from spectralbasis.tuner.registration import METHOD
 
 _COEFFICIENTS = ".spectral_coefficients"
@@ -49,7 +49,7 @@ class SpectralEdit:
 
     def check(self, weight: Tensor) -> None:
         """Raise BaseMismatchError unless this is the weight that the adapter was trained on."""
-        self._directions(weight.T if self.transposed(weight) else weight)
+        self._prepare(weight.T if self.transposed(weight) else weight)
 
     def transposed(self, weight: Tensor) -> bool:
         """Whether the weight is stored as (in, out), as Conv1D does, which only its hash tells for certain."""
@@ -57,10 +57,8 @@ class SpectralEdit:
         return matrix_hash(weight) != expected and matrix_hash(weight.T) == expected
 
     def _tuned(self, W: Tensor) -> Tensor:
-        U, V = self._directions(W)
-        dtype = torch.promote_types(W.dtype, torch.float32)
-        C = self.tensors.read(self.coefficients).to(dtype)
-        return W.to(dtype) + FORMS[self.config.coefficients].left_factor(U.to(dtype), C) @ V.to(dtype).T
+        C, U, V, form = self._terms(W)
+        return W.to(C.dtype) + FORMS[form].left_factor(U, C) @ V.T
 
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """U (m, k), C (k, k) and V (n, k) of `ΔW = U C Vᵀ`, in float32 or wider, m being the outputs.
@@ -68,17 +66,20 @@ class SpectralEdit:
         Raises:
             BaseMismatchError: see `__call__`.
         """
-        W = weight.T if self.transposed(weight) else weight
-        U, V = self._directions(W)
-        dtype = torch.promote_types(W.dtype, torch.float32)
-        C = self.tensors.read(self.coefficients).to(dtype)
-        identity = torch.eye(U.shape[1], dtype=dtype)
-        return U.to(dtype), FORMS[self.config.coefficients].left_factor(identity, C), V.to(dtype)
+        C, U, V, form = self._terms(weight.T if self.transposed(weight) else weight)
+        return U, FORMS[form].left_factor(torch.eye(U.shape[1], dtype=U.dtype), C), V
 
-    def _directions(self, W: Tensor) -> tuple[Tensor, Tensor]:
+    def _terms(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor, str]:
+        """C, U (m, k), V (n, k) and the form of C, all in float32 or wider."""
+        prepared = self._prepare(W)
+        parametrisation, dtype = prepared.parametrisation, torch.promote_types(W.dtype, torch.float32)
+        C = parametrisation(self.tensors.read(self.coefficients).to(dtype))
+        U, V = prepared.factors.first(parametrisation.k)
+        return C, U.to(dtype), V.to(dtype), parametrisation.form
+
+    def _prepare(self, W: Tensor) -> Preparation:
         target = Target(self.matrix, self.matrix, nn.Module(), W)
-        prepared = prepare(self.config, [target], W.numel())[self.matrix]
-        return prepared.factors.first(prepared.k)
+        return prepare(self.config, [target], W.numel())[self.matrix]
 
 
 def spectral_edits(adapter: Adapter) -> Mapping[str, Edit]:
@@ -115,38 +116,31 @@ def _config(adapter: Adapter) -> SpectralConfig:
 def _edit(adapter: Adapter, config: SpectralConfig, module: str, stored: str, tensor: str) -> SpectralEdit:
     name, own = _own_config(adapter, config, module)
     k, weight = (own.ranks or {})[name], adapter.base.shape(tensor)
-    if adapter.tensors.shape(stored) != FORMS[config.coefficients].shape(k):
-        raise InputError(
-            f"{adapter.folder}: {name} has coefficients of shape {adapter.tensors.shape(stored)}, but "
-            f"adapter_config.json says {config.coefficients} with k={k}; the two files are not of one adapter"
-        )
     if adapter.base.dtype(tensor) not in DENSE_DTYPES or len(weight) != 2 or k > min(weight):
         raise InputError(
             f"{adapter.folder}: {name} cannot have {k} singular directions in {adapter.base.source}, where it is "
             f"{'×'.join(map(str, weight))} of {adapter.base.dtype(tensor)}; give the base that it was trained on"
+        )
+    if adapter.tensors.shape(stored) != own.parametrisation(name).shape:
+        raise InputError(
+            f"{adapter.folder}: {name} has coefficients of shape {adapter.tensors.shape(stored)}, but "
+            f"adapter_config.json says {config.coefficients} with k={k}; the two files are not of one adapter"
         )
     return SpectralEdit(adapter.tensors, stored, own, name)
 
 
 def _own_config(adapter: Adapter, config: SpectralConfig, module: str) -> tuple[str, SpectralConfig]:
     """Name of a module's matrix, and the config with the record of this matrix only."""
-    hashes, ranks, probes = (_record(entry) for entry in (config.base_hashes, config.ranks, config.probes))
+    record = {field: getattr(config, field) for field in RECORD if getattr(config, field) is not None}
+    hashes = config.base_hashes or {}
     name = module if module in hashes else matrix_name(module)
-    base_hash, k, probe = hashes.get(name), ranks.get(name), probes.get(name)
-    if not isinstance(base_hash, str) or not isinstance(k, int) or k < 1 or not _is_probe(probe):
+    if name not in hashes:
         raise InputError(
             f"{adapter.folder}: adapter_config.json has no base_hashes, ranks and probes for {name}, so nothing tells "
             f"which weights the coefficients belong to; save the adapter again"
         )
-    return name, replace(config, base_hashes={name: base_hash}, ranks={name: k}, probes={name: probe})
-
-
-def _record(entry: object) -> Mapping[str, Any]:
-    return entry if isinstance(entry, dict) else {}
-
-
-def _is_probe(entry: object) -> TypeGuard[list[float]]:
-    return isinstance(entry, list) and len(entry) == PROBES and all(isinstance(number, float) for number in entry)
+    own: dict[str, Any] = {field: {name: values[name]} for field, values in record.items()}
+    return name, replace(config, **own)
 
 
 register_adapter_method(METHOD, AdapterMethod(prefix="spectral_", edits=spectral_edits))

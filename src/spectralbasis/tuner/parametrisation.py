@@ -1,0 +1,110 @@
+"""From the numbers that an adapter trains and stores to the coefficients C of one matrix: a linear map without memory.
+
+Everything that needs C asks a `Parametrisation` for it; `SpectralConfig.parametrisation` makes the one of a matrix.
+"""
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectralbasis.tuner.forms import FORMS
+
+COEFFICIENTS = ("diagonal", "core", "band", "sparse")
+SCALINGS = ("absolute", "relative", "normalized")
+
+
+class Parametrisation(nn.Module):
+    """Which entries of C the stored numbers are, and in which unit they count.
+
+    Its tensors are buffers that move with the model and are never saved; the unit stays in the precision that it has.
+
+    Args:
+        form: the form of C, a key of `FORMS`.
+        k: number of directions.
+        positions: row-major positions `i·k + j` in a core, ascending, (numbers,); None where all of C is stored.
+        unit: what each stored number is multiplied by, broadcast against them; None is 1.
+    """
+
+    positions: Tensor | None
+    unit: Tensor | None
+
+    def __init__(self, form: str, k: int, positions: Tensor | None = None, unit: Tensor | None = None) -> None:
+        super().__init__()
+        self.form = form
+        self.k = k
+        self.shape = FORMS[form].shape(k) if positions is None else (positions.numel(),)
+        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("unit", unit, persistent=False)
+
+    def forward(self, stored: Tensor) -> Tensor:
+        """C, (..., k) or (..., k, k), from stored numbers, (..., *shape)."""
+        values = stored if self.unit is None else stored * self.unit
+        if self.positions is None:
+            return values
+        flat = values.new_zeros(*values.shape[:-1], self.k * self.k)
+        return flat.index_copy(-1, self.positions, values).unflatten(-1, (self.k, self.k))
+
+    def inverse(self, C: Tensor) -> Tensor:
+        """The stored numbers of C, entries that are not stored left out; 0 where the unit is."""
+        values = C if self.positions is None else C.flatten(-2).index_select(-1, self.positions)
+        return values if self.unit is None else torch.where(self.unit == 0, 0.0, values / self.unit)
+
+    def extra_repr(self) -> str:
+        return f"form={self.form!r}, k={self.k}, numbers={prod(self.shape)}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "Parametrisation":
+        unit = self.unit
+        super()._apply(fn, *args, **kwargs)
+        if unit is not None and self.unit is not None:
+            self.unit = unit.to(self.unit.device)  # rounded to a 16-bit base's dtype, C would not be what files say
+        return self
+
+
+def parametrisation(
+    coefficients: str,
+    k: int,
+    *,
+    bandwidth: int = 1,
+    positions: Tensor | None = None,
+    scales: Sequence[float] | None = None,
+) -> Parametrisation:
+    """The parametrisation of one matrix.
+
+    Args:
+        coefficients: one of `COEFFICIENTS`.
+        k: number of directions.
+        bandwidth: of a band, the largest |i − j| of a trained entry.
+        positions: of sparse coefficients, see `Parametrisation`.
+        scales: σ_i of the k directions, so that `C_ij = c_ij √(σ_i σ_j)`, or one number, `C = c σ`; None is `C = c`.
+    """
+    if coefficients == "band":
+        positions = band_positions(k, bandwidth)
+    form = coefficients if coefficients in FORMS else "core"
+    return Parametrisation(form, k, positions, None if scales is None else _unit(form, positions, scales))
+
+
+def band_positions(k: int, bandwidth: int) -> Tensor:
+    """Row-major positions of the entries of a k×k matrix with |i − j| ≤ bandwidth, ascending."""
+    i = torch.arange(k)
+    return ((i[:, None] - i).abs() <= bandwidth).flatten().nonzero().squeeze(1)
+
+
+def numbers(coefficients: str, k: int, bandwidth: int = 1) -> int:
+    """How many numbers k directions take; of sparse coefficients, how many there are to choose from."""
+    if coefficients == "band":
+        b = min(bandwidth, k - 1)
+        return k * (2 * b + 1) - b * (b + 1)
+    return k if coefficients == "diagonal" else k * k
+
+
+def _unit(form: str, positions: Tensor | None, scales: Sequence[float]) -> Tensor:
+    sigma = torch.tensor(scales, dtype=torch.float32)
+    if sigma.numel() == 1:
+        return sigma.squeeze(0)
+    if form == "diagonal":
+        return sigma
+    unit = torch.outer(sigma.sqrt(), sigma.sqrt())
+    return unit if positions is None else unit.flatten()[positions]

@@ -1,0 +1,56 @@
+"""What a config records of each adapted matrix, so that its adapter means the same wherever it is opened."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from spectralbasis.errors import InputError
+from spectralbasis.tuner.entries import unpack_positions
+from spectralbasis.tuner.factors import PROBES
+
+RECORD = ("base_hashes", "ranks", "probes", "scales", "entries")
+"""Fields of `SpectralConfig` that hold one value for each adapted matrix."""
+
+
+def check_record(record: Mapping[str, Any], *, scaling: str, coefficients: str) -> None:
+    """Check the fields of `RECORD`: all None, or one value for each matrix in all that these settings need.
+
+    Raises:
+        InputError: one is absent, superfluous, damaged, or of other matrices.
+    """
+    needed = ["base_hashes", "ranks", "probes"]
+    needed += ["scales"] * (scaling != "absolute") + ["entries"] * (coefficients == "sparse")
+    if all(field is None for field in record.values()):
+        return
+    if not _is_complete(record, needed, scaling):
+        raise InputError(
+            f"base_hashes, ranks and probes do not hold a hash, a k of 1 or more and {PROBES} numbers for each matrix, "
+            f"or scales and entries do not hold what scaling={scaling!r} and coefficients={coefficients!r} need; "
+            "restore adapter_config.json, or pass none of them"
+        )
+    for name, text in (record["entries"] or {}).items():
+        unpack_positions(text, record["ranks"][name])
+
+
+def _is_complete(record: Mapping[str, Any], needed: list[str], scaling: str) -> bool:
+    if any((record[field] is not None) != (field in needed) for field in RECORD):
+        return False
+    if not all(isinstance(record[field], dict) and record[field].keys() == record["ranks"].keys() for field in needed):
+        return False
+    ranks = record["ranks"]
+    valid: dict[str, Callable[[str, Any], bool]] = {
+        "base_hashes": lambda name, value: isinstance(value, str),
+        "ranks": lambda name, value: isinstance(value, int) and value >= 1,
+        "probes": lambda name, value: _is_numbers(value, PROBES),
+        "scales": lambda name, value: _is_numbers(value, ranks[name] if scaling == "relative" else 1),
+        "entries": lambda name, value: isinstance(value, str),
+    }
+    return all(valid[field](name, value) for field in needed for name, value in record[field].items())
+
+
+def _is_numbers(value: Any, count: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == count
+        and all(isinstance(number, float | int) and math.isfinite(number) for number in value)
+    )
