@@ -6,7 +6,7 @@ Importing the package registers the method `SPECTRAL` with PEFT.
 from spectralbasis import linalg
 from spectralbasis.basis import SpectralBasis
 from spectralbasis.checkpoints import open_checkpoint
-from spectralbasis.coefficients import Similarity, similarity
+from spectralbasis.coefficients import LoraExport, Similarity, export_lora, similarity
 from spectralbasis.comparison import Comparison, compare
 from spectralbasis.errors import BaseMismatchError, InputError, SpectralBasisError
 from spectralbasis.tuner import SpectralConfig, SpectralModel
@@ -16,6 +16,7 @@ __all__ = [
     "BaseMismatchError",
     "Comparison",
     "InputError",
+    "LoraExport",
     "Similarity",
     "SpectralBasis",
     "SpectralBasisError",
@@ -23,6 +24,7 @@ __all__ = [
     "SpectralModel",
     "__version__",
     "compare",
+    "export_lora",
     "linalg",
     "open_checkpoint",
     "similarity",

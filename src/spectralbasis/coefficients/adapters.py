@@ -7,17 +7,20 @@ from typing import Any
 
 from torch import Tensor
 
-from spectralbasis.checkpoints import matrix_name, open_checkpoint
-from spectralbasis.checkpoints.adapter import adapted_name
+from spectralbasis.checkpoints import Checkpoint, matrix_name, open_checkpoint
+from spectralbasis.checkpoints.adapter import AdapterCheckpoint, adapted_name
 from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG
 from spectralbasis.checkpoints.folder_files import inside, read_json
+from spectralbasis.checkpoints.installed import installed_folder
+from spectralbasis.checkpoints.opening import Source
 from spectralbasis.errors import InputError
 from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.forms import FORMS
 from spectralbasis.tuner.preparation import PROBE_TOLERANCE
 from spectralbasis.tuner.registration import METHOD
 
-_COEFFICIENTS = ".spectral_coefficients"
+COEFFICIENTS = ".spectral_coefficients"
+"""Stands, in the name of a stored tensor, between the module and what PEFT appends."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,47 @@ def read_spectral_adapter(folder: Path) -> SpectralAdapter:
     ranks = config.ranks or {}
     found = {}
     for stored in tensors.names():
-        module, is_coefficients, _ = adapted_name(stored).partition(_COEFFICIENTS)
+        module, is_coefficients, _ = adapted_name(stored).partition(COEFFICIENTS)
         if is_coefficients:
             name = module if module in ranks else matrix_name(module)
             if name not in ranks or tensors.shape(stored) != FORMS[config.coefficients].shape(ranks[name]):
                 raise InputError(f"{folder}: {ADAPTER_CONFIG} does not describe the coefficients of {name}; restore it")
             found[name] = tensors.read(stored)
     return SpectralAdapter(folder, config, found)
+
+
+def open_spectral_adapter(folder: str | Path, base: Source | None = None) -> AdapterCheckpoint:
+    """Open an adapter of the method SPECTRAL over its base.
+
+    Args:
+        folder: holds `adapter_config.json`.
+        base: the model that it was trained on; None opens the one that the adapter names.
+
+    Raises:
+        InputError: this is no such folder, or the adapter does not fit the base.
+        BaseMismatchError: the base is not the one that the adapter was trained on.
+    """
+    if not is_spectral_adapter(folder):
+        raise InputError(
+            f"{folder} is no folder of a spectral adapter: it has no {ADAPTER_CONFIG} of peft_type {METHOD}"
+        )
+    opened = open_checkpoint(folder, base=base)
+    if not isinstance(opened, AdapterCheckpoint) or not opened.edits:
+        raise InputError(f"the adapter {folder} holds no coefficients; save it again")
+    return opened
+
+
+def named_base(opened: AdapterCheckpoint, given: Source | None) -> str | None:
+    """How a config should name the base of an adapter that was opened with the base `given`."""
+    if given is None or isinstance(given, str | Path):
+        return str(installed_folder(opened.base.source) or opened.base.source)
+    named = opened.adapter.config.get("base_model_name_or_path")
+    return named if isinstance(named, str) else None
+
+
+def other_tensors(tensors: Checkpoint) -> dict[str, Tensor]:
+    """What an adapter's file holds besides coefficients: heads and other retrained modules, biases."""
+    return {name: tensors.read(name) for name in tensors.names() if COEFFICIENTS not in name}
 
 
 def check_one_basis(adapters: Sequence[SpectralAdapter]) -> None:

@@ -1,0 +1,158 @@
+"""An adapter that was exported to LoRA gives the same logits in plain PEFT, which never hears of this package."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+import spectralbasis as sb
+from tests.coefficients.folders import AUTO_MODELS, load_base, save_adapter, save_base, tokens
+
+PLAIN = """
+import json, sys
+import torch, transformers
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+for folder, base, auto_model in json.loads(sys.argv[1]):
+    model = getattr(transformers, auto_model).from_pretrained(base)
+    model = PeftModel.from_pretrained(model, f"{folder}/lora").eval()
+    with torch.no_grad():
+        logits = model(**load_file(f"{folder}/batch.safetensors")).logits
+    save_file({"logits": logits}, f"{folder}/logits.safetensors")
+assert "spectralbasis" not in sys.modules
+"""
+PATTERN = {"layer.0.attention.self.query": 3, "layer.1.output.dense": 9}
+CASES = {
+    "diagonal": ("bert", "classifier", {}),
+    "core": ("bert", "classifier", {"coefficients": "core"}),
+    "several ranks": ("bert", "classifier", {"rank_pattern": PATTERN}),
+    "biases": ("bert", "classifier", {"bias": "all"}),
+    "biases of adapted layers": ("bert", "classifier", {"bias": "spectral_only", "target_modules": ["query"]}),
+    "Conv1D": ("gpt2", "causal", {"target_modules": ["c_attn", "c_proj"], "coefficients": "core"}),
+    "Linear, causal": ("llama", "causal", {}),
+    "minor": ("bert", "classifier", {"basis": "minor"}),
+}
+
+
+@torch.no_grad()
+def exported_logits(folder, base, head="classifier"):
+    return PeftModel.from_pretrained(load_base(base, head), folder).eval()(**tokens()).logits
+
+
+@torch.no_grad()
+def test_a_process_without_this_package_gives_the_same_logits(tmp_path):
+    expected, jobs = {}, []
+    for name in ("several ranks", "Conv1D"):
+        model_type, head, config = CASES[name]
+        folder, base = tmp_path / name, save_base(tmp_path / name / "base", model_type, head)
+        expected[name] = save_adapter(folder / "spectral", base, head, **config)(**tokens()).logits
+        assert (expected[name] - load_base(base, head)(**tokens()).logits).abs().max() > 0.1
+        sb.export_lora(folder / "spectral", folder / "lora")
+        save_file(tokens(), folder / "batch.safetensors")
+        jobs.append((str(folder), str(base), AUTO_MODELS[head].__name__))
+    command = [sys.executable, "-W", "error::UserWarning:peft", "-c", PLAIN, json.dumps(jobs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name, logits in expected.items():
+        found = load_file(tmp_path / name / "logits.safetensors")["logits"]
+        torch.testing.assert_close(found, logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CASES)
+def test_the_update_is_the_same(tmp_path, name):
+    model_type, head, config = CASES[name]
+    base = save_base(tmp_path / "base", model_type, head)
+    spectral = save_adapter(tmp_path / "spectral", base, head, **config)
+    written = sb.export_lora(tmp_path / "spectral", tmp_path / "lora")
+    torch.testing.assert_close(
+        exported_logits(tmp_path / "lora", base, head), spectral(**tokens()).logits, rtol=0, atol=1e-5
+    )
+    assert written.error == 0
+    assert set(written.errors.values()) == {0}
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert written.parameters == sum(T.numel() for n, T in tensors.items() if ".lora_" in n)
+    assert {module: T.shape[0] for module, T in _by_module(tensors, "lora_A").items()} == written.ranks
+
+
+def _by_module(tensors, factor):
+    ending = f".{factor}.weight"
+    return {n.removeprefix("base_model.model.").removesuffix(ending): T for n, T in tensors.items() if ending in n}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("coefficients", ["diagonal", "core"])
+def test_truncation_says_how_much_is_lost(tmp_path, coefficients):
+    base = save_base(tmp_path / "base")
+    spectral = save_adapter(tmp_path / "spectral", base, coefficients=coefficients, rank_pattern=PATTERN)
+    written = sb.export_lora(tmp_path / "spectral", tmp_path / "lora", rank=4)
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    A, B = _by_module(tensors, "lora_A"), _by_module(tensors, "lora_B")
+    lost, whole = 0.0, 0.0
+    for module, k in written.ranks.items():
+        update = spectral.get_submodule(f"base_model.model.{module}").get_delta_weight("default")
+        singular_values = torch.linalg.svdvals(update.double())
+        error = torch.linalg.norm(update.double() - B[module].double() @ A[module].double())
+        torch.testing.assert_close(
+            error, singular_values[4:].norm() if k == 4 else error.new_zeros(()), atol=1e-5, rtol=0
+        )
+        assert written.errors[module] == pytest.approx(float(error / update.norm()), abs=1e-5)
+        lost, whole = lost + float(error) ** 2, whole + float(update.norm()) ** 2
+    assert written.error == pytest.approx((lost / whole) ** 0.5, abs=1e-5)
+    assert max(written.ranks.values()) == 4
+    assert written.ranks["bert.encoder.layer.0.attention.self.query"] == 3
+
+
+def test_a_rank_that_suffices_loses_nothing(tmp_path):
+    base = save_base(tmp_path / "base")
+    save_adapter(tmp_path / "spectral", base)
+    for rank in (6, 100):
+        assert sb.export_lora(tmp_path / "spectral", tmp_path / f"lora{rank}", rank=rank).error == 0
+
+
+def test_untrained_coefficients_are_an_update_of_nothing(tmp_path):
+    base = save_base(tmp_path / "base")
+    save_adapter(tmp_path / "spectral", base, init_weights=True)
+    assert sb.export_lora(tmp_path / "spectral", tmp_path / "lora", rank=2).error == 0
+    update = sb.open_checkpoint(tmp_path / "lora", base=base)
+    start = sb.open_checkpoint(base)
+    name = "encoder.layer.0.output.dense.weight"
+    assert torch.equal(update.read(name), start.read(name))
+
+
+def test_the_base_may_be_given_and_must_be_the_right_one(tmp_path):
+    base = save_base(tmp_path / "base")
+    save_adapter(tmp_path / "spectral", base)
+    other = tmp_path / "other"
+    load_base(base).base_model.save_pretrained(other)
+    weights = load_file(other / "model.safetensors")
+    weights["encoder.layer.1.output.dense.weight"] += 1e-3
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(sb.BaseMismatchError, match=r"encoder\.layer\.1\.output\.dense"):
+        sb.export_lora(tmp_path / "spectral", tmp_path / "lora", base=other)
+    assert not (tmp_path / "lora").exists()
+    moved = base.rename(tmp_path / "moved")
+    with pytest.raises(sb.InputError, match="base_model_name_or_path"):
+        sb.export_lora(tmp_path / "spectral", tmp_path / "lora")
+    sb.export_lora(tmp_path / "spectral", tmp_path / "lora", base=moved)
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(moved)
+
+
+def test_what_cannot_be_exported_is_a_sentence(tmp_path):
+    base = save_base(tmp_path / "base")
+    save_adapter(tmp_path / "spectral", base)
+    sb.export_lora(tmp_path / "spectral", tmp_path / "lora")
+    with pytest.raises(sb.InputError, match="no folder of a spectral adapter"):
+        sb.export_lora(tmp_path / "lora", tmp_path / "again")
+    with pytest.raises(sb.InputError, match="rank=0"):
+        sb.export_lora(tmp_path / "spectral", tmp_path / "again", rank=0)
+    with pytest.raises(sb.InputError, match="not empty"):
+        sb.export_lora(tmp_path / "spectral", tmp_path / "lora")
+    assert sb.export_lora(tmp_path / "spectral", tmp_path / "lora", rank=2, overwrite=True).error > 0
+    with pytest.raises(sb.InputError, match=r"config\.json"):
+        sb.export_lora(tmp_path / "spectral", base / "..", overwrite=True)
