@@ -5,7 +5,7 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectralbasis.errors import InputError
 from spectralbasis.linalg import Leading, resolve_leading
@@ -33,6 +33,12 @@ class Allocation:
     def share(self) -> float:
         """`trained / total`."""
         return self.trained / self.total
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of the model itself: no coefficients, and of retrained modules the original only."""
+    added = (".spectral_coefficients.", ".modules_to_save.")
+    return sum(p.numel() for name, p in model.named_parameters() if not any(part in f".{name}" for part in added))
 
 
 def allocate_leading(

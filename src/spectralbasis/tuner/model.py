@@ -6,17 +6,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from spectralbasis.checkpoints import matrix_name
 from spectralbasis.errors import InputError
-from spectralbasis.tuner.allocation import Allocation
+from spectralbasis.tuner.allocation import Allocation, count_parameters
 from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.layer import Linear, SpectralLayer
 from spectralbasis.tuner.preparation import Preparation, find_targets, prepare
+from spectralbasis.tuner.targets import DEFAULT_TARGETS, is_targeted, set_default_targets, targeted_modules
 
 
 class SpectralModel(BaseTuner):
@@ -27,7 +27,7 @@ class SpectralModel(BaseTuner):
 
     prefix: str = "spectral_"
     tuner_layer_cls = SpectralLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = DEFAULT_TARGETS
 
     def allocation(self, adapter_name: str = "default") -> Allocation:
         """How many coefficients an adapter trains, and on how many parameters."""
@@ -36,7 +36,7 @@ class SpectralModel(BaseTuner):
         return Allocation(
             ranks={matrix_name(key): layer.parametrisation(adapter_name).k for key, layer in trained.items()},
             trained=sum(layer.spectral_coefficients[adapter_name].numel() for layer in trained.values()),
-            total=_count_parameters(self.model),
+            total=count_parameters(self.model),
         )
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
@@ -61,9 +61,7 @@ class SpectralModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(config: SpectralConfig, key: str) -> Any:
-        if config.bound and matrix_name(key) in (config.ranks or {}):
-            return True
-        return check_target_module_exists(config, key)
+        return is_targeted(config, key)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -76,23 +74,12 @@ class SpectralModel(BaseTuner):
         return {key if key in known else _by_matrix_name(key, layers): value for key, value in remapped.items()}
 
     def _prepare_adapter_config(self, config: SpectralConfig, model_config: dict[str, Any]) -> SpectralConfig:
-        if config.target_modules is None:
-            known = self.target_module_mapping.get(model_config.get("model_type"), "all-linear")
-            config.target_modules = known if isinstance(known, str) else set(known)
+        set_default_targets(config, model_config)
         return config
 
     def _prepare_model(self, config: SpectralConfig, model: nn.Module) -> None:
-        _maybe_include_all_linear_layers(config, model)
-        targets = find_targets(self._targeted(config, model))
-        self._prepared = prepare(config, targets, _count_parameters(model))
-
-    def _targeted(self, config: SpectralConfig, model: nn.Module) -> dict[str, nn.Module]:
-        inside = tuple(f"{key}." for key in _spectral_layers(model))
-        return {
-            key: module
-            for key, module in model.named_modules()
-            if key and not key.startswith(inside) and self._check_target_module_exists(config, key)
-        }
+        targets = find_targets(targeted_modules(config, model))
+        self._prepared = prepare(config, targets, count_parameters(model))
 
     def _create_and_replace(
         self,
@@ -166,12 +153,6 @@ class SpectralModel(BaseTuner):
 
 def _spectral_layers(model: nn.Module) -> dict[str, SpectralLayer]:
     return {key: module for key, module in model.named_modules() if isinstance(module, SpectralLayer)}
-
-
-def _count_parameters(model: nn.Module) -> int:
-    """Parameters of the model itself: no coefficients, and of retrained modules the original only."""
-    added = (".spectral_coefficients.", ".modules_to_save.")
-    return sum(p.numel() for name, p in model.named_parameters() if not any(part in f".{name}" for part in added))
 
 
 def _by_matrix_name(key: str, layers: dict[str, str]) -> str:
