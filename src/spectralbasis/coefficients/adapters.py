@@ -1,10 +1,11 @@
 """Trained coefficients as an adapter folder holds them, without the base."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spectralbasis.checkpoints import Checkpoint, matrix_name, open_checkpoint
@@ -25,16 +26,26 @@ COEFFICIENTS = ".spectral_coefficients"
 
 @dataclass(frozen=True)
 class SpectralAdapter:
-    """The coefficients of one adapter by matrix name, and the record of what they are coefficients of."""
+    """What one adapter trained, and the record of what it is trained on.
+
+    Attributes:
+        folder: where it was read.
+        config: its record.
+        stored: matrix name → the numbers that C is made of.
+        others: name of a parameter in the model → heads and other retrained modules, trained biases.
+    """
 
     folder: Path
     config: SpectralConfig
-    coefficients: dict[str, Tensor]
+    stored: dict[str, Tensor]
+    others: dict[str, Tensor]
 
-    @property
-    def hashes(self) -> dict[str, str]:
-        """Matrix name → hash of the base weight."""
-        return self.config.base_hashes or {}
+    def coefficients(self) -> dict[str, Tensor]:
+        """Matrix name → C of `ΔW = U C Vᵀ`, (k,) where it is diagonal, else (k, k), in float32 or wider."""
+        wide = {
+            name: numbers.to(torch.promote_types(numbers.dtype, torch.float32)) for name, numbers in self.stored.items()
+        }
+        return {name: self.config.parametrisation(name)(numbers) for name, numbers in wide.items()}
 
 
 def is_spectral_adapter(source: Any) -> bool:
@@ -57,17 +68,35 @@ def read_spectral_adapter(folder: Path) -> SpectralAdapter:
         raise
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise InputError(f"{folder}: {ADAPTER_CONFIG} cannot be used ({error}); restore it") from error
-    tensors = open_checkpoint(inside(folder, "adapter_model.safetensors"))
-    ranks = config.ranks or {}
-    found = {}
-    for stored in tensors.names():
-        module, is_coefficients, _ = adapted_name(stored).partition(COEFFICIENTS)
-        if is_coefficients:
-            name = module if module in ranks else matrix_name(module)
-            if name not in ranks or tensors.shape(stored) != FORMS[config.coefficients].shape(ranks[name]):
-                raise InputError(f"{folder}: {ADAPTER_CONFIG} does not describe the coefficients of {name}; restore it")
-            found[name] = tensors.read(stored)
-    return SpectralAdapter(folder, config, found)
+    stored = open_checkpoint(inside(folder, "adapter_model.safetensors"))
+    tensors = {name: stored.read(name) for name in stored.names()}
+    return SpectralAdapter(folder, config, *split_tensors(tensors, config, str(folder)))
+
+
+def split_tensors(
+    tensors: Mapping[str, Tensor], config: SpectralConfig, source: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Coefficients by matrix name, and all other tensors by the name of their parameter in the model.
+
+    Args:
+        tensors: an adapter's, as PEFT names them.
+        config: the record that they must fit.
+        source: how a person names the adapter.
+
+    Raises:
+        InputError: the record knows a matrix not, or in another shape.
+    """
+    stored, others = {}, {}
+    for tensor_name, tensor in tensors.items():
+        module, is_coefficients, _ = adapted_name(tensor_name).partition(COEFFICIENTS)
+        if not is_coefficients:
+            others[module] = tensor
+            continue
+        name = module if module in (config.ranks or {}) else matrix_name(module)
+        if name not in (config.ranks or {}) or tuple(tensor.shape) != config.parametrisation(name).shape:
+            raise InputError(f"{source}: {ADAPTER_CONFIG} does not describe the coefficients of {name}; restore it")
+        stored[name] = tensor
+    return stored, others
 
 
 def open_spectral_adapter(folder: str | Path, base: Source | None = None) -> AdapterCheckpoint:
@@ -108,28 +137,49 @@ def check_one_basis(adapters: Sequence[SpectralAdapter]) -> None:
     """Raise InputError unless equal coefficients mean equal updates in all of these adapters."""
     first, *others = adapters
     for other in others:
-        difference = _difference(first, other)
-        if difference:
+        found = difference(first.config, other.config)
+        if found:
             raise InputError(
-                f"the coefficients of {first.folder} and {other.folder} are not of one kind: {difference}; "
+                f"the coefficients of {first.folder} and {other.folder} are not of one kind: {found}; "
                 "compare adapters of one base and basis, or their updates alone (of='updates', --of updates)"
             )
 
 
-def _difference(a: SpectralAdapter, b: SpectralAdapter) -> str:
-    if a.config.coefficients != b.config.coefficients:
-        return f"one trains {a.config.coefficients} coefficients, the other {b.config.coefficients}"
-    if _basis(a.config) != _basis(b.config):
-        return f"one has the basis {_basis(a.config)}, the other {_basis(b.config)}"
-    both = [name for name in a.coefficients if name in b.coefficients]
+def difference(a: SpectralConfig, b: SpectralConfig) -> str:
+    """Why equal C do not mean equal updates in two adapters; empty where they do."""
+    if _form(a) != _form(b):
+        return f"one trains {a.coefficients} coefficients, the other {b.coefficients}"
+    if _basis(a) != _basis(b):
+        return f"one has the basis {_basis(a)}, the other {_basis(b)}"
+    ours, theirs = a.base_hashes or {}, b.base_hashes or {}
+    both = [name for name in ours if name in theirs]
     if not both:
         return "they adapt no matrix in common"
     for name in both:
-        if a.hashes[name] != b.hashes[name]:
-            return f"{name} of their bases differs (hashes {a.hashes[name]} and {b.hashes[name]})"
-        if _turned(a.config, b.config, name):
+        if ours[name] != theirs[name]:
+            return f"{name} of their bases differs (hashes {ours[name]} and {theirs[name]})"
+        if _turned(a, b, name):
             return f"they were trained on different directions of {name} (their probes differ)"
     return ""
+
+
+def difference_of_numbers(a: SpectralConfig, b: SpectralConfig) -> str:
+    """Why equal stored numbers do not mean equal C where both adapt a matrix; empty where they do."""
+    for field in ("coefficients", "scaling", "bandwidth"):
+        ours, theirs = getattr(a, field), getattr(b, field)
+        if ours != theirs and (field != "bandwidth" or a.coefficients == "band"):
+            return f"one has {field}={ours!r}, the other {theirs!r}"
+    for field in ("ranks", "entries"):
+        ours, theirs = getattr(a, field) or {}, getattr(b, field) or {}
+        for name in ours.keys() & theirs.keys():
+            if ours[name] != theirs[name]:
+                return f"they train other {field} in {name}"
+    return ""
+
+
+def _form(config: SpectralConfig) -> str:
+    """The form of C, which is that of a core where C is not diagonal."""
+    return config.coefficients if config.coefficients in FORMS else "core"
 
 
 def _basis(config: SpectralConfig) -> str:

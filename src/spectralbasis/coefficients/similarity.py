@@ -16,12 +16,7 @@ from torch import Tensor
 from spectralbasis.checkpoints import Checkpoint, Matrix, match_matrices, open_checkpoint
 from spectralbasis.checkpoints.adapter import AdapterCheckpoint
 from spectralbasis.checkpoints.labels import short_labels
-from spectralbasis.coefficients.adapters import (
-    SpectralAdapter,
-    check_one_basis,
-    is_spectral_adapter,
-    read_spectral_adapter,
-)
+from spectralbasis.coefficients.adapters import check_one_basis, is_spectral_adapter, read_spectral_adapter
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path
 from spectralbasis.linalg import gram_cosines, inner_products
@@ -124,12 +119,12 @@ def _coefficients(checkpoints: Sequence[Any], of: str) -> Grams:
         raise InputError(f"{foreign[0]} is no folder of a spectral adapter, so it has no coefficients; leave out `of`")
     adapters = [read_spectral_adapter(Path(one)) for one in checkpoints]
     check_one_basis(adapters)
-    names = dict.fromkeys(name for adapter in adapters for name in adapter.coefficients)
-    return {name: _coefficient_gram(adapters, name) for name in names}
+    trained = [adapter.coefficients() for adapter in adapters]
+    names = dict.fromkeys(name for one in trained for name in one)
+    return {name: _gram([one.get(name) for one in trained]) for name in names}
 
 
-def _coefficient_gram(adapters: Sequence[SpectralAdapter], name: str) -> Tensor:
-    found = [adapter.coefficients.get(name) for adapter in adapters]
+def _gram(found: Sequence[Tensor | None]) -> Tensor:
     largest = max((C for C in found if C is not None), key=torch.numel)
     padded = torch.zeros(len(found), *largest.shape, dtype=torch.float64)
     for row, C in zip(padded, found, strict=True):
