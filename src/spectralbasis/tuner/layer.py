@@ -1,7 +1,7 @@
 """The linear layer with spectral coefficients beside its frozen weight."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -90,6 +90,13 @@ class SpectralLayer(BaseTunerLayer):
         parametrisation = self.parametrisation(adapter_name)
         C = parametrisation(self.spectral_coefficients[adapter_name])
         return C, *self.factors(adapter_name).first(parametrisation.k), parametrisation.form
+
+    def set_weighted(self, adapter_name: str, adapters: Sequence[str], weights: Sequence[float]) -> None:
+        """Set the numbers of an adapter so that its C is the weighted sum of those that this layer has of others."""
+        pairs = [pair for pair in zip(adapters, weights, strict=True) if pair[0] in self.spectral_coefficients]
+        terms = [weight * self.terms(name)[0].detach() for name, weight in pairs]
+        stored = self.spectral_coefficients[adapter_name]
+        stored.data = self.parametrisation(adapter_name).inverse(sum(terms[1:], terms[0])).to(stored.dtype)
 
 
 class Linear(nn.Module, SpectralLayer):

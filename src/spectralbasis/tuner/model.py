@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from spectralbasis.checkpoints import matrix_name
 from spectralbasis.errors import InputError
 from spectralbasis.tuner.allocation import Allocation, count_parameters
+from spectralbasis.tuner.combining import combined_config
 from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.layer import Linear, SpectralLayer
 from spectralbasis.tuner.preparation import Preparation, find_targets, prepare
@@ -43,7 +43,8 @@ class SpectralModel(BaseTuner):
         """Add an adapter whose ΔW is exactly `Σ wᵢ ΔWᵢ`.
 
         Args:
-            adapters: names of adapters with the same modules, basis, ranks and form of coefficients.
+            adapters: names of adapters with the same modules, basis, ranks and kind of coefficients; sparse ones may
+                have other entries and modules each.
             weights: one number each; any sign.
             adapter_name: name of the new adapter, which is not made active.
 
@@ -51,13 +52,11 @@ class SpectralModel(BaseTuner):
             InputError: an adapter is unknown, the numbers differ in length, or the adapters are not of one kind.
         """
         self._check_weighted(adapters, weights, adapter_name)
-        self.peft_config[adapter_name] = replace(self.peft_config[adapters[0]], inference_mode=True)
+        self.peft_config[adapter_name] = combined_config([self.peft_config[name] for name in adapters], adapters)
         self.inject_adapter(self.model, adapter_name)
         for layer in _spectral_layers(self.model).values():
-            C = layer.spectral_coefficients
-            if adapter_name in C:
-                terms = [weight * C[name].detach() for name, weight in zip(adapters, weights, strict=True)]
-                C[adapter_name].data = sum(terms[1:], terms[0])
+            if adapter_name in layer.spectral_coefficients:
+                layer.set_weighted(adapter_name, adapters, weights)
 
     @staticmethod
     def _check_target_module_exists(config: SpectralConfig, key: str) -> Any:
@@ -142,13 +141,6 @@ class SpectralModel(BaseTuner):
             raise InputError(f"{problem}; the model has {', '.join(self.peft_config)}")
         if any(self.peft_config[name].modules_to_save for name in adapters):
             raise InputError(f"adapters {', '.join(adapters)} have modules_to_save, which cannot be added")
-        first = self.peft_config[adapters[0]]
-        for other in (self.peft_config[name] for name in adapters[1:]):
-            for field in ("coefficients", "bandwidth", "scaling", "basis", "basis_seed", "ranks", "entries"):
-                if getattr(other, field) != getattr(first, field):
-                    raise InputError(
-                        f"adapters {', '.join(adapters)} differ in {field}, so their coefficients cannot be added"
-                    )
 
 
 def _spectral_layers(model: nn.Module) -> dict[str, SpectralLayer]:

@@ -43,6 +43,11 @@ class Preparation:
     parametrisation: Parametrisation
     factors: Factors
 
+    @property
+    def directions(self) -> tuple[Tensor, Tensor]:
+        """U (m, k) and V (n, k)."""
+        return self.factors.first(self.parametrisation.k)
+
 
 def find_targets(modules: Mapping[str, nn.Module]) -> list[Target]:
     """Name the modules and read their weights, as they were before any merge.

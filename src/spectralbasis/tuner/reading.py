@@ -74,7 +74,7 @@ class SpectralEdit:
         prepared = self._prepare(W)
         parametrisation, dtype = prepared.parametrisation, torch.promote_types(W.dtype, torch.float32)
         C = parametrisation(self.tensors.read(self.coefficients).to(dtype))
-        U, V = prepared.factors.first(parametrisation.k)
+        U, V = prepared.directions
         return C, U.to(dtype), V.to(dtype), parametrisation.form
 
     def _prepare(self, W: Tensor) -> Preparation:
