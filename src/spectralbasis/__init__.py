@@ -6,7 +6,7 @@ Importing the package registers the method `SPECTRAL` with PEFT.
 from spectralbasis import linalg
 from spectralbasis.basis import SpectralBasis
 from spectralbasis.checkpoints import open_checkpoint
-from spectralbasis.coefficients import LoraExport, Similarity, export_lora, similarity
+from spectralbasis.coefficients import CoefficientBank, LoraExport, Similarity, export_lora, similarity
 from spectralbasis.comparison import Comparison, compare
 from spectralbasis.errors import BaseMismatchError, InputError, SpectralBasisError
 from spectralbasis.tuner import SpectralConfig, SpectralModel
@@ -14,6 +14,7 @@ from spectralbasis.version import __version__
 
 __all__ = [
     "BaseMismatchError",
+    "CoefficientBank",
     "Comparison",
     "InputError",
     "LoraExport",

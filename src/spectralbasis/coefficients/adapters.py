@@ -70,21 +70,22 @@ def read_spectral_adapter(folder: Path) -> SpectralAdapter:
         raise InputError(f"{folder}: {ADAPTER_CONFIG} cannot be used ({error}); restore it") from error
     stored = open_checkpoint(inside(folder, "adapter_model.safetensors"))
     tensors = {name: stored.read(name) for name in stored.names()}
-    return SpectralAdapter(folder, config, *split_tensors(tensors, config, str(folder)))
+    shapes = {name: config.parametrisation(name).shape for name in config.ranks or {}}
+    return SpectralAdapter(folder, config, *split_tensors(tensors, shapes, str(folder)))
 
 
 def split_tensors(
-    tensors: Mapping[str, Tensor], config: SpectralConfig, source: str
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], source: str
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Coefficients by matrix name, and all other tensors by the name of their parameter in the model.
 
     Args:
         tensors: an adapter's, as PEFT names them.
-        config: the record that they must fit.
+        shapes: matrix name → shape of its stored coefficients.
         source: how a person names the adapter.
 
     Raises:
-        InputError: the record knows a matrix not, or in another shape.
+        InputError: there are coefficients of an unknown matrix, or of another shape.
     """
     stored, others = {}, {}
     for tensor_name, tensor in tensors.items():
@@ -92,8 +93,8 @@ def split_tensors(
         if not is_coefficients:
             others[module] = tensor
             continue
-        name = module if module in (config.ranks or {}) else matrix_name(module)
-        if name not in (config.ranks or {}) or tuple(tensor.shape) != config.parametrisation(name).shape:
+        name = module if module in shapes else matrix_name(module)
+        if shapes.get(name) != tuple(tensor.shape):
             raise InputError(f"{source}: {ADAPTER_CONFIG} does not describe the coefficients of {name}; restore it")
         stored[name] = tensor
     return stored, others
@@ -126,6 +127,12 @@ def named_base(opened: AdapterCheckpoint, given: Source | None) -> str | None:
         return str(installed_folder(opened.base.source) or opened.base.source)
     named = opened.adapter.config.get("base_model_name_or_path")
     return named if isinstance(named, str) else None
+
+
+def other_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Parameter name → shape of what an adapter's file holds besides coefficients; no data is read."""
+    stored = open_checkpoint(inside(folder, "adapter_model.safetensors"))
+    return {adapted_name(name): stored.shape(name) for name in stored.names() if COEFFICIENTS not in name}
 
 
 def other_tensors(tensors: Checkpoint) -> dict[str, Tensor]:

@@ -1,0 +1,213 @@
+"""Thousands of tasks on one base model, any of them in one batch."""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectralbasis.coefficients.adapters import (
+    difference,
+    difference_of_numbers,
+    other_shapes,
+    read_spectral_adapter,
+    split_tensors,
+)
+from spectralbasis.coefficients.bank_file import DTYPES, read_bank, write_bank
+from spectralbasis.coefficients.bank_layout import BankLayout, head_shapes
+from spectralbasis.coefficients.bank_rows import BankRows, map_rows
+from spectralbasis.coefficients.bank_updates import RowUpdates
+from spectralbasis.errors import InputError
+
+
+class CoefficientBank:
+    """Coefficients and heads of many tasks, stacked, over one frozen base: one pass, a task for each row of the batch.
+
+    A task takes a row of numbers, its coefficients and its heads, and nothing else. A batch gathers the rows of its
+    tasks once; each layer then multiplies by the C of each row, all rows at once. Made by `from_adapters` or `open`.
+
+    Tasks are added and removed while other threads run batches: a batch has the numbers that were there when it began.
+
+    The model must be in evaluation mode; it is left as it is, but for hooks that do nothing outside of the bank's
+    passes, until `close`. Heads are linear layers; tasks of different label counts share a batch, in which the logits
+    of labels that a row's task does not have are -inf.
+    """
+
+    def __init__(self, model: nn.Module, layout: BankLayout, rows: BankRows, tasks: Sequence[str]) -> None:
+        self.model = model
+        self.layout = layout
+        self._rows = rows
+        self._slots = {task: slot for slot, task in enumerate(tasks)}
+        self._free = list(range(len(rows) - 1, len(tasks) - 1, -1))
+        self._lock = threading.Lock()
+        self._updates = RowUpdates(model, layout)
+
+    @classmethod
+    def from_adapters(
+        cls,
+        model: nn.Module,
+        adapters: Mapping[str, str | Path],
+        *,
+        labels: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "CoefficientBank":
+        """A bank of the adapters in folders.
+
+        Args:
+            model: the base that they were trained on, of the class that they were trained in, without adapters.
+            adapters: task → folder of a spectral adapter; the first says which matrices the tasks of the bank train.
+            labels: outputs to leave room for in every head; None takes the largest head of these adapters.
+            dtype: of the numbers: torch.float32, float16 or bfloat16.
+
+        Raises:
+            InputError: the adapters are not of one base, basis and form, or have something else than linear heads.
+            BaseMismatchError: the model is not the base that they were trained on.
+        """
+        if dtype not in DTYPES.values():
+            raise InputError(f"dtype={dtype} holds no numbers of a bank; pass torch.float32, float16 or bfloat16")
+        if not adapters:
+            raise InputError("a bank needs an adapter to know what its tasks train; pass one or more")
+        heads = head_shapes([other_shapes(Path(folder)) for folder in adapters.values()], labels)
+        layout = BankLayout(read_spectral_adapter(Path(next(iter(adapters.values())))).config, heads)
+        bank = cls(model, layout, BankRows(torch.empty(len(adapters), layout.width, dtype=dtype)), ())
+        for task, folder in adapters.items():
+            bank.add(task, folder)
+        return bank
+
+    @classmethod
+    def open(cls, path: str | Path, model: nn.Module) -> "CoefficientBank":
+        """A bank that `save` wrote: its file is mapped, so that numbers are read when they are used.
+
+        Processes that open one file share its memory. Changes stay in this process until they are saved.
+
+        Raises:
+            InputError: the file is damaged, or the model lacks what its tasks change.
+            BaseMismatchError: the model is not the base that the tasks were trained on.
+        """
+        file = read_bank(Path(path))
+        if not file.tasks:
+            return cls(model, file.layout, BankRows(torch.empty(0, file.layout.width, dtype=file.dtype)), ())
+        rows = map_rows(Path(path), file.offset, (len(file.tasks), file.layout.width), file.dtype)
+        return cls(model, file.layout, BankRows(rows), file.tasks)
+
+    def save(self, path: str | Path) -> None:
+        """Write all tasks into one file, which appears when it is complete: also over the one that the bank maps."""
+        with self._lock:
+            slots = list(self._slots.values())
+            write_bank(
+                Path(path), self.layout, list(self._slots), self._rows.dtype, lambda file: self._rows.save(slots, file)
+            )
+
+    def add(self, task: str, adapter: str | Path | Mapping[str, Tensor]) -> None:
+        """Add a task, or put another in its place.
+
+        Args:
+            task: its name.
+            adapter: folder of a spectral adapter; or tensors as `peft.get_peft_model_state_dict` gives them, which
+                are taken to be trained on this base and basis.
+
+        Raises:
+            InputError: the adapter is not of the base, basis, form and heads of this bank.
+        """
+        if isinstance(adapter, Mapping):
+            stored, others = split_tensors(adapter, self.layout.shapes, task)
+        else:
+            stored, others = self._read(Path(adapter), task)
+        self._put(task, self.layout.pack(stored, others, task, self._rows.dtype))
+
+    def remove(self, task: str) -> None:
+        """Forget a task; the next that is added takes its room.
+
+        Raises:
+            InputError: the bank has no such task.
+        """
+        with self._lock:
+            self._free.append(self._slot(task))
+            del self._slots[task]
+
+    def __call__(self, *args: Any, tasks: Sequence[str], **batch: Any) -> Any:
+        """The model's output, where row i of the batch is computed with the coefficients and heads of `tasks[i]`.
+
+        Raises:
+            InputError: a task is unknown, their number is not that of the rows, the model is in training mode, or the
+                batch has labels: a bank computes no loss.
+        """
+        if "labels" in batch:
+            raise InputError("a bank computes no loss; leave labels out and compare them with the logits")
+        with self.serving(tasks):
+            return self.model(*args, **batch)
+
+    @contextmanager
+    def serving(self, tasks: Sequence[str]) -> Iterator[None]:
+        """Within this context, calls of the model in this thread belong to one task for each row: see `__call__`."""
+        if self.model.training:
+            raise InputError("the model is in training mode, and a bank only serves; call model.eval() first")
+        with self._lock:
+            rows = self._rows.read([self._slot(task) for task in tasks])
+        with torch.inference_mode(), self._updates.serving(rows):
+            yield
+
+    def labels(self, task: str) -> dict[str, int]:
+        """How many labels a task has in each head."""
+        with self._lock:
+            return self.layout.labels(self._rows.read([self._slot(task)])[0])
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of all tasks."""
+        with self._lock:
+            return tuple(self._slots)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the numbers of all tasks."""
+        return len(self._slots) * self.layout.width * self._rows.dtype.itemsize
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __contains__(self, task: object) -> bool:
+        return task in self._slots
+
+    def close(self) -> None:
+        """Leave the model as it was; the bank serves no longer."""
+        self._updates.remove()
+
+    def __repr__(self) -> str:
+        return f"CoefficientBank({len(self)} tasks of {self.layout.width} numbers on {type(self.model).__name__})"
+
+    def _read(self, folder: Path, task: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What an adapter of this bank's kind stores, and its other tensors."""
+        adapter = read_spectral_adapter(folder)
+        ours, theirs = self.layout.config, adapter.config
+        found = difference(ours, theirs) or difference_of_numbers(ours, theirs)
+        strangers = sorted(adapter.stored.keys() - self.layout.shapes.keys())
+        if strangers and not found:
+            found = f"it trains {strangers[0]}, which the first task of the bank does not"
+        if found:
+            raise InputError(f"{task} ({folder}) is of another kind than the tasks of this bank: {found}")
+        return adapter.stored, adapter.others
+
+    def _put(self, task: str, row: Tensor) -> None:
+        with self._lock:
+            slot = self._slots.get(task)
+            if slot is None:
+                slot = self._free_slot()
+            self._rows.write(slot, row)
+            self._slots[task] = slot
+
+    def _free_slot(self) -> int:
+        if not self._free:
+            start = len(self._rows)
+            self._rows.grow()
+            self._free.extend(range(len(self._rows) - 1, start - 1, -1))
+        return self._free.pop()
+
+    def _slot(self, task: str) -> int:
+        try:
+            return self._slots[task]
+        except KeyError:
+            raise InputError(f"the bank has no task {task!r} among its {len(self._slots)}; add it first") from None

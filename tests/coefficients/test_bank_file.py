@@ -1,0 +1,155 @@
+"""A bank is one file, mapped when it is opened, whole or absent when it is written, and never trusted."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import spectralbasis as sb
+from tests.coefficients.folders import load_base, save_adapter, save_base, tokens
+
+
+@pytest.fixture
+def base(tmp_path):
+    return save_base(tmp_path / "base")
+
+
+@pytest.fixture
+def bank(base, tmp_path):
+    folders = {name: tmp_path / f"adapter{seed}" for seed, name in enumerate(("a", "b", "ü/c"))}
+    for seed, folder in enumerate(folders.values()):
+        save_adapter(folder, base, seed=seed, labels=2 + seed)
+    return sb.CoefficientBank.from_adapters(load_base(base), folders)
+
+
+def logits(bank, tasks):
+    return bank(**tokens(len(tasks)), tasks=tasks).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_an_opened_bank_is_the_one_that_was_saved(bank, base, tmp_path, dtype):
+    kept = sb.CoefficientBank.from_adapters(
+        load_base(base), {"a": tmp_path / "adapter0", "b": tmp_path / "adapter1"}, dtype=dtype
+    )
+    kept.save(tmp_path / "bank.safetensors")
+    opened = sb.CoefficientBank.open(tmp_path / "bank.safetensors", load_base(base))
+    assert opened.tasks == kept.tasks
+    assert opened.nbytes == kept.nbytes
+    assert torch.equal(logits(opened, ["b", "a"]), logits(kept, ["b", "a"]))
+
+
+@pytest.mark.parametrize("config", [{"coefficients": "band"}, {"coefficients": "core", "scaling": "relative"}])
+def test_the_record_of_every_kind_is_in_the_file(base, tmp_path, config):
+    save_adapter(tmp_path / "one", base, **config)
+    kept = sb.CoefficientBank.from_adapters(load_base(base), {"one": tmp_path / "one"})
+    kept.save(tmp_path / "bank.safetensors")
+    opened = sb.CoefficientBank.open(tmp_path / "bank.safetensors", load_base(base))
+    assert torch.equal(logits(opened, ["one"]), logits(kept, ["one"]))
+    opened.add("two", tmp_path / "one")
+    assert torch.equal(logits(opened, ["two"]), logits(kept, ["one"]))
+
+
+def test_the_file_holds_the_numbers_and_little_else(bank, tmp_path):
+    bank.save(tmp_path / "bank.safetensors")
+    with safe_open(tmp_path / "bank.safetensors", "pt") as file:
+        assert file.get_tensor("numbers").shape == (3, bank.layout.width)
+        assert json.loads(file.metadata()["tasks"]) == ["a", "b", "ü/c"]
+        assert file.metadata()["spectralbasis"] == sb.__version__
+        record = json.loads(file.metadata()["config"])
+        header = sum(len(text.encode()) for text in file.metadata().values())
+    assert record["base_hashes"] == bank.layout.config.base_hashes
+    assert bank.nbytes <= (tmp_path / "bank.safetensors").stat().st_size <= bank.nbytes + 2 * header + 500
+
+
+def test_an_opened_bank_changes_and_is_saved_over_itself(bank, base, tmp_path):
+    file = tmp_path / "bank.safetensors"
+    bank.save(file)
+    opened = sb.CoefficientBank.open(file, load_base(base))
+    opened.remove("b")
+    opened.add("new", tmp_path / "adapter1")
+    opened.add("more", tmp_path / "adapter2")
+    expected = logits(opened, ["new", "more", "a"])
+    untouched = sb.CoefficientBank.open(file, load_base(base))
+    assert untouched.tasks == ("a", "b", "ü/c")
+    opened.save(file)
+    assert torch.equal(logits(opened, ["new", "more", "a"]), expected)
+    again = sb.CoefficientBank.open(file, load_base(base))
+    assert again.tasks == ("a", "ü/c", "new", "more")
+    assert torch.equal(logits(again, ["new", "more", "a"]), expected)
+    assert torch.equal(logits(untouched, ["b", "a"]), logits(bank, ["b", "a"]))
+
+
+def test_a_bank_without_tasks_is_kept_too(bank, base, tmp_path):
+    for task in bank.tasks:
+        bank.remove(task)
+    bank.save(tmp_path / "bank.safetensors")
+    opened = sb.CoefficientBank.open(tmp_path / "bank.safetensors", load_base(base))
+    opened.add("a", tmp_path / "adapter0")
+    bank.add("a", tmp_path / "adapter0")
+    assert torch.equal(logits(opened, ["a"]), logits(bank, ["a"]))
+
+
+def test_saving_that_fails_leaves_the_old_file(bank, tmp_path, monkeypatch):
+    file = tmp_path / "bank.safetensors"
+    bank.save(file)
+    before = file.read_bytes()
+    bank.remove("a")
+    monkeypatch.setattr(type(bank._rows), "save", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bank.save(file)
+    assert file.read_bytes() == before
+    assert not list(tmp_path.glob(".bank*"))
+
+
+def test_another_base_is_refused(bank, base, tmp_path):
+    bank.save(tmp_path / "bank.safetensors")
+    model = load_base(base)
+    model.bert.encoder.layer[0].attention.self.key.weight.data *= 1.001
+    with pytest.raises(sb.BaseMismatchError):
+        sb.CoefficientBank.open(tmp_path / "bank.safetensors", model)
+
+
+def _rewritten(content, **changes):
+    """The file with other metadata; None takes a field away."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    for name, value in changes.items():
+        header["__metadata__"].pop(name)
+        if value is not None:
+            header["__metadata__"][name] = value
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    {
+        "cut short": lambda content: content[:-10],
+        "empty": lambda content: b"",
+        "no bank": lambda content: _rewritten(content, bank=None),
+        "another version": lambda content: _rewritten(content, bank="0"),
+        "no config": lambda content: _rewritten(content, config=None),
+        "a config of nothing": lambda content: _rewritten(content, config="{}"),
+        "a config of another type": lambda content: _rewritten(content, config="[1]"),
+        "no tasks": lambda content: _rewritten(content, tasks=None),
+        "one task too many": lambda content: _rewritten(content, tasks='["a", "b", "c", "d"]'),
+        "one name twice": lambda content: _rewritten(content, tasks='["a", "b", "b"]'),
+        "names that are none": lambda content: _rewritten(content, tasks="[1, 2, 3]"),
+        "heads of another size": lambda content: _rewritten(content, heads='{"classifier": [9, 32]}'),
+        "heads that are none": lambda content: _rewritten(content, heads='{"classifier": 3}'),
+        "heads below zero": lambda content: _rewritten(content, heads='{"classifier": [-4, -32]}'),
+    }.items(),
+    ids=lambda damage: damage[0],
+)
+def test_a_damaged_file_is_a_sentence(bank, base, tmp_path, damage):
+    file = tmp_path / "bank.safetensors"
+    bank.save(file)
+    file.write_bytes(damage[1](file.read_bytes()))
+    with pytest.raises(sb.InputError, match="bank"):
+        sb.CoefficientBank.open(file, load_base(base))
+
+
+def test_a_file_that_is_not_there_is_a_sentence(base, tmp_path):
+    with pytest.raises(sb.InputError, match="cannot be read as a bank"):
+        sb.CoefficientBank.open(tmp_path / "none.safetensors", load_base(base))
