@@ -95,8 +95,14 @@ CASES = {
     "mlp, head": Case(MLP, _X, {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
     "mlp, minor": Case(MLP, _X, {"target_modules": ["lin0"], "basis": "minor", "leading": 4}),
     "mlp, random": Case(MLP, _X, {"target_modules": ["lin0"], "basis": "random", "coefficients": "core"}),
+    "mlp, band": Case(
+        MLP, _X, {"target_modules": ["lin0", "lin1"], "coefficients": "band", "bandwidth": 2, "scaling": "normalized"}
+    ),
     "deep mlp": Case(DeepMLP, _X, {"target_modules": ["lin0", "lin1"], "leading": "mp"}),
     "conv1d": Case(EmbeddingConv1D, _IDS, {"target_modules": ["conv1d"]}),
+    "conv1d, band": Case(
+        EmbeddingConv1D, _IDS, {"target_modules": ["conv1d"], "coefficients": "band", "scaling": "relative"}
+    ),
     "conv1d, core": Case(EmbeddingConv1D, _IDS, {"target_modules": ["conv1d", "lin0"], "coefficients": "core"}),
     "bert": Case(
         lambda: tiny("bert", "classifier", initializer_range=0.2),

@@ -23,7 +23,7 @@ def test_half_precision_bases(case, dtype, autocast_adapter_dtype, tmp_path):
     model = get_peft_model(base, case.settings(), autocast_adapter_dtype=autocast_adapter_dtype).eval()
     wanted = torch.float32 if autocast_adapter_dtype else dtype
     assert coefficient_dtypes(model) == {wanted}
-    assert {b.dtype for name, b in model.named_buffers() if "spectral_" in name} == {dtype}
+    assert {b.dtype for name, b in model.named_buffers() if "spectral_factors" in name} == {dtype}
     output = case.output(model)
     assert output.isfinite().all()
     expected = case.output(copy.deepcopy(model).float())
