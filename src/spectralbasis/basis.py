@@ -29,7 +29,8 @@ class SpectralBasis(Mapping[str, Triplets]):
     """Matrix name → `Triplets`, for one base model; read from its file matrix by matrix when loaded.
 
     Attributes:
-        kind: which directions: "pretrained" for the leading singular vectors of the base.
+        kind: which directions: "pretrained" for the leading singular vectors of the base, "curvature" for those of
+            `curvature_basis`.
         source: the base, as it was named.
         leading: how many directions were asked for, as given.
         skipped: matrix name → reason, of what has no triplets here.

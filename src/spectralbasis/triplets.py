@@ -28,10 +28,10 @@ class Triplets:
 
     Attributes:
         U: (m, k) float32, orthonormal columns.
-        S: (k,) float32, descending.
+        S: (k,) float32, descending; `u_iᵀ W v_i` in any order where the directions are no singular ones.
         Vh: (k, n) float32, orthonormal rows.
         residuals: (k,) float32, see `LeadingSVD.residuals`.
-        next_singular_value: σ_{k+1}, 0 where there is none.
+        next_singular_value: σ_{k+1}, 0 where there is none; infinite where the directions are no singular ones.
         subspace_error_bound: largest sine to the true leading subspaces, in [0, 1].
         solver: what produced them.
         base_hash: `matrix_hash` of the matrix.
@@ -71,7 +71,7 @@ class Triplets:
             raise ValueError(f"k={k} is outside 1..{self.k}, the triplets at hand; compute a basis with leading={k}")
         if k == self.k:
             return self
-        next_value = float(self.S[k])
+        next_value = max(float(self.S[k:].max()), self.next_singular_value)
         return replace(
             self,
             U=self.U[:, :k],

@@ -46,16 +46,22 @@ def overlaps(base: Factors, tuned: Factors) -> Measurements:
 
 
 def coverages(base: Factors, update: Tensor) -> Measurements:
-    """Share of `‖ΔW‖_F²` in the leading directions of the base: diagonal, core, left and right, over the grid.
+    """Share of `‖ΔW‖_F²` in the leading directions of the base: see `coverage_shares`."""
+    return coverage_shares(base.U, base.Vh, update)
+
+
+def coverage_shares(U: Tensor, Vh: Tensor, update: Tensor) -> Measurements:
+    """Share of a matrix's squared norm in the first k directions: diagonal, core, left and right, over the grid.
 
     Args:
-        base: leading triplets of W0.
-        update: ΔW, (m, n), not zero.
+        U: (m, k), columns orthonormal.
+        Vh: (k, n), rows orthonormal.
+        update: (m, n), not zero.
     """
     total = torch.linalg.matrix_norm(update, dtype=torch.float64).square()
-    left = transposed_times(update, base.U.double()).T
-    right = times(update, base.Vh.double().T)
-    core = left @ base.Vh.double().T
+    left = transposed_times(update, U.double()).T
+    right = times(update, Vh.double().T)
+    core = left @ Vh.double().T
     by_k = {
         ("coverage_left", "left"): left.square().sum(1).cumsum(0),
         ("coverage_right", "right"): right.square().sum(0).cumsum(0),
