@@ -12,7 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spectralbasis.files import atomic_path
-from spectralbasis.linalg import leading_svd, subspace_error_bound
+from spectralbasis.linalg import (
+    LeadingSVD,
+    leading_svd,
+    leading_svd_and_values,
+    singular_values,
+    subspace_error_bound,
+)
 
 DEFAULT_TOLERANCE = 1e-4
 _CACHE_VERSION = "1"
@@ -112,10 +118,36 @@ def compute_triplets(W: Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE,
     known = _from_cache(base_hash, k, tolerance) if cache else None
     if known is not None:
         return known
-    triplets = _compute(W, k, tolerance, base_hash)
+    triplets = _triplets(leading_svd(W, k, tolerance=tolerance), base_hash)
     if cache:
         _to_cache(triplets)
     return triplets
+
+
+def compute_triplets_and_values(
+    W: Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, base_hash: str
+) -> tuple[Triplets, Tensor]:
+    """`compute_triplets` with the disk cache, and all singular values of `W`, from one decomposition where one is due.
+
+    Args:
+        W: the matrix, (m, n), any floating dtype.
+        k: number of triplets, 1 ≤ k ≤ min(m, n).
+        tolerance: see `linalg.leading_svd`.
+        base_hash: `matrix_hash(W)`.
+
+    Returns:
+        The triplets, and the singular values (min(m, n),) in float64, descending.
+
+    Raises:
+        ValueError: `W` is not a finite matrix, or k is out of range.
+    """
+    known = _from_cache(base_hash, k, tolerance)
+    if known is not None:
+        return known, singular_values(W)
+    svd, values = leading_svd_and_values(W, k, tolerance=tolerance)
+    triplets = _triplets(svd, base_hash)
+    _to_cache(triplets)
+    return triplets, values
 
 
 def cache_folder() -> Path:
@@ -133,8 +165,7 @@ def fix_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     return U * signs, Vh * signs[:, None]
 
 
-def _compute(W: Tensor, k: int, tolerance: float, base_hash: str) -> Triplets:
-    svd = leading_svd(W, k, tolerance=tolerance)
+def _triplets(svd: LeadingSVD, base_hash: str) -> Triplets:
     U, Vh = fix_signs(svd.U, svd.Vh)
     return Triplets(
         U=U.float().cpu().contiguous(),

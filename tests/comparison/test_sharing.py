@@ -15,7 +15,7 @@ from spectralbasis.comparison import measuring
 from spectralbasis.comparison.nulls import draw_generator, scrambled
 from spectralbasis.comparison.sharing import UPDATE_DIRECTIONS, update_directions
 from spectralbasis.comparison.statistics import against_haar, against_null, against_unrelated
-from spectralbasis.linalg import leading_svd, subspace_overlap
+from spectralbasis.linalg import leading_svd, singular_values, subspace_overlap
 from spectralbasis.triplets import matrix_hash
 from tests.comparison.pairs import layered
 from tests.matrices import orthonormal, power_law, with_spectrum
@@ -155,8 +155,9 @@ def test_without_a_null_the_overlap_is_not_tested():
 def test_the_rank_of_a_low_rank_update_limits_its_directions():
     W0 = with_spectrum(M, N, power_law(N))[0].float()
     low = W0 + 0.01 * (orthonormal(M, 3, 1) @ orthonormal(N, 3, 2).T).float()
-    assert update_directions(W0, low).S.numel() == 3
-    assert update_directions(W0, W0 + torch.randn(M, N)).S.numel() == UPDATE_DIRECTIONS
+    for W1, rank in ((low, 3), (W0 + torch.randn(M, N), UPDATE_DIRECTIONS)):
+        update = W1 - W0
+        assert update_directions(update, singular_values(update), float(W0.norm())).S.numel() == rank
 
 
 def test_the_haar_law_of_an_overlap_is_uniform_in_its_p_values():

@@ -12,8 +12,8 @@ from spectralbasis.linalg import (
     vector_error_bounds,
     wedin_bound,
 )
-from spectralbasis.linalg.certificates import triplet_residuals
-from tests.matrices import power_law, with_spectrum
+from spectralbasis.linalg.certificates import ritz_error_bound, triplet_residuals
+from tests.matrices import orthonormal, power_law, with_spectrum
 
 
 @settings(max_examples=40, deadline=None)
@@ -30,6 +30,42 @@ def test_residuals_over_the_gap_bound_the_error_of_any_nearby_factors(seed, k, n
     bound = subspace_error_bound(S, residuals, float(spectrum[k]), (40, 30))
     error = max(float(principal_angles(f, t).sin().max()) for f, t in ((found_U, U[:, :k]), (found_V, V[:, :k])))
     assert error <= bound * (1 + 1e-6) + 1e-12
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 500),
+    k=st.integers(1, 8),
+    more=st.integers(1, 10),
+    noise=st.floats(1e-10, 1e-2),
+    exponent=st.floats(0.1, 2.0),
+)
+def test_ritz_triplets_bound_the_error_of_the_leading_ones_among_them(seed, k, more, noise, exponent):
+    A, U, V = with_spectrum(40, 30, power_law(30, exponent), seed)
+    p = k + more
+    generator = torch.Generator().manual_seed(seed)
+    rough = torch.linalg.qr(V[:, :p] + noise * torch.randn(30, p, generator=generator, dtype=torch.float64))[0]
+    left, S, right = torch.linalg.svd(A @ rough, full_matrices=False)
+    found = rough @ right.T
+    bound = ritz_error_bound(S, A.T @ left - found * S, k)
+    error = max(
+        float(principal_angles(f, t).sin().max()) for f, t in ((left[:, :k], U[:, :k]), (found[:, :k], V[:, :k]))
+    )
+    assert error <= bound * (1 + 1e-6) + 1e-12
+
+
+def test_a_wide_margin_makes_the_ritz_bound_far_tighter_than_the_gap_alone():
+    spectrum = torch.cat([torch.linspace(2.0, 1.0, 10), torch.linspace(0.9999, 0.9, 5), torch.full((15,), 0.1)])
+    A, _, V = with_spectrum(40, 30, spectrum)
+    rough = torch.linalg.qr(V[:, :15] + 1e-7 * orthonormal(30, 15, 9))[0]
+    left, S, right = torch.linalg.svd(A @ rough, full_matrices=False)
+    R = A.T @ left - rough @ right.T * S
+    alone = subspace_error_bound(S[:10], torch.linalg.vector_norm(R[:, :10], dim=0), float(S[10]), (40, 30))
+    assert ritz_error_bound(S, R, 10) < alone / 100
+
+
+def test_equal_values_around_k_leave_the_ritz_bound_at_one():
+    assert ritz_error_bound(torch.tensor([2.0, 1.0, 1.0, 0.5]).double(), 1e-6 * orthonormal(9, 4), 2) == 1.0
 
 
 @settings(max_examples=40, deadline=None)

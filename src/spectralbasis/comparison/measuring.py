@@ -15,11 +15,20 @@ from spectralbasis.comparison import metrics
 from spectralbasis.comparison.metrics import Key, Measurements
 from spectralbasis.comparison.nulls import NULLS, draw_generator
 from spectralbasis.comparison.rows import Row, SharedRow
-from spectralbasis.comparison.sharing import Frames, Pair, frames, shared_rows
+from spectralbasis.comparison.sharing import Frames, Pair, shared_rows, update_directions
 from spectralbasis.comparison.statistics import against_null
 from spectralbasis.errors import InputError
-from spectralbasis.linalg import Leading, LeadingSVD, gram_cosines, inner_products, leading_svd, resolve_leading
-from spectralbasis.triplets import Triplets, compute_triplets, matrix_hash
+from spectralbasis.linalg import (
+    Leading,
+    LeadingSVD,
+    gram_cosines,
+    inner_products,
+    leading_svd,
+    leading_svd_and_values,
+    resolve_leading,
+    singular_values,
+)
+from spectralbasis.triplets import Triplets, compute_triplets_and_values, matrix_hash
 
 UNCHANGED = "the same in both: finetuning did not touch it"
 NullValues = dict[Key, list[float]]
@@ -50,6 +59,15 @@ class Settings:
             raise InputError(f"null={self.null!r} is unknown; pass one of {', '.join(NULLS)}, or none for no draws")
         if self.null is not None and self.draws < 1:
             raise InputError(f"draws={self.draws} draws nothing; pass 2 or more, or null=None")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base's matrix (m, n) in float32, its leading triplets, and all its singular values."""
+
+    W: Tensor
+    triplets: Triplets
+    values: Tensor
 
 
 @dataclass(frozen=True)
@@ -111,10 +129,12 @@ class _Work:
         self._frames: dict[str, Frames] = {}
 
     @cached_property
-    def triplets(self) -> Triplets:
+    def base(self) -> Base:
         k = resolve_leading(self.settings.leading, self.W0)
-        found = compute_triplets(self.W0, k, tolerance=self.settings.tolerance)
-        return found.to(self.settings.device)
+        found, values = compute_triplets_and_values(
+            self.W0, k, tolerance=self.settings.tolerance, base_hash=self.base_hash
+        )
+        return Base(self.W0, found.to(self.settings.device), values)
 
     def measure(self, label: str) -> None:
         """Measure one partner, unless the store holds its rows.
@@ -159,7 +179,7 @@ class _Work:
     def _rows(self, label: str, W1: Tensor, tuned_hash: str) -> list[Row]:
         """The measurements of one pair as rows of the table, beside their null where they have one."""
         kept = len(self.task.partners) > 1
-        values, null_values, found = measure_pair(self.W0, W1, self.triplets, self.settings, tuned_hash, kept)
+        values, null_values, found = measure_pair(self.base, W1, self.settings, tuned_hash, kept)
         if found is not None:
             self._frames[label] = found
         matrix = self.task.before
@@ -174,34 +194,38 @@ class _Work:
 
 
 def measure_pair(
-    W0: Tensor, W1: Tensor, base: Triplets, settings: Settings, tuned_hash: str, keep: bool
+    base: Base, W1: Tensor, settings: Settings, tuned_hash: str, keep: bool
 ) -> tuple[Measurements, NullValues, Frames | None]:
     """All measurements of one pair, and the null's values of those that have a null.
 
     Args:
-        W0: base matrix, (m, n), float32.
-        W1: finetuned matrix, (m, n), float32, not equal to W0.
-        base: leading triplets of W0.
+        base: the base matrix and what is known of it.
+        W1: finetuned matrix, (m, n), float32, not equal to the base.
         settings: what to measure.
         tuned_hash: content hash of W1, which fixes the draws.
         keep: return also the frames that other finetuned checkpoints are held against, else None.
     """
-    update = W1 - W0
-    tuned = leading_svd(W1, base.k, tolerance=settings.tolerance)
-    ranks, update_norm = metrics.sizes(W0, W1, update, base.k)
+    triplets, k = base.triplets, base.triplets.k
+    update = W1 - base.W
+    update_values = singular_values(update)
+    tuned, tuned_values = leading_svd_and_values(W1, k, tolerance=settings.tolerance)
     values = (
-        metrics.overlaps(base, tuned)
-        | metrics.haar_overlaps(base.shape, base.k)
-        | metrics.cosines(base, tuned)
-        | metrics.intruders(base, tuned, W0)
-        | metrics.wedin_bounds(base, tuned, update_norm)
-        | metrics.coverages(base, update)
-        | metrics.spectra(base, tuned)
-        | ranks
+        metrics.overlaps(triplets, tuned)
+        | metrics.haar_overlaps(triplets.shape, k)
+        | metrics.cosines(triplets, tuned)
+        | metrics.intruders(triplets, tuned, base.W)
+        | metrics.wedin_bounds(triplets, tuned, float(update_values[0]))
+        | metrics.coverages(triplets, update)
+        | metrics.spectra(triplets, tuned)
+        | metrics.sizes({"base": base.values, "tuned": tuned_values, "update": update_values}, k)
     )
     draws: list[LeadingSVD] = []
-    null_values = _null_values(W0, update, base, settings, tuned_hash, draws if keep else None)
-    return values, null_values, frames(base, W0, W1, tuned_hash, tuned, draws) if keep else None
+    null_values = _null_values(base.W, update, triplets, settings, tuned_hash, draws if keep else None)
+    if not keep:
+        return values, null_values, None
+    directions = update_directions(update, update_values, float(base.values.norm()))
+    kept = Frames(tuned_hash, tuned, tuple(draws), directions, metrics.overlaps(triplets, tuned))
+    return values, null_values, kept
 
 
 def _null_values(

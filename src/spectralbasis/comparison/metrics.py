@@ -5,6 +5,7 @@ directions, and the direction (from 0) or -1.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -16,7 +17,6 @@ from spectralbasis.linalg import (
     haar_overlap,
     matched_cosines,
     overlaps_by_k,
-    singular_values,
     wedin_bound,
 )
 from spectralbasis.linalg.products import times, transposed_times
@@ -132,18 +132,22 @@ def intruders(base: Factors, tuned: Factors, W0: Tensor) -> Measurements:
     return values | {("intruders", "left", top, -1): float((largest < INTRUDER_COSINE).sum())}
 
 
-def sizes(W0: Tensor, W1: Tensor, update: Tensor, k: int) -> tuple[Measurements, float]:
-    """Norm of the update, absolute and relative, the ranks of `W0`, `W1` and `ΔW`; and the spectral norm of `ΔW`."""
-    spectrum = {"base": singular_values(W0), "tuned": singular_values(W1), "update": singular_values(update)}
-    norms = {name: float(S.norm()) for name, S in spectrum.items()}
+def sizes(spectra: Mapping[str, Tensor], k: int) -> Measurements:
+    """Norm of the update, absolute and relative, and the ranks of `W0`, `W1` and `ΔW`.
+
+    Args:
+        spectra: all singular values of the "base", the "tuned" matrix and the "update".
+        k: the number of leading directions that the rows are filed under.
+    """
+    norms = {name: float(S.norm()) for name, S in spectra.items()}
     values = {"update_norm": norms["update"]}
     if norms["base"] > 0:
         values["update_norm_relative"] = norms["update"] / norms["base"]
-    for name, S in spectrum.items():
+    for name, S in spectra.items():
         if norms[name] > 0:
             values[f"stable_rank_{name}"] = stable_rank(S)
             values[f"effective_rank_{name}"] = effective_rank(S)
-    return {(metric, "both", k, -1): value for metric, value in values.items()}, float(spectrum["update"][0])
+    return {(metric, "both", k, -1): value for metric, value in values.items()}
 
 
 def wedin_bounds(base: Factors, tuned: Factors, update_norm: float) -> Measurements:

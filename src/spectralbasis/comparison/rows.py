@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 import pandas as pd
@@ -65,9 +66,12 @@ class SharedRow:
 _PANDAS = {int: "int64", float: "float64"}
 
 
+_VALUES = {kind: attrgetter(*(field.name for field in fields(kind))) for kind in (Row, SharedRow)}
+
+
 def row_values(row: Row | SharedRow) -> tuple[Any, ...]:
     """The values of a row, in the order of its fields."""
-    return tuple(getattr(row, name) for name in row.__slots__)
+    return _VALUES[type(row)](row)
 
 
 def to_frame(rows: Iterable[Row | SharedRow], kind: type[Row | SharedRow] = Row) -> pd.DataFrame:

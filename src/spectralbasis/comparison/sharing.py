@@ -10,8 +10,7 @@ from spectralbasis.checkpoints import Matrix
 from spectralbasis.comparison.metrics import Measurements, leading_grid, overlaps
 from spectralbasis.comparison.rows import SharedRow
 from spectralbasis.comparison.statistics import against_haar, against_null, against_unrelated
-from spectralbasis.linalg import LeadingSVD, cross_cosines, leading_svd, overlaps_by_k, singular_values
-from spectralbasis.triplets import Triplets
+from spectralbasis.linalg import LeadingSVD, cross_cosines, leading_svd, overlaps_by_k
 
 UPDATE_DIRECTIONS = 8
 """How many leading directions of an update are held against those of another."""
@@ -39,20 +38,19 @@ class Frames:
     base_overlaps: Measurements
 
 
-def frames(base: Triplets, W0: Tensor, W1: Tensor, content: str, tuned: LeadingSVD, draws: list[LeadingSVD]) -> Frames:
-    """The frames of `W1`, of which only the update is still to be decomposed."""
-    return Frames(content, tuned, tuple(draws), update_directions(W0, W1), overlaps(base, tuned))
-
-
-def update_directions(W0: Tensor, W1: Tensor) -> LeadingSVD:
-    """Leading triplets of `W1 − W0`: `UPDATE_DIRECTIONS` of them, or fewer where its rank is lower.
+def update_directions(update: Tensor, values: Tensor, base_norm: float) -> LeadingSVD:
+    """Leading triplets of `ΔW`: `UPDATE_DIRECTIONS` of them, or fewer where its rank is lower.
 
     What lies below the rounding of float32 weights has no direction of its own.
+
+    Args:
+        update: ΔW, (m, n).
+        values: its singular values.
+        base_norm: `‖W0‖_F`.
     """
-    update = W1 - W0
     m, n = update.shape
-    rounding = torch.finfo(torch.float32).eps * float(W0.norm()) * (m**-0.5 + n**-0.5)
-    rank = int(torch.count_nonzero(singular_values(update) > rounding))
+    rounding = torch.finfo(torch.float32).eps * base_norm * (m**-0.5 + n**-0.5)
+    rank = int(torch.count_nonzero(values > rounding))
     return leading_svd(update, min(UPDATE_DIRECTIONS, max(rank, 1)))
 
 

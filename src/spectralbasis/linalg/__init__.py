@@ -12,7 +12,7 @@ from spectralbasis.linalg.subspaces import (
     principal_angles,
     subspace_overlap,
 )
-from spectralbasis.linalg.svd import LeadingSVD, leading_svd, singular_values
+from spectralbasis.linalg.svd import LeadingSVD, leading_svd, leading_svd_and_values, singular_values
 from spectralbasis.linalg.thresholds import (
     Leading,
     gavish_donoho_threshold,
@@ -32,6 +32,7 @@ __all__ = [
     "haar_overlap_std",
     "inner_products",
     "leading_svd",
+    "leading_svd_and_values",
     "marchenko_pastur_edge",
     "matched_cosines",
     "overlaps_by_k",

@@ -44,6 +44,39 @@ def subspace_error_bound(S: Tensor, residuals: Tensor, next_singular_value: floa
     return min(1.0, float(torch.linalg.vector_norm(residuals.double())) / (gap - rounding))
 
 
+def ritz_error_bound(S: Tensor, R: Tensor, k: int) -> float:
+    """Bound on the largest sine between the computed k leading subspaces and the true ones, from p > k Ritz triplets.
+
+    The p triplets `(u, σ, v)` are of a Rayleigh–Ritz projection, so that no two of them are coupled but through what
+    lies outside of all of them. In the eigenvectors of `[[0, A], [Aᵀ, 0]]` an error therefore has to go there and back:
+    with ε = ‖R‖₂, it is at most `x₃ = ‖R_k‖_F / √2 / (σ_k − c − ε²/g)` outside, and `x₂ = ε x₃ / g` within, where
+    g = σ_k − σ_{k+1} and c bounds what is outside: `σ_{q+1} + 2ε` for the last q whose gap exceeds 2ε, by Weyl's
+    theorem (Parlett, The Symmetric Eigenvalue Problem, 1998, chapter 11, on residuals and their squares). It holds if
+    no triplet of a larger value than σ_p is missing from the p.
+
+    Args:
+        S: Ritz values, (p,), descending.
+        R: residual vectors `Aᵀ u − σ v`, (n, p), of triplets with `A v = σ u`; any orthogonal transform of them does.
+        k: number of leading triplets.
+
+    Returns:
+        The bound, for left and right together, in [0, 1].
+    """
+    gram = R.T @ R if R.shape[0] > R.shape[1] else R @ R.T
+    coupling = math.sqrt(float(torch.linalg.eigvalsh(gram)[-1].clamp_min(0)))
+    gaps = S[:-1] - S[1:]
+    clear = torch.nonzero(gaps[k - 1 :] > 2 * coupling)
+    if len(clear) == 0:
+        return 1.0
+    outside = float(S[k + int(clear[-1])]) + 2 * coupling
+    gap = float(gaps[k - 1])
+    distance = float(S[k - 1]) - outside - (coupling**2 / gap if gap > 0 else math.inf)
+    if not distance > 0:
+        return 1.0
+    error = float(torch.linalg.matrix_norm(R[:, :k])) / distance
+    return min(1.0, error * math.hypot(1.0, coupling / gap))
+
+
 def vector_error_bounds(S: Tensor, residuals: Tensor, next_singular_value: float) -> Tensor:
     """Bound on the sine between each computed singular vector and the true one, (k,), in [0, 1].
 

@@ -1,21 +1,21 @@
 """Leading singular triplets that carry their own certificate."""
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 
 import torch
-from scipy.linalg import eigh, eigvalsh
-from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from spectralbasis.linalg.certificates import subspace_error_bound, triplet_residuals
-from spectralbasis.linalg.products import gram, times
+from spectralbasis.linalg.certificates import ritz_error_bound, subspace_error_bound, triplet_residuals
+from spectralbasis.linalg.eigen import eigenvalues, leading_eigenpairs
+from spectralbasis.linalg.krylov import leading_right_space
+from spectralbasis.linalg.products import gram, times, transposed_times
 
 DENSE_SIDE = 64
 """Up to this smaller side a dense decomposition costs less than the calls around any other."""
-THREADED_SIDE = 1536
-"""From this side on, an eigenvalue problem gains more from several threads than it loses by waiting for torch's."""
+REFINEMENTS = 3
+"""Steps of subspace iteration in float64 that a Krylov space of float32 gets to reach the tolerance."""
+KRYLOV_SIDE = 512
+"""From this smaller side on, a few hundred products cost less than a Gram matrix and its eigenvectors."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,13 @@ class LeadingSVD:
         S: singular values, (k,), descending.
         Vh: right singular vectors, (k, n), rows orthonormal.
         residuals: `sqrt(‖A v − σ u‖² + ‖Aᵀ u − σ v‖²)` of each triplet, (k,), in the units of `S`, measured in float64
-            before the factors are rounded to the dtype they are returned in.
+            before the factors are rounded to the dtype they are returned in. After a Rayleigh–Ritz step the first of
+            the two is zero but for rounding, and is not measured.
         next_singular_value: σ_{k+1}; 0 where k = min(m, n).
         subspace_error_bound: bound on the largest sine between the computed and the true leading subspaces (left and
             right), in [0, 1]; 1 says that nothing is certain, as where σ_k = σ_{k+1} and no leading subspace exists.
-        solver: "gram" or "dense": what produced the triplets; "dense (gram missed the tolerance)" after a fallback.
+        solver: "krylov", "gram" or "dense": what produced the triplets; "dense (gram missed the tolerance)" after a
+            fallback.
     """
 
     U: Tensor
@@ -46,10 +48,10 @@ class LeadingSVD:
 def leading_svd(A: Tensor, k: int, *, tolerance: float = 1e-4) -> LeadingSVD:
     """The k leading singular triplets of a dense matrix, certified to a subspace error.
 
-    Work is done in float64: with float32 the residuals alone, about 1e-5 σ_1, exceed the gaps of real weight matrices
-    by too little to bound anything below 1e-3. The cheaper of two solvers runs first: the Gram matrix of the smaller
-    side with LAPACK's `syevr` on the leading index range, or a dense decomposition; what the Gram matrix cannot
-    certify (it squares the condition number) is decomposed again, densely.
+    The cheapest of three solvers runs first. *Krylov*: block Lanczos in float32 finds a space somewhat larger than
+    asked for, then Rayleigh–Ritz, residuals and bound are taken in float64. *Gram*: the leading eigenvectors of the
+    smaller side's Gram matrix, in float64. *Dense*: a full decomposition in float64. What one cannot certify, as the
+    Gram matrix where it squares a large condition number, goes to the next.
 
     Args:
         A: the matrix, (m, n), any floating dtype.
@@ -63,17 +65,30 @@ def leading_svd(A: Tensor, k: int, *, tolerance: float = 1e-4) -> LeadingSVD:
     Raises:
         ValueError: `A` is not a finite matrix, or k is out of range.
     """
-    check_matrix(A)
-    m, n = A.shape
-    if not 1 <= k <= min(m, n):
-        raise ValueError(f"k={k} is outside 1..min(m, n)={min(m, n)} of this {m}x{n} matrix; pass k<={min(m, n)}")
+    m, n = _check(A, k)
+    found = _krylov(A.detach(), k, tolerance) if krylov_pays(m, n, k) else None
+    return found or leading_svd_and_values(A, k, tolerance=tolerance)[0]
+
+
+def leading_svd_and_values(A: Tensor, k: int, *, tolerance: float = 1e-4) -> tuple[LeadingSVD, Tensor]:
+    """`leading_svd` and `singular_values` of one matrix, where it can be from one reduction of its Gram matrix.
+
+    The values are those of `singular_values` to the last bit.
+
+    Raises:
+        ValueError: `A` is not a finite matrix, or k is out of range.
+    """
+    m, n = _check(A, k)
     A = A.detach()
-    if not gram_pays(m, n, k):
-        return _certified(A, *_dense(A, k), solver="dense")
-    result = _certified(A, *_gram(A, k), solver="gram")
-    if result.subspace_error_bound <= tolerance:
-        return result
-    return _certified(A, *_dense(A, k), solver="dense (gram missed the tolerance)")
+    solver = "dense"
+    if gram_pays(m, n, k):
+        result, values = _gram(A, k)
+        if result.subspace_error_bound <= tolerance:
+            return result, values
+        solver = "dense (gram missed the tolerance)"
+    U, S, Vh = torch.linalg.svd(A.double(), full_matrices=False)
+    residuals = triplet_residuals(A, U[:, :k], S[:k], Vh[:k])
+    return _result(A, U, S, Vh, residuals, _bound(A, S, residuals, k), solver), singular_values(A)
 
 
 def singular_values(A: Tensor) -> Tensor:
@@ -85,13 +100,13 @@ def singular_values(A: Tensor) -> Tensor:
         ValueError: `A` is not a finite matrix.
     """
     check_matrix(A)
-    G = gram(A.detach() if A.shape[0] >= A.shape[1] else A.detach().T)
-    if G.device.type == "cpu":
-        with _blas_threads(len(G)):
-            eigenvalues = torch.from_numpy(eigvalsh(G.numpy().T, overwrite_a=True, check_finite=False))
-    else:
-        eigenvalues = torch.linalg.eigvalsh(G)
-    return eigenvalues.flip(0).clamp_min(0).sqrt()
+    A = A.detach()
+    return eigenvalues(gram(A if A.shape[0] >= A.shape[1] else A.T)).clamp_min(0).sqrt()
+
+
+def krylov_pays(m: int, n: int, k: int) -> bool:
+    """Whether block Lanczos is the cheapest way to k triplets; the crossover was measured on a CPU."""
+    return min(m, n) >= max(KRYLOV_SIDE, 12 * k)
 
 
 def gram_pays(m: int, n: int, k: int) -> bool:
@@ -104,66 +119,89 @@ def check_matrix(A: Tensor) -> None:
     """Raise ValueError unless `A` is a non-empty matrix of finite real numbers."""
     if A.ndim != 2 or A.numel() == 0 or not A.is_floating_point():
         raise ValueError(f"expected a non-empty real matrix (m, n), got {A.dtype} of shape {tuple(A.shape)}")
-    if not bool(torch.isfinite(A).all()):
+    if not bool(torch.isfinite(A.sum()) or torch.isfinite(A).all()):
         raise ValueError("the matrix holds NaN or infinite values, so it has no singular value decomposition")
 
 
-def _dense(A: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Triplets by a full decomposition; S has one value more than k where the matrix has."""
-    U, S, Vh = torch.linalg.svd(A.double(), full_matrices=False)
-    return U[:, :k], S[: k + 1], Vh[:k]
+def _check(A: Tensor, k: int) -> tuple[int, int]:
+    check_matrix(A)
+    m, n = A.shape
+    if not 1 <= k <= min(m, n):
+        raise ValueError(f"k={k} is outside 1..min(m, n)={min(m, n)} of this {m}x{n} matrix; pass k<={min(m, n)}")
+    return m, n
 
 
-def _gram(A: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Triplets from the leading eigenvectors of the smaller Gram matrix, then Rayleigh–Ritz on `A` itself.
-
-    Rayleigh–Ritz gives singular values to full relative accuracy, which the squared ones do not have.
-    """
+def _krylov(A: Tensor, k: int, tolerance: float) -> LeadingSVD | None:
+    """Triplets from a Krylov space, or None where their error cannot be bounded by the tolerance."""
     if A.shape[0] < A.shape[1]:
-        V, S, Uh = _gram(A.T, k)
-        return Uh.T, S, V.T
-    V = leading_eigenvectors(gram(A), k + 1)
-    Q, R = torch.linalg.qr(times(A, V))
-    left, S, right = torch.linalg.svd(R)
-    return (Q @ left)[:, :k], S, (right @ V.T)[:k]
+        found = _krylov(A.T, k, tolerance)
+        return found and _transposed(found)
+    V = leading_right_space(A, k, tolerance)
+    if V is None:
+        return None
+    V = V.double()
+    for _ in range(REFINEMENTS):
+        U, S, V, R = _rayleigh_ritz(A, V)
+        bound = ritz_error_bound(S, R, k)
+        if bound <= tolerance:
+            return _result(A, U, S, V.T, torch.linalg.vector_norm(R[:, :k], dim=0), bound, "krylov")
+        V = torch.linalg.qr(R + V * S)[0]
+    return None
 
 
-def leading_eigenvectors(G: Tensor, k: int) -> Tensor:
-    """The k leading eigenvectors of a symmetric (p, p) matrix, (p, k), by descending eigenvalue; overwrites `G`."""
-    p = G.shape[0]
-    if G.device.type != "cpu":
-        return torch.linalg.eigh(G)[1][:, -k:].flip(1)
-    # The transpose has LAPACK's own memory order, so that it is not copied.
-    with _blas_threads(p):
-        _, V = eigh(G.numpy().T, subset_by_index=(p - k, p - 1), driver="evr", overwrite_a=True, check_finite=False)
-    return torch.from_numpy(V).flip(1)
+def _gram(A: Tensor, k: int) -> tuple[LeadingSVD, Tensor]:
+    """Triplets from the leading eigenvectors of the smaller Gram matrix, and all singular values."""
+    if A.shape[0] < A.shape[1]:
+        found, values = _gram(A.T, k)
+        return _transposed(found), values
+    squares, V = leading_eigenpairs(gram(A), k + 1)
+    U, S, V, R = _rayleigh_ritz(A, V)
+    residuals = torch.linalg.vector_norm(R[:, :k], dim=0)
+    bound = _bound(A, S, residuals, k)
+    return _result(A, U, S, V.T, residuals, bound, "gram"), squares.clamp_min(0).sqrt()
 
 
-def _blas_threads(p: int) -> AbstractContextManager[object]:
-    """One BLAS thread for SciPy on matrices of a side below `THREADED_SIDE`.
+def _rayleigh_ritz(A: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Best triplets of a tall A (m, n) whose right vectors lie in the span of V (n, p), with what `Aᵀ` leaves of them.
 
-    Its threads and torch's wait for each other in turns, which costs small problems more than the threads gain them.
+    Singular values come out to full relative accuracy, which the square roots of eigenvalues do not have.
+
+    Args:
+        A: (m, n), m ≥ n ≥ p, any floating dtype.
+        V: columns orthonormal to about the dtype that they were found in; float64.
+
+    Returns:
+        U (m, p), S (p,), V (n, p) with `A V = U S`, and the residual vectors `Aᵀ U − V S`, all in float64.
     """
-    return _pools().limit(limits=1, user_api="blas") if p < THREADED_SIDE else nullcontext()
+    V = torch.linalg.qr(V)[0]
+    Q, B = torch.linalg.qr(times(A, V))
+    left, S, right = torch.linalg.svd(B)
+    U, V = Q @ left, V @ right.T
+    return U, S, V, transposed_times(A, U) - V * S
 
 
-@cache
-def _pools() -> ThreadpoolController:
-    return ThreadpoolController()
+def _bound(A: Tensor, S: Tensor, residuals: Tensor, k: int) -> float:
+    return subspace_error_bound(S[:k], residuals, _next(S, k), (A.shape[0], A.shape[1]))
 
 
-def _certified(A: Tensor, U: Tensor, S: Tensor, Vh: Tensor, *, solver: str) -> LeadingSVD:
-    k = U.shape[1]
+def _next(S: Tensor, k: int) -> float:
+    return float(S[k]) if S.numel() > k else 0.0
+
+
+def _result(A: Tensor, U: Tensor, S: Tensor, Vh: Tensor, residuals: Tensor, bound: float, solver: str) -> LeadingSVD:
+    """The leading triplets, as many as there are residuals, in the dtype that they are returned in."""
+    k = residuals.numel()
     dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
-    next_value = float(S[k]) if S.numel() > k else 0.0
-    residuals = triplet_residuals(A, U, S[:k], Vh)
-    bound = subspace_error_bound(S[:k], residuals, next_value, (A.shape[0], A.shape[1]))
     return LeadingSVD(
-        U=U.to(dtype),
+        U=U[:, :k].to(dtype),
         S=S[:k].to(dtype),
-        Vh=Vh.to(dtype),
+        Vh=Vh[:k].to(dtype),
         residuals=residuals.to(dtype),
-        next_singular_value=next_value,
+        next_singular_value=_next(S, k),
         subspace_error_bound=bound,
         solver=solver,
     )
+
+
+def _transposed(found: LeadingSVD) -> LeadingSVD:
+    return replace(found, U=found.Vh.T, Vh=found.U.T)
