@@ -128,6 +128,7 @@ def compare(
     ] = False,
     workers: Annotated[int, typer.Option(help="Processes that measure matrices side by side.")] = 1,
     device: Annotated[str, typer.Option(help="Where matrices are decomposed: cpu or cuda.")] = "cpu",
+    trailing: Annotated[bool, typer.Option("--trailing", help="Measure the trailing directions too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure what finetuning did to the leading singular vectors, against a null, with a verdict.
@@ -152,6 +153,7 @@ def compare(
         include=include or (),
         exclude=exclude or (),
         device=device,
+        trailing=trailing,
         workers=workers,
         output=output,
         resume=resume,

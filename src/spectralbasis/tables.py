@@ -64,8 +64,9 @@ def findings_table(summary: Mapping[str, Any]) -> Table:
     if len(findings) > 1:
         findings = {"all": summary, **findings}
     for label, finding in findings.items():
-        for measure in ("stability", "coverage"):
-            table.add_row(escape(label), measure, *_finding_cells(finding[measure]))
+        for measure in ("stability", "trailing_stability", "coverage", "trailing_coverage"):
+            if measure in finding:
+                table.add_row(escape(label), measure.replace("_", " "), *_finding_cells(finding[measure]))
     if "sharing" in summary:
         sharing = summary["sharing"]
         table.add_row(f"pairs: {sharing['over']}", "sharing", *_finding_cells(sharing))

@@ -37,6 +37,7 @@ def compare(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     device: str = "cpu",
+    trailing: bool = False,
     workers: int = 1,
     output: str | Path | None = None,
     resume: bool = False,
@@ -57,6 +58,7 @@ def compare(
         include: glob patterns of matrix names to measure; empty measures all but embeddings and heads.
         exclude: glob patterns of matrix names to leave out.
         device: where matrices are decomposed, such as "cpu" or "cuda".
+        trailing: measure the trailing directions beside the leading ones; it takes a full decomposition each time.
         workers: processes that measure matrices side by side; the table does not depend on it.
         output: folder for `comparison.parquet`, `summary.json`, `index.html` and the store; None writes nothing.
         resume: take over what an earlier run into `output` measured on the same weights with the same settings.
@@ -67,7 +69,7 @@ def compare(
             or the output folder cannot be used.
     """
     started = time.monotonic()
-    settings = Settings(parse_leading(leading), null, draws, seed, tolerance, _usable_device(device))
+    settings = Settings(parse_leading(leading), null, draws, seed, tolerance, _usable_device(device), trailing)
     opened = open_checkpoint(base)
     checkpoints = [open_checkpoint(one, base=opened) for one in tuned]
     labels = short_labels([checkpoint.source for checkpoint in checkpoints])

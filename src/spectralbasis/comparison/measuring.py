@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spectralbasis.checkpoints import Matrix
 from spectralbasis.comparison import metrics
-from spectralbasis.comparison.metrics import Key, Measurements
+from spectralbasis.comparison.metrics import Key, Measurements, Window
 from spectralbasis.comparison.nulls import NULLS, draw_generator
 from spectralbasis.comparison.rows import Row, SharedRow
 from spectralbasis.comparison.sharing import Frames, Pair, shared_rows, update_directions
@@ -27,6 +27,7 @@ from spectralbasis.linalg import (
     leading_svd_and_values,
     resolve_leading,
     singular_values,
+    trailing_vectors,
 )
 from spectralbasis.triplets import Triplets, compute_triplets_and_values, matrix_hash
 
@@ -45,6 +46,7 @@ class Settings:
         seed: of the draws and of the bootstrap.
         tolerance: largest sine between computed and true leading subspaces.
         device: where matrices are decomposed.
+        trailing: measure the trailing directions too, as many as leading ones.
     """
 
     leading: Leading = 64
@@ -53,6 +55,7 @@ class Settings:
     seed: int = 0
     tolerance: float = 1e-4
     device: str = "cpu"
+    trailing: bool = False
 
     def __post_init__(self) -> None:
         if self.null is not None and self.null not in NULLS:
@@ -63,11 +66,19 @@ class Settings:
 
 @dataclass(frozen=True)
 class Base:
-    """The base's matrix (m, n) in float32, its leading triplets, and all its singular values."""
+    """What is known of the base's matrix.
+
+    Attributes:
+        W: (m, n), float32.
+        triplets: the leading ones.
+        values: all singular values.
+        trailing: singular vectors of the smallest ones, where they were asked for.
+    """
 
     W: Tensor
     triplets: Triplets
     values: Tensor
+    trailing: Window | None
 
 
 @dataclass(frozen=True)
@@ -134,7 +145,8 @@ class _Work:
         found, values = compute_triplets_and_values(
             self.W0, k, tolerance=self.settings.tolerance, base_hash=self.base_hash
         )
-        return Base(self.W0, found.to(self.settings.device), values)
+        window = trailing_vectors(self.W0, k) if self.settings.trailing else None
+        return Base(self.W0, found.to(self.settings.device), values, window)
 
     def measure(self, label: str) -> None:
         """Measure one partner, unless the store holds its rows.
@@ -219,8 +231,10 @@ def measure_pair(
         | metrics.spectra(triplets, tuned)
         | metrics.sizes({"base": base.values, "tuned": tuned_values, "update": update_values}, k)
     )
+    if base.trailing:
+        values |= metrics.trailing(base.trailing, trailing_vectors(W1, k), update)
     draws: list[LeadingSVD] = []
-    null_values = _null_values(base.W, update, triplets, settings, tuned_hash, draws if keep else None)
+    null_values = _null_values(base, update, settings, tuned_hash, draws if keep else None)
     if not keep:
         return values, null_values, None
     directions = update_directions(update, update_values, float(base.values.norm()))
@@ -229,16 +243,19 @@ def measure_pair(
 
 
 def _null_values(
-    W0: Tensor, update: Tensor, base: Triplets, settings: Settings, tuned_hash: str, kept: list[LeadingSVD] | None
+    base: Base, update: Tensor, settings: Settings, tuned_hash: str, kept: list[LeadingSVD] | None
 ) -> NullValues:
     """Values of each measurement under the null's draws; the base's triplets under each draw are added to `kept`."""
     values: NullValues = defaultdict(list)
     for draw in range(settings.draws if settings.null else 0):
-        generator = draw_generator(settings.seed, base.base_hash, tuned_hash, draw)
+        generator = draw_generator(settings.seed, base.triplets.base_hash, tuned_hash, draw)
         chance = NULLS[str(settings.null)](update, generator)
-        measured = metrics.coverages(base, chance)
-        moved = leading_svd(chance.add_(W0), base.k, tolerance=settings.tolerance)
-        for key, value in (measured | metrics.overlaps(base, moved)).items():
+        W1 = base.W + chance
+        moved = leading_svd(W1, base.triplets.k, tolerance=settings.tolerance)
+        measured = metrics.coverages(base.triplets, chance) | metrics.overlaps(base.triplets, moved)
+        if base.trailing:
+            measured |= metrics.trailing(base.trailing, trailing_vectors(W1, base.triplets.k), chance)
+        for key, value in measured.items():
             values[key].append(value)
         if kept is not None:
             kept.append(moved)

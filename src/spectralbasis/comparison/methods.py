@@ -65,17 +65,18 @@ def _matrices(table: pd.DataFrame, skipped: Mapping[str, str]) -> str:
 def _leading(table: pd.DataFrame, settings: Settings) -> str:
     counts = table[table["metric"] == "subspace_overlap"].groupby("matrix")["k"].max()
     span = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
+    windows = "leading and as many trailing" if settings.trailing else "leading"
     if isinstance(settings.leading, int):
-        return f"The leading {settings.leading} directions were taken."
+        return f"The {settings.leading} {windows} directions were taken."
     rule = _RULES.get(str(settings.leading), f"a fraction of {settings.leading} of min(m, n)")
-    return f"The number of leading directions was set by {rule}: {span}."
+    return f"The number of {windows} directions was set by {rule}: {span}."
 
 
 def _solver(settings: Settings) -> str:
     return (
-        "Singular triplets were computed in float64 from the Gram matrix, or densely where that was cheaper or missed "
-        f"the tolerance, a sine of {settings.tolerance:g} between computed and true leading subspaces, bounded by "
-        "residuals over the gap (Wedin); no solve was started from another matrix's vectors. Tuned left vectors among "
+        "Singular triplets were computed by block Lanczos, from the Gram matrix or densely, whichever was the cheapest "
+        f"to meet the tolerance, a sine of {settings.tolerance:g} between computed and true leading subspaces, bounded "
+        "by residuals in float64 (Wedin); no solve was started from another matrix's vectors. Tuned left vectors among "
         f"the top 10 whose cosine to every base vector is below {INTRUDER_COSINE} count as intruders (2410.21228)."
     )
 

@@ -25,6 +25,7 @@ from spectralbasis.triplets import Triplets
 Key = tuple[str, str, int, int]
 Measurements = dict[Key, float]
 Factors = LeadingSVD | Triplets
+Window = tuple[Tensor, Tensor]
 
 INTRUDER_WINDOW = 10
 INTRUDER_COSINE = 0.5
@@ -73,6 +74,29 @@ def coverage_shares(U: Tensor, Vh: Tensor, update: Tensor) -> Measurements:
         for (metric, side), energy in by_k.items()
         for k in leading_grid(len(energy))
     }
+
+
+def trailing(base: Window, tuned: Window, update: Tensor) -> Measurements:
+    """Overlap of the trailing windows, left and right, and the share of the update in the core of the base's.
+
+    Args:
+        base: U (m, k) and V (n, k) of W0's smallest singular values, the smallest first.
+        tuned: those of W1.
+        update: ΔW, (m, n), not zero.
+    """
+    values = {
+        ("trailing_overlap", side, k, -1): float(by_k[k - 1])
+        for side, before, after in zip(("left", "right"), base, tuned, strict=True)
+        for by_k in [overlaps_by_k(cross_cosines(before, after))]
+        for k in leading_grid(len(by_k))
+    }
+    shares = coverage_shares(base[0], base[1].T, update)
+    core = {
+        ("trailing_coverage", "both", k, -1): value
+        for (name, _, k, _), value in shares.items()
+        if name == "coverage_core"
+    }
+    return values | core
 
 
 def cosines(base: Factors, tuned: Factors) -> Measurements:

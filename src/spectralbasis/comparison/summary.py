@@ -75,10 +75,14 @@ def findings(table: pd.DataFrame, seed: int) -> dict[str, dict[str, Any]]:
     forced = forced_by_size(table)
     stability, finding = _finding(table, "subspace_overlap", seed, rotation_avoided)
     coverage, _ = _finding(table, "coverage_core", seed, ratio_to_null)
-    return {
+    found = {
         "stability": {**stability, "forced_by_size": forced, "note": _stability_note(finding, forced)},
         "coverage": {**coverage, "note": _coverage_note(table)},
     }
+    if (table["metric"] == "trailing_overlap").any():
+        found["trailing_stability"] = _finding(table, "trailing_overlap", seed, rotation_avoided)[0]
+        found["trailing_coverage"] = _finding(table, "trailing_coverage", seed, ratio_to_null)[0]
+    return found
 
 
 def _between(

@@ -12,7 +12,7 @@ from spectralbasis.linalg.subspaces import (
     principal_angles,
     subspace_overlap,
 )
-from spectralbasis.linalg.svd import LeadingSVD, leading_svd, leading_svd_and_values, singular_values
+from spectralbasis.linalg.svd import LeadingSVD, leading_svd, leading_svd_and_values, singular_values, trailing_vectors
 from spectralbasis.linalg.thresholds import (
     Leading,
     gavish_donoho_threshold,
@@ -42,6 +42,7 @@ __all__ = [
     "singular_values",
     "subspace_error_bound",
     "subspace_overlap",
+    "trailing_vectors",
     "vector_error_bounds",
     "wedin_bound",
 ]

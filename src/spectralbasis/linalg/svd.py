@@ -104,6 +104,19 @@ def singular_values(A: Tensor) -> Tensor:
     return eigenvalues(gram(A if A.shape[0] >= A.shape[1] else A.T)).clamp_min(0).sqrt()
 
 
+def trailing_vectors(A: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Singular vectors of the k smallest singular values: U (m, k) and V (n, k) in float64, the smallest value first.
+
+    From a full decomposition in float64. Of a rectangular matrix, what its null space holds is not among them.
+
+    Raises:
+        ValueError: `A` is not a finite matrix, or k is out of range.
+    """
+    _check(A, k)
+    U, _, Vh = torch.linalg.svd(A.detach().double(), full_matrices=False)
+    return U.flip(1)[:, :k], Vh.flip(0)[:k].T
+
+
 def krylov_pays(m: int, n: int, k: int) -> bool:
     """Whether block Lanczos is the cheapest way to k triplets; the crossover was measured on a CPU."""
     return min(m, n) >= max(KRYLOV_SIDE, 12 * k)
