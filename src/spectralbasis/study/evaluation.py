@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch import nn
 
-import spectralbasis.tuner  # noqa: F401  (registers the PEFT method that spectral adapters name)
 from spectralbasis.errors import InputError, SpectralBasisError
 from spectralbasis.progress import track
 from spectralbasis.study.collators import Collator
 from spectralbasis.study.messages import first_line
 from spectralbasis.study.metrics import score
-from spectralbasis.study.models import LoadedModel, in_modules, load_model
+from spectralbasis.study.models import LoadedModel, load_model
 from spectralbasis.study.results import EvaluateResult, stored_settings
 from spectralbasis.study.sources import UNREADABLE
 from spectralbasis.study.tasks import Task, load_task
+from spectralbasis.tuner.optimization import in_modules  # importing the tuner makes PEFT know its method
 
 BATCH_SIZE = 64
 MAX_LENGTH = 64

@@ -21,7 +21,8 @@ from transformers import (
 
 from spectralbasis.errors import InputError
 from spectralbasis.progress import track
-from spectralbasis.study.models import LoadedModel, in_modules
+from spectralbasis.study.models import LoadedModel
+from spectralbasis.tuner.optimization import parameter_groups
 
 WARM_UP = 0.1
 EPOCHS = 3.0
@@ -76,7 +77,13 @@ def fit(
     """
     examples = loaded.task.train
     steps = settings.total_steps(len(examples))
-    optimizer = torch.optim.AdamW(_parameter_groups(model, loaded.head, settings), weight_decay=0.0)
+    groups = parameter_groups(
+        model,
+        learning_rate=settings.learning_rate,
+        head_learning_rate=settings.head_learning_rate,
+        head=loaded.head,
+    )
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(WARM_UP * steps), steps)
     bar = cast(Generator[int, None, None], track(range(steps), description, total=steps, enabled=progress))
     with tempfile.TemporaryDirectory() as scratch, closing(bar):
@@ -97,15 +104,6 @@ def fit(
             f"pass a learning rate below {settings.learning_rate:g}"
         )
     return float(measured["train_runtime"])
-
-
-def _parameter_groups(model: nn.Module, head: tuple[str, ...], settings: TrainingSettings) -> list[dict[str, Any]]:
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    groups = (
-        {"params": [p for n, p in trained.items() if not in_modules(n, head)], "lr": settings.learning_rate},
-        {"params": [p for n, p in trained.items() if in_modules(n, head)], "lr": settings.head_learning_rate},
-    )
-    return [group for group in groups if group["params"]]
 
 
 def _arguments(scratch: str, steps: int, settings: TrainingSettings) -> TrainingArguments:

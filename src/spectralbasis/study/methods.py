@@ -9,8 +9,9 @@ from torch import nn
 
 from spectralbasis.errors import InputError
 from spectralbasis.linalg import Leading
-from spectralbasis.study.models import LoadedModel, in_modules
+from spectralbasis.study.models import LoadedModel
 from spectralbasis.tuner import SpectralConfig
+from spectralbasis.tuner.optimization import in_modules
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from spectralbasis.study.messages import quiet_transformers
 from spectralbasis.study.preprocessing import load_collator
 from spectralbasis.study.sources import UNREADABLE, resolve_source, unreadable
 from spectralbasis.study.tasks import Task
+from spectralbasis.tuner.optimization import in_modules
 
 AUTO_MODELS = {"text": AutoModelForSequenceClassification, "image": AutoModelForImageClassification}
 
@@ -75,11 +76,6 @@ def load_model(
             else:
                 _reinitialise(model, beside)
     return LoadedModel(str(source), task, model.float(), collator, (*beside, *poolers))
-
-
-def in_modules(name: str, modules: Iterable[str]) -> bool:
-    """Whether a parameter belongs to one of the modules, whatever wrapper's prefix stands before its name."""
-    return any(f".{module}." in f".{name}" for module in modules)
 
 
 def _load_config(place: str, task: Task) -> PretrainedConfig:

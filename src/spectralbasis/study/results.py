@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from spectralbasis.files import atomic_path
-from spectralbasis.study.models import in_modules
+from spectralbasis.tuner.optimization import in_modules
 
 TUNING_FILE = "tuning.json"
 
