@@ -17,12 +17,12 @@ from torch import Tensor
 from benchmarks.results import environment, parse_arguments, write
 from spectralbasis import compare
 
-PER_LAYER, M, N, K, DRAWS = 2, 192, 128, 16, 2
+PER_LAYER, M, N, K, DRAWS = 2, 384, 384, 64, 5
 STEP = 0.1
 
 
 def main() -> None:
-    arguments = parse_arguments(__doc__, layers="1,2,4,8,16,32", checkpoints="1,2,3,4,6,8", repeats=3)
+    arguments = parse_arguments(__doc__, layers="1,2,4,8,16", checkpoints="1,2,3,4,6,8", repeats=3)
     layers, checkpoints = (
         [int(count) for count in listed.split(",")] for listed in (arguments.layers, arguments.checkpoints)
     )

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 
 from spectralbasis.linalg import haar_overlap, haar_overlap_std
 
@@ -44,7 +44,7 @@ def against_null(value: float, draws: Floats) -> NullFit:
     if std == 0:
         return NullFit(mean, std, math.nan, math.nan)
     t = (value - mean) / (std * math.sqrt(1 + 1 / draws.size))
-    return NullFit(mean, std, (value - mean) / std, float(2 * stats.t.sf(abs(t), draws.size - 1)))
+    return NullFit(mean, std, (value - mean) / std, float(2 * special.stdtr(draws.size - 1, -abs(t))))
 
 
 def against_haar(overlap: float, size: int, k: int) -> NullFit:
@@ -57,8 +57,9 @@ def against_haar(overlap: float, size: int, k: int) -> NullFit:
     if std == 0:
         return NullFit(mean, std, math.nan, math.nan)
     weight = mean * (1 - mean) / std**2 - 1
-    law = stats.beta(mean * weight, (1 - mean) * weight)
-    return NullFit(mean, std, (overlap - mean) / std, float(min(1.0, 2 * min(law.cdf(overlap), law.sf(overlap)))))
+    law, inside = (mean * weight, (1 - mean) * weight), min(max(overlap, 0.0), 1.0)
+    tail = min(special.betainc(*law, inside), special.betaincc(*law, inside))
+    return NullFit(mean, std, (overlap - mean) / std, float(min(1.0, 2 * tail)))
 
 
 def against_unrelated(cosine: float, shape: tuple[int, int]) -> NullFit:
