@@ -45,10 +45,28 @@ class EmbeddingConv1D(nn.Module):
         super().__init__()
         self.emb = nn.Embedding(100, 5)
         self.conv1d = Conv1D(8, 5)
+        nn.init.normal_(self.conv1d.weight)
         self.lin0 = nn.Linear(8, 3)
 
     def forward(self, X: Tensor) -> Tensor:
         return self.lin0(torch.tanh(self.conv1d(self.emb(X))))
+
+
+class Convolutions(nn.Module):
+    """Convolutions of one, two and three dimensions, with stride, padding and dilation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1d = nn.Conv1d(2, 6, 3, padding=1, padding_mode="circular")
+        self.conv2d = nn.Conv2d(6, 4, (2, 3), stride=(1, 2), padding="valid", bias=False)
+        self.conv3d = nn.Conv3d(1, 5, (4, 1, 1), dilation=(1, 2, 1))
+        self.lin0 = nn.Linear(5, 3)
+
+    def forward(self, X: Tensor) -> Tensor:
+        X = X.to(self.lin0.weight.dtype).unflatten(1, (2, -1))
+        X = torch.tanh(self.conv1d(X)).unsqueeze(2).expand(-1, -1, 3, -1)
+        X = torch.tanh(self.conv2d(X)).unsqueeze(1)
+        return self.lin0(self.conv3d(X).flatten(2).mean(2))
 
 
 @dataclass(frozen=True)
@@ -104,6 +122,10 @@ CASES = {
         EmbeddingConv1D, _IDS, {"target_modules": ["conv1d"], "coefficients": "band", "scaling": "relative"}
     ),
     "conv1d, core": Case(EmbeddingConv1D, _IDS, {"target_modules": ["conv1d", "lin0"], "coefficients": "core"}),
+    "embedding": Case(EmbeddingConv1D, _IDS, {"target_modules": ["emb"]}),
+    "embedding, core": Case(EmbeddingConv1D, _IDS, {"target_modules": ["emb", "lin0"], "coefficients": "core"}),
+    "convolutions": Case(Convolutions, _X, {"target_modules": ["conv1d", "conv2d", "conv3d"], "leading": 4}),
+    "convolutions, core": Case(Convolutions, _X, {"target_modules": ".*conv2d|lin0", "coefficients": "core"}),
     "bert": Case(
         lambda: tiny("bert", "classifier", initializer_range=0.2),
         _tokens(),

@@ -5,13 +5,14 @@ import torch
 
 from spectralbasis.basis import SpectralBasis
 from spectralbasis.errors import InputError
+from spectralbasis.triplets import matrix_hash
 from spectralbasis.tuner.factors import Factors, directions_of
 from tests.models import tiny
 from tests.tuner.cases import CASES
 
 
 def directions(basis, W, k, seed=0):
-    return directions_of(basis, tolerance=1e-4, seed=seed)("name", W, k)
+    return directions_of(basis, tolerance=1e-4, seed=seed)("name", W, k, matrix_hash(W))
 
 
 @pytest.fixture(params=[(12, 20), (20, 12), (9, 9)])

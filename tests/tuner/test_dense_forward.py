@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from spectralbasis.tuner import layer as layer_module
+from spectralbasis.tuner import linear as linear_module
 from tests.tuner.cases import CASES
 
 FEW, MANY = 4, 40
@@ -15,7 +15,7 @@ def calls(monkeypatch):
     """Which of the two functions ran, in order."""
     seen = []
     for name in ("DenseUpdate", "FactoredUpdate"):
-        function = getattr(layer_module, name)
+        function = getattr(linear_module, name)
 
         class Spy:
             @staticmethod
@@ -23,7 +23,7 @@ def calls(monkeypatch):
                 seen.append(name)
                 return function.apply(*args)
 
-        monkeypatch.setattr(layer_module, name, Spy)
+        monkeypatch.setattr(linear_module, name, Spy)
     return seen
 
 
@@ -43,7 +43,7 @@ def test_both_ways_agree(coefficients, tokens, monkeypatch):
     x = torch.randn(3, tokens, 10, requires_grad=True)
     results = []
     for dense in (True, False):
-        monkeypatch.setattr(layer_module, "dense_pays", lambda tokens, features, dense=dense: dense)
+        monkeypatch.setattr(linear_module, "dense_pays", lambda tokens, features, dense=dense: dense)
         layer = linear(coefficients=coefficients)
         output = layer(x)
         gradients = torch.autograd.grad((output**2).sum(), (x, layer.spectral_coefficients["default"]))

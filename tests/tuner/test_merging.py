@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
+from transformers.pytorch_utils import Conv1D
 
 from spectralbasis.triplets import matrix_hash
 from spectralbasis.tuner import SpectralLayer
@@ -51,7 +52,8 @@ def test_the_merged_weight_is_the_base_plus_u_c_v(case):
     for layer in spectral_layers(model):
         C, U, V, form = layer.terms("default")
         update = U @ (torch.diag(C) if form == "diagonal" else C) @ V.T
-        expected.append(layer.weight + (update.T if layer.fan_in_fan_out else update))
+        stored = update.T if isinstance(layer.get_base_layer(), Conv1D) else update
+        expected.append(layer.weight + stored.reshape(layer.weight.shape))
     model.merge_adapter()
     torch.testing.assert_close([layer.weight.data for layer in spectral_layers(model)], expected)
 

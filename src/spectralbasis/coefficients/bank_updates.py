@@ -16,7 +16,8 @@ from spectralbasis.coefficients.bank_layout import BankLayout
 from spectralbasis.errors import InputError
 from spectralbasis.tuner.factors import Factors
 from spectralbasis.tuner.forms import FORMS
-from spectralbasis.tuner.preparation import find_targets, prepare
+from spectralbasis.tuner.originals import find_targets
+from spectralbasis.tuner.preparation import prepare
 
 
 class RowUpdates:

@@ -3,10 +3,23 @@
 from spectralbasis.tuner import reading  # noqa: F401  makes spectral adapters readable as checkpoints
 from spectralbasis.tuner.allocation import Allocation
 from spectralbasis.tuner.config import SpectralConfig
-from spectralbasis.tuner.layer import Linear, SpectralLayer
+from spectralbasis.tuner.convolution import Convolution
+from spectralbasis.tuner.embedding import Embedding
+from spectralbasis.tuner.layer import SpectralLayer
+from spectralbasis.tuner.linear import Linear
 from spectralbasis.tuner.model import SpectralModel
+from spectralbasis.tuner.parameters import ParamWrapper
 from spectralbasis.tuner.registration import register
 
-__all__ = ["Allocation", "Linear", "SpectralConfig", "SpectralLayer", "SpectralModel"]
+__all__ = [
+    "Allocation",
+    "Convolution",
+    "Embedding",
+    "Linear",
+    "ParamWrapper",
+    "SpectralConfig",
+    "SpectralLayer",
+    "SpectralModel",
+]
 
 register(SpectralConfig, SpectralModel)

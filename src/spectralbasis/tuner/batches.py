@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from spectralbasis.tuner.factors import Factors
-from spectralbasis.tuner.forms import FORMS
 
 if TYPE_CHECKING:
     from spectralbasis.tuner.layer import SpectralLayer
@@ -16,11 +15,12 @@ if TYPE_CHECKING:
 def add_row_updates(output: Tensor, x: Tensor, layer: "SpectralLayer", adapter_names: list[str]) -> Tensor:
     """Add to each row the update of its adapter; rows of unknown adapters, as "__base__", stay what they are.
 
-    Adapters on one basis are served together: `x V` once, then the coefficients gathered for each row.
+    Adapters on one basis are served together: the input meets the directions once, then the coefficients are gathered
+    for each row.
 
     Args:
-        output: the base layer's, (rows, ..., m).
-        x: (rows, ..., n).
+        output: the base layer's, one row for each of the input.
+        x: the layer's input, rows first.
         layer: whose adapters are meant.
         adapter_names: the adapter of each row.
     """
@@ -30,9 +30,8 @@ def add_row_updates(output: Tensor, x: Tensor, layer: "SpectralLayer", adapter_n
         position = {name: index for index, name in enumerate(members, start=1)}
         rows = torch.tensor([position.get(name, 0) for name in adapter_names], device=x.device)
         U, V = factors.first(k)
-        Z = x.reshape(len(x), -1, x.shape[-1]).to(V.dtype) @ V
-        update = FORMS[form].multiply(Z, C[rows].to(V.dtype)) @ U.T
-        output = output + update.reshape(output.shape).to(output.dtype)
+        update = layer.expand(layer.project(x, U, V), C[rows].to(V.dtype), U, V, form, output.shape)
+        output = output + update.to(output.dtype)
     return output
 
 

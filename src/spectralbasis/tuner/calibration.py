@@ -13,7 +13,9 @@ from spectralbasis.tuner.allocation import count_parameters
 from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.entries import pack_positions
 from spectralbasis.tuner.gradients import Batch, Loss, observe_gradients
-from spectralbasis.tuner.preparation import Target, find_targets, prepare
+from spectralbasis.tuner.optimization import in_modules
+from spectralbasis.tuner.originals import Target, find_targets
+from spectralbasis.tuner.preparation import prepare, resolve_ranks
 from spectralbasis.tuner.record import RECORD
 from spectralbasis.tuner.targets import targeted_modules
 
@@ -24,7 +26,7 @@ def calibrate(
     """Pick the entries that sparse coefficients train, over all matrices at once.
 
     They are those of largest `|Uᵀ (∂L/∂W) V|`, the gradient of C at the base, among the k×k of every matrix, where
-    `leading` and `rank_pattern` set k. Matrices of which none is picked are left out.
+    `leading` and `rank_pattern` set k. Matrices of which none is picked are left out, and so are `modules_to_save`.
 
     Args:
         model: the base, without adapters; with the head that is to be trained, if any. It is not changed.
@@ -43,7 +45,9 @@ def calibrate(
         raise InputError(f"coefficients={config.coefficients!r} need no calibration; pass coefficients='sparse'")
     unrecorded: dict[str, Any] = dict.fromkeys(RECORD)
     window = replace(config, coefficients="core", budget=None, **unrecorded)
-    targets = find_targets(targeted_modules(window, model))
+    modules = targeted_modules(window, model)
+    retrained = config.modules_to_save or ()
+    targets = find_targets({key: one for key, one in modules.items() if not in_modules(f"{key}.", retrained)})
     gradients = _core_gradients(model, batches, window, targets, loss)
     ranks = window.ranks or {}
     picked = pick_entries(gradients, _how_many(config, model, ranks))
@@ -52,6 +56,17 @@ def calibrate(
     }
     record["entries"] = {name: pack_positions(positions) for name, positions in picked.items()}
     return replace(config, target_modules={target.key for target in targets if target.name in picked}, **record)
+
+
+def plan_ranks(config: SpectralConfig, model: nn.Module) -> dict[str, int]:
+    """Matrix name → k that an adapter of this config would have on a model.
+
+    Raises:
+        InputError: a rank or the budget does not fit the model.
+    """
+    budget = None if config.coefficients == "sparse" else config.budget
+    targets = find_targets(targeted_modules(config, model))
+    return resolve_ranks(replace(config, budget=budget), targets, count_parameters(model))
 
 
 def pick_entries(gradients: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:

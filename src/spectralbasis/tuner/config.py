@@ -29,6 +29,8 @@ class SpectralConfig(PeftConfig):
     Attributes:
         target_modules: ends of module names, or one regular expression, or "all-linear"; None takes what PEFT's LoRA
             takes for this architecture, and all linear layers where that is unknown.
+        target_parameters: ends of names of parameters that are no layer's weight, as `experts.down_proj`, a stack of
+            one matrix for each expert; without `target_modules`, they are all that is adapted.
         exclude_modules: ends of module names, or one regular expression, to leave out.
         layers_to_transform: numbers of the layers to adapt; None is all of them.
         layers_pattern: name of the list of layers, where it is not the first component before a number.
@@ -62,6 +64,7 @@ class SpectralConfig(PeftConfig):
     """
 
     target_modules: list[str] | set[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None

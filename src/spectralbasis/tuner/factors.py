@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from spectralbasis.basis import SpectralBasis
 from spectralbasis.errors import InputError
-from spectralbasis.triplets import Triplets, compute_triplets, matrix_hash
+from spectralbasis.triplets import Triplets, compute_triplets
 from spectralbasis.tuner.forms import FORMS
 
 BASES = ("pretrained", "minor", "random")
 """Bases that are made from the base weight itself; anything else names a basis file."""
 PROBES = 4
-Directions = Callable[[str, Tensor, int], tuple[Tensor, Tensor]]
-"""(name, W (m, n), k) → U (m, k), V (n, k), float32 or wider."""
+Directions = Callable[[str, Tensor, int, str], tuple[Tensor, Tensor]]
+"""(name, W (m, n), k, hash of the base's weight) → U (m, k), V (n, k), float32 or wider."""
 
 
 class Factors(nn.Module):
@@ -81,12 +81,12 @@ def source_of(basis: str, seed: int) -> str:
     return basis if basis in BASES else str(Path(basis).resolve())
 
 
-def directions_of(basis: str, *, tolerance: float, seed: int) -> Directions:
+def directions_of(basis: str | SpectralBasis, *, tolerance: float, seed: int) -> Directions:
     """How the directions of every matrix are found.
 
     Args:
-        basis: "pretrained" (leading singular vectors), "minor" (trailing ones, the smallest first), "random" (Haar) or
-            the path of a basis file.
+        basis: "pretrained" (leading singular vectors), "minor" (trailing ones, the smallest first), "random" (Haar),
+            the path of a basis file, or a basis.
         tolerance: see `compute_triplets`.
         seed: of the random directions.
 
@@ -102,18 +102,18 @@ def directions_of(basis: str, *, tolerance: float, seed: int) -> Directions:
     return _Stored(basis)
 
 
-def _pretrained(tolerance: float, name: str, W: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _pretrained(tolerance: float, name: str, W: Tensor, k: int, base_hash: str) -> tuple[Tensor, Tensor]:
     triplets = compute_triplets(W, k, tolerance=tolerance)
     return triplets.U, triplets.Vh.T
 
 
-def _minor(tolerance: float, name: str, W: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _minor(tolerance: float, name: str, W: Tensor, k: int, base_hash: str) -> tuple[Tensor, Tensor]:
     triplets = compute_triplets(W, min(W.shape), tolerance=tolerance)
     return triplets.U.flip(1)[:, :k], triplets.Vh.flip(0)[:k].T
 
 
-def _random(seed: int, name: str, W: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    content = int(matrix_hash(W), 16)
+def _random(seed: int, name: str, W: Tensor, k: int, base_hash: str) -> tuple[Tensor, Tensor]:
+    content = int(base_hash, 16)
     left, right = (np.random.Generator(np.random.PCG64([seed, content, side])) for side in (0, 1))
     return _haar(left, W.shape[0], k), _haar(right, W.shape[1], k)
 
@@ -126,16 +126,16 @@ def _haar(draws: np.random.Generator, size: int, k: int) -> Tensor:
 
 
 class _Stored:
-    """Directions from a basis file."""
+    """Directions from a basis, or from the file of one."""
 
-    def __init__(self, file: str) -> None:
-        self.file = file
-        self.basis = SpectralBasis.load(file)
+    def __init__(self, basis: str | SpectralBasis) -> None:
+        self.file = str(basis)
+        self.basis = SpectralBasis.load(basis) if isinstance(basis, str) else basis
         self.warned = False
 
-    def __call__(self, name: str, W: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, name: str, W: Tensor, k: int, base_hash: str) -> tuple[Tensor, Tensor]:
         triplets = self._find(name, W, k)
-        if triplets.base_hash != matrix_hash(W) and not self.warned:
+        if triplets.base_hash != base_hash and not self.warned:
             self.warned = True
             warnings.warn(
                 f"{self.file} was computed from other weights than those of this model ({name} differs); "

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from spectralbasis.errors import InputError
-from spectralbasis.tuner.preparation import Target
+from spectralbasis.tuner.originals import Target
 
 Batch = Mapping[str, Any]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -38,10 +39,10 @@ def observe_gradients(
         The number of rows.
 
     Raises:
-        InputError: there is no batch, no loss, or no gradient reaches any target.
+        InputError: there is no batch, no loss, a target is no linear layer, or no gradient reaches any.
     """
     seen: set[str] = set()
-    observed = {target.name: target.module for target in targets}
+    observed = {target.name: _linear(target) for target in targets}
     rows = 0
     with _at_rest(model), _hooked(observed, partial(_note, seen, observer)), torch.enable_grad():
         for batch in batches:
@@ -51,6 +52,15 @@ def observe_gradients(
             rows += size
     _check_seen(rows, seen)
     return rows
+
+
+def _linear(target: Target) -> nn.Module:
+    if not isinstance(target.module, nn.Linear | Conv1D):
+        raise InputError(
+            f"gradients are observed in linear layers of a base without adapters, but {target.key} is a "
+            f"{type(target.module).__name__}; leave it out with exclude_modules, or pass the base model"
+        )
+    return target.module
 
 
 def _note(seen: set[str], observer: Observer, name: str, x: Tensor, g: Tensor) -> None:

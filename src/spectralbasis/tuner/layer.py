@@ -1,48 +1,85 @@
-"""The linear layer with spectral coefficients beside its frozen weight."""
+"""What every layer with spectral coefficients shares: its adapters, merging, and the order of a forward pass."""
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from spectralbasis.tuner.batches import add_row_updates
 from spectralbasis.tuner.factors import Factors
 from spectralbasis.tuner.forms import FORMS
-from spectralbasis.tuner.function import DenseUpdate, FactoredUpdate, dense_pays
+from spectralbasis.tuner.matrices import to_weight
 from spectralbasis.tuner.parametrisation import Parametrisation
+from spectralbasis.tuner.quantization import dequantized
 
 START_SCALE = 0.3
 """Standard deviation of the coefficients that `init_weights=False` starts from."""
 
 
-class SpectralLayer(BaseTunerLayer):
-    """What every layer with spectral coefficients holds: per adapter its numbers, what makes C of them, and U and V."""
+class SpectralLayer(nn.Module, BaseTunerLayer):
+    """A layer, per adapter the numbers that it trains, what makes C of them, and U and V.
+
+    Subclasses say how an input meets V and how U makes an output of it (`project`, `expand`).
+
+    Args:
+        base_layer: the layer, or another tuner's layer around it.
+        adapter_name: name of the first adapter.
+        backend: of a base layer that is quantized.
+        options: see `update_layer`.
+    """
 
     adapter_layer_names: tuple[str, ...] = ("spectral_coefficients",)
     other_param_names: tuple[str, ...] = ("spectral_factors", "spectral_parametrisations")
 
     # What BaseTunerLayer provides; PEFT has no types, and nn.Module would pass these off as tensors.
-    base_layer: nn.Module
     active_adapters: list[str]
+    disable_adapters: bool
     get_base_layer: Callable[[], Any]
+    merged: bool
+    set_adapter: Callable[..., None]
+    _get_embed_scale: Callable[[], Tensor | None]
+    _move_adapter_to_device_of_base_layer: Callable[..., None]
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, *, backend: QuantizationBackend | None = None, **options: Any
+    ) -> None:
+        super().__init__()
         self.base_layer = base_layer
+        self.quantization_backend = backend
         self.spectral_coefficients = nn.ParameterDict()
         self.spectral_factors = nn.ModuleDict()
         self.spectral_parametrisations = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self._unmerged_weight: Tensor | None = None
+        self._active_adapter = adapter_name
+        self._original: Any = None  # a dense weight, or the quantized layer; hidden from state_dict in a tuple
+        self.update_layer(adapter_name, **options)
+
+    def project(self, x: Tensor, U: Tensor, V: Tensor) -> Tensor:
+        """What C multiplies, (rows, tokens, k): the input in the directions that it arrives in."""
+        raise NotImplementedError
+
+    def expand(self, Z: Tensor, C: Tensor, U: Tensor, V: Tensor, form: str, shape: torch.Size) -> Tensor:
+        """The update of an output of this shape from `project`'s result; C may have one entry for each row."""
+        raise NotImplementedError
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The base layer's frozen weight."""
+        return self.get_base_layer().weight
 
     @property
     def original_weight(self) -> Tensor:
-        """The weight of the base layer, in its own layout, without merged adapters."""
-        return self.get_base_layer().weight.detach() if self._unmerged_weight is None else self._unmerged_weight
+        """The weight of the base layer, in its own layout, dequantized and without merged adapters."""
+        if self.quantization_backend is not None:
+            layer = self.base_layer if self._original is None else self._original[0]
+            return dequantized(layer, self.quantization_backend)
+        return self.parameter.detach() if self._original is None else self._original
 
     def held_factors(self, source: str, k: int) -> Factors | None:
         """Factors of an adapter of this layer that serve k directions of the basis `source` too."""
@@ -98,59 +135,43 @@ class SpectralLayer(BaseTunerLayer):
         stored = self.spectral_coefficients[adapter_name]
         stored.data = self.parametrisation(adapter_name).inverse(sum(terms[1:], terms[0])).to(stored.dtype)
 
-
-class Linear(nn.Module, SpectralLayer):
-    """`torch.nn.Linear` or transformers' `Conv1D` with spectral coefficients.
-
-    Args:
-        base_layer: the layer, or another tuner's layer around it.
-        adapter_name: name of the first adapter.
-        fan_in_fan_out: whether the weight is stored as (in, out); None asks the layer.
-        options: see `SpectralLayer.update_layer`.
-    """
-
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, fan_in_fan_out: bool | None = None, **options: Any
-    ) -> None:
-        super().__init__()
-        SpectralLayer.__init__(self, base_layer)
-        self._active_adapter = adapter_name
-        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
-        if fan_in_fan_out not in (None, self.fan_in_fan_out):
-            kind = type(self.get_base_layer()).__name__
-            warnings.warn(
-                f"fan_in_fan_out={fan_in_fan_out} does not hold for {kind}; using {self.fan_in_fan_out}", stacklevel=2
-            )
-        self.update_layer(adapter_name, **options)
-
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """The base layer's output plus `x ΔWᵀ` of each active adapter, or of each row's adapter."""
+        """The base layer's output plus the update of each active adapter, or of each row's adapter."""
         if adapter_names is not None:
-            self._check_rows(x, adapter_names)
+            self.check_rows(x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
-            return add_row_updates(self.base_layer(x, *args, **kwargs), x, self, adapter_names)
-        active = [name for name in self.active_adapters if name in self.spectral_coefficients]
-        x = _autocast(x) if active else x
-        if len(active) == 1 and not args and not kwargs and self._may_form_weight(x):
-            return self._dense_forward(x, active[0])
+            return self.mixed_forward(x, adapter_names, *args, **kwargs)
+        return self.adapted_forward(x, self.held_adapters(), *args, **kwargs)
+
+    def adapted_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the updates of the adapters `active`."""
         output = self.base_layer(x, *args, **kwargs)
         for name in active:
-            output, _ = FactoredUpdate.apply(output, x, *self.terms(name))
+            C, U, V, form = self.terms(name)
+            output = output + self.expand(self.project(x, U, V), C, U, V, form, output.shape).to(output.dtype)
         return output
 
+    def mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus for each row the update of its adapter."""
+        return add_row_updates(self.base_layer(x, *args, **kwargs), x, self, adapter_names)
+
+    def held_adapters(self) -> list[str]:
+        """The active adapters that this layer has."""
+        return [name for name in self.active_adapters if name in self.spectral_coefficients]
+
+    @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """`U C Vᵀ` of an adapter in the layout of the base weight, in float32 or wider."""
-        C, U, V, form = self.terms(adapter_name)
-        dtype = torch.promote_types(U.dtype, torch.float32)
-        update = FORMS[form].left_factor(U.to(dtype), C.detach().to(dtype)) @ V.to(dtype).T
-        return update.T if self.fan_in_fan_out else update
+        return to_weight(dense_update(*self.terms(adapter_name)), self.get_base_layer())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add ΔW of adapters to the base weight, whose original is kept on the CPU until `unmerge`.
+        """Add ΔW of adapters to the base weight; the original is kept until `unmerge`, a dense one on the CPU.
+
+        A quantized weight is dequantized, changed and quantized again.
 
         Args:
             safe_merge: leave everything as it is when the result is not finite.
@@ -158,36 +179,38 @@ class Linear(nn.Module, SpectralLayer):
 
         Raises:
             ValueError: `safe_merge`, and the result is not finite.
+            InputError: the weight is quantized in a way that cannot be merged into.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.spectral_coefficients]
         if not names:
             return
-        weight = self.get_base_layer().weight.data
-        merged = weight
-        for name in names:
+        original = self.original_weight.to(self.parameter.device)
+        merged = original
+        for name in [*self.merged_adapters, *names]:
             merged = merged + self.get_delta_weight(name)
-            if safe_merge and not bool(torch.isfinite(merged.to(weight.dtype)).all()):
+            if safe_merge and not bool(torch.isfinite(merged.to(original.dtype)).all()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-        if not self.merged:
-            self._unmerged_weight = weight.cpu()
-        self.get_base_layer().weight.data = merged.to(weight.dtype).contiguous()
+        self._put(merged.to(original.dtype).contiguous())
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Put the original weight back, bit by bit."""
-        if not self.merged or self._unmerged_weight is None:
+        if not self.merged or self._original is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        weight = self.get_base_layer().weight
-        weight.data = self._unmerged_weight.to(weight)
-        self._unmerged_weight = None
+        if isinstance(self._original, tuple):
+            self.base_layer = self._original[0].to(self.parameter.device)
+        else:
+            self.parameter.data = self._original.to(self.parameter)
+        self._original = None
         self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: ΔW has rank k. PEFT converts through a decomposition of the dense ΔW."""
-        return True
+        """Whether PEFT's `convert_to_lora` knows such a layer: it takes linear layers alone."""
+        return False
 
-    def _check_rows(self, x: Tensor, adapter_names: list[str]) -> None:
+    def check_rows(self, x: Tensor, adapter_names: list[str]) -> None:
+        """Raise ValueError unless there is one adapter for each row, and none is merged."""
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -198,34 +221,23 @@ class Linear(nn.Module, SpectralLayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
 
-    def _may_form_weight(self, x: Tensor) -> bool:
-        """Whether forming W + ΔW is cheaper and changes nothing else.
-
-        In 16 bits it would round a small ΔW away; a base layer with hooks, or one that is no plain `nn.Linear`, must be
-        called itself.
-        """
-        base = self.base_layer
-        if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter:
-            return False
-        if not dense_pays(x.numel() // base.in_features, base.in_features):
-            return False
-        plain = not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base))
-        wide = x.dtype == base.weight.dtype and x.dtype in (torch.float32, torch.float64)
-        return plain and wide and not base.weight.requires_grad
-
-    def _dense_forward(self, x: Tensor, adapter_name: str) -> Tensor:
-        C, U, V, form = self.terms(adapter_name)
-        base = self.get_base_layer()
-        output, _ = DenseUpdate.apply(x, base.weight, base.bias, C, U, V, form)
-        return output
+    def _put(self, weight: Tensor) -> None:
+        """Make this the base layer's weight; what was there first is kept."""
+        if self.quantization_backend is None:
+            self._original = self.parameter.data.cpu() if self._original is None else self._original
+            self.parameter.data = weight
+            return
+        if self._original is None:
+            # The layer itself is kept, since quantization keeps its state in more places than the weight.
+            self._original = (self.base_layer,)
+            self.base_layer = copy.deepcopy(self.base_layer)
+        self.quantization_backend.set_base_weight(self, weight)
 
     def __repr__(self) -> str:
         return "spectral." + super().__repr__()
 
 
-def _autocast(x: Tensor) -> Tensor:
-    """`x` in the dtype that autocast computes in: cast once, for the base layer and its update."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
+def dense_update(C: Tensor, U: Tensor, V: Tensor, form: str) -> Tensor:
+    """`U C Vᵀ`, (m, n), in float32 or wider."""
+    dtype = torch.promote_types(U.dtype, torch.float32)
+    return FORMS[form].left_factor(U.to(dtype), C.to(dtype)) @ V.to(dtype).T

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -14,8 +14,15 @@ from spectralbasis.errors import InputError
 from spectralbasis.tuner.allocation import Allocation, count_parameters
 from spectralbasis.tuner.combining import combined_config
 from spectralbasis.tuner.config import SpectralConfig
-from spectralbasis.tuner.layer import Linear, SpectralLayer
-from spectralbasis.tuner.preparation import Preparation, find_targets, prepare
+from spectralbasis.tuner.convolution import Convolution
+from spectralbasis.tuner.embedding import Embedding
+from spectralbasis.tuner.layer import SpectralLayer
+from spectralbasis.tuner.linear import Linear
+from spectralbasis.tuner.matrices import Convolutions
+from spectralbasis.tuner.originals import find_targets
+from spectralbasis.tuner.parameters import ParamWrapper, matrix_keys, parameter_targets
+from spectralbasis.tuner.preparation import prepare
+from spectralbasis.tuner.quantization import backend_of
 from spectralbasis.tuner.targets import DEFAULT_TARGETS, is_targeted, set_default_targets, targeted_modules
 
 
@@ -31,11 +38,10 @@ class SpectralModel(BaseTuner):
 
     def allocation(self, adapter_name: str = "default") -> Allocation:
         """How many coefficients an adapter trains, and on how many parameters."""
-        layers = _spectral_layers(self.model).items()
-        trained = {key: layer for key, layer in layers if adapter_name in layer.spectral_coefficients}
+        held = [layer.spectral_coefficients for layer in _spectral_layers(self.model).values()]
         return Allocation(
-            ranks={matrix_name(key): layer.parametrisation(adapter_name).k for key, layer in trained.items()},
-            trained=sum(layer.spectral_coefficients[adapter_name].numel() for layer in trained.values()),
+            ranks=dict(self.peft_config[adapter_name].ranks),
+            trained=sum(numbers[adapter_name].numel() for numbers in held if adapter_name in numbers),
             total=count_parameters(self.model),
         )
 
@@ -68,16 +74,28 @@ class SpectralModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """PEFT's key mapping; what it leaves over finds its layer by matrix name, with or without a head's prefix."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        layers = {matrix_name(key): f"{key}.spectral_coefficients.{adapter_name}" for key in _spectral_layers(model)}
-        known = set(layers.values())
+        held = {key: f"{key}.spectral_coefficients.{adapter_name}" for key in _spectral_layers(model)}
+        layers, known = {matrix_name(key): stored for key, stored in held.items()}, set(held.values())
         return {key if key in known else _by_matrix_name(key, layers): value for key, value in remapped.items()}
 
     def _prepare_adapter_config(self, config: SpectralConfig, model_config: dict[str, Any]) -> SpectralConfig:
         set_default_targets(config, model_config)
         return config
 
+    def _check_new_adapter_config(self, config: SpectralConfig) -> None:
+        super()._check_new_adapter_config(config)
+        wanted = set(config.target_parameters or ())
+        for name, other in self.peft_config.items():
+            found = set(other.target_parameters or ())
+            if wanted and found and wanted != found:
+                raise InputError(
+                    f"target_parameters are {sorted(wanted)}, but {sorted(found)} in adapter {name!r} of this model; "
+                    "adapters of one model that have them must have the same, or saved ones could be mistaken"
+                )
+
     def _prepare_model(self, config: SpectralConfig, model: nn.Module) -> None:
-        targets = find_targets(targeted_modules(config, model))
+        modules = find_targets(targeted_modules(config, model), config.basis)
+        targets = [*modules, *parameter_targets(model, set(config.target_parameters or ()))]
         self._prepared = prepare(config, targets, count_parameters(model))
 
     def _create_and_replace(
@@ -90,22 +108,51 @@ class SpectralModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        prepared: Preparation | None = self._prepared.pop(current_key, None)
-        if prepared is None:
-            raise InputError(f"{current_key} is not among target_modules={config.target_modules!r}; add it there")
-        options = {
-            "factors": prepared.factors,
-            "parametrisation": prepared.parametrisation,
-            "init_weights": config.init_weights,
-            "inference_mode": config.inference_mode,
-        }
-        if isinstance(target, SpectralLayer):
+        prepared = self._take_prepared(config, target, current_key, parameter_name)
+        options = {**prepared, "init_weights": config.init_weights, "inference_mode": config.inference_mode}
+        if isinstance(target, SpectralLayer) and getattr(target, "parameter_name", None) == parameter_name:
             target.update_layer(adapter_name, **options)
             return
-        layer = Linear(target, adapter_name, fan_in_fan_out=config.fan_in_fan_out, **options)
+        if parameter_name is None:
+            layer = self._new_layer(config, target, adapter_name, options)
+        else:
+            layer = ParamWrapper(target, adapter_name, parameter_name=parameter_name, **options)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, ParamWrapper) and not isinstance(new_module, ParamWrapper):
+            setattr(parent, child_name, new_module)  # PEFT would hand on a weight, which such a module may not have
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _take_prepared(
+        self, config: SpectralConfig, target: nn.Module, key: str, parameter_name: str | None
+    ) -> dict[str, Any]:
+        """Factors and parametrisation that were prepared for a module, or of all matrices in a parameter."""
+        if parameter_name is not None:
+            parameter = getattr(_innermost(target), parameter_name)
+            parts = [self._prepared.pop(one) for one in matrix_keys(key, parameter)]
+            return {
+                "factors": [part.factors for part in parts],
+                "parametrisation": [part.parametrisation for part in parts],
+            }
+        if key not in self._prepared:
+            raise InputError(f"{key} is not among target_modules={config.target_modules!r}; add it there")
+        prepared = self._prepared.pop(key)
+        return {"factors": prepared.factors, "parametrisation": prepared.parametrisation}
+
+    def _new_layer(
+        self, config: SpectralConfig, target: nn.Module, adapter_name: str, options: dict[str, Any]
+    ) -> SpectralLayer:
+        base = _innermost(target)
+        options["backend"] = backend_of(base, self.model)
+        if isinstance(base, nn.Embedding):
+            return Embedding(target, adapter_name, **options)
+        if isinstance(base, Convolutions):
+            return Convolution(target, adapter_name, **options)
+        return Linear(target, adapter_name, fan_in_fan_out=config.fan_in_fan_out, **options)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -145,6 +192,10 @@ class SpectralModel(BaseTuner):
 
 def _spectral_layers(model: nn.Module) -> dict[str, SpectralLayer]:
     return {key: module for key, module in model.named_modules() if isinstance(module, SpectralLayer)}
+
+
+def _innermost(module: nn.Module) -> Any:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _by_matrix_name(key: str, layers: dict[str, str]) -> str:

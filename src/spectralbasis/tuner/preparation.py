@@ -1,39 +1,22 @@
 """From a config and the modules it targets to ranks and factors, with every check done before the model is changed."""
 
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
-from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
-from spectralbasis.checkpoints import matrix_name
 from spectralbasis.errors import BaseMismatchError, InputError
-from spectralbasis.triplets import matrix_hash
 from spectralbasis.tuner.allocation import allocate_budget, allocate_leading
 from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.factors import Directions, Factors, directions_of, source_of
 from spectralbasis.tuner.layer import SpectralLayer
+from spectralbasis.tuner.originals import Target
 from spectralbasis.tuner.parametrisation import Parametrisation
 
-DENSE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PROBE_TOLERANCE = 1e-2
 """Probes are of order 1: below this, directions agree as well as float32 singular vectors of one matrix can."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A module to adapt: its key in the model, the stable name of its matrix, and its original weight, (m, n)."""
-
-    key: str
-    name: str
-    module: nn.Module
-    W: Tensor
 
 
 @dataclass(frozen=True)
@@ -47,16 +30,6 @@ class Preparation:
     def directions(self) -> tuple[Tensor, Tensor]:
         """U (m, k) and V (n, k)."""
         return self.factors.first(self.parametrisation.k)
-
-
-def find_targets(modules: Mapping[str, nn.Module]) -> list[Target]:
-    """Name the modules and read their weights, as they were before any merge.
-
-    Raises:
-        InputError: a module is no linear layer, or has no dense weight.
-    """
-    names = _unique_names(list(modules))
-    return [Target(key, names[key], module, original_weight(key, module)) for key, module in modules.items()]
 
 
 def prepare(config: SpectralConfig, targets: Sequence[Target], total: int) -> dict[str, Preparation]:
@@ -74,12 +47,12 @@ def prepare(config: SpectralConfig, targets: Sequence[Target], total: int) -> di
         BaseMismatchError: weights or directions are not those that the adapter was trained on.
         InputError: a rank, a budget or a basis file does not fit the model.
     """
-    hashes = {target.name: matrix_hash(target.W) for target in targets}
+    hashes = {target.name: target.hash for target in targets}
     if config.bound:
         _check_hashes(config, hashes)
     else:
         _check_calibrated(config)
-        config.ranks = _resolve_ranks(config, targets, total)
+        config.ranks = resolve_ranks(config, targets, total)
         config.base_hashes = hashes
     ranks = config.ranks or {}
     factors = dict(zip(hashes, _find_factors(config, targets, ranks), strict=True))
@@ -94,40 +67,12 @@ def prepare(config: SpectralConfig, targets: Sequence[Target], total: int) -> di
     return prepared
 
 
-def original_weight(key: str, module: nn.Module) -> Tensor:
-    """The weight of a linear layer as (m, n), before any merge.
+def resolve_ranks(config: SpectralConfig, targets: Sequence[Target], total: int) -> dict[str, int]:
+    """Matrix name → k, by `leading` or `budget` and `rank_pattern`.
 
     Raises:
-        InputError: the module is no linear layer, or has no dense weight.
+        InputError: k exceeds min(m, n) of a matrix, or the budget does not pay for k = 1.
     """
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    if not isinstance(base, nn.Linear | Conv1D):
-        raise InputError(
-            f"Target module {key} is not supported: it is {type(base).__name__}, and spectral coefficients take "
-            "torch.nn.Linear and transformers Conv1D; leave it out of target_modules"
-        )
-    if isinstance(base, NonDynamicallyQuantizableLinear):
-        raise InputError(
-            f"{key} belongs to torch.nn.MultiheadAttention, which reads its weight and never calls it, so coefficients "
-            "there would change nothing; leave it out with exclude_modules"
-        )
-    W = module.original_weight if isinstance(module, SpectralLayer) else base.weight.detach()
-    if W.is_meta or W.dtype not in DENSE_DTYPES or W.ndim != 2:
-        raise InputError(
-            f"{key} has no dense weight here ({W.dtype} on {W.device}), so its singular vectors cannot be found; "
-            "load the base unquantized and not on the meta device"
-        )
-    return W.T if isinstance(base, Conv1D) else W
-
-
-def _unique_names(keys: Sequence[str]) -> dict[str, str]:
-    """Stable matrix names; modules that would share one keep their full keys."""
-    names = {key: matrix_name(key) for key in keys}
-    count = Counter(names.values())
-    return {key: name if count[name] == 1 else key for key, name in names.items()}
-
-
-def _resolve_ranks(config: SpectralConfig, targets: Sequence[Target], total: int) -> dict[str, int]:
     weights = {target.name: target.W for target in targets}
     patterns = config.rank_pattern
     matched = {target.name: get_pattern_key(patterns, target.key) for target in targets}
@@ -177,7 +122,7 @@ def _find_factors(config: SpectralConfig, targets: Sequence[Target], ranks: Mapp
 
 def _decompose(directions: Directions, target: Target, k: int) -> tuple[Tensor, Tensor]:
     try:
-        return directions(target.name, target.W, k)
+        return directions(target.name, target.W, k, target.hash)
     except InputError:
         raise
     except ValueError as error:

@@ -14,7 +14,8 @@ from spectralbasis.errors import InputError
 from spectralbasis.triplets import matrix_hash
 from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.forms import FORMS
-from spectralbasis.tuner.preparation import DENSE_DTYPES, Preparation, Target, prepare
+from spectralbasis.tuner.originals import DENSE_DTYPES, Target
+from spectralbasis.tuner.preparation import Preparation, prepare
 from spectralbasis.tuner.record import RECORD
 from spectralbasis.tuner.registration import METHOD
 
@@ -45,16 +46,16 @@ class SpectralEdit:
         """
         if self.transposed(weight):
             return self._tuned(weight.T).T.contiguous()
-        return self._tuned(weight)
+        return self._tuned(weight.flatten(1)).reshape(weight.shape)
 
     def check(self, weight: Tensor) -> None:
         """Raise BaseMismatchError unless this is the weight that the adapter was trained on."""
-        self._prepare(weight.T if self.transposed(weight) else weight)
+        self._prepare(weight.T if self.transposed(weight) else weight.flatten(1))
 
     def transposed(self, weight: Tensor) -> bool:
         """Whether the weight is stored as (in, out), as Conv1D does, which only its hash tells for certain."""
         expected = (self.config.base_hashes or {})[self.matrix]
-        return matrix_hash(weight) != expected and matrix_hash(weight.T) == expected
+        return weight.ndim == 2 and matrix_hash(weight) != expected and matrix_hash(weight.T) == expected
 
     def _tuned(self, W: Tensor) -> Tensor:
         C, U, V, form = self._terms(W)
@@ -66,7 +67,7 @@ class SpectralEdit:
         Raises:
             BaseMismatchError: see `__call__`.
         """
-        C, U, V, form = self._terms(weight.T if self.transposed(weight) else weight)
+        C, U, V, form = self._terms(weight.T if self.transposed(weight) else weight.flatten(1))
         return U, FORMS[form].left_factor(torch.eye(U.shape[1], dtype=U.dtype), C), V
 
     def _terms(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor, str]:
@@ -116,7 +117,7 @@ def _config(adapter: Adapter) -> SpectralConfig:
 def _edit(adapter: Adapter, config: SpectralConfig, module: str, stored: str, tensor: str) -> SpectralEdit:
     name, own = _own_config(adapter, config, module)
     k, weight = (own.ranks or {})[name], adapter.base.shape(tensor)
-    if adapter.base.dtype(tensor) not in DENSE_DTYPES or len(weight) != 2 or k > min(weight):
+    if adapter.base.dtype(tensor) not in DENSE_DTYPES or len(weight) < 2 or k > min(weight[0], prod(weight[1:])):
         raise InputError(
             f"{adapter.folder}: {name} cannot have {k} singular directions in {adapter.base.source}, where it is "
             f"{'×'.join(map(str, weight))} of {adapter.base.dtype(tensor)}; give the base that it was trained on"

@@ -27,8 +27,8 @@ def targeted_modules(config: SpectralConfig, model: nn.Module) -> dict[str, nn.M
 
 
 def set_default_targets(config: SpectralConfig, model_config: dict[str, Any]) -> None:
-    """Replace `target_modules=None` by what PEFT's LoRA takes for such a model, or by "all-linear"."""
-    if config.target_modules is None:
+    """Replace `target_modules=None`, without `target_parameters`, by what PEFT's LoRA takes, or by "all-linear"."""
+    if config.target_modules is None and not config.target_parameters:
         known = DEFAULT_TARGETS.get(model_config.get("model_type"), "all-linear")
         config.target_modules = known if isinstance(known, str) else set(known)
 

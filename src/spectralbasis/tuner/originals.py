@@ -1,0 +1,126 @@
+"""What is adapted in a model: the targeted matrices, with their stable names and their original weights."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from spectralbasis.basis import SpectralBasis
+from spectralbasis.checkpoints import matrix_name
+from spectralbasis.errors import InputError
+from spectralbasis.triplets import Triplets, matrix_hash
+from spectralbasis.tuner.factors import BASES
+from spectralbasis.tuner.layer import SpectralLayer
+from spectralbasis.tuner.matrices import Convolutions, Layers, to_matrix
+from spectralbasis.tuner.quantization import backend_of, dequantized
+
+DENSE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A matrix to adapt.
+
+    Attributes:
+        key: of its module in the model.
+        name: the stable name of the matrix.
+        module: that holds it.
+        W: the original weight, (m, n); of a quantized one, what can be had of it.
+        known_hash: of the weight before it was quantized, where a basis file tells it.
+    """
+
+    key: str
+    name: str
+    module: nn.Module
+    W: Tensor
+    known_hash: str | None = None
+
+    @cached_property
+    def hash(self) -> str:
+        """What identifies the base: the hash of the weight, of a quantized one that of its original where known."""
+        return self.known_hash or matrix_hash(self.W)
+
+
+def find_targets(modules: Mapping[str, nn.Module], basis: str = "pretrained") -> list[Target]:
+    """Name the modules and read their weights, as they were before any merge.
+
+    Args:
+        modules: key in the model → module.
+        basis: as in `SpectralConfig`; a file says what quantized weights were before.
+
+    Raises:
+        InputError: a module has no matrix that coefficients can be put on.
+    """
+    names = unique_names(list(modules))
+    file = None if basis in BASES else SpectralBasis.load(basis)
+    return [_target(key, names[key], module, file) for key, module in modules.items()]
+
+
+def unique_names(keys: Sequence[str]) -> dict[str, str]:
+    """Stable matrix names; modules that would share one keep their full keys."""
+    names = {key: matrix_name(key) for key in keys}
+    count = Counter(names.values())
+    return {key: name if count[name] == 1 else key for key, name in names.items()}
+
+
+def check_dense(key: str, weight: Tensor) -> None:
+    """Raise InputError unless a weight is at hand in a dtype that has singular vectors."""
+    if weight.is_meta or weight.dtype not in DENSE_DTYPES:
+        raise InputError(
+            f"{key} has no dense weight here ({weight.dtype} on {weight.device}), so its singular vectors cannot be "
+            "found; load the base unquantized and not on the meta device"
+        )
+
+
+def _target(key: str, name: str, module: nn.Module, file: SpectralBasis | None) -> Target:
+    layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    backend = backend_of(layer)
+    if backend is not None:
+        return _quantized_target(key, name, module, backend, file[name] if file and name in file else None)
+    _check_layer(key, layer)
+    weight = module.original_weight if isinstance(module, SpectralLayer) else layer.weight.detach()
+    check_dense(key, weight)
+    return Target(key, name, module, to_matrix(weight, layer))
+
+
+def _quantized_target(
+    key: str, name: str, module: nn.Module, backend: QuantizationBackend, original: Triplets | None
+) -> Target:
+    try:
+        W = module.original_weight if isinstance(module, SpectralLayer) else dequantized(module, backend)
+    except InputError as error:
+        if original is None:
+            raise InputError(f"{key}: {error}") from error
+        W = (original.U * original.S) @ original.Vh
+    return Target(key, name, module, W, None if original is None else original.base_hash)
+
+
+def _check_layer(key: str, layer: nn.Module) -> None:
+    if not isinstance(layer, Layers):
+        raise InputError(
+            f"Target module {key} is not supported: it is {type(layer).__name__}, and spectral coefficients take "
+            "torch.nn.Linear, Conv1d, Conv2d, Conv3d and Embedding and transformers Conv1D; leave it out of "
+            "target_modules"
+        )
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        raise InputError(
+            f"{key} belongs to torch.nn.MultiheadAttention, which reads its weight and never calls it, so coefficients "
+            "there would change nothing; leave it out with exclude_modules"
+        )
+    if isinstance(layer, Convolutions) and layer.groups != 1:
+        raise InputError(
+            f"{key} is a convolution of {layer.groups} groups: each output sees a part of the input, so its weight is "
+            "no one matrix; leave it out with exclude_modules"
+        )
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        raise InputError(
+            f"{key} has max_norm={layer.max_norm:g}, with which looking up changes the table that the directions are "
+            "of; leave it out with exclude_modules"
+        )
