@@ -6,7 +6,17 @@ Importing the package registers the method `SPECTRAL` with PEFT.
 from spectralbasis import linalg
 from spectralbasis.basis import SpectralBasis
 from spectralbasis.checkpoints import open_checkpoint
-from spectralbasis.coefficients import CoefficientBank, LoraExport, Similarity, export_lora, similarity
+from spectralbasis.coefficients import (
+    CoefficientBank,
+    Combination,
+    LoraExport,
+    MergedExport,
+    Similarity,
+    combine,
+    export_lora,
+    export_merged,
+    similarity,
+)
 from spectralbasis.comparison import Comparison, compare
 from spectralbasis.errors import BaseMismatchError, InputError, SpectralBasisError
 from spectralbasis.tuner import SpectralConfig, SpectralModel
@@ -15,17 +25,21 @@ from spectralbasis.version import __version__
 __all__ = [
     "BaseMismatchError",
     "CoefficientBank",
+    "Combination",
     "Comparison",
     "InputError",
     "LoraExport",
+    "MergedExport",
     "Similarity",
     "SpectralBasis",
     "SpectralBasisError",
     "SpectralConfig",
     "SpectralModel",
     "__version__",
+    "combine",
     "compare",
     "export_lora",
+    "export_merged",
     "linalg",
     "open_checkpoint",
     "similarity",

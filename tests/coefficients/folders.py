@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import spectralbasis as sb
 from tests.models import tiny
 
-AUTO_MODELS = {"classifier": AutoModelForSequenceClassification, "causal": AutoModelForCausalLM}
-TASK_TYPES = {"classifier": "SEQ_CLS", "causal": "CAUSAL_LM"}
+AUTO_MODELS = {"": AutoModel, "classifier": AutoModelForSequenceClassification, "causal": AutoModelForCausalLM}
+TASK_TYPES = {"": "FEATURE_EXTRACTION", "classifier": "SEQ_CLS", "causal": "CAUSAL_LM"}
 
 
 def save_base(folder: Path, model_type: str = "bert", head: str = "classifier", **config: Any) -> Path:

@@ -1,7 +1,19 @@
 """What can be done with trained coefficients."""
 
 from spectralbasis.coefficients.bank import CoefficientBank
+from spectralbasis.coefficients.combination import Combination, combine
 from spectralbasis.coefficients.lora_export import LoraExport, export_lora
+from spectralbasis.coefficients.merged_export import MergedExport, export_merged
 from spectralbasis.coefficients.similarity import Similarity, similarity
 
-__all__ = ["CoefficientBank", "LoraExport", "Similarity", "export_lora", "similarity"]
+__all__ = [
+    "CoefficientBank",
+    "Combination",
+    "LoraExport",
+    "MergedExport",
+    "Similarity",
+    "combine",
+    "export_lora",
+    "export_merged",
+    "similarity",
+]

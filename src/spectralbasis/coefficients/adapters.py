@@ -31,12 +31,14 @@ class SpectralAdapter:
     Attributes:
         folder: where it was read.
         config: its record.
+        names: of all its tensors, as PEFT names them.
         stored: matrix name → the numbers that C is made of.
         others: name of a parameter in the model → heads and other retrained modules, trained biases.
     """
 
     folder: Path
     config: SpectralConfig
+    names: tuple[str, ...]
     stored: dict[str, Tensor]
     others: dict[str, Tensor]
 
@@ -71,7 +73,7 @@ def read_spectral_adapter(folder: Path) -> SpectralAdapter:
     stored = open_checkpoint(inside(folder, "adapter_model.safetensors"))
     tensors = {name: stored.read(name) for name in stored.names()}
     shapes = {name: config.parametrisation(name).shape for name in config.ranks or {}}
-    return SpectralAdapter(folder, config, *split_tensors(tensors, shapes, str(folder)))
+    return SpectralAdapter(folder, config, stored.names(), *split_tensors(tensors, shapes, str(folder)))
 
 
 def split_tensors(
@@ -154,7 +156,7 @@ def check_one_basis(adapters: Sequence[SpectralAdapter]) -> None:
 
 def difference(a: SpectralConfig, b: SpectralConfig) -> str:
     """Why equal C do not mean equal updates in two adapters; empty where they do."""
-    if _form(a) != _form(b):
+    if form_of(a) != form_of(b):
         return f"one trains {a.coefficients} coefficients, the other {b.coefficients}"
     if _basis(a) != _basis(b):
         return f"one has the basis {_basis(a)}, the other {_basis(b)}"
@@ -184,7 +186,7 @@ def difference_of_numbers(a: SpectralConfig, b: SpectralConfig) -> str:
     return ""
 
 
-def _form(config: SpectralConfig) -> str:
+def form_of(config: SpectralConfig) -> str:
     """The form of C, which is that of a core where C is not diagonal."""
     return config.coefficients if config.coefficients in FORMS else "core"
 

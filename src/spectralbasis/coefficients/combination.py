@@ -1,0 +1,193 @@
+"""Arithmetic on adapters of one base: the result is an adapter again."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spectralbasis.checkpoints import matrix_name
+from spectralbasis.checkpoints.adapter import adapted_name
+from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG
+from spectralbasis.checkpoints.folder_files import inside, read_json
+from spectralbasis.coefficients.adapters import (
+    COEFFICIENTS,
+    SpectralAdapter,
+    difference,
+    difference_of_numbers,
+    form_of,
+    read_spectral_adapter,
+)
+from spectralbasis.coefficients.arithmetic import find_method, weighted_mean
+from spectralbasis.errors import InputError
+from spectralbasis.folders import atomic_folder, check_output
+from spectralbasis.tuner.config import SpectralConfig
+from spectralbasis.tuner.factors import BASES
+
+HEADS = ("refuse", "first", "mean", "none")
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What was written.
+
+    Attributes:
+        output: the new adapter's folder.
+        adapters: what it was made of.
+        weights: one for each.
+        method: how.
+        coefficients: the kind of the new coefficients.
+        matrices: how many matrices they belong to.
+    """
+
+    output: Path
+    adapters: list[str]
+    weights: list[float]
+    method: str
+    coefficients: str
+    matrices: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON can hold it."""
+        return asdict(self) | {"output": str(self.output)}
+
+
+def combine(
+    adapters: Sequence[str | Path],
+    weights: Sequence[float] | None = None,
+    *,
+    output: str | Path,
+    method: str = "sum",
+    density: float = 0.2,
+    heads: str = "refuse",
+    overwrite: bool = False,
+) -> Combination:
+    """Add, average, subtract or merge spectral adapters of one base and basis; needs neither the base nor the basis.
+
+    The arithmetic is on C, so it is exactly that of the updates `U C Vᵀ` (for "ties", in the coordinates of the
+    basis). Where the adapters store C differently, as sparse ones of different entries do, the result is a full core or
+    diagonal.
+
+    Args:
+        adapters: folders of two or more adapters of the same matrices and ranks; of one to scale it.
+        weights: a number for each, of any sign; None is 1.
+        output: a new folder.
+        method: "sum" `Σ w C`, "mean" `Σ w C / Σ w`, "difference" `w₁ C₁ − w₂ C₂`, or "ties": the entries of largest
+            modulus of each, a sign elected for each entry, the mean of those that agree (arXiv 2306.01708).
+        density: of "ties", the fraction of each adapter's numbers that is kept.
+        heads: what becomes of heads and whatever else the adapters bring besides coefficients: "refuse" if there is
+            any, since heads of different tasks cannot be added; "first" keeps those of the first adapter; "mean"
+            averages them with the weights, which suits runs of one task from one start; "none" leaves them out.
+        overwrite: replace an adapter that is in `output`.
+
+    Raises:
+        InputError: the adapters are not of one kind, have heads that no rule is given for, or a setting is wrong.
+    """
+    check_output(Path(output), overwrite=overwrite, written_file=ADAPTER_CONFIG)
+    given = _weights(adapters, weights)
+    read = [read_spectral_adapter(Path(folder)) for folder in adapters]
+    _check_alike(read)
+    others = _others(read, given, heads)
+    combined = _combined(read, given, method, density)
+    alike = not any(difference_of_numbers(read[0].config, other.config) for other in read[1:])
+    config = read[0].config
+    stored = {name: config.parametrisation(name).inverse(C) for name, C in combined.items()} if alike else combined
+    with atomic_folder(Path(output)) as folder:
+        _write(folder, read[0], stored, others)
+        _write_config(folder, read[0], {} if alike else _plain(config), headless=heads == "none")
+    kind = config.coefficients if alike else form_of(config)
+    return Combination(Path(output), [str(one) for one in adapters], given.tolist(), method, kind, len(stored))
+
+
+def _weights(adapters: Sequence[str | Path], weights: Sequence[float] | None) -> Tensor:
+    if not adapters:
+        raise InputError("there is nothing to combine; pass one or more adapters")
+    found = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
+    if len(found) != len(adapters) or not all(map(isfinite, found)):
+        raise InputError(f"weights={found} are not one finite number for each of {len(adapters)} adapters")
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def _check_alike(adapters: Sequence[SpectralAdapter]) -> None:
+    first = adapters[0]
+    for other in adapters[1:]:
+        found = difference(first.config, other.config)
+        if not found and first.config.ranks != other.config.ranks:
+            found = "they adapt other matrices, or have other ranks"
+        if not found and first.stored.keys() != other.stored.keys():
+            found = "they hold coefficients of other matrices"
+        if found:
+            raise InputError(f"{first.folder} and {other.folder} cannot be combined: {found}")
+
+
+def _combined(adapters: Sequence[SpectralAdapter], weights: Tensor, method: str, density: float) -> dict[str, Tensor]:
+    """C of the result by matrix, float32."""
+    trained = torch.tensor([sum(numbers.numel() for numbers in one.stored.values()) for one in adapters])
+    make = find_method(method, density, trained)
+    coefficients = [one.coefficients() for one in adapters]
+    X = torch.stack([torch.cat([C.double().flatten() for C in one.values()]) for one in coefficients])
+    parts = make(X, weights).float().split([C.numel() for C in coefficients[0].values()])
+    return {name: part.view_as(C) for part, (name, C) in zip(parts, coefficients[0].items(), strict=True)}
+
+
+def _others(adapters: Sequence[SpectralAdapter], weights: Tensor, heads: str) -> dict[str, Tensor]:
+    """Heads and other retrained tensors of the result."""
+    if heads not in HEADS:
+        raise InputError(f"heads={heads!r} is unknown; choose from {', '.join(HEADS)}")
+    brought = [one for one in adapters if one.others]
+    if not brought or heads == "none":
+        return {}
+    if heads == "refuse":
+        raise InputError(
+            f"{brought[0].folder} brings {next(iter(brought[0].others))}, and heads of different tasks cannot be "
+            "added; say what becomes of it: heads='first', 'mean' or 'none' (--heads)"
+        )
+    return adapters[0].others if heads == "first" else _mean(adapters, weights)
+
+
+def _mean(adapters: Sequence[SpectralAdapter], weights: Tensor) -> dict[str, Tensor]:
+    shapes = [{name: tensor.shape for name, tensor in one.others.items()} for one in adapters]
+    if any(other != shapes[0] for other in shapes):
+        raise InputError(
+            "the adapters bring other heads, or heads of other sizes, which have no mean; use heads='first'"
+        )
+    found = {}
+    for name, tensor in adapters[0].others.items():
+        X = torch.stack([one.others[name].double().flatten() for one in adapters])
+        found[name] = weighted_mean(X, weights).to(tensor.dtype).view_as(tensor)
+    return found
+
+
+def _plain(config: SpectralConfig) -> dict[str, Any]:
+    """What a config says when all of C is stored as it is."""
+    return {"coefficients": form_of(config), "scaling": "absolute", "scales": None, "entries": None}
+
+
+def _write(folder: Path, first: SpectralAdapter, stored: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
+    """The tensors, under the names that the first adapter gives them."""
+    tensors = {}
+    for name in first.names:
+        module, is_coefficients, _ = adapted_name(name).partition(COEFFICIENTS)
+        if is_coefficients:
+            tensors[name] = stored[module if module in stored else matrix_name(module)].contiguous()
+        elif module in others:
+            tensors[name] = others[module]
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _write_config(folder: Path, first: SpectralAdapter, changes: Mapping[str, Any], *, headless: bool) -> None:
+    """The first adapter's config with changes, and its basis file."""
+    config = {**read_json(inside(first.folder, ADAPTER_CONFIG)), **changes}
+    if headless:
+        # With a task type, PEFT asks for the head of the task.
+        config |= {"modules_to_save": None, "bias": "none", "task_type": None}
+    if first.config.basis not in BASES and Path(first.config.basis).is_file():
+        config["basis"] = Path(first.config.basis).name
+        shutil.copyfile(first.config.basis, folder / config["basis"])
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
