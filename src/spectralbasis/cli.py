@@ -1,15 +1,14 @@
 """The command line: parses, calls, prints. Results go to stdout, everything else to stderr."""
 
-import json
 import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from spectralbasis import tables
+from spectralbasis import adapter_commands, tables
 from spectralbasis.errors import InputError, SpectralBasisError
 from spectralbasis.version import __version__
 
@@ -28,7 +27,7 @@ Leading = Annotated[
 Tolerance = Annotated[float, typer.Option(help="Largest sine between computed and true leading subspaces.")]
 Include = Annotated[list[str] | None, typer.Option(help="Glob of matrix names to take; may be given again.")]
 Exclude = Annotated[list[str] | None, typer.Option(help="Glob of matrix names to leave out; may be given again.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+AsJson = adapter_commands.AsJson
 Task = Annotated[str, typer.Option(help="Task name, such as RTE, SST-2, mnist.")]
 Data = Annotated[Path | None, typer.Option(help="Folder of the task's files; without it the task comes from the hub.")]
 
@@ -104,7 +103,7 @@ def basis(
         model, leading, tolerance=tolerance, include=include or (), exclude=exclude or (), progress=_draws_bars()
     )
     found.save(output)
-    _show(tables.basis_facts(found, output), tables.basis_table, as_json)
+    tables.show_result(tables.basis_facts(found, output), tables.basis_table, as_json)
 
 
 @app.command()
@@ -159,7 +158,7 @@ def compare(
         resume=resume,
         progress=_draws_bars(),
     )
-    _show(result.summary(), tables.findings_table, as_json)
+    tables.show_result(result.summary(), tables.findings_table, as_json)
     if output is not None:
         print(f"report: {output / 'index.html'}", file=sys.stderr)
 
@@ -223,7 +222,7 @@ def tune(
         overwrite=overwrite,
         progress=_draws_bars(),
     )
-    _show(result.to_dict(), tables.tuning_table, as_json)
+    tables.show_result(result.to_dict(), tables.tuning_table, as_json)
 
 
 @app.command()
@@ -241,7 +240,7 @@ def evaluate(
     from spectralbasis.study import evaluate as run
 
     result = run(model, adapter, task=task, data=data, progress=_draws_bars())
-    _show(result.to_dict(), tables.scores_table, as_json)
+    tables.show_result(result.to_dict(), tables.scores_table, as_json)
 
 
 @app.command()
@@ -267,7 +266,7 @@ def similarity(
     from spectralbasis.coefficients import similarity as run
 
     result = run(checkpoints, base=base, of=of, include=include or (), exclude=exclude or (), output=output)
-    _show(result.to_dict(), tables.similarity_table, as_json)
+    tables.show_result(result.to_dict(), tables.similarity_table, as_json)
 
 
 @app.command()
@@ -281,12 +280,9 @@ def report(directory: Annotated[Path, typer.Argument(help="Folder that `compare 
     print(write_report(directory))
 
 
+for command in (adapter_commands.export, adapter_commands.combine):
+    app.command()(command)
+
+
 def _draws_bars() -> bool:
     return sys.stderr.isatty()
-
-
-def _show(result: dict[str, Any], table: Any, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(result, indent=2))
-    else:
-        tables.show(table(result))

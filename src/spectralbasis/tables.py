@@ -1,7 +1,8 @@
 """What the command line prints for people."""
 
+import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ PIPE_WIDTH = 160
 def show(table: Table) -> None:
     """Print a table on stdout, as wide as the terminal, or wide enough for all of it in a file or pipe."""
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
+
+
+def show_result(result: Mapping[str, Any], table: Callable[[Mapping[str, Any]], Table], as_json: bool) -> None:
+    """Print a command's result on stdout, as JSON or as a table."""
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        show(table(result))
 
 
 def basis_facts(basis: SpectralBasis, file: Path) -> dict[str, Any]:
@@ -81,6 +90,34 @@ def similarity_table(result: Mapping[str, Any]) -> Table:
     for pair in result["pairs"]:
         cosines = (_number(pair[kind], "+.4f") for kind in ("coefficients", "updates"))
         table.add_row(escape(pair["a"]), escape(pair["b"]), *cosines)
+    return table
+
+
+def lora_table(result: Mapping[str, Any]) -> Table:
+    """Ranks, size and error of an exported LoRA adapter."""
+    table = _facts(f"LoRA adapter → {result['output']}")
+    ranks = sorted(set(result["ranks"].values()))
+    table.add_row("matrices", str(len(result["ranks"])))
+    table.add_row("rank", str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}")
+    table.add_row("numbers", f"{result['parameters']:,}")
+    table.add_row("relative error", f"{result['error']:.2%}")
+    return table
+
+
+def merged_table(result: Mapping[str, Any]) -> Table:
+    """What a merged checkpoint holds."""
+    table = _facts(f"merged checkpoint → {result['output']}")
+    table.add_row("tensors", f"{result['tensors']} ({result['changed']} changed, {result['added']} added)")
+    table.add_row("weights", f"{result['bytes'] / 1e6:.1f} MB in {len(result['files'])} file(s)")
+    return table
+
+
+def combination_table(result: Mapping[str, Any]) -> Table:
+    """What an adapter was combined from."""
+    table = _table(f"{result['method']} → {result['output']}", ["adapter", "weight"])
+    for adapter, weight in zip(result["adapters"], result["weights"], strict=True):
+        table.add_row(escape(adapter), f"{weight:g}")
+    table.caption = f"{result['coefficients']} coefficients of {result['matrices']} matrices"
     return table
 
 

@@ -1,0 +1,79 @@
+"""The commands on trained adapters; `spectralbasis.cli` registers them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spectralbasis import tables
+from spectralbasis.errors import InputError
+
+Output = Annotated[Path, typer.Option("-o", "--output", help="A new folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left there.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def export(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a spectral adapter.")],
+    to: Annotated[str, typer.Option(metavar="lora|merged", help="A LoRA adapter, or a whole model.")],
+    output: Output,
+    base: Annotated[str | None, typer.Option(help="The base model; by default what the adapter names.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Largest rank of the LoRA adapter; by default nothing is cut off.")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a spectral adapter for use without this package: as a LoRA adapter for PEFT, or merged into its base.
+
+    Example: `spectralbasis export adapter --to lora -o lora-adapter`
+    """
+    from spectralbasis.coefficients import export_lora, export_merged
+
+    if to == "lora":
+        lora = export_lora(adapter, output, base=base, rank=rank, overwrite=overwrite)
+        tables.show_result(lora.to_dict(), tables.lora_table, as_json)
+    elif to == "merged":
+        if rank is not None:
+            raise InputError(f"--rank {rank} is that of a LoRA adapter; leave it out with --to merged")
+        merged = export_merged(adapter, output, base=base, overwrite=overwrite)
+        tables.show_result(merged.to_dict(), tables.merged_table, as_json)
+    else:
+        raise InputError(f"--to {to} is unknown; write --to lora or --to merged")
+
+
+def combine(
+    adapters: Annotated[list[Path], typer.Argument(help="Folders of spectral adapters of one base and basis.")],
+    output: Output,
+    weights: Annotated[str | None, typer.Option(metavar="w,w,…", help="A number for each adapter; default 1.")] = None,
+    method: Annotated[str, typer.Option(metavar="sum|mean|difference|ties", help="How C is combined.")] = "sum",
+    density: Annotated[float, typer.Option(help="Fraction of each adapter's numbers that ties keeps.")] = 0.2,
+    heads: Annotated[
+        str, typer.Option(metavar="refuse|first|mean|none", help="What becomes of heads, if there are any.")
+    ] = "refuse",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Add, average, subtract or merge adapters of one base; the result is an adapter again.
+
+    Example: `spectralbasis combine adapter-rte adapter-mrpc --weights 0.7,0.3 --heads first -o both`
+    """
+    from spectralbasis.coefficients import combine as run
+
+    combined = run(
+        adapters,
+        None if weights is None else _numbers(weights),
+        output=output,
+        method=method,
+        density=density,
+        heads=heads,
+        overwrite=overwrite,
+    )
+    tables.show_result(combined.to_dict(), tables.combination_table, as_json)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise InputError(f"--weights {text} are no numbers; write them with commas, such as 0.7,0.3") from None
