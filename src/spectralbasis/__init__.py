@@ -19,7 +19,14 @@ from spectralbasis.coefficients import (
 )
 from spectralbasis.comparison import Comparison, compare
 from spectralbasis.errors import BaseMismatchError, InputError, SpectralBasisError
-from spectralbasis.tuner import SpectralConfig, SpectralModel
+from spectralbasis.tuner import (
+    SpectralConfig,
+    SpectralModel,
+    calibrate,
+    curvature_basis,
+    gradient_coverage,
+    parameter_groups,
+)
 from spectralbasis.version import __version__
 
 __all__ = [
@@ -36,11 +43,15 @@ __all__ = [
     "SpectralConfig",
     "SpectralModel",
     "__version__",
+    "calibrate",
     "combine",
     "compare",
+    "curvature_basis",
     "export_lora",
     "export_merged",
+    "gradient_coverage",
     "linalg",
     "open_checkpoint",
+    "parameter_groups",
     "similarity",
 ]

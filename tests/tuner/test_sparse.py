@@ -95,6 +95,12 @@ def test_rank_pattern_limits_the_window():
     assert {k for name, k in config.ranks.items() if name.endswith("value")} == {6}
 
 
+def test_what_is_retrained_takes_no_entries():
+    options = {"target_modules": ["query", "classifier"], "budget": 0.001, "leading": 2}
+    assert "classifier" in calibrated(**options).entries
+    assert "classifier" not in calibrated(**options, modules_to_save=["classifier"]).entries
+
+
 def test_matrices_without_entries_are_left_out():
     config = calibrated(budget=1e-4)
     assert len(config.entries) == 1

@@ -2,12 +2,16 @@
 
 from spectralbasis.tuner import reading  # noqa: F401  makes spectral adapters readable as checkpoints
 from spectralbasis.tuner.allocation import Allocation
+from spectralbasis.tuner.calibration import calibrate
 from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.convolution import Convolution
+from spectralbasis.tuner.coverage import gradient_coverage
+from spectralbasis.tuner.curvature import curvature_basis
 from spectralbasis.tuner.embedding import Embedding
 from spectralbasis.tuner.layer import SpectralLayer
 from spectralbasis.tuner.linear import Linear
 from spectralbasis.tuner.model import SpectralModel
+from spectralbasis.tuner.optimization import parameter_groups
 from spectralbasis.tuner.parameters import ParamWrapper
 from spectralbasis.tuner.registration import register
 
@@ -20,6 +24,10 @@ __all__ = [
     "SpectralConfig",
     "SpectralLayer",
     "SpectralModel",
+    "calibrate",
+    "curvature_basis",
+    "gradient_coverage",
+    "parameter_groups",
 ]
 
 register(SpectralConfig, SpectralModel)
