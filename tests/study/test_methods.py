@@ -15,7 +15,7 @@ SHAPES = 2 * [(16, 16), (16, 16), (16, 16), (16, 16), (24, 16), (16, 24)]
 def counts(tmp_path, name, **options):
     loaded = load_model(save_image_model(tmp_path / "model"), bright_side_task())
     total = sum(p.numel() for p in loaded.model.parameters())
-    model = find_method(name).prepare(loaded, MethodOptions(**options))
+    model = find_method(name).prepare(loaded, MethodOptions(**options), tmp_path)
     return ParameterCounts.of(model, loaded.head, total)
 
 

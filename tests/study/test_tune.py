@@ -9,6 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
+from spectralbasis.basis import SpectralBasis
 from spectralbasis.errors import InputError
 from spectralbasis.study import evaluate, tune
 from tests.study.examples import bright_side_task, save_image_model, save_text_model, write_sst2
@@ -19,8 +20,10 @@ METHODS = [
     {"method": "lora", "rank": 2},
     {"method": "spectral", "coefficients": "diagonal", "leading": 8},
     {"method": "spectral", "coefficients": "core", "budget": 0.02},
+    {"method": "spectral", "coefficients": "band", "leading": 8, "bandwidth": 2, "scaling": "relative"},
+    {"method": "spectral", "coefficients": "sparse", "budget": 0.02, "scaling": "normalized"},
 ]
-RATES = [(5e-3, 2e-2), (None, 5e-2), (2e-2, 2e-2), (1e-1, 2e-2), (1e-1, 2e-2)]
+RATES = [(5e-3, 2e-2), (None, 5e-2), (2e-2, 2e-2), *[(1e-1, 2e-2)] * 4]
 NAMES = [options["method"] + options.get("coefficients", "") for options in METHODS]
 SHORT = {"steps": 3, "batch_size": 8, "max_length": 16, "progress": False}
 
@@ -65,6 +68,17 @@ def test_every_method_learns_a_task_that_can_be_learnt(tmp_path, options, rates)
         batch_size=16, learning_rate=rates[0], head_learning_rate=rates[1], progress=False, **options,
     )  # fmt: skip
     assert result.score > 0.9
+
+
+@pytest.mark.parametrize("options", [{"budget": 0.02, "coefficients": "core"}, {"coefficients": "sparse"}])
+def test_a_curvature_basis_lies_beside_the_adapter_that_it_was_made_for(tmp_path, model, data, options):
+    output = tmp_path / "tuned"
+    result = tune(model, task="sst2", data=data, output=output, basis="curvature", **options, **SHORT)
+    assert SpectralBasis.load(output / "basis.safetensors").kind == "curvature"
+    assert result.adapter_bytes == (output / "adapter_model.safetensors").stat().st_size
+    moved = output.rename(tmp_path / "moved")
+    again = evaluate(model, moved, task="sst2", data=data, progress=False)
+    assert again.metrics == result.metrics
 
 
 def test_bf16_trains_otherwise_and_scores_in_float32(tmp_path, model, data):

@@ -1,28 +1,39 @@
 """Ways to adapt a model to a task: what each one trains, which options it has, and at which learning rates."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 from spectralbasis.errors import InputError
 from spectralbasis.linalg import Leading
 from spectralbasis.study.models import LoadedModel
 from spectralbasis.tuner import SpectralConfig
+from spectralbasis.tuner.calibration import calibrate, plan_ranks
+from spectralbasis.tuner.curvature import curvature_basis
 from spectralbasis.tuner.optimization import in_modules
+from spectralbasis.tuner.targets import targeted_modules
+
+BASIS_FILE = "basis.safetensors"
+CALIBRATION_EXAMPLES = 256
+"""Training examples that sparse coefficients and a curvature basis are calibrated on, or all where there are fewer."""
+CALIBRATION_BATCH = 32
 
 
 @dataclass(frozen=True)
 class MethodOptions:
     """The options of all methods; each method reads those that it names and refuses the others.
 
-    `coefficients`, `basis`, and one of `leading` (directions in each matrix) or `budget` (fraction of the model's
-    parameters) are for `spectral`; `rank` and `alpha` (2 x rank where None) are for `lora`.
+    `coefficients`, `bandwidth`, `scaling`, `basis`, and one of `leading` (directions in each matrix) or `budget`
+    (fraction of the model's parameters) are for `spectral`; `rank` and `alpha` (2 x rank where None) are for `lora`.
     """
 
     coefficients: str = "diagonal"
+    bandwidth: int = 1
+    scaling: str = "absolute"
     basis: str = "pretrained"
     leading: Leading | None = None
     budget: float | None = None
@@ -42,12 +53,13 @@ class MethodOptions:
 class Method:
     """One way to adapt: `prepare` makes the model whose trainable parameters are those of the method.
 
+    It may leave a basis file, `BASIS_FILE`, in the folder that it is given, where the adapter will lie.
     `default_rate` is the learning rate of what is trained in the backbone, for the options given (None where nothing
     is), and `default_head_rate` that of the head.
     """
 
     name: str
-    prepare: Callable[[LoadedModel, MethodOptions], nn.Module]
+    prepare: Callable[[LoadedModel, MethodOptions, Path], nn.Module]
     default_rate: Callable[[MethodOptions], float] | None
     default_head_rate: float
     options: frozenset[str] = frozenset()
@@ -90,25 +102,46 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
-def _full(loaded: LoadedModel, _: MethodOptions) -> nn.Module:
+def _full(loaded: LoadedModel, _: MethodOptions, __: Path) -> nn.Module:
     return loaded.model
 
 
-def _head(loaded: LoadedModel, _: MethodOptions) -> nn.Module:
+def _head(loaded: LoadedModel, _: MethodOptions, __: Path) -> nn.Module:
     for name, parameter in loaded.model.named_parameters():
         parameter.requires_grad_(in_modules(name, loaded.head))
     return loaded.model
 
 
-def _lora(loaded: LoadedModel, options: MethodOptions) -> nn.Module:
+def _lora(loaded: LoadedModel, options: MethodOptions, _: Path) -> nn.Module:
     alpha = 2 * options.rank if options.alpha is None else options.alpha
     return get_peft_model(loaded.model, LoraConfig(r=options.rank, lora_alpha=alpha, **_everywhere(loaded)))
 
 
-def _spectral(loaded: LoadedModel, options: MethodOptions) -> nn.Module:
-    settings = {name: getattr(options, name) for name in ("coefficients", "basis", "leading", "budget")}
-    given = {name: value for name, value in settings.items() if value is not None}
-    return get_peft_model(loaded.model, SpectralConfig(**given, **_everywhere(loaded)))
+def _spectral(loaded: LoadedModel, options: MethodOptions, folder: Path) -> nn.Module:
+    names = ("coefficients", "bandwidth", "scaling", "leading", "budget")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    config = SpectralConfig(basis=options.basis, **given, **_everywhere(loaded))
+    if options.basis == "curvature":
+        config = SpectralConfig(basis=str(_curvature(loaded, config, folder)), **given, **_everywhere(loaded))
+    if options.coefficients == "sparse":
+        config = calibrate(loaded.model, _calibration_batches(loaded), config)
+    return get_peft_model(loaded.model, config)
+
+
+def _curvature(loaded: LoadedModel, config: SpectralConfig, folder: Path) -> Path:
+    """The file of a basis of as many directions as the config asks for."""
+    k = max(plan_ranks(config, loaded.model).values())
+    targets = list(targeted_modules(config, loaded.model))
+    basis = curvature_basis(loaded.model, _calibration_batches(loaded), k, target_modules=targets)
+    return basis.save(folder / BASIS_FILE)
+
+
+def _calibration_batches(loaded: LoadedModel) -> Iterator[dict[str, Tensor]]:
+    """A fixed sample of the task's training examples, with the head as it is drawn."""
+    examples = loaded.task.subsample(min(CALIBRATION_EXAMPLES, len(loaded.task.train)), seed=0).train
+    for start in range(0, len(examples), CALIBRATION_BATCH):
+        stop = min(start + CALIBRATION_BATCH, len(examples))
+        yield loaded.collator([examples[row] for row in range(start, stop)])
 
 
 def _spectral_rate(options: MethodOptions) -> float:
@@ -124,10 +157,12 @@ def _everywhere(loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
+SPECTRAL_OPTIONS = frozenset({"coefficients", "bandwidth", "scaling", "basis", "leading", "budget"})
+
 METHODS = {
     method.name: method
     for method in (
-        Method("spectral", _spectral, _spectral_rate, 6e-3, frozenset({"coefficients", "basis", "leading", "budget"})),
+        Method("spectral", _spectral, _spectral_rate, 6e-3, SPECTRAL_OPTIONS),
         Method("full", _full, lambda _: 1e-4, 1e-3),
         Method("head", _head, None, 5e-2),
         Method("lora", _lora, lambda _: 1e-3, 6e-3, frozenset({"rank", "alpha"})),

@@ -13,7 +13,7 @@ from spectralbasis.linalg import Leading
 from spectralbasis.study.cards import write_card
 from spectralbasis.study.evaluation import MAX_LENGTH, score_task
 from spectralbasis.study.fitting import TrainingSettings, fit
-from spectralbasis.study.methods import Method, MethodOptions, find_method
+from spectralbasis.study.methods import BASIS_FILE, Method, MethodOptions, find_method
 from spectralbasis.study.models import LoadedModel, load_model
 from spectralbasis.study.results import TUNING_FILE, ParameterCounts, TuneResult, library_versions, write_json
 from spectralbasis.study.tasks import Task, load_task
@@ -27,6 +27,8 @@ def tune(
     output: str | Path,
     method: str = "spectral",
     coefficients: str = "diagonal",
+    bandwidth: int = 1,
+    scaling: str = "absolute",
     basis: str = "pretrained",
     leading: Leading | None = None,
     budget: float | None = None,
@@ -55,7 +57,8 @@ def tune(
     Raises:
         InputError: the model, the task, the data, an option or the output folder cannot be used, or training diverged.
     """
-    chosen, options = find_method(method), MethodOptions(coefficients, basis, leading, budget, rank, alpha)
+    chosen = find_method(method)
+    options = MethodOptions(coefficients, bandwidth, scaling, basis, leading, budget, rank, alpha)
     chosen.check(options)
     backbone_rate, head_rate = chosen.learning_rates(options, learning_rate, head_learning_rate)
     settings = TrainingSettings(
@@ -96,7 +99,7 @@ def _tune_into(
     task = loaded.task
     total = sum(parameter.numel() for parameter in loaded.model.parameters())
     set_seed(settings.seed)
-    model = method.prepare(loaded, options)
+    model = method.prepare(loaded, options, folder)
     seconds = fit(
         model,
         loaded,
@@ -119,7 +122,7 @@ def _tune_into(
         metrics=metrics,
         evaluation_split=task.evaluation_split,
         parameters=ParameterCounts.of(model, loaded.head, total),
-        adapter_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        adapter_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.name != BASIS_FILE),
         steps=steps,
         seconds=seconds,
         seconds_per_step=seconds / steps,
