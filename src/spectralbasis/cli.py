@@ -170,9 +170,15 @@ def tune(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the adapter, or of the whole model.")],
     data: Data = None,
     method: Annotated[str, typer.Option(help="What is trained: spectral, full, head or lora.")] = "spectral",
-    coefficients: Annotated[str, typer.Option(help="Of the method spectral: diagonal or core.")] = "diagonal",
+    coefficients: Annotated[
+        str, typer.Option(metavar="diagonal|core|band|sparse", help="What is trained (spectral).")
+    ] = "diagonal",
+    bandwidth: Annotated[int, typer.Option(help="Largest distance from the diagonal (spectral, band).")] = 1,
+    scaling: Annotated[
+        str, typer.Option(metavar="absolute|relative|normalized", help="Unit of the coefficients (spectral).")
+    ] = "absolute",
     basis: Annotated[
-        str, typer.Option(metavar="pretrained|random|minor|PATH", help="Whose directions the method spectral uses.")
+        str, typer.Option(metavar="pretrained|random|minor|curvature|PATH", help="Whose directions (spectral).")
     ] = "pretrained",
     leading: Annotated[
         str | None, typer.Option(metavar="K|FRACTION|mp|gd", help="Directions in each matrix (spectral).")
@@ -205,6 +211,8 @@ def tune(
         output=output,
         method=method,
         coefficients=coefficients,
+        bandwidth=bandwidth,
+        scaling=scaling,
         basis=basis,
         leading=leading,
         budget=budget,
