@@ -38,7 +38,7 @@ class Allocation:
 def count_parameters(model: nn.Module) -> int:
     """Parameters of the model itself: no coefficients, and of retrained modules the original only."""
     added = (".spectral_coefficients.", ".modules_to_save.")
-    return sum(p.numel() for name, p in model.named_parameters() if not any(part in f".{name}" for part in added))
+    return sum(_size(p) for name, p in model.named_parameters() if not any(part in f".{name}" for part in added))
 
 
 def allocate_leading(
@@ -96,6 +96,12 @@ def allocate_budget(
         )
     k = bisect_right(range(1, max(sides.values(), default=1) + 1), allowed, key=price)
     return {name: fixed[name] if name in fixed else min(k, sides[name]) for name in weights}
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """Number of weights in a parameter; bitsandbytes packs two of 4 bits into a byte."""
+    quantized = getattr(parameter, "quant_state", None)
+    return parameter.numel() if quantized is None else math.prod(quantized.shape)
 
 
 def _leading_rank(leading: Leading | None, name: str, W: Tensor) -> int:

@@ -227,11 +227,15 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             self._original = self.parameter.data.cpu() if self._original is None else self._original
             self.parameter.data = weight
             return
-        if self._original is None:
-            # The layer itself is kept, since quantization keeps its state in more places than the weight.
-            self._original = (self.base_layer,)
-            self.base_layer = copy.deepcopy(self.base_layer)
-        self.quantization_backend.set_base_weight(self, weight)
+        # A layer is kept and a copy changed, since quantization keeps its state in more places than the weight.
+        before = self.base_layer
+        self.base_layer = copy.deepcopy(before)
+        try:
+            self.quantization_backend.set_base_weight(self, weight)
+        except Exception:
+            self.base_layer = before
+            raise
+        self._original = self._original or (before,)
 
     def __repr__(self) -> str:
         return "spectral." + super().__repr__()

@@ -83,7 +83,7 @@ def _target(key: str, name: str, module: nn.Module, file: SpectralBasis | None) 
     layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     backend = backend_of(layer)
     if backend is not None:
-        return _quantized_target(key, name, module, backend, file[name] if file and name in file else None)
+        return _quantized_target(key, name, module, backend, file)
     _check_layer(key, layer)
     weight = module.original_weight if isinstance(module, SpectralLayer) else layer.weight.detach()
     check_dense(key, weight)
@@ -91,15 +91,29 @@ def _target(key: str, name: str, module: nn.Module, file: SpectralBasis | None) 
 
 
 def _quantized_target(
-    key: str, name: str, module: nn.Module, backend: QuantizationBackend, original: Triplets | None
+    key: str, name: str, module: nn.Module, backend: QuantizationBackend, file: SpectralBasis | None
 ) -> Target:
+    original = file[name] if file is not None and name in file else None
     try:
         W = module.original_weight if isinstance(module, SpectralLayer) else dequantized(module, backend)
     except InputError as error:
         if original is None:
             raise InputError(f"{key}: {error}") from error
-        W = (original.U * original.S) @ original.Vh
-    return Target(key, name, module, W, None if original is None else original.base_hash)
+        return Target(key, name, module, (original.U * original.S) @ original.Vh, original.base_hash)
+    if original is None or file is None:
+        return Target(key, name, module, W)
+    _check_quantized_from(original, name, W, file.source)
+    return Target(key, name, module, W, original.base_hash)
+
+
+def _check_quantized_from(original: Triplets, name: str, W: Tensor, source: str) -> None:
+    """Raise InputError if the triplets are far from those of W: rounding W moves `u_iᵀ W v_i` by far less than this."""
+    found = ((W.float().cpu() @ original.Vh.T) * original.U).sum(0) if original.shape == tuple(W.shape) else None
+    if found is None or torch.linalg.norm(found - original.S) > torch.linalg.norm(original.S) / 2:
+        raise InputError(
+            f"the basis file is of {source or 'a model'}, whose weights are not those that {name} was quantized from; "
+            "compute it from the checkpoint that was quantized: spectralbasis basis MODEL -o FILE"
+        )
 
 
 def _check_layer(key: str, layer: nn.Module) -> None:

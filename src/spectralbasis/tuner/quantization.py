@@ -29,6 +29,8 @@ def dequantized(layer: nn.Module, backend: QuantizationBackend) -> Tensor:
         InputError: the quantization keeps no way back to a dense weight.
     """
     base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    if backend.backend_name == "bnb 4bit":
+        base.state_dict()  # inference on a CPU packs the weight in another order, which saving undoes
     try:
         return backend.get_base_weight(base).detach()
     except (TypeError, NotImplementedError) as error:
