@@ -25,6 +25,9 @@ from spectralbasis.tuner.preparation import prepare
 from spectralbasis.tuner.quantization import backend_of
 from spectralbasis.tuner.targets import DEFAULT_TARGETS, is_targeted, set_default_targets, targeted_modules
 
+_WRAPPED = ("", "base_model.")
+"""Where this model may be in the module that is made parallel: that module itself, or in a `PeftModel`."""
+
 
 class SpectralModel(BaseTuner):
     """A model whose linear layers train coefficients on fixed singular directions; made by `peft.get_peft_model`.
@@ -44,6 +47,11 @@ class SpectralModel(BaseTuner):
             trained=sum(numbers[adapter_name].numel() for numbers in held if adapter_name in numbers),
             total=count_parameters(self.model),
         )
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> set[str]:
+        """What DistributedDataParallel leaves alone: buffers, which it would send from process 0 at every step."""
+        return {f"{prefix}{name}" for name, _ in self.named_buffers() if ".spectral_" in name for prefix in _WRAPPED}
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         """Add an adapter whose ΔW is exactly `Σ wᵢ ΔWᵢ`.
