@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import performance
+from benchmarks import bank_tables, performance
 from benchmarks.markdown import table, versions
 from benchmarks.results import FOLDER, read
 
@@ -65,6 +65,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "whole_pair_goals": ("whole_pair", performance.whole_pair_goals),
     "memory": ("memory", performance.memory),
     "scaling": ("scaling", performance.scaling),
+    "bank_throughput": ("bank", bank_tables.throughput),
+    "bank_memory": ("bank", bank_tables.memory),
+    "bank_sizes": ("bank", bank_tables.sizes),
 }
 """Name of a table → the benchmark that it shows, and what makes it."""
 

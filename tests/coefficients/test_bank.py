@@ -65,6 +65,17 @@ def test_every_row_gets_its_task(tmp_path, kind):
     assert (expected["a"] - expected["b"]).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("config", [{}, {"coefficients": "core", "scaling": "relative"}])
+def test_tall_and_wide_matrices(tmp_path, config):
+    base = save_base(tmp_path / "base", intermediate_size=96)
+    save_adapter(tmp_path / "a", base, **config)
+    bank = sb.CoefficientBank.from_adapters(load_base(base), {"a": tmp_path / "a"})
+    assert sum(len(module._forward_pre_hooks) for module in bank.model.modules()) == 2
+    expected = alone(base, tmp_path / "a")
+    torch.testing.assert_close(bank(**tokens(), tasks=["a"] * 5).logits, expected, **CLOSE)
+    assert (expected - load_base(base)(**tokens()).logits).abs().max() > 0.05
+
+
 def test_tasks_of_different_label_counts_share_a_batch(tmp_path):
     base = save_base(tmp_path / "base")
     counts = {"two": 2, "one": 1, "five": 5}

@@ -72,7 +72,7 @@ def read_spectral_adapter(folder: Path) -> SpectralAdapter:
         raise InputError(f"{folder}: {ADAPTER_CONFIG} cannot be used ({error}); restore it") from error
     stored = open_checkpoint(inside(folder, "adapter_model.safetensors"))
     tensors = {name: stored.read(name) for name in stored.names()}
-    shapes = {name: config.parametrisation(name).shape for name in config.ranks or {}}
+    shapes = {name: config.stored_shape(name) for name in config.ranks or {}}
     return SpectralAdapter(folder, config, stored.names(), *split_tensors(tensors, shapes, str(folder)))
 
 

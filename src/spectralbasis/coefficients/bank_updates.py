@@ -13,11 +13,12 @@ from transformers.pytorch_utils import Conv1D
 
 from spectralbasis.checkpoints import matrix_name
 from spectralbasis.coefficients.bank_layout import BankLayout
+from spectralbasis.coefficients.bank_routes import Route, cheapest_route
 from spectralbasis.errors import InputError
-from spectralbasis.tuner.factors import Factors
 from spectralbasis.tuner.forms import FORMS
-from spectralbasis.tuner.originals import find_targets
-from spectralbasis.tuner.preparation import prepare
+from spectralbasis.tuner.originals import Target, find_targets
+from spectralbasis.tuner.parametrisation import Parametrisation
+from spectralbasis.tuner.preparation import Preparation, prepare
 
 
 class RowUpdates:
@@ -37,10 +38,11 @@ class RowUpdates:
         self._layout = layout
         self._serving = threading.local()
         self._handles = []
-        for name, (module, factors) in _matrices(model, layout).items():
-            U, V = (factor.to(module.weight) for factor in factors.first(layout.parametrisations[name].k))
-            hook = partial(self._add_update, name, layout.parametrisations[name].to(module.weight.device), U, V)
-            self._handles.append(module.register_forward_hook(hook))
+        for name, (module, route) in _matrices(model, layout).items():
+            parametrisation = layout.parametrisations[name].to(module.weight.device)
+            register = module.register_forward_pre_hook if route.on_input else module.register_forward_hook
+            change = self._change_input if route.on_input else self._change_output
+            self._handles.append(register(partial(change, name, parametrisation, route)))
         for name in layout.heads:
             self._handles.append(_head(model, layout, name).register_forward_hook(partial(self._apply_head, name)))
 
@@ -67,19 +69,35 @@ class RowUpdates:
             )
         return rows
 
-    def _add_update(
-        self, name: str, parametrisation: Any, U: Tensor, V: Tensor, module: nn.Module, inputs: Any, output: Tensor
+    def _change_input(
+        self, name: str, parametrisation: Parametrisation, route: Route, module: nn.Module, inputs: Any
+    ) -> Any:
+        rows = self._rows(name, inputs[0])
+        if rows is None:
+            return None
+        copy = inputs[0].clone(memory_format=torch.contiguous_format)  # other layers read the same input
+        return self._add(rows, name, parametrisation, route, inputs[0], copy), *inputs[1:]
+
+    def _change_output(
+        self, name: str, parametrisation: Parametrisation, route: Route, module: nn.Module, inputs: Any, output: Tensor
     ) -> Tensor:
-        """`output + ((x V) Cᵀ) Uᵀ` with a C for each row; the output is the layer's own, so it is changed in place."""
         rows = self._rows(name, inputs[0])
         if rows is None:
             return output
-        C = parametrisation(self._layout.part(rows, name, "coefficients").to(output.device))
-        x = inputs[0].to(output.dtype).reshape(len(rows), -1, inputs[0].shape[-1])
-        Z = FORMS[parametrisation.form].multiply(x @ V.to(output.dtype), C.to(output.dtype))
-        changed = output.contiguous()
-        changed.view(-1, changed.shape[-1]).addmm_(Z.flatten(0, 1), U.to(output.dtype).T)
-        return changed
+        source = output if route.from_output else inputs[0].to(output.dtype)
+        return self._add(rows, name, parametrisation, route, source, output.contiguous())
+
+    def _add(
+        self, rows: Tensor, name: str, parametrisation: Parametrisation, route: Route, source: Tensor, target: Tensor
+    ) -> Tensor:
+        """The target, changed in place by the update of each row's C."""
+        A, B = route.A.to(target.dtype), route.B.to(target.dtype)
+        Z = source.reshape(len(rows), -1, source.shape[-1]) @ A.T
+        if route.offset is not None:
+            Z -= route.offset.to(target.dtype)
+        C = parametrisation(self._layout.part(rows, name, "coefficients").to(target.device)).to(target.dtype)
+        target.view(-1, target.shape[-1]).addmm_(FORMS[parametrisation.form].multiply(Z, C).flatten(0, 1), B)
+        return target
 
     def _apply_head(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         rows = self._rows(name, inputs[0])
@@ -96,8 +114,8 @@ def _check_plain(model: nn.Module) -> None:
         raise InputError(f"{adapted} of the model has adapters; give the bank the plain base that they were trained on")
 
 
-def _matrices(model: nn.Module, layout: BankLayout) -> dict[str, tuple[Any, Factors]]:
-    """Matrix name → its module and factors, all of them checked against the record."""
+def _matrices(model: nn.Module, layout: BankLayout) -> dict[str, tuple[Any, Route]]:
+    """Matrix name → its module and the route of its updates, all of them checked against the record."""
     hashes = layout.config.base_hashes or {}
     linear = {key: one for key, one in model.named_modules() if isinstance(one, nn.Linear | Conv1D)}
     found = {key: one for key, one in linear.items() if key in hashes or matrix_name(key) in hashes}
@@ -109,7 +127,12 @@ def _matrices(model: nn.Module, layout: BankLayout) -> dict[str, tuple[Any, Fact
             "give the bank the base that they were trained on"
         )
     prepared = prepare(layout.config, targets, 0)
-    return {target.name: (target.module, prepared[target.key].factors) for target in targets}
+    return {target.name: (target.module, _route(target, prepared[target.key])) for target in targets}
+
+
+def _route(target: Target, prepared: Preparation) -> Route:
+    U, V = (factor.to(target.W) for factor in prepared.directions)
+    return cheapest_route(target.W, U, V, getattr(target.module, "bias", None))
 
 
 def _head(model: nn.Module, layout: BankLayout, name: str) -> nn.Linear:
