@@ -63,7 +63,7 @@ def test_a_number_that_is_too_large_names_the_matrix_and_what_to_type():
         allocate_leading(2, weights([(6, 9)]), {"layer.0": 9})
 
 
-@pytest.mark.parametrize(("coefficients", "trained"), [("diagonal", 10 + 6), ("core", 10**2 + 6**2)])
+@pytest.mark.parametrize(("coefficients", "trained"), [("diagonal", 10 + 6), ("core", 10**2 + 6**2), ("band", 28 + 16)])
 def test_a_model_reports_what_it_trains(coefficients, trained):
     model = CASES["mlp, both layers"].adapted(coefficients=coefficients)
     model.add_adapter("other", CASES["mlp"].settings(leading=2))

@@ -17,6 +17,8 @@ from spectralbasis.tuner import SpectralConfig
         ({"coefficients": "full"}, "coefficients='full' is unknown; choose from 'diagonal', 'core'"),
         ({"bias": "lora_only"}, "bias='lora_only' is unknown; choose from 'none', 'all', 'spectral_only'"),
         ({"leading": 4, "budget": 0.1}, "leading=4 and budget=0.1 both choose k; pass one of them"),
+        ({"coefficients": "band", "bandwidth": -1}, "bandwidth=-1 is no distance"),
+        ({"coefficients": "band", "bandwidth": 1.5}, "bandwidth=1.5 is no distance"),
         ({"leading": 0}, "leading=0"),
         ({"leading": 1.5}, "leading=1.5"),
         ({"leading": "many"}, "leading='many'"),
@@ -41,6 +43,7 @@ def test_refusals_say_what_was_given_and_what_to_type(settings, message):
 def settings():
     return SpectralConfig(
         target_modules=["q", "v"], exclude_modules=["k"], coefficients="core", budget=0.01, rank_pattern={"q": 3},
+        bandwidth=2, scaling="relative",
         basis="random", basis_seed=4, bias="spectral_only", modules_to_save=["head"], layers_to_transform=[0],
         layers_pattern="h", fan_in_fan_out=True, tolerance=1e-3, init_weights=False,
     )  # fmt: skip

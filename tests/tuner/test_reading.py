@@ -125,6 +125,8 @@ def test_base_of_another_architecture(tmp_path):
         ({"probes": {"lin0": [1.0]}}, "base_hashes, ranks and probes"),
         ({"ranks": {"lin0": 3}}, "not of one adapter"),
         ({"coefficients": "core"}, "not of one adapter"),
+        ({"coefficients": "band", "bandwidth": 2**70}, "not of one adapter"),
+        ({"coefficients": "band", "ranks": {"lin0": 2**40}}, "cannot have"),
         ({"coefficients": "bold"}, "coefficients='bold'"),
         ({"base_hashes": 3}, "base_hashes"),
         ({"rank_pattern": 3}, "cannot be used"),
@@ -155,9 +157,11 @@ def test_more_directions_than_the_base_has(tmp_path):
 
 
 FIELDS = ("basis", "basis_seed", "tolerance", "coefficients", "leading", "budget", "rank_pattern", "base_hashes",
-          "ranks", "probes", "target_modules", "bias", "peft_version", "revision", "unknown")  # fmt: skip
+          "ranks", "probes", "bandwidth", "scaling", "scales", "entries",
+          "target_modules", "bias", "peft_version", "revision", "unknown")  # fmt: skip
+WORDS = ["lin0", "minor", "core", "band", "sparse", "relative"]
 values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.sampled_from(["lin0", "minor", "core"]),
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.sampled_from(WORDS),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["lin0", ""]), inner, max_size=2),
     max_leaves=5,
 )

@@ -95,6 +95,19 @@ def test_rank_pattern_limits_the_window():
     assert {k for name, k in config.ranks.items() if name.endswith("value")} == {6}
 
 
+@pytest.mark.parametrize(("leading", "window"), [(3, 3), (0.25, 8)])
+def test_leading_limits_the_window(leading, window):
+    config = calibrated(leading=leading, target_modules=["query"])
+    assert set(config.ranks.values()) == {window}
+
+
+@pytest.mark.parametrize("rule", ["mp", "gd"])
+def test_rules_limit_the_window_of_each_matrix(rule):
+    config, diagonal = calibrated(leading=rule), SpectralConfig(**TARGETS, leading=rule)
+    get_peft_model(BERT.base(), diagonal)
+    assert config.ranks.items() <= diagonal.ranks.items()
+
+
 def test_what_is_retrained_takes_no_entries():
     options = {"target_modules": ["query", "classifier"], "budget": 0.001, "leading": 2}
     assert "classifier" in calibrated(**options).entries

@@ -13,7 +13,8 @@ from spectralbasis.triplets import DEFAULT_TOLERANCE
 from spectralbasis.tuner.card import note_import
 from spectralbasis.tuner.entries import unpack_positions
 from spectralbasis.tuner.factors import BASES
-from spectralbasis.tuner.parametrisation import COEFFICIENTS, SCALINGS, Parametrisation, parametrisation
+from spectralbasis.tuner.forms import FORMS
+from spectralbasis.tuner.parametrisation import COEFFICIENTS, SCALINGS, Parametrisation, numbers, parametrisation
 from spectralbasis.tuner.record import RECORD, check_record
 from spectralbasis.tuner.registration import METHOD
 
@@ -129,6 +130,13 @@ class SpectralConfig(PeftConfig):
             positions=unpack_positions(self.entries[name], k) if self.entries else None,
             scales=self.scales[name] if self.scales else None,
         )
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the numbers that an adapter stores for a matrix, without making anything of that size."""
+        k = (self.ranks or {})[name]
+        if self.coefficients in FORMS:
+            return FORMS[self.coefficients].shape(k)
+        return (len(self.entries[name].split()) if self.entries else numbers(self.coefficients, k, self.bandwidth),)
 
     def _check_choices(self) -> None:
         for name, choices in (("coefficients", COEFFICIENTS), ("scaling", SCALINGS), ("bias", BIASES)):

@@ -89,7 +89,7 @@ def parametrisation(
 def band_positions(k: int, bandwidth: int) -> Tensor:
     """Row-major positions of the entries of a k×k matrix with |i − j| ≤ bandwidth, ascending."""
     i = torch.arange(k)
-    return ((i[:, None] - i).abs() <= bandwidth).flatten().nonzero().squeeze(1)
+    return ((i[:, None] - i).abs() <= min(bandwidth, k)).flatten().nonzero().squeeze(1)
 
 
 def numbers(coefficients: str, k: int, bandwidth: int = 1) -> int:

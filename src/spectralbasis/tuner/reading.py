@@ -122,7 +122,7 @@ def _edit(adapter: Adapter, config: SpectralConfig, module: str, stored: str, te
             f"{adapter.folder}: {name} cannot have {k} singular directions in {adapter.base.source}, where it is "
             f"{'×'.join(map(str, weight))} of {adapter.base.dtype(tensor)}; give the base that it was trained on"
         )
-    if adapter.tensors.shape(stored) != own.parametrisation(name).shape:
+    if adapter.tensors.shape(stored) != own.stored_shape(name):
         raise InputError(
             f"{adapter.folder}: {name} has coefficients of shape {adapter.tensors.shape(stored)}, but "
             f"adapter_config.json says {config.coefficients} with k={k}; the two files are not of one adapter"
