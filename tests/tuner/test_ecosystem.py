@@ -12,6 +12,7 @@ from peft import (
     prepare_model_for_kbit_training,
     set_peft_model_state_dict,
 )
+from peft.utils.hotswap import hotswap_adapter
 
 from tests.tuner.cases import CASES
 
@@ -26,6 +27,27 @@ def test_conversion_to_lora_is_exact_at_rank_k(name):
     assert isinstance(config, LoraConfig)
     set_peft_model_state_dict(converted, weights)
     torch.testing.assert_close(case.output(converted), case.output(model), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["convolutions", "embedding"])
+def test_conversion_to_lora_takes_linear_layers_alone(name):
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        convert_to_lora(CASES[name].adapted(), rank=3)
+
+
+def test_hot_swap_is_refused_and_leaves_the_adapter_as_it_was(tmp_path):
+    """PEFT swaps LoRA alone; `load_adapter` and `set_adapter` do the same, and need no decomposition."""
+    case = CASES["mlp"]
+    model = case.adapted()
+    before = case.output(model)
+    case.adapted(seed=2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"Hotswapping only supports .*LORA but SPECTRAL was passed"):
+        hotswap_adapter(model, str(tmp_path), adapter_name="default", torch_device="cpu")
+    assert torch.equal(case.output(model), before)
+    model.load_adapter(tmp_path, "swapped")
+    model.set_adapter("swapped")
+    model.delete_adapter("default")
+    assert torch.equal(case.output(model), case.output(case.adapted(seed=2)))
 
 
 def test_preparation_for_training_with_frozen_embeddings():

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
+from spectralbasis.errors import BaseMismatchError
 from spectralbasis.triplets import matrix_hash
 from spectralbasis.tuner import SpectralLayer
 from tests.tuner.cases import CASES
@@ -175,6 +176,26 @@ def test_an_adapter_loaded_while_another_is_merged_refers_to_the_original_weight
         model.load_adapter(tmp_path, adapter_name="late")
     model.set_adapter("late")
     assert torch.equal(case.output(model), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_merged_for_good_is_another_base(dtype, tmp_path):
+    case = CASES["mlp"]
+    model = get_peft_model(case.base().to(dtype), case.settings(leading=4)).eval()
+    model.save_pretrained(tmp_path)
+    expected = case.output(model)
+    with pytest.raises(BaseMismatchError, match="lin0 has hash"):
+        PeftModel.from_pretrained(copy.deepcopy(model).merge_and_unload(), tmp_path)
+    assert torch.equal(case.output(PeftModel.from_pretrained(model.unload(), tmp_path)), expected)
+
+
+def test_a_new_adapter_on_what_is_merged_for_good_has_the_basis_of_that():
+    unloaded = CASES["mlp"].adapted().merge_and_unload()
+    U, _, Vh = torch.linalg.svd(unloaded.lin0.weight.detach(), full_matrices=False)
+    layer = get_peft_model(unloaded, CASES["mlp"].settings(leading=3)).base_model.model.lin0
+    C, found, V, _ = layer.terms("default")
+    expected = U[:, :3] @ torch.diag(torch.linalg.svd(found.T @ U[:, :3]).S * C) @ Vh[:3]
+    torch.testing.assert_close(found @ torch.diag(C) @ V.T, expected, atol=1e-4, rtol=1e-3)
 
 
 def test_factors_for_a_merged_layer_come_from_its_original_weight():

@@ -36,6 +36,22 @@ def test_only_selected_adapters_are_saved(tmp_path):
     assert not any(path.is_dir() for path in tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("names", [("default", "default2", "ault"), ("a", "ab", "b"), ("spec", "lin", "l")])
+@pytest.mark.parametrize("safe_serialization", [True, False])
+def test_names_that_are_parts_of_others(names, safe_serialization, tmp_path):
+    case = CASES["mlp, head"]
+    model = case.adapted(adapter_name=names[0])
+    for seed, name in enumerate(names[1:]):
+        torch.manual_seed(seed)
+        model.add_adapter(name, case.settings())
+        torch.nn.init.normal_(model.base_model.model.lin1.modules_to_save[name].weight)
+    model.save_pretrained(tmp_path, safe_serialization=safe_serialization)
+    for name in names:
+        model.set_adapter(name)
+        loaded = PeftModel.from_pretrained(case.base(), tmp_path if name == "default" else tmp_path / name)
+        assert torch.equal(case.output(loaded), case.output(model))
+
+
 def test_a_loaded_config_is_the_one_that_was_given(tmp_path):
     case = CASES["mlp"]
     model = case.adapted()
