@@ -5,20 +5,20 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import linear
 
+from spectralbasis.tuner import function
 from spectralbasis.tuner.forms import FORMS
-from spectralbasis.tuner.function import DenseUpdate, FactoredUpdate
+from spectralbasis.tuner.function import FactoredUpdate, LinearUpdate, cheapest
 
 M, N, K = 5, 7, 3
 
 
 def tensors(form, tokens=(2, 2), dtype=torch.float64):
     torch.manual_seed(0)
-    U = torch.linalg.qr(torch.randn(M, K, dtype=torch.float64))[0].to(dtype)
-    V = torch.linalg.qr(torch.randn(N, K, dtype=torch.float64))[0].to(dtype)
+    W, bias = torch.randn(M, N, dtype=dtype), torch.randn(M, dtype=dtype, requires_grad=True)
+    U, _, Vh = torch.linalg.svd(W, full_matrices=False)
     x = torch.randn(*tokens, N, dtype=dtype, requires_grad=True)
     C = torch.randn(FORMS[form].shape(K), dtype=dtype, requires_grad=True)
-    W, bias = torch.randn(M, N, dtype=dtype), torch.randn(M, dtype=dtype, requires_grad=True)
-    return x, C, U, V, W, bias
+    return x, C, U[:, :K], Vh[:K].T, W, bias
 
 
 def dense_reference(x, C, U, V, W, bias):
@@ -27,13 +27,16 @@ def dense_reference(x, C, U, V, W, bias):
 
 
 def apply(kind, form, x, C, U, V, W, bias):
-    if kind == "dense":
-        return DenseUpdate.apply(x, W, bias, C, U, V, form)
-    return FactoredUpdate.apply(linear(x, W, bias), x, C, U, V, form)
+    if kind == "beside the base":
+        return FactoredUpdate.apply(linear(x, W, bias), x, C, U, V, form)
+    S = torch.linalg.vector_norm(W @ V, dim=0) if kind in ("input", "output") else None
+    return LinearUpdate.apply(x, W, bias, C, U, V, S, form)
 
 
-@pytest.fixture(params=["factored", "dense"])
-def kind(request):
+@pytest.fixture(params=["beside the base", "factored", "formed", "input", "output"])
+def kind(request, monkeypatch):
+    """The way of computing that is taken, forward and backward, whatever it costs."""
+    monkeypatch.setattr(function, "cheapest", lambda *sizes, singular: request.param)
     return request.param
 
 
@@ -42,7 +45,6 @@ def form(request):
     return request.param
 
 
-# More tokens than M form the changed weight in the backward pass too.
 @pytest.mark.parametrize("tokens", [(2,), (2, 2), (3, 4)])
 def test_first_derivatives(kind, form, tokens):
     x, C, U, V, W, bias = tensors(form, tokens)
@@ -95,3 +97,20 @@ def test_half_precision_products_keep_full_precision_coefficients(form, dtype):
     grad = torch.autograd.grad(output.float().sum(), C)[0]
     wanted = torch.autograd.grad(dense_reference(x, C, U, V, W, bias).sum(), C)[0]
     torch.testing.assert_close(grad, wanted, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape", "singular", "expected"),
+    [
+        (100, (384, 384), False, "factored"),
+        (1000, (384, 384), False, "formed"),
+        (1000, (384, 384), True, "formed"),
+        (1000, (1536, 384), True, "input"),
+        (1000, (1536, 384), False, "formed"),
+        (10_000, (1536, 384), True, "formed"),
+        (1000, (384, 1536), True, "output"),
+        (100, (384, 1536), False, "factored"),
+    ],
+)
+def test_the_way_of_fewest_multiplications_is_taken(tokens, shape, singular, expected):
+    assert cheapest(tokens, *shape, singular=singular) == expected

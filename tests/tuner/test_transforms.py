@@ -23,7 +23,7 @@ def test_traced_by_autograd_too(name):
     model = case.adapted(task_type=None)
     expected = gradients(model, case.output(model))
     compiled = torch.compile(model, backend="aot_eager")
-    torch.testing.assert_close(gradients(model, case.output(compiled)), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(gradients(model, case.output(compiled)), expected, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="inductor needs a C++ compiler")
@@ -43,7 +43,7 @@ def test_compiled_before_and_after_a_change_of_adapter():
     compiled = torch.compile(model, backend="eager")
     for name in ("default", "other"):
         model.set_adapter(name)
-        assert torch.equal(case.output(compiled), case.output(model))
+        torch.testing.assert_close(case.output(compiled), case.output(model))
     with model.disable_adapter():
         assert torch.equal(case.output(compiled), case.output(case.base()))
 

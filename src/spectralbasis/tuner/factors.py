@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from spectralbasis.tuner.forms import FORMS
 BASES = ("pretrained", "minor", "random")
 """Bases that are made from the base weight itself; anything else names a basis file."""
 PROBES = 4
+SINGULAR = 1e-3
+"""Up to this relative residual `W v = σ u` counts as true: as much as the update of this direction may be wrong by."""
 Directions = Callable[[str, Tensor, int, str], tuple[Tensor, Tensor]]
 """(name, W (m, n), k, hash of the base's weight) → U (m, k), V (n, k), float32 or wider."""
 
@@ -40,6 +43,7 @@ class Factors(nn.Module):
         self.register_buffer("U", U.clone(memory_format=torch.contiguous_format), persistent=False)
         self.register_buffer("V", V.clone(memory_format=torch.contiguous_format), persistent=False)
         self.source = source
+        self._singular: tuple[tuple[Any, ...], Tensor | None] | None = None
         draws = np.random.Generator(np.random.Philox(1))
         self._left_probe = _uniform(draws, PROBES, U.shape[0]) @ U.double().cpu()
         self._right_probe = _uniform(draws, PROBES, V.shape[0]) @ V.double().cpu()
@@ -65,8 +69,34 @@ class Factors(nn.Module):
         left = FORMS[form].left_factor(self._left_probe[:, :k], R)
         return [round(value, 6) for value in (left * self._right_probe[:, :k]).sum(1).tolist()]
 
+    def singular_values(self, W: Tensor, k: int) -> Tensor | None:
+        """σ (k,), if the first k columns of U and V are singular vectors of `W`, else None; found once for a weight.
+
+        Args:
+            W: a weight, (m, n).
+            k: number of directions.
+        """
+        if torch.compiler.is_compiling():
+            return None
+        version = None if W.is_inference() else W._version
+        state = (W.data_ptr(), version, W.dtype, W.device, k)
+        if self._singular is None or self._singular[0] != state:
+            self._singular = state, _singular_values(W.detach(), *self.first(k))
+        return self._singular[1]
+
     def extra_repr(self) -> str:
         return f"k={self.k}, source={self.source!r}"
+
+
+def _singular_values(W: Tensor, U: Tensor, V: Tensor) -> Tensor | None:
+    """σ (k,), if `W V = U Σ` and `Wᵀ U = V Σ` hold well enough to take the one for the other; else None."""
+    if W.dtype != U.dtype or W.shape != (len(U), len(V)):
+        return None
+    with torch.autocast(W.device.type, enabled=False):
+        right, left = W @ V, W.T @ U
+    S = torch.linalg.vector_norm(right, dim=0)
+    errors = torch.stack([(right - U * S).norm(dim=0), (left - V * S).norm(dim=0)])
+    return S if bool((errors <= SINGULAR * S).all()) and bool((S > 0).all()) else None
 
 
 def _uniform(draws: np.random.Generator, *shape: int) -> Tensor:

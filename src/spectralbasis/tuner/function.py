@@ -1,7 +1,7 @@
-"""Two ways to compute `base(x) + x ΔWᵀ`, `ΔW = U C Vᵀ`, that keep only `x V` (tokens × k) for the backward pass.
+"""`base(x) + x ΔWᵀ`, `ΔW = U C Vᵀ`, computed so that only `x V` (tokens × k) is kept for the backward pass.
 
-Both return `x V` beside the output: as an output it may be saved by `setup_context`, which `torch.func` needs, and is
-differentiated through, so that second derivatives are right as well.
+The functions return `x V` beside the output: as an output it may be saved by `setup_context`, which `torch.func` needs,
+and is differentiated through, so that second derivatives are right as well.
 """
 
 from typing import Any
@@ -57,14 +57,26 @@ class FactoredUpdate(torch.autograd.Function):
         return grad_output, grad_x, grad_C, None, None, None
 
 
-class DenseUpdate(torch.autograd.Function):
-    """`x (W + U C Vᵀ)ᵀ + bias`: the changed weight is formed, once for each pass that it pays for, and not kept.
+class LinearUpdate(torch.autograd.Function):
+    """`x (W + U C Vᵀ)ᵀ + bias`, forward and backward in whichever of four ways takes the fewest multiplications.
+
+    A pass needs one product of the tokens with V or U for the coefficients' gradient, and the update itself:
+
+    * *factored* multiplies the tokens with the other factor too;
+    * *formed* forms `W + U C Vᵀ` once for all tokens, and does not keep it;
+    * where U and V are singular vectors of W with values σ, `W V = U Σ` moves the update to one side of W, *input* or
+      *output*: `W + U C Vᵀ = W (I + V Σ⁻¹ C Vᵀ) = (I + U C Σ⁻¹ Uᵀ) W`. Then both products are with the factor of that
+      side, and `x Vᵀ = (x Wᵀ) U Σ⁻¹` or `g U = (g W) V Σ⁻¹` is had from what the base computes anyway.
 
     Args of `apply`:
-        x: (..., n).
-        W: (m, n), frozen, of one dtype with all other tensors.
+        x: (..., n), in whose dtype the products are computed.
+        W: (m, n), frozen; formed in its own dtype.
         bias: (m,) or None.
-        C, U, V, form: see `FactoredUpdate`.
+        C: coefficients in the shape of `form`.
+        U: (m, k), frozen.
+        V: (n, k), frozen.
+        S: σ (k,), where U and V are singular vectors of W; else None.
+        form: a key of `FORMS`.
 
     Returns:
         The output, and `x V` as (tokens, k).
@@ -74,54 +86,121 @@ class DenseUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, W: Tensor, bias: Tensor | None, C: Tensor, U: Tensor, V: Tensor, form: str
+        x: Tensor, W: Tensor, bias: Tensor | None, C: Tensor, U: Tensor, V: Tensor, S: Tensor | None, form: str
     ) -> tuple[Tensor, Tensor]:
-        return linear(x, _changed(W, C, U, V, form), bias), x.reshape(-1, x.shape[-1]) @ V
+        flat = x.reshape(-1, x.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            y, Z = _forward(flat, bias if bias is None else bias.to(x.dtype), _Update(W, C, U, V, S, form, x.dtype))
+        return y.reshape(*x.shape[:-1], W.shape[0]), Z
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, W, _, C, U, V, ctx.form = inputs
-        ctx.save_for_backward(output[1], W, C, U, V)
+        x, W, _, C, U, V, S, ctx.form = inputs
+        ctx.save_for_backward(output[1], W, C, U, V, S)
         ctx.x_shape = x.shape
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_output, grad_Z = grads
-        Z, W, C, U, V = ctx.saved_tensors
+        Z, W, C, U, V, S = ctx.saved_tensors
         needs_x, _, needs_bias, needs_C, *_ = ctx.needs_input_grad
+        update = _Update(W, C, U, V, S, ctx.form, Z.dtype)
         grad_x, grad_bias, grad_C = None, None, None
         if grad_output is not None:
             flat = grad_output.reshape(-1, grad_output.shape[-1])
             grad_bias = flat.sum(0) if needs_bias else None
-            G = flat @ U
+            grad_x, G = _backward(flat, update) if needs_x else (None, flat @ update.U)
             grad_C = FORMS[ctx.form].gradient(G, Z, C.dtype) if needs_C else None
-            grad_x = _input_gradient(flat, G, W, C, U, V, ctx.form) if needs_x else None
         if grad_Z is not None and needs_x:
-            grad_x = _add(grad_x, grad_Z @ V.T)
+            grad_x = _add(grad_x, grad_Z @ update.V.T)
         if grad_x is not None:
             grad_x = grad_x.reshape(ctx.x_shape)
-        return grad_x, None, grad_bias, grad_C, None, None, None
+        return grad_x, None, grad_bias, grad_C, None, None, None, None
 
 
-def dense_pays(tokens: int, features: int) -> bool:
-    """Whether forming ΔW (m·n·k multiplications) costs less than `tokens` products with its second factor.
+class _Update:
+    """The tensors of one update in the dtype of its tokens."""
 
-    In the forward pass that factor is U (tokens·m·k, so `features` is n), in the backward pass V (`features` is m);
-    the product with the first factor is needed either way, and k cancels.
+    def __init__(
+        self, W: Tensor, C: Tensor, U: Tensor, V: Tensor, S: Tensor | None, form: str, dtype: torch.dtype
+    ) -> None:
+        self.stored = W, C, U, V
+        self.dtype = dtype
+        self.C, self.U, self.V = C.to(dtype), U.to(dtype), V.to(dtype)
+        self.inverse = None if S is None else S.reciprocal().to(dtype)
+        self.form = FORMS[form]
+
+    def way(self, tokens: int, outputs: int, inputs: int) -> str:
+        """See `cheapest`."""
+        return cheapest(tokens, outputs, inputs, singular=self.inverse is not None)
+
+    def base(self) -> Tensor:
+        """W."""
+        return self.stored[0].to(self.dtype)
+
+    def formed(self) -> Tensor:
+        """`W + U C Vᵀ`, rounded once."""
+        W, C, U, V = self.stored
+        return torch.addmm(W, self.form.left_factor(U, C), V.T).to(self.dtype)
+
+    def over_values(self, Z: Tensor) -> Tensor:
+        """`Z Σ⁻¹`."""
+        return Z if self.inverse is None else Z * self.inverse
+
+
+def _forward(x: Tensor, bias: Tensor | None, update: _Update) -> tuple[Tensor, Tensor]:
+    """`x (W + U C Vᵀ)ᵀ + bias` and `x V`, of x (tokens, n)."""
+    U, V = update.U, update.V
+    way = update.way(len(x), len(U), len(V))
+    if way == "output":
+        y = linear(x, update.base(), bias)
+        Z = update.over_values(y @ U if bias is None else y @ U - bias @ U)
+        return torch.addmm(y, update.form.multiply(Z, update.C), U.T), Z
+    Z = x @ V
+    if way == "formed":
+        return linear(x, update.formed(), bias), Z
+    change = update.form.multiply(Z, update.C)
+    if way == "input":
+        return linear(torch.addmm(x, update.over_values(change), V.T), update.base(), bias), Z
+    return torch.addmm(linear(x, update.base(), bias), change, U.T), Z
+
+
+def _backward(g: Tensor, update: _Update) -> tuple[Tensor, Tensor]:
+    """`g (W + U C Vᵀ)` and `g U`, of g (tokens, m): the forward pass of Wᵀ."""
+    U, V = update.U, update.V
+    way = update.way(len(g), len(V), len(U))
+    if way == "output":
+        h = g @ update.base()
+        G = update.over_values(h @ V)
+        return torch.addmm(h, update.form.multiply_transposed(G, update.C), V.T), G
+    G = g @ U
+    if way == "formed":
+        return g @ update.formed(), G
+    change = update.form.multiply_transposed(G, update.C)
+    if way == "input":
+        return torch.addmm(g, update.over_values(change), U.T) @ update.base(), G
+    return torch.addmm(g @ update.base(), change, V.T), G
+
+
+def cheapest(tokens: int, outputs: int, inputs: int, *, singular: bool) -> str:
+    """The way that takes the fewest multiplications beyond the base's own; k cancels.
+
+    The backward pass is the forward pass of Wᵀ: `outputs` and `inputs` change places.
+
+    Args:
+        tokens: rows of the input.
+        outputs: m.
+        inputs: n.
+        singular: whether the ways that need singular vectors of W are open.
     """
-    return tokens > features
-
-
-def _input_gradient(flat: Tensor, G: Tensor, W: Tensor, C: Tensor, U: Tensor, V: Tensor, form: str) -> Tensor:
-    """`flat (W + U C Vᵀ)`, where `G = flat U` is at hand."""
-    if dense_pays(flat.shape[0], W.shape[0]):
-        return flat @ _changed(W, C, U, V, form)
-    return torch.addmm(FORMS[form].multiply_transposed(G, C) @ V.T, flat, W)
-
-
-def _changed(W: Tensor, C: Tensor, U: Tensor, V: Tensor, form: str) -> Tensor:
-    return torch.addmm(W, FORMS[form].left_factor(U, C), V.T)
+    ways = [("factored", tokens * (inputs + outputs)), ("formed", (tokens + outputs) * inputs)]
+    if singular:
+        ways += [("input", 2 * tokens * inputs), ("output", 2 * tokens * outputs)]
+    best, least = ways[0]
+    for way, cost in ways[1:]:  # torch.compile cannot follow `min` with a key
+        best, least = (way, cost) if cost < least else (best, least)
+    return best
 
 
 def _add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -1,14 +1,14 @@
 """Linear layers: the layer of nearly every adapter, with forward passes that keep little for the backward pass."""
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from spectralbasis.tuner.forms import FORMS
-from spectralbasis.tuner.function import DenseUpdate, FactoredUpdate, dense_pays
+from spectralbasis.tuner.function import FactoredUpdate, LinearUpdate
 from spectralbasis.tuner.layer import SpectralLayer
 
 
@@ -36,8 +36,11 @@ class Linear(SpectralLayer):
     def adapted_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus `x ΔWᵀ` of the adapters `active`."""
         x = _autocast(x) if active else x
-        if len(active) == 1 and not args and not kwargs and self._may_form_weight(x):
-            return self._dense_forward(x, active[0])
+        if len(active) == 1 and not args and not kwargs and self._is_plain(x):
+            C, U, V, form = self.terms(active[0])
+            base = cast(nn.Linear, self.base_layer)
+            S = self.factors(active[0]).singular_values(base.weight, len(C))
+            return LinearUpdate.apply(x, base.weight, base.bias, C, U, V, S, form)[0]
         output = self.base_layer(x, *args, **kwargs)
         for name in active:
             output, _ = FactoredUpdate.apply(output, x, *self.terms(name))
@@ -55,26 +58,17 @@ class Linear(SpectralLayer):
         """True: ΔW has rank k. PEFT converts through a decomposition of the dense ΔW."""
         return True
 
-    def _may_form_weight(self, x: Tensor) -> bool:
-        """Whether forming W + ΔW is cheaper and changes nothing else.
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether the base layer is `x Wᵀ + bias` with a frozen W in 32 bits or more, and nothing else.
 
-        In 16 bits it would round a small ΔW away; a base layer with hooks, or one that is no plain `nn.Linear`, must be
-        called itself.
+        One with hooks, or one that is no plain `nn.Linear`, must be called itself; a weight stored in 16 bits would
+        round a small ΔW away where it is formed.
         """
         base = self.base_layer
-        if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter:
+        if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter or base.weight.requires_grad:
             return False
-        if not dense_pays(x.numel() // base.in_features, base.in_features):
-            return False
-        plain = not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base))
-        wide = x.dtype == base.weight.dtype and x.dtype in (torch.float32, torch.float64)
-        return plain and wide and not base.weight.requires_grad
-
-    def _dense_forward(self, x: Tensor, adapter_name: str) -> Tensor:
-        C, U, V, form = self.terms(adapter_name)
-        base = self.get_base_layer()
-        output, _ = DenseUpdate.apply(x, base.weight, base.bias, C, U, V, form)
-        return output
+        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base)
+        return not hooked and base.weight.dtype in (torch.float32, torch.float64) and x.is_floating_point()
 
 
 def _autocast(x: Tensor) -> Tensor:

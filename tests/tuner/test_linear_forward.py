@@ -1,0 +1,99 @@
+"""How the update is computed is a matter of cost: it never changes a result, and stays beside a base that does more."""
+
+import pytest
+import torch
+from torch import nn
+
+from spectralbasis.tuner import function
+from spectralbasis.tuner import linear as linear_module
+from tests.tuner.cases import CASES
+
+MANY = 40
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Which of the two functions ran, in order, and whether it was told singular values."""
+    seen = []
+    for name in ("LinearUpdate", "FactoredUpdate"):
+        function = getattr(linear_module, name)
+
+        class Spy:
+            @staticmethod
+            def apply(*args, function=function, name=name):
+                seen.append((name, name == "LinearUpdate" and args[6] is not None))
+                return function.apply(*args)
+
+        monkeypatch.setattr(linear_module, name, Spy)
+    return seen
+
+
+def linear(**changes):
+    return CASES["mlp"].adapted(**changes).base_model.model.lin0
+
+
+@pytest.mark.parametrize("basis", ["pretrained", "random", "minor"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_singular_vectors_of_the_weight_are_known_as_such(basis, autocast, calls):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        linear(basis=basis)(torch.randn(MANY, 10))
+    assert calls == [("LinearUpdate", basis != "random")]
+
+
+def test_a_changed_weight_has_other_singular_vectors(calls):
+    layer = linear()
+    x = torch.randn(MANY, 10)
+    layer(x)
+    with torch.no_grad():
+        layer.base_layer.weight += torch.randn_like(layer.base_layer.weight)
+    found = layer(x)
+    assert [singular for _, singular in calls] == [True, False]
+    torch.testing.assert_close(found, x @ (layer.weight + layer.get_delta_weight("default")).T + layer.base_layer.bias)
+
+
+@pytest.mark.parametrize("coefficients", ["diagonal", "core"])
+@pytest.mark.parametrize("tokens", [2, 12, 15, 40])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_all_ways_agree(coefficients, tokens, autocast, monkeypatch):
+    x = torch.randn(3, tokens, 10, requires_grad=True)
+    results = []
+    for way in ("factored", "formed", "input", "output"):
+        monkeypatch.setattr(function, "cheapest", lambda *sizes, singular, way=way: way)
+        layer = linear(coefficients=coefficients)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = layer(x)
+        assert output.dtype == (torch.bfloat16 if autocast else torch.float32)
+        gradients = torch.autograd.grad((output.float() ** 2).sum(), (x, layer.spectral_coefficients["default"]))
+        results.append((output.float(), *gradients))
+    tolerance = 0.05 if autocast else 1e-4
+    for other in results[1:]:
+        for first, second in zip(results[0], other, strict=True):
+            torch.testing.assert_close(first, second, atol=tolerance * float(first.abs().max()), rtol=0)
+
+
+def with_hook(layer):
+    layer.base_layer.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def with_trained_weight(layer):
+    layer.base_layer.weight.requires_grad_(True)
+
+
+def in_half_precision(layer):
+    layer.bfloat16()
+
+
+def with_own_forward(layer):
+    layer.base_layer.forward = lambda x: nn.functional.linear(x, layer.base_layer.weight)
+
+
+@pytest.mark.parametrize("change", [with_hook, with_trained_weight, in_half_precision, with_own_forward])
+def test_the_base_layer_itself_is_called_where_it_does_more(change, calls):
+    layer = linear(init_weights=True)
+    change(layer)
+    x = torch.randn(MANY, 10).to(layer.weight.dtype)
+    output = layer(x)
+    assert calls == [("FactoredUpdate", False)]
+    assert torch.equal(output, layer.base_layer(x))
+    output.sum().backward()
+    assert (layer.weight.grad is not None) == layer.weight.requires_grad
