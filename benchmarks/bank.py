@@ -5,6 +5,7 @@ head each) in files, batches in which every row has another task, and PEFT's mix
 It needs 1.3 GB of disk and of memory, and writes the files to a temporary folder that is removed afterwards.
 """
 
+import gc
 import tempfile
 import time
 from collections.abc import Callable
@@ -140,8 +141,8 @@ def residence(one: str, file: str) -> Callable[[], dict[str, Any]]:
         return bank
 
     def work() -> dict[str, Any]:
-        small = served(one)
-        small.close()
+        served(one).close()
+        gc.collect()
         before = resident()
         started = time.perf_counter()
         bank = served(file)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import spectralbasis as sb
 from tests.coefficients.folders import AUTO_MODELS, load_base, save_adapter, save_base, tokens
+from tests.tuner.cases import CASES as TUNER_CASES
 
 PLAIN = """
 import json, sys
@@ -106,6 +107,21 @@ def test_truncation_says_how_much_is_lost(tmp_path, coefficients):
     assert written.error == pytest.approx((lost / whole) ** 0.5, abs=1e-5)
     assert max(written.ranks.values()) == 4
     assert written.ranks["bert.encoder.layer.0.attention.self.query"] == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["embedding, core", "convolutions, core", "conv1d, band", "mlp, pattern"])
+@pytest.mark.parametrize("rank", [None, 1])
+def test_every_kind_of_layer(tmp_path, name, rank):
+    case = TUNER_CASES[name]
+    adapted = case.adapted()
+    adapted.save_pretrained(tmp_path / "spectral")
+    written = sb.export_lora(tmp_path / "spectral", tmp_path / "lora", base=case.base(), rank=rank)
+    lora = PeftModel.from_pretrained(case.base(), tmp_path / "lora").eval()
+    if rank is None:
+        torch.testing.assert_close(case.output(lora), case.output(adapted), rtol=0, atol=1e-5)
+    assert (case.output(lora) - case.output(case.base())).abs().max() > 1e-3
+    assert set(written.ranks.values()) != {1} if rank is None else set(written.ranks.values()) == {1}
 
 
 def test_a_rank_that_suffices_loses_nothing(tmp_path):

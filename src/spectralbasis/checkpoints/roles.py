@@ -51,12 +51,17 @@ def unreadable(checkpoint: Checkpoint, tensor: str, names: Container[str]) -> st
     return None
 
 
-def left_out_by_default(checkpoint: Checkpoint, tensor: str, name: str) -> str | None:
-    """Why the tensor is measured only where `include` names it, if so: it is an embedding table or a task head."""
+def is_embedding_table(checkpoint: Checkpoint, tensor: str) -> bool:
+    """Whether rows of the tensor are looked up: by its module where that is known, else by its name."""
     owner = checkpoint.module_type(tensor)
     leaf = plain_name(tensor).rpartition(".")[2]
     convolution = tensor.endswith(".weight") and len(checkpoint.shape(tensor)) > 3
-    if (owner is not None and issubclass(owner, nn.Embedding)) or (_EMBEDDING.search(leaf) and not convolution):
+    return (owner is not None and issubclass(owner, nn.Embedding)) or bool(_EMBEDDING.search(leaf) and not convolution)
+
+
+def left_out_by_default(checkpoint: Checkpoint, tensor: str, name: str) -> str | None:
+    """Why the tensor is measured only where `include` names it, if so: it is an embedding table or a task head."""
+    if is_embedding_table(checkpoint, tensor):
         return "embedding table: name it with include to measure it"
     if _HEAD.search(name):
         return "task head: name it with include to measure it"

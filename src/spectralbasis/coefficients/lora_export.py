@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spectralbasis.checkpoints.adapter import AdapterCheckpoint, adapted_name
 from spectralbasis.checkpoints.opening import Source
+from spectralbasis.checkpoints.roles import is_embedding_table
 from spectralbasis.coefficients.adapters import COEFFICIENTS, named_base, open_spectral_adapter, other_tensors
 from spectralbasis.errors import InputError
 from spectralbasis.folders import atomic_folder, check_output
@@ -65,12 +66,32 @@ class LoraExport:
 class _Factors(NamedTuple):
     """One module's `ΔW = B A`, with the squared norms of what was cut off and of the whole."""
 
-    module: str
     A: Tensor
     B: Tensor
     lost: float
     whole: float
+
+
+class _Layer(NamedTuple):
+    """A module as an adapter names it, its factors, and what its weight is in the base."""
+
+    module: str
+    factors: _Factors
+    shape: tuple[int, ...]
     transposed: bool
+    embedding: bool
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The factors as PEFT names and shapes them."""
+        A, B, kernel = self.factors.A, self.factors.B, self.shape[2:]
+        if self.embedding:
+            named = {"lora_embedding_A": B.T, "lora_embedding_B": A.T}
+        elif kernel:
+            ones = [1] * len(kernel)
+            named = {"lora_A.weight": A.unflatten(1, self.shape[1:]), "lora_B.weight": B.reshape(*B.shape, *ones)}
+        else:
+            named = {"lora_A.weight": A, "lora_B.weight": B}
+        return {f"{self.module}.{name}": tensor.contiguous() for name, tensor in named.items()}
 
 
 def export_lora(
@@ -85,6 +106,8 @@ def export_lora(
 
     No ΔW is formed or decomposed. Without `rank` the update is the same; each matrix has its own k as rank. With it,
     matrices of larger k get their best approximation of that rank, from a decomposition of the k×k coefficients.
+    An embedding table is known by its name where the base is a file and not a module. PEFT's LoRA leaves out the
+    dilation and the padding mode of a convolution: one that has them keeps its update in `export_merged` alone.
 
     Args:
         adapter: folder of a spectral adapter.
@@ -101,49 +124,46 @@ def export_lora(
         raise InputError(f"rank={rank} is no rank; pass a whole number of 1 or more, or leave it out to lose nothing")
     check_output(Path(output), overwrite=overwrite, written_file="adapter_config.json")
     opened = open_spectral_adapter(adapter, base)
-    factors = list(_all_factors(opened, rank))
-    config = _config(opened, factors, named_base(opened, base))
-    written = _described(Path(output), factors)
+    layers = list(_layers(opened, rank))
+    config = _config(opened, layers, named_base(opened, base))
+    written = _described(Path(output), layers)
     with atomic_folder(Path(output)) as folder:
-        tensors = _tensors(factors) | other_tensors(opened.adapter.tensors)
+        tensors = {name: tensor for one in layers for name, tensor in one.tensors().items()}
+        tensors |= other_tensors(opened.adapter.tensors)
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(folder)
-        card = _CARD.format(matrices=len(factors), rank=max(written.ranks.values()), error=written.error)
+        card = _CARD.format(matrices=len(layers), rank=max(written.ranks.values()), error=written.error)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return written
 
 
-def _all_factors(opened: AdapterCheckpoint, rank: int | None) -> Iterator[_Factors]:
+def _layers(opened: AdapterCheckpoint, rank: int | None) -> Iterator[_Layer]:
     for tensor, edit in cast(Mapping[str, SpectralEdit], opened.edits).items():
         weight = opened.base.read(tensor)
         U, C, V = edit.factors(weight)
-        module = edit.coefficients.partition(COEFFICIENTS)[0]
-        yield _cut(module, U.float(), C.float(), V.float(), rank, edit.transposed(weight))
+        yield _Layer(
+            module=edit.coefficients.partition(COEFFICIENTS)[0],
+            factors=_cut(U.float(), C.float(), V.float(), rank),
+            shape=tuple(weight.shape),
+            transposed=edit.transposed(weight),
+            embedding=is_embedding_table(opened.base, tensor),
+        )
 
 
-def _cut(module: str, U: Tensor, C: Tensor, V: Tensor, rank: int | None, transposed: bool) -> _Factors:
+def _cut(U: Tensor, C: Tensor, V: Tensor, rank: int | None) -> _Factors:
     """`U C Vᵀ` as a product of two factors of rank at most `rank`; U and V have orthonormal columns."""
     whole = float(C.double().square().sum())
     if rank is None or rank >= len(C):
-        return _Factors(module, V.T, U @ C, 0.0, whole, transposed)
+        return _Factors(V.T, U @ C, 0.0, whole)
     P, S, Qh = torch.linalg.svd(C.double())
-    lost = float(S[rank:].square().sum())
     B = U @ (P[:, :rank] * S[:rank]).float()
-    return _Factors(module, Qh[:rank].float() @ V.T, B, lost, whole, transposed)
+    return _Factors(Qh[:rank].float() @ V.T, B, float(S[rank:].square().sum()), whole)
 
 
-def _tensors(factors: list[_Factors]) -> dict[str, Tensor]:
-    found = {}
-    for one in factors:
-        found[f"{one.module}.lora_A.weight"] = one.A.contiguous()
-        found[f"{one.module}.lora_B.weight"] = one.B.contiguous()
-    return found
-
-
-def _config(opened: AdapterCheckpoint, factors: list[_Factors], base: str | None) -> LoraConfig:
+def _config(opened: AdapterCheckpoint, layers: list[_Layer], base: str | None) -> LoraConfig:
     """The config with which PEFT puts these factors where they belong, at scaling 1."""
     given: Mapping[str, Any] = opened.adapter.config
-    ranks = {adapted_name(one.module): len(one.A) for one in factors}
+    ranks = _ranks(layers)
     common = Counter(ranks.values()).most_common(1)[0][0]
     # PEFT takes keys as regular expressions for the end of a name; with "^" they stand for one module alone.
     pattern = {f"^{escape(module)}": k for module, k in ranks.items() if k != common}
@@ -159,20 +179,24 @@ def _config(opened: AdapterCheckpoint, factors: list[_Factors], base: str | None
         lora_alpha=common,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        fan_in_fan_out=any(one.transposed for one in factors),
+        fan_in_fan_out=any(one.transposed for one in layers),
         bias=_LORA_BIASES.get(bias, bias),
         modules_to_save=given.get("modules_to_save"),
     )
 
 
-def _described(output: Path, factors: list[_Factors]) -> LoraExport:
-    whole, lost = sum(one.whole for one in factors), sum(one.lost for one in factors)
+def _ranks(layers: list[_Layer]) -> dict[str, int]:
+    return {adapted_name(one.module): len(one.factors.A) for one in layers}
+
+
+def _described(output: Path, layers: list[_Layer]) -> LoraExport:
+    factors = {adapted_name(one.module): one.factors for one in layers}
     return LoraExport(
         output=output,
-        ranks={adapted_name(one.module): len(one.A) for one in factors},
-        errors={adapted_name(one.module): _relative(one.lost, one.whole) for one in factors},
-        error=_relative(lost, whole),
-        parameters=sum(one.A.numel() + one.B.numel() for one in factors),
+        ranks=_ranks(layers),
+        errors={module: _relative(one.lost, one.whole) for module, one in factors.items()},
+        error=_relative(sum(one.lost for one in factors.values()), sum(one.whole for one in factors.values())),
+        parameters=sum(one.A.numel() + one.B.numel() for one in factors.values()),
     )
 
 
