@@ -21,6 +21,7 @@ from spectralbasis.comparison import Comparison, compare
 from spectralbasis.errors import BaseMismatchError, InputError, SpectralBasisError
 from spectralbasis.tuner import (
     SpectralConfig,
+    SpectralDriftCallback,
     SpectralModel,
     calibrate,
     curvature_basis,
@@ -41,6 +42,7 @@ __all__ = [
     "SpectralBasis",
     "SpectralBasisError",
     "SpectralConfig",
+    "SpectralDriftCallback",
     "SpectralModel",
     "__version__",
     "calibrate",

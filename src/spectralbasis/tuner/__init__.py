@@ -7,6 +7,7 @@ from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.convolution import Convolution
 from spectralbasis.tuner.coverage import gradient_coverage
 from spectralbasis.tuner.curvature import curvature_basis
+from spectralbasis.tuner.drift import SpectralDriftCallback
 from spectralbasis.tuner.embedding import Embedding
 from spectralbasis.tuner.layer import SpectralLayer
 from spectralbasis.tuner.linear import Linear
@@ -22,6 +23,7 @@ __all__ = [
     "Linear",
     "ParamWrapper",
     "SpectralConfig",
+    "SpectralDriftCallback",
     "SpectralLayer",
     "SpectralModel",
     "calibrate",
