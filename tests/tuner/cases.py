@@ -95,6 +95,11 @@ class Case:
         result = model(**self.inputs, **extra)
         return result if isinstance(result, Tensor) else result[0]
 
+    def loss(self, model: nn.Module) -> Tensor:
+        """Squared distance to a fixed target; squares alone would be constant where an output is normalised."""
+        output = self.output(model).float()
+        return (output - torch.arange(output.numel()).reshape(output.shape).sin()).square().sum()
+
 
 def _tokens(rows: int = 3) -> dict[str, Tensor]:
     ids = torch.randint(1, 50, (rows, 7), generator=torch.Generator().manual_seed(0))
@@ -130,6 +135,16 @@ CASES = {
         lambda: tiny("bert", "classifier", initializer_range=0.2),
         _tokens(),
         {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"},
+    ),
+    "features": Case(
+        lambda: tiny("roberta", initializer_range=0.2, max_position_embeddings=24),
+        _tokens(),
+        {"target_modules": ["query", "value"], "leading": 4, "task_type": "FEATURE_EXTRACTION"},
+    ),
+    "encoder and decoder": Case(
+        lambda: tiny("t5"),
+        {**_tokens(), "decoder_input_ids": _tokens()["input_ids"][:, :4]},
+        {"target_modules": ["q", "v", "wo"], "coefficients": "core", "leading": 4},
     ),
     "gpt2": Case(
         lambda: tiny("gpt2", "causal", initializer_range=0.2),

@@ -12,14 +12,14 @@ def train(model, case, steps=3, rate=0.1):
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     for _ in range(steps):
         optimizer.zero_grad()
-        (case.output(model) ** 2).sum().backward()
+        case.loss(model).backward()
         optimizer.step()
     return model.eval()
 
 
 def test_gradients_reach_every_coefficient_and_nothing_frozen(case):
     model = case.adapted().train()
-    (case.output(model) ** 2).sum().backward()
+    case.loss(model).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
         if ".spectral_coefficients." in name:
@@ -38,8 +38,8 @@ def test_only_trainable_parameters_are_updated(case):
 
 def test_training_lowers_the_loss(case):
     model = case.adapted(init_weights=True)
-    before = (case.output(model) ** 2).sum()
-    assert (case.output(train(model, case, steps=20, rate=1e-3)) ** 2).sum() < before
+    before = case.loss(model)
+    assert case.loss(train(model, case, steps=20, rate=1e-3)) < before
 
 
 def test_parameters_after_loading_are_those_that_were_trained(case, tmp_path):
@@ -61,7 +61,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, use_reentrant):
         if checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        (case.output(model) ** 2).sum().backward()
+        case.loss(model).backward()
         return {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
 
     torch.testing.assert_close(gradients(True), gradients(False))
