@@ -3,6 +3,7 @@
 import socket
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -10,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from spectralbasis.errors import InputError
 from tests.tuner.cases import CASES
 
 CASE = CASES["bert"]
@@ -55,6 +57,8 @@ def train(rank, port, folder):
         found = gradients(model)
         if rank == 0:
             torch.save(found, folder / f"{wrap.__name__}.pt")
+    with pytest.raises(InputError, match="is sharded over processes"):  # the last one is, and has no whole weights
+        model.add_adapter("late", CASE.settings(target_modules=["key"], task_type=None))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from spectralbasis.basis import SpectralBasis
+from spectralbasis.checkpoints import open_checkpoint
 from spectralbasis.errors import BaseMismatchError, InputError
 from spectralbasis.triplets import matrix_hash
 from spectralbasis.tuner import SpectralConfig, SpectralLayer, quantization
@@ -212,6 +213,8 @@ def test_with_the_original_s_basis_file_an_adapter_moves_between_quantized_and_d
     assert torch.equal(again(X), model(X))
     on_dense = PeftModel.from_pretrained(dense(), tmp_path)
     torch.testing.assert_close(on_dense.base_model.model.lin0.get_delta_weight("default"), update)
+    read = open_checkpoint(tmp_path, base=dense()).read("lin0.weight")
+    torch.testing.assert_close(read, dense().lin0.weight + update)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"basis": "pretrained"}))
     torch.testing.assert_close(PeftModel.from_pretrained(dense(), tmp_path)(X), on_dense(X))

@@ -14,6 +14,12 @@ def adapt(model, **settings):
     return SpectralModel(model, SpectralConfig(**settings), "default")
 
 
+def emptied(model):
+    """As DeepSpeed leaves a parameter that other processes hold parts of."""
+    model.lin0.weight.data = torch.empty(0)
+    return model
+
+
 def test_known_architectures_have_default_targets():
     assert {name.split(".")[-1] for name in adapt(tiny("bert")).targeted_module_names} == {"query", "value"}
 
@@ -35,6 +41,7 @@ def test_all_linear_leaves_the_head_of_a_language_model():
         (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "0", "0 is a convolution of 2 groups"),
         (lambda: nn.Sequential(nn.Embedding(9, 4, max_norm=1.0)), "0", "0 has max_norm=1, with which looking up"),
         (lambda: nn.TransformerEncoderLayer(8, 2), "out_proj", "belongs to torch.nn.MultiheadAttention"),
+        (lambda: emptied(MLP()), "lin0", r"lin0 is sharded over processes, .* before the model is sharded"),
         (lambda: MLP().to("meta"), "lin0", "lin0 has no dense weight here .* meta device"),
         (lambda: MLP().to(torch.float8_e4m3fn), "lin0", "unquantized"),
     ],

@@ -71,7 +71,12 @@ def unique_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def check_dense(key: str, weight: Tensor) -> None:
-    """Raise InputError unless a weight is at hand in a dtype that has singular vectors."""
+    """Raise InputError unless a weight is at hand, whole and in a dtype that has singular vectors."""
+    if hasattr(weight, "full_tensor") or not weight.numel():
+        raise InputError(
+            f"{key} is sharded over processes, so its singular vectors cannot be found; add the adapter before the "
+            "model is sharded (FSDP: before prepare; DeepSpeed: ZeRO stage 2, as stage 3 shards while it loads)"
+        )
     if weight.is_meta or weight.dtype not in DENSE_DTYPES:
         raise InputError(
             f"{key} has no dense weight here ({weight.dtype} on {weight.device}), so its singular vectors cannot be "
@@ -95,7 +100,8 @@ def _quantized_target(
 ) -> Target:
     original = file[name] if file is not None and name in file else None
     try:
-        W = module.original_weight if isinstance(module, SpectralLayer) else dequantized(module, backend)
+        # On the CPU, since the dequantized weights of all targets are held at once and may not fit on the device.
+        W = (module.original_weight if isinstance(module, SpectralLayer) else dequantized(module, backend)).cpu()
     except InputError as error:
         if original is None:
             raise InputError(f"{key}: {error}") from error
@@ -108,7 +114,7 @@ def _quantized_target(
 
 def _check_quantized_from(original: Triplets, name: str, W: Tensor, source: str) -> None:
     """Raise InputError if the triplets are far from those of W: rounding W moves `u_iᵀ W v_i` by far less than this."""
-    found = ((W.float().cpu() @ original.Vh.T) * original.U).sum(0) if original.shape == tuple(W.shape) else None
+    found = ((W.float() @ original.Vh.T) * original.U).sum(0) if original.shape == tuple(W.shape) else None
     if found is None or torch.linalg.norm(found - original.S) > torch.linalg.norm(original.S) / 2:
         raise InputError(
             f"the basis file is of {source or 'a model'}, whose weights are not those that {name} was quantized from; "
