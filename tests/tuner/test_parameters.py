@@ -6,6 +6,7 @@ from peft import PeftModel, convert_to_lora, get_peft_model
 from torch import nn
 from torch.func import functional_call
 
+from spectralbasis import CoefficientBank, export_lora, open_checkpoint, similarity
 from spectralbasis.errors import BaseMismatchError, InputError
 from spectralbasis.tuner import ParamWrapper, SpectralConfig
 from tests.models import tiny
@@ -188,3 +189,16 @@ def test_a_single_matrix():
 def test_conversion_to_lora_is_refused():
     with pytest.raises(TypeError, match=r"do not support LoRA conversion.*ParamWrapper"):
         convert_to_lora(adapted("gpt_oss"), rank=4)
+
+
+def test_other_readers_say_that_peft_alone_reads_stacks(tmp_path):
+    adapted("gpt_oss").save_pretrained(tmp_path)
+    readers = [
+        lambda: open_checkpoint(tmp_path, base=base("gpt_oss")),
+        lambda: export_lora(tmp_path, tmp_path / "lora", base=base("gpt_oss")),
+        lambda: similarity([tmp_path, tmp_path], base=base("gpt_oss")),
+        lambda: CoefficientBank.from_adapters(base("gpt_oss"), {"task": tmp_path}),
+    ]
+    for read in readers:
+        with pytest.raises(InputError, match=r"adapts stacks of experts, target_parameters=\['experts.down_proj', "):
+            read()

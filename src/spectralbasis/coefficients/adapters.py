@@ -18,6 +18,7 @@ from spectralbasis.errors import InputError
 from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.forms import FORMS
 from spectralbasis.tuner.preparation import PROBE_TOLERANCE
+from spectralbasis.tuner.reading import check_layers_alone
 from spectralbasis.tuner.registration import METHOD
 
 COEFFICIENTS = ".spectral_coefficients"
@@ -66,6 +67,7 @@ def read_spectral_adapter(folder: Path) -> SpectralAdapter:
     """
     try:
         config = SpectralConfig.from_pretrained(str(folder))
+        check_layers_alone(config, folder)
     except InputError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError) as error:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,9 +106,20 @@ def spectral_edits(adapter: Adapter) -> Mapping[str, Edit]:
     return edits
 
 
+def check_layers_alone(config: SpectralConfig, folder: Path) -> None:
+    """Raise InputError for an adapter of parameters, whose numbers are of several matrices in one tensor."""
+    if config.target_parameters:
+        raise InputError(
+            f"{folder} adapts stacks of experts, target_parameters={sorted(config.target_parameters)}, which PEFT "
+            "alone reads; for a checkpoint of the tuned model: PeftModel.from_pretrained(base, folder).merge_and_unload()"
+        )
+
+
 def _config(adapter: Adapter) -> SpectralConfig:
     try:
-        return SpectralConfig.from_pretrained(str(adapter.folder))
+        config = SpectralConfig.from_pretrained(str(adapter.folder))
+        check_layers_alone(config, adapter.folder)
+        return config
     except InputError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError) as error:
