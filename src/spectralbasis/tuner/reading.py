@@ -111,7 +111,7 @@ def check_layers_alone(config: SpectralConfig, folder: Path) -> None:
     if config.target_parameters:
         raise InputError(
             f"{folder} adapts stacks of experts, target_parameters={sorted(config.target_parameters)}, which PEFT "
-            "alone reads; for a checkpoint of the tuned model: PeftModel.from_pretrained(base, folder).merge_and_unload()"
+            "alone reads; for the tuned model's weights: PeftModel.from_pretrained(base, folder).merge_and_unload()"
         )
 
 
