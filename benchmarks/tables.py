@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bank_tables, performance
+from benchmarks import bank_tables, performance, step_tables
 from benchmarks.markdown import table, versions
 from benchmarks.results import FOLDER, read
 
@@ -65,6 +65,11 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "whole_pair_goals": ("whole_pair", performance.whole_pair_goals),
     "memory": ("memory", performance.memory),
     "scaling": ("scaling", performance.scaling),
+    "step_times_float32": ("steps", step_tables.step_times("float32")),
+    "step_times_bfloat16": ("steps", step_tables.step_times("bfloat16")),
+    "step_memory": ("steps", step_tables.step_memory),
+    "step_goals": ("steps", step_tables.step_goals),
+    "learning_rates": ("learning_rates", step_tables.learning_rates),
     "bank_throughput": ("bank", bank_tables.throughput),
     "bank_memory": ("bank", bank_tables.memory),
     "bank_sizes": ("bank", bank_tables.sizes),

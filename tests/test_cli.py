@@ -11,7 +11,7 @@ from spectralbasis import SpectralBasis, cli
 from spectralbasis.version import __version__
 from tests.comparison.pairs import random_updates
 
-COMMANDS = ("quickstart", "basis", "compare", "tune", "evaluate", "similarity", "report")
+COMMANDS = ("quickstart", "basis", "compare", "tune", "evaluate", "export", "combine", "similarity", "report")
 
 
 @pytest.fixture

@@ -19,17 +19,21 @@ def eigenvalues(G: Tensor) -> Tensor:
 
 
 def leading_eigenpairs(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """All eigenvalues of a symmetric float64 matrix and its k leading eigenvectors; overwrites `G`.
+    """All eigenvalues of a symmetric float64 matrix and its k leading eigenvectors; reads its upper triangle.
 
     LAPACK reduces to tridiagonal form once (`sytrd`), takes every eigenvalue of it (`sterf`) and the vectors of the
     leading ones by inverse iteration (`stein`). SciPy's `eigh` on an index range reduces too, but finds the eigenvalues
     of the range alone, and more slowly.
 
+    Args:
+        G: (p, p), overwritten.
+        k: number of eigenvectors.
+
     Returns:
         Eigenvalues (p,) and eigenvectors (p, k), both by descending eigenvalue, on the device of `G`.
     """
     if G.device.type != "cpu":
-        values, vectors = torch.linalg.eigh(G)
+        values, vectors = torch.linalg.eigh(G, UPLO="U")
         return values.flip(0), vectors[:, len(G) - k :].flip(1)
     # The transpose has LAPACK's own memory order, so that it is not copied.
     with _blas_threads(len(G)):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from spectralbasis.linalg.certificates import ritz_error_bound
+from spectralbasis.linalg.eigen import leading_eigenpairs
 
 BLOCK = 16
 """Vectors a product takes at once: fewer need fewer dimensions in all, but use the processor less well."""
@@ -57,7 +58,7 @@ def leading_right_space(A: Tensor, k: int, tolerance: float) -> Tensor | None:
         Q[:, d : d + BLOCK] = following
         if d < check and d + BLOCK <= most:
             continue
-        theta, weights = _ritz(T[:d, :d])
+        theta, weights = _ritz(T[:d, :d], k + 2 * BLOCK)
         if _clustered(theta[: k + 1]):
             return None
         errors = _estimates(theta, R.double().cpu() @ weights[-BLOCK:], k)
@@ -69,10 +70,10 @@ def leading_right_space(A: Tensor, k: int, tolerance: float) -> Tensor | None:
     return None
 
 
-def _ritz(T: Tensor) -> tuple[Tensor, Tensor]:
-    """Ritz values σ (d,) and the weights (d, d) of their vectors, leading first, from the upper triangle of T."""
-    squares, weights = torch.linalg.eigh(T, UPLO="U")
-    return squares.flip(0).clamp_min(0).sqrt(), weights.flip(1)
+def _ritz(T: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """All Ritz values σ (d,), and the weights (d, most) of the leading ones' vectors, from the upper triangle of T."""
+    squares, weights = leading_eigenpairs(T.clone(), min(most, len(T)))
+    return squares.clamp_min(0).sqrt(), weights
 
 
 def _clustered(theta: Tensor) -> bool:
@@ -82,7 +83,7 @@ def _clustered(theta: Tensor) -> bool:
 
 def _estimates(theta: Tensor, leftover: Tensor, k: int) -> dict[int, float]:
     """Estimated error of the k leading directions by the number of Ritz vectors that are kept beside them."""
-    most = min(k + 2 * BLOCK, int(torch.count_nonzero(theta)))
+    most = min(leftover.shape[1], int(torch.count_nonzero(theta)))
     residuals = leftover[:, :most] / theta[:most]
     numbers = range(k + BLOCK // 2, most + 1, BLOCK // 2)
     return {p: ritz_error_bound(theta[:p], residuals[:, :p], k) for p in numbers}

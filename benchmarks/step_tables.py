@@ -1,0 +1,120 @@
+"""The tables of docs/performance.md on training steps, and of docs/learning-rates.md."""
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.adapters import CORE, DIAGONAL, FLOOR, LORA
+from benchmarks.markdown import machine, met, table, versions
+
+OVER_FLOOR = {"MiniLM": 1.15, "BERT-base": 1.06}
+GOAL_TOKENS = 2048
+KEPT_OVER_FLOOR, KEPT_OVER_LORA = 1.07, 0.76
+
+
+def step_times(precision: str) -> Callable[[dict[str, Any]], str]:
+    """Time of a step over the floor's, a column for each model and batch."""
+
+    def make(found: dict[str, Any]) -> str:
+        cells = [cell for cell in found["cells"] if cell["precision"] == precision]
+        methods = list(dict.fromkeys(row["method"] for cell in cells for row in cell["methods"]))
+        rows = [[method, *(_ratio(cell, method, FLOOR, "seconds") for cell in cells)] for method in methods]
+        rows.append(["the floor's step", *(_milliseconds(_row(cell, FLOOR)["seconds"]) for cell in cells)])
+        note = f"{precision}{'' if precision == 'float32' else ' autocast'}. {machine(found)} {versions(found, 'peft')}"
+        return f"{table(['', *map(_name, cells)], rows)}\n\n{note}\n"
+
+    return make
+
+
+def step_memory(found: dict[str, Any]) -> str:
+    """Bytes kept for the backward pass."""
+    cells = [cell for cell in found["cells"] if cell["batch"] * cell["length"] == GOAL_TOKENS and cell["batch"] == 32]
+    methods = list(dict.fromkeys(row["method"] for cell in cells for row in cell["methods"]))
+    rows = [[method, *(_megabytes(cell, method) for cell in cells)] for method in methods]
+    return table(["", *(f"{_name(cell)}, {cell['precision']}" for cell in cells)], rows) + "\n"
+
+
+def step_goals(found: dict[str, Any]) -> str:
+    """Each goal and whether it was met, a row for each model, batch and precision."""
+    heads = ["", "diagonal / floor", "goal", "", "LoRA / diagonal", "goal 1", "LoRA / core", "goal 1"]
+    heads += ["kept / floor", f"goal {KEPT_OVER_FLOOR}", "kept / LoRA's", f"goal {KEPT_OVER_LORA}"]
+    return table(heads, [_goal_row(cell) for cell in found["cells"]]) + "\n"
+
+
+def learning_rates(found: dict[str, Any]) -> str:
+    """Mean and largest regret of each unit and rate over all cells, and for each mode."""
+    runs = found["runs"]
+    cells = sorted({(run["model"], run["task"], run["mode"]) for run in runs})
+    best = {cell: max(run["score"] for run in runs if _cell(run) == cell) for cell in cells}
+    rows = []
+    for scaling, rate in dict.fromkeys((run["scaling"], run["rate"]) for run in runs):
+        regrets = {
+            _cell(run): best[_cell(run)] - run["score"]
+            for run in runs
+            if (run["scaling"], run["rate"]) == (scaling, rate)
+        }
+        groups = [
+            list(regrets.values()),
+            *([r for cell, r in regrets.items() if cell[2] == mode] for mode in ("diagonal", "core")),
+        ]
+        rows.append(
+            [
+                scaling,
+                f"{rate:g}",
+                *(f"{part:.3f}" for group in groups for part in (sum(group) / len(group), max(group))),
+            ]
+        )
+    heads = ["unit", "rate", "mean regret", "largest", "diagonal: mean", "largest", "core: mean", "largest"]
+    note = (
+        f"{len(cells)} cells ({', '.join(' '.join(cell) for cell in cells)}), one seed each. {versions(found, 'peft')}"
+    )
+    return f"{table(heads, rows)}\n\n{note}\n"
+
+
+def _goal_row(cell: dict[str, Any]) -> list[str]:
+    seconds, kept = (
+        {name: _row(cell, name)[field] for name in (FLOOR, DIAGONAL, CORE, LORA)} for field in ("seconds", "kept_bytes")
+    )
+    over_floor = seconds[DIAGONAL] / seconds[FLOOR]
+    asked = cell["batch"] * cell["length"] == GOAL_TOKENS and cell["precision"] == "float32"
+    goal = OVER_FLOOR[cell["size"]]
+    of_floor, of_lora = kept[DIAGONAL] / kept[FLOOR], kept[DIAGONAL] / kept[LORA]
+    return [
+        f"{_name(cell)}, {cell['precision']}",
+        f"{over_floor:.2f}",
+        *((f"{goal}", met(over_floor <= goal)) if asked else ("", "")),
+        *(
+            part
+            for ours in (DIAGONAL, CORE)
+            for part in (f"{seconds[LORA] / seconds[ours]:.2f}", met(seconds[ours] <= seconds[LORA]))
+        ),
+        f"{of_floor:.2f}",
+        met(of_floor <= KEPT_OVER_FLOOR),
+        f"{of_lora:.2f}",
+        met(of_lora <= KEPT_OVER_LORA),
+    ]
+
+
+def _cell(run: dict[str, Any]) -> tuple[str, str, str]:
+    return run["model"], run["task"], run["mode"]
+
+
+def _row(cell: dict[str, Any], method: str) -> dict[str, Any]:
+    return next((row for row in cell["methods"] if row["method"] == method), {})
+
+
+def _ratio(cell: dict[str, Any], method: str, over: str, field: str) -> str:
+    row = _row(cell, method)
+    return f"{row[field] / _row(cell, over)[field]:.2f}" if row else ""
+
+
+def _megabytes(cell: dict[str, Any], method: str) -> str:
+    row = _row(cell, method)
+    return f"{row['kept_bytes'] / 1e6:.0f} MB ({_ratio(cell, method, FLOOR, 'kept_bytes')})" if row else ""
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.0f} ms"
+
+
+def _name(cell: dict[str, Any]) -> str:
+    return f"{cell['size']} {cell['batch']}×{cell['length']}"
