@@ -30,13 +30,13 @@ def apply(kind, form, x, C, U, V, W, bias):
     if kind == "beside the base":
         return FactoredUpdate.apply(linear(x, W, bias), x, C, U, V, form)
     S = torch.linalg.vector_norm(W @ V, dim=0) if kind in ("input", "output") else None
-    return LinearUpdate.apply(x, W, bias, C, U, V, S, form)
+    return LinearUpdate.apply(x, W, bias, C, U, V, S, form)[:2]
 
 
 @pytest.fixture(params=["beside the base", "factored", "formed", "input", "output"])
 def kind(request, monkeypatch):
     """The way of computing that is taken, forward and backward, whatever it costs."""
-    monkeypatch.setattr(function, "cheapest", lambda *sizes, singular: request.param)
+    monkeypatch.setattr(function, "cheapest", lambda *sizes, **open: request.param)
     return request.param
 
 

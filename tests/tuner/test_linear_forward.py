@@ -58,7 +58,7 @@ def test_all_ways_agree(coefficients, tokens, autocast, monkeypatch):
     x = torch.randn(3, tokens, 10, requires_grad=True)
     results = []
     for way in ("factored", "formed", "input", "output"):
-        monkeypatch.setattr(function, "cheapest", lambda *sizes, singular, way=way: way)
+        monkeypatch.setattr(function, "cheapest", lambda *sizes, way=way, **open: way)
         layer = linear(coefficients=coefficients)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             output = layer(x)
@@ -97,3 +97,15 @@ def test_the_base_layer_itself_is_called_where_it_does_more(change, calls):
     assert torch.equal(output, layer.base_layer(x))
     output.sum().backward()
     assert (layer.weight.grad is not None) == layer.weight.requires_grad
+
+
+def test_second_derivatives_under_autocast_see_the_coefficients_in_the_weight():
+    x = torch.randn(MANY, 10, requires_grad=True)
+    found = []
+    for autocast in (False, True):
+        layer = linear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = layer(x)
+        (grad_x,) = torch.autograd.grad((output.float() ** 2).sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(grad_x.square().sum(), layer.spectral_coefficients["default"])[0])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0.05 * float(found[0].abs().max()))

@@ -41,6 +41,8 @@ def test_each_layer_keeps_tokens_times_k_numbers(coefficients, tokens, autocast)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         kept, output = saved_bytes(model, torch.randn(tokens, 32, requires_grad=True))
     itemsize = output.element_size()
+    # Under autocast the 16-bit copies of the base weights are kept as well, as they are without an adapter.
+    floor = sum(layer.weight.numel() for layer in Pair()) * itemsize if autocast else 0
     singular_values = 2 * k * 4  # which the factors hold, once for all steps
     assert output.requires_grad
-    assert kept <= 2 * tokens * k * itemsize + singular_values
+    assert kept <= 2 * tokens * k * itemsize + singular_values + floor

@@ -79,7 +79,8 @@ class LinearUpdate(torch.autograd.Function):
         form: a key of `FORMS`.
 
     Returns:
-        The output, and `x V` as (tokens, k).
+        The output, `x V` as (tokens, k), and the weight that was multiplied with: where W has to be cast, as under
+        autocast, it is kept for the backward pass, as autocast keeps its copies; else it is empty.
     """
 
     generate_vmap_rule = True
@@ -87,25 +88,32 @@ class LinearUpdate(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor, W: Tensor, bias: Tensor | None, C: Tensor, U: Tensor, V: Tensor, S: Tensor | None, form: str
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         flat = x.reshape(-1, x.shape[-1])
+        update = _Update(W, C, U, V, S, form, x.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            y, Z = _forward(flat, bias if bias is None else bias.to(x.dtype), _Update(W, C, U, V, S, form, x.dtype))
-        return y.reshape(*x.shape[:-1], W.shape[0]), Z
+            y, Z = _forward(flat, bias if bias is None else bias.to(x.dtype), update)
+        kept = x.new_empty(0) if x.dtype == W.dtype else update.multiplied()
+        return y.reshape(*x.shape[:-1], W.shape[0]), Z, kept
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         x, W, _, C, U, V, S, ctx.form = inputs
-        ctx.save_for_backward(output[1], W, C, U, V, S)
+        _, Z, kept = output
+        ctx.mark_non_differentiable(kept)
+        ctx.save_for_backward(Z, W, C, U, V, S, kept)
+        ctx.formed = cheapest(len(Z), *W.shape, singular=S is not None) == "formed"
         ctx.x_shape = x.shape
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_output, grad_Z = grads
-        Z, W, C, U, V, S = ctx.saved_tensors
+        grad_output, grad_Z, _ = grads
+        Z, W, C, U, V, S, kept = ctx.saved_tensors
         needs_x, _, needs_bias, needs_C, *_ = ctx.needs_input_grad
         update = _Update(W, C, U, V, S, ctx.form, Z.dtype)
+        if Z.dtype != W.dtype and not torch.is_grad_enabled():  # a second derivative has to see C in the weight
+            update.keep(kept, formed=ctx.formed)
         grad_x, grad_bias, grad_C = None, None, None
         if grad_output is not None:
             flat = grad_output.reshape(-1, grad_output.shape[-1])
@@ -130,19 +138,35 @@ class _Update:
         self.C, self.U, self.V = C.to(dtype), U.to(dtype), V.to(dtype)
         self.inverse = None if S is None else S.reciprocal().to(dtype)
         self.form = FORMS[form]
+        self.weights: dict[str, Tensor] = {}
+
+    def keep(self, weight: Tensor, *, formed: bool) -> None:
+        """Take the weight of the forward pass, and with it the ways that it serves."""
+        self.weights = {"formed" if formed else "base": weight}
 
     def way(self, tokens: int, outputs: int, inputs: int) -> str:
         """See `cheapest`."""
-        return cheapest(tokens, outputs, inputs, singular=self.inverse is not None)
+        if "formed" in self.weights:
+            return "formed"
+        return cheapest(tokens, outputs, inputs, singular=self.inverse is not None, formed=not self.weights)
+
+    def multiplied(self) -> Tensor:
+        """The weight that the pass multiplied with."""
+        (weight,) = self.weights.values()
+        return weight
 
     def base(self) -> Tensor:
         """W."""
-        return self.stored[0].to(self.dtype)
+        if not self.weights:
+            self.weights["base"] = self.stored[0].to(self.dtype)
+        return self.weights["base"]
 
     def formed(self) -> Tensor:
         """`W + U C Vᵀ`, rounded once."""
-        W, C, U, V = self.stored
-        return torch.addmm(W, self.form.left_factor(U, C), V.T).to(self.dtype)
+        if not self.weights:
+            W, C, U, V = self.stored
+            self.weights["formed"] = torch.addmm(W, self.form.left_factor(U, C), V.T).to(self.dtype)
+        return self.weights["formed"]
 
     def over_values(self, Z: Tensor) -> Tensor:
         """`Z Σ⁻¹`."""
@@ -183,7 +207,7 @@ def _backward(g: Tensor, update: _Update) -> tuple[Tensor, Tensor]:
     return torch.addmm(g @ update.base(), change, V.T), G
 
 
-def cheapest(tokens: int, outputs: int, inputs: int, *, singular: bool) -> str:
+def cheapest(tokens: int, outputs: int, inputs: int, *, singular: bool, formed: bool = True) -> str:
     """The way that takes the fewest multiplications beyond the base's own; k cancels.
 
     The backward pass is the forward pass of Wᵀ: `outputs` and `inputs` change places.
@@ -193,8 +217,11 @@ def cheapest(tokens: int, outputs: int, inputs: int, *, singular: bool) -> str:
         outputs: m.
         inputs: n.
         singular: whether the ways that need singular vectors of W are open.
+        formed: whether the weight may be formed.
     """
-    ways = [("factored", tokens * (inputs + outputs)), ("formed", (tokens + outputs) * inputs)]
+    ways = [("factored", tokens * (inputs + outputs))]
+    if formed:
+        ways.append(("formed", (tokens + outputs) * inputs))
     if singular:
         ways += [("input", 2 * tokens * inputs), ("output", 2 * tokens * outputs)]
     best, least = ways[0]
