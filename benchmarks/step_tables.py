@@ -40,6 +40,28 @@ def step_goals(found: dict[str, Any]) -> str:
     return table(heads, [_goal_row(cell) for cell in found["cells"]]) + "\n"
 
 
+def loading(found: dict[str, Any]) -> str:
+    """Seconds to make and load an adapter, and bytes of its file."""
+    rows = {row["method"]: row for row in found["rows"]}
+    lora = rows[LORA]["load_seconds"]
+    cells = [
+        [
+            name,
+            *(_milliseconds(row[f"{what}_seconds"]) for what in ("first", "again", "load")),
+            f"{row['load_seconds'] / lora:.2f}",
+            f"{row['trained']:,}",
+            f"{row['weight_bytes'] / 1e3:.0f} kB",
+        ]
+        for name, row in rows.items()
+    ]
+    heads = ["", "made first", "made again", "loaded", "loaded / LoRA's", "numbers", "weights on disk"]
+    note = (
+        f"MiniLM, all linear layers, no head; least of {found['settings']['repeats']}. {machine(found)} "
+        f"{versions(found, 'peft')}"
+    )
+    return f"{table(heads, cells)}\n\n{note}\n"
+
+
 def learning_rates(found: dict[str, Any]) -> str:
     """Mean and largest regret of each unit and rate over all cells, and for each mode."""
     runs = found["runs"]

@@ -69,6 +69,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step_times_bfloat16": ("steps", step_tables.step_times("bfloat16")),
     "step_memory": ("steps", step_tables.step_memory),
     "step_goals": ("steps", step_tables.step_goals),
+    "loading": ("loading", step_tables.loading),
     "learning_rates": ("learning_rates", step_tables.learning_rates),
     "bank_throughput": ("bank", bank_tables.throughput),
     "bank_memory": ("bank", bank_tables.memory),

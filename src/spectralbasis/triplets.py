@@ -102,7 +102,14 @@ def matrix_hash(W: Tensor) -> str:
     return digest.hexdigest()
 
 
-def compute_triplets(W: Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, cache: bool = True) -> Triplets:
+def compute_triplets(
+    W: Tensor,
+    k: int,
+    *,
+    tolerance: float = DEFAULT_TOLERANCE,
+    cache: bool = True,
+    base_hash: str | None = None,
+) -> Triplets:
     """The k leading triplets of `W`, from the disk cache where this machine has met the matrix before.
 
     Args:
@@ -110,11 +117,12 @@ def compute_triplets(W: Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE,
         k: number of triplets, 1 ≤ k ≤ min(m, n).
         tolerance: see `linalg.leading_svd`.
         cache: read and fill the cache (`cache_folder`).
+        base_hash: `matrix_hash(W)`, where it is known.
 
     Raises:
         ValueError: `W` is not a finite matrix, or k is out of range.
     """
-    base_hash = matrix_hash(W)
+    base_hash = base_hash or matrix_hash(W)
     known = _from_cache(base_hash, k, tolerance) if cache else None
     if known is not None:
         return known

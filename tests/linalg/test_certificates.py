@@ -9,6 +9,7 @@ from spectralbasis.linalg import (
     leading_svd,
     principal_angles,
     subspace_error_bound,
+    values_of_singular_vectors,
     vector_error_bounds,
     wedin_bound,
 )
@@ -85,3 +86,13 @@ def test_a_vector_in_a_cluster_has_no_bound_and_its_neighbours_do():
     assert bounds[1:3].tolist() == [1.0, 1.0]
     assert bounds[0] == pytest.approx(1e-6 / 2)
     assert bounds[3] == pytest.approx(1e-6 / 0.5)
+
+
+def test_singular_vectors_have_their_values_and_other_directions_none():
+    W, U, V = with_spectrum(40, 30, power_law(30))
+    torch.testing.assert_close(values_of_singular_vectors(W, U[:, 5:9], V[:, 5:9]), power_law(30)[5:9])
+    assert values_of_singular_vectors(W, U[:, [1, 0]], V[:, [0, 1]]) is None
+    assert values_of_singular_vectors(W, U[:, :2], -V[:, :2]) is None
+    assert values_of_singular_vectors(W, U[:, :2], orthonormal(30, 2, 5)) is None
+    assert values_of_singular_vectors(W.bfloat16(), U[:, :2].bfloat16(), V[:, :2].bfloat16()) is None
+    assert values_of_singular_vectors(torch.zeros(40, 30).double(), U[:, :2], V[:, :2]) is None

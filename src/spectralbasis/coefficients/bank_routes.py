@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-_LARGEST_RESIDUAL = 1e-5
-"""Of a pair of singular vectors, over its singular value: what float32 decompositions reach."""
+from spectralbasis.linalg import values_of_singular_vectors
+
 _WORTHWHILE = 2
 """How many times longer one side of W is, for another route than the plain one to pay."""
 
@@ -44,20 +43,10 @@ def cheapest_route(W: Tensor, U: Tensor, V: Tensor, bias: Tensor | None) -> Rout
         bias: (m,) or None.
     """
     m, n = W.shape
-    S = _singular_values(W, U, V) if max(m, n) >= _WORTHWHILE * min(m, n) else None
+    S = values_of_singular_vectors(W, U, V) if max(m, n) >= _WORTHWHILE * min(m, n) else None
     if S is None:
         return Route(V.T.contiguous(), U.T.contiguous())
     if m > n:
         return Route(V.T.contiguous(), (V / S).T.contiguous(), on_input=True)
     A = (U / S).T.contiguous()
     return Route(A, U.T.contiguous(), offset=None if bias is None else A @ bias, from_output=True)
-
-
-def _singular_values(W: Tensor, U: Tensor, V: Tensor) -> Tensor | None:
-    """(k,), or None unless U and V are singular vectors of W to rounding."""
-    if W.dtype not in (torch.float32, torch.float64):
-        return None
-    WV, WU = W @ V, W.T @ U
-    S = (U * WV).sum(0)
-    residuals = torch.maximum((WV - U * S).norm(dim=0), (WU - V * S).norm(dim=0))
-    return S if bool((residuals <= _LARGEST_RESIDUAL * S).all()) else None

@@ -1,6 +1,11 @@
 """Spectral numerics: pure functions on tensors."""
 
-from spectralbasis.linalg.certificates import subspace_error_bound, vector_error_bounds, wedin_bound
+from spectralbasis.linalg.certificates import (
+    subspace_error_bound,
+    values_of_singular_vectors,
+    vector_error_bounds,
+    wedin_bound,
+)
 from spectralbasis.linalg.inner_products import gram_cosines, inner_products
 from spectralbasis.linalg.subspaces import (
     assigned_cosines,
@@ -43,6 +48,7 @@ __all__ = [
     "subspace_error_bound",
     "subspace_overlap",
     "trailing_vectors",
+    "values_of_singular_vectors",
     "vector_error_bounds",
     "wedin_bound",
 ]

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from spectralbasis.linalg.products import times, transposed_times
 
+LARGEST_RESIDUAL = 1e-4
+"""Of a pair of singular vectors over its singular value, up to which `W v = σ u` may stand for an equation."""
+
 
 def triplet_residuals(A: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
     """`sqrt(‖A v_i − σ_i u_i‖² + ‖Aᵀ u_i − σ_i v_i‖²)` for each triplet, (k,), float64, in the units of S.
@@ -75,6 +78,26 @@ def ritz_error_bound(S: Tensor, R: Tensor, k: int) -> float:
         return 1.0
     error = float(torch.linalg.matrix_norm(R[:, :k])) / distance
     return min(1.0, error * math.hypot(1.0, coupling / gap))
+
+
+def values_of_singular_vectors(W: Tensor, U: Tensor, V: Tensor) -> Tensor | None:
+    """σ (k,), if `W V = U Σ` and `Wᵀ U = V Σ` hold well enough to compute one side in place of the other; else None.
+
+    Args:
+        W: (m, n), float32 or float64.
+        U: (m, k) in the dtype of W.
+        V: (n, k) in the dtype of W.
+
+    Returns:
+        None where a residual exceeds `LARGEST_RESIDUAL` of its singular value, or W has another dtype.
+    """
+    if W.dtype != U.dtype or W.dtype not in (torch.float32, torch.float64):
+        return None
+    with torch.autocast(W.device.type, enabled=False):
+        right, left = W @ V, W.T @ U
+        S = (U * right).sum(0)
+        residuals = torch.maximum((right - U * S).norm(dim=0), (left - V * S).norm(dim=0))
+    return S if bool((residuals <= LARGEST_RESIDUAL * S).all()) and bool((S > 0).all()) else None
 
 
 def vector_error_bounds(S: Tensor, residuals: Tensor, next_singular_value: float) -> Tensor:

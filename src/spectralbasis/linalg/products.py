@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK_ENTRIES = 1 << 22
+BLOCK_ENTRIES = 1 << 20
 
 
 def times(A: Tensor, X: Tensor) -> Tensor:
@@ -19,6 +19,15 @@ def transposed_times(A: Tensor, X: Tensor) -> Tensor:
     for rows, block in _row_blocks(A):
         product.addmm_(block.T, X[rows])
     return product
+
+
+def times_and_back(A: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+    """`A X` (m, j) and `Aᵀ A X` (n, j) in float64, from one reading of A."""
+    there, back = [], X.new_zeros(A.shape[1], X.shape[1])
+    for _, block in _row_blocks(A):
+        there.append(block @ X)
+        back.addmm_(block.T, there[-1])
+    return torch.cat(there), back
 
 
 def gram(A: Tensor) -> Tensor:

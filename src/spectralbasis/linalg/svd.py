@@ -8,12 +8,14 @@ from torch import Tensor
 from spectralbasis.linalg.certificates import ritz_error_bound, subspace_error_bound, triplet_residuals
 from spectralbasis.linalg.eigen import eigenvalues, leading_eigenpairs
 from spectralbasis.linalg.krylov import leading_right_space
-from spectralbasis.linalg.products import gram, times, transposed_times
+from spectralbasis.linalg.products import gram, times_and_back, transposed_times
 
 DENSE_SIDE = 64
 """Up to this smaller side a dense decomposition costs less than the calls around any other."""
 REFINEMENTS = 3
 """Steps of subspace iteration in float64 that a Krylov space of float32 gets to reach the tolerance."""
+DIVISIBLE = 1e-5
+"""Share of the largest singular value down to which `Aᵀ u = Aᵀ A v / σ` is exact enough."""
 KRYLOV_SIDE = 512
 """From this smaller side on, a few hundred products cost less than a Gram matrix and its eigenvectors."""
 
@@ -187,10 +189,12 @@ def _rayleigh_ritz(A: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
         U (m, p), S (p,), V (n, p) with `A V = U S`, and the residual vectors `Aᵀ U − V S`, all in float64.
     """
     V = torch.linalg.qr(V)[0]
-    Q, B = torch.linalg.qr(times(A, V))
+    there, back = times_and_back(A, V)
+    Q, B = torch.linalg.qr(there)
     left, S, right = torch.linalg.svd(B)
     U, V = Q @ left, V @ right.T
-    return U, S, V, transposed_times(A, U) - V * S
+    back = back @ (right.T / S) if S[-1] > DIVISIBLE * S[0] else transposed_times(A, U)
+    return U, S, V, back - V * S
 
 
 def _bound(A: Tensor, S: Tensor, residuals: Tensor, k: int) -> float:

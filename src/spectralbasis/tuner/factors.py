@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from spectralbasis.basis import SpectralBasis
 from spectralbasis.errors import InputError
+from spectralbasis.linalg import values_of_singular_vectors
 from spectralbasis.triplets import Triplets, compute_triplets
 from spectralbasis.tuner.forms import FORMS
 
 BASES = ("pretrained", "minor", "random")
 """Bases that are made from the base weight itself; anything else names a basis file."""
 PROBES = 4
-SINGULAR = 1e-3
-"""Up to this relative residual `W v = σ u` counts as true: as much as the update of this direction may be wrong by."""
 Directions = Callable[[str, Tensor, int, str], tuple[Tensor, Tensor]]
 """(name, W (m, n), k, hash of the base's weight) → U (m, k), V (n, k), float32 or wider."""
 
@@ -81,22 +80,11 @@ class Factors(nn.Module):
         version = None if W.is_inference() else W._version
         state = (W.data_ptr(), version, W.dtype, W.device, k)
         if self._singular is None or self._singular[0] != state:
-            self._singular = state, _singular_values(W.detach(), *self.first(k))
+            self._singular = state, values_of_singular_vectors(W.detach(), *self.first(k))
         return self._singular[1]
 
     def extra_repr(self) -> str:
         return f"k={self.k}, source={self.source!r}"
-
-
-def _singular_values(W: Tensor, U: Tensor, V: Tensor) -> Tensor | None:
-    """σ (k,), if `W V = U Σ` and `Wᵀ U = V Σ` hold well enough to take the one for the other; else None."""
-    if W.dtype != U.dtype or W.shape != (len(U), len(V)):
-        return None
-    with torch.autocast(W.device.type, enabled=False):
-        right, left = W @ V, W.T @ U
-    S = torch.linalg.vector_norm(right, dim=0)
-    errors = torch.stack([(right - U * S).norm(dim=0), (left - V * S).norm(dim=0)])
-    return S if bool((errors <= SINGULAR * S).all()) and bool((S > 0).all()) else None
 
 
 def _uniform(draws: np.random.Generator, *shape: int) -> Tensor:
@@ -133,12 +121,12 @@ def directions_of(basis: str | SpectralBasis, *, tolerance: float, seed: int) ->
 
 
 def _pretrained(tolerance: float, name: str, W: Tensor, k: int, base_hash: str) -> tuple[Tensor, Tensor]:
-    triplets = compute_triplets(W, k, tolerance=tolerance)
+    triplets = compute_triplets(W, k, tolerance=tolerance, base_hash=base_hash)
     return triplets.U, triplets.Vh.T
 
 
 def _minor(tolerance: float, name: str, W: Tensor, k: int, base_hash: str) -> tuple[Tensor, Tensor]:
-    triplets = compute_triplets(W, min(W.shape), tolerance=tolerance)
+    triplets = compute_triplets(W, min(W.shape), tolerance=tolerance, base_hash=base_hash)
     return triplets.U.flip(1)[:, :k], triplets.Vh.flip(0)[:k].T
 
 
