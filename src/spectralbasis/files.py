@@ -1,12 +1,17 @@
 """Writing files so that a reader never sees half of one."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from spectralbasis.errors import InputError
+
+_OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -14,7 +19,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it replaces `path` when the block succeeds and is removed when it fails.
 
     Raises:
-        InputError: the folder cannot be created or written to.
+        InputError: the folder cannot be created or written to, or there is no room for the file.
     """
     target = Path(path)
     try:
@@ -28,8 +33,20 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(target)
+    except (OSError, SafetensorError) as error:
+        if not _out_of_room(error):
+            raise
+        raise InputError(
+            f"cannot write {target}: there is no room for it; free some, or choose another disk"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _out_of_room(error: OSError | SafetensorError) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _OUT_OF_ROOM
+    return any(f"os error {number}" in str(error) for number in _OUT_OF_ROOM)
 
 
 def _umask() -> int:

@@ -77,8 +77,7 @@ class Store:
     def put(self, tuned: str, matrix: str, content: str, rows: Iterable[Row]) -> None:
         """Record one measured pair, all of it or nothing."""
         record = (tuned, matrix, content, json.dumps([row_values(row) for row in rows]))
-        with self._connection:
-            self._connection.execute("INSERT OR REPLACE INTO pairs VALUES (?, ?, ?, ?)", record)
+        self._write("INSERT OR REPLACE INTO pairs VALUES (?, ?, ?, ?)", record)
 
     def rows(self, pairs: Iterable[tuple[str, str]]) -> Iterator[Row]:
         """The rows of these (tuned, matrix) pairs, in their order."""
@@ -86,6 +85,16 @@ class Store:
             query = "SELECT rows FROM pairs WHERE tuned = ? AND matrix = ?"
             for (text,) in self._connection.execute(query, pair):
                 yield from (Row(*values) for values in json.loads(text))
+
+    def _write(self, statement: str, record: tuple[str, ...]) -> None:
+        try:
+            with self._connection:
+                self._connection.execute(statement, record)
+        except sqlite3.DatabaseError as error:
+            raise InputError(
+                f"{self.path} cannot be written ({error}); what was measured before is kept: free some room, or make "
+                "the folder writable, and go on with --resume"
+            ) from error
 
     def shared_contents(self, matrix: str) -> dict[Pair, str]:
         """Two labels → content hash of what was measured of this matrix between them."""
@@ -95,8 +104,7 @@ class Store:
     def put_shared(self, pair: Pair, matrix: str, content: str, rows: Iterable[SharedRow]) -> None:
         """Record what two finetuned checkpoints share in a matrix, all of it or nothing."""
         record = (*pair, matrix, content, json.dumps([row_values(row) for row in rows]))
-        with self._connection:
-            self._connection.execute("INSERT OR REPLACE INTO shared VALUES (?, ?, ?, ?, ?)", record)
+        self._write("INSERT OR REPLACE INTO shared VALUES (?, ?, ?, ?, ?)", record)
 
     def shared_rows(self, pairs: Iterable[tuple[Pair, str]]) -> Iterator[SharedRow]:
         """The rows of these (two labels, matrix), in their order."""

@@ -1,0 +1,5 @@
+"""`python -m spectralbasis`: the command line."""
+
+from spectralbasis.cli import main
+
+main()
