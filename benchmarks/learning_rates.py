@@ -23,7 +23,6 @@ TEXTS: dict[str, Any] = {"steps": 100, "batch_size": 32, "max_length": 32, "bf16
 DIGITS: dict[str, Any] = {"steps": 100, "batch_size": 64}
 CELLS: dict[tuple[str, str], dict[str, Any]] = {
     ("MiniLM", "SST-2"): TEXTS,
-    ("MiniLM", "MRPC"): TEXTS,
     ("small ViT", "digits-parity"): DIGITS,
     ("small ViT", "digits-rotated"): DIGITS,
 }
