@@ -78,18 +78,16 @@ def learning_rates(found: dict[str, Any]) -> str:
             list(regrets.values()),
             *([r for cell, r in regrets.items() if cell[2] == mode] for mode in ("diagonal", "core")),
         ]
-        rows.append(
-            [
-                scaling,
-                f"{rate:g}",
-                *(f"{part:.3f}" for group in groups for part in (sum(group) / len(group), max(group))),
-            ]
-        )
+        rows.append([scaling, f"{rate:g}", *(cell for group in groups for cell in _mean_and_largest(group))])
     heads = ["unit", "rate", "mean regret", "largest", "diagonal: mean", "largest", "core: mean", "largest"]
     note = (
         f"{len(cells)} cells ({', '.join(' '.join(cell) for cell in cells)}), one seed each. {versions(found, 'peft')}"
     )
     return f"{table(heads, rows)}\n\n{note}\n"
+
+
+def _mean_and_largest(regrets: list[float]) -> list[str]:
+    return [f"{sum(regrets) / len(regrets):.3f}", f"{max(regrets):.3f}"] if regrets else ["", ""]
 
 
 def _goal_row(cell: dict[str, Any]) -> list[str]:
