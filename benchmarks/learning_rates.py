@@ -1,8 +1,8 @@
 """Which unit of the coefficients lets one learning rate serve models, tasks and modes?
 
-Run with `python -m benchmarks.learning_rates --data PATH/TO/GLUE`; it takes about half an hour on two cores and goes on
-where it was stopped. Every unit (`scaling`) is tuned with every rate on every cell: a model, a task and a mode. The
-*regret* of a rate in a cell is how much better the best of all runs in that cell scored.
+Run with `python -m benchmarks.learning_rates --data PATH/TO/GLUE`; it goes on where it was stopped. Every unit
+(`scaling`) is tuned with every rate on every cell: a model, a task and a mode. The *regret* of a rate in a cell is how
+much better the best of all runs in that cell scored.
 """
 
 import tempfile
