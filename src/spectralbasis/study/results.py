@@ -47,6 +47,7 @@ class TuneResult:
     """One tuned model: where it is, how it was made, its scores and what it cost.
 
     `adapter_bytes` is the size of the weights that were written: coefficients and head, or a whole checkpoint.
+    `selection_metrics` are those on the task's selection split, None where it has none.
     """
 
     output: Path
@@ -66,6 +67,12 @@ class TuneResult:
     seed: int
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
+    selection_metrics: Mapping[str, float] | None = None
+
+    @property
+    def selection_score(self) -> float | None:
+        """The headline metric on the selection split, None where there is none."""
+        return None if self.selection_metrics is None else self.selection_metrics[self.metric]
 
     def row(self) -> dict[str, Any]:
         """The row of a table of tuned models, as the report reads it."""
@@ -85,9 +92,15 @@ class TuneResult:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
+        """Everything, as JSON can hold it; the selection split's scores are absent where there is none."""
+        selection = (
+            {}
+            if self.selection_metrics is None
+            else {"selection_score": self.selection_score, "selection_metrics": dict(self.selection_metrics)}
+        )
         return {
             **self.row(),
+            **selection,
             "output": str(self.output),
             "model": self.model,
             "metrics": dict(self.metrics),

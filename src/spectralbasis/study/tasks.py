@@ -10,7 +10,7 @@ from datasets import Dataset
 from numpy.typing import ArrayLike
 
 from spectralbasis.errors import InputError
-from spectralbasis.study.arrays import IMAGE, image_dataset
+from spectralbasis.study.arrays import IMAGE, LABEL, image_dataset
 
 Examples = tuple[ArrayLike, ArrayLike]
 
@@ -21,7 +21,8 @@ class Task:
 
     `inputs` names the columns that the model reads: one or two of text, or one of images (channels, height, width)
     whose values lie in [0, 1] as floats or in [0, 255] as uint8. The column `label` holds class numbers, or floats
-    where `kind` is `regression`. `headline` is the one metric of `metrics` that tables quote.
+    where `kind` is `regression`. `headline` is the one metric of `metrics` that tables quote. `selection` holds further
+    held-out examples, to choose settings by, so that `evaluation` is only reported on.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Task:
     metrics: tuple[str, ...] = ("accuracy",)
     headline: str = "accuracy"
     evaluation_split: str = "evaluation"
+    selection: Dataset | None = None
 
     @property
     def num_labels(self) -> int:
@@ -84,6 +86,28 @@ class Task:
             )
         chosen = np.random.default_rng(seed).permutation(available)[:examples]
         return replace(self, train=self.train.select(chosen))
+
+    def halved(self, seed: int = 0) -> "Task":
+        """The same task with its evaluation split in two disjoint halves: `selection`, and what stays `evaluation`.
+
+        Each label, or each stretch of a regression's labels, has its share in both halves, to within one example.
+
+        Raises:
+            InputError: there is but one example to evaluate on, or the task has a selection split already.
+        """
+        if self.selection is not None or len(self.evaluation) < 2:
+            found = "a selection split already" if self.selection is not None else f"{len(self.evaluation)} example"
+            raise InputError(f"{self.name} has {found}; halving needs an evaluation split of two examples or more")
+        order = np.random.default_rng(seed).permutation(len(self.evaluation))
+        if LABEL in self.evaluation.column_names:
+            labels = np.asarray(self.evaluation.with_format("numpy")[LABEL][:])
+            order = order[np.argsort(labels[order], kind="stable")]
+        return replace(
+            self,
+            selection=self.evaluation.select(np.sort(order[::2])),
+            evaluation=self.evaluation.select(np.sort(order[1::2])),
+            evaluation_split=f"{self.evaluation_split}, reporting half",
+        )
 
 
 TaskLoader = Callable[[Path | None], Task]

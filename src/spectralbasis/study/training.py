@@ -1,7 +1,7 @@
 """Tuning a model to a task with one of the methods, and writing what came of it."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from peft import PeftModel
@@ -109,6 +109,9 @@ def _tune_into(
         callbacks=callbacks,
     )
     metrics = score_task(model, task, loaded.collator, progress=progress)
+    selection = None
+    if task.selection is not None:
+        selection = score_task(model, replace(task, evaluation=task.selection), loaded.collator, progress=progress)
     _save(model, loaded, folder)
     steps = settings.total_steps(len(task.train))
     result = TuneResult(
@@ -129,6 +132,7 @@ def _tune_into(
         seed=settings.seed,
         settings={**asdict(settings), **{name: getattr(options, name) for name in sorted(method.options)}},
         versions=library_versions(),
+        selection_metrics=selection,
     )
     write_json(folder / TUNING_FILE, result.to_dict())
     if isinstance(model, PeftModel):
