@@ -132,7 +132,7 @@ def find(units: pd.DataFrame, seed: int, interval_of: "IntervalRule | None" = No
         ci_low=interval.low,
         ci_high=interval.high,
         p_value=interval.p_value,
-        verdict=_verdict(interval.low, interval.high),
+        verdict=verdict_of(interval.low, interval.high),
         matrices=len(units),
     )
 
@@ -141,7 +141,8 @@ def _mean(column: pd.Series) -> float:
     return float(column.mean()) if column.notna().any() else math.nan
 
 
-def _verdict(low: float, high: float) -> str:
+def verdict_of(low: float, high: float) -> str:
+    """ "supported" where a whole interval lies above zero, "contradicted" where it lies below, else "undecided"."""
     if low > 0:
         return "supported"
     return "contradicted" if high < 0 else "undecided"
