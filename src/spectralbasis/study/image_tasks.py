@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
 from spectralbasis.errors import InputError
+from spectralbasis.study.data_folders import find_data_file
 from spectralbasis.study.messages import first_line
 from spectralbasis.study.tasks import Task, register_task
 
@@ -35,19 +36,9 @@ def load_image_file(name: str, data: Path | None) -> Task:
         InputError: the file is absent, or lacks an array that it should hold.
     """
     file_name, label_names = IMAGE_FILES[name]
-    file = _find_file(name, file_name, data)
+    file = find_data_file(name, name, file_name, data)
     train, test = _read_h5(file) if file.suffix == ".h5" else _read_npz(file)
     return Task.from_arrays(name, _shuffled(train), test, label_names=label_names, evaluation_split="test")
-
-
-def _find_file(name: str, file_name: str, data: Path | None) -> Path:
-    if data is None:
-        raise InputError(f"the task {name} needs --data with the folder that holds {file_name}")
-    places = (data, data / file_name, data / name / file_name)
-    for place in places:
-        if place.is_file() and place.name == file_name:
-            return place
-    raise InputError(f"no {file_name} for the task {name}: looked for {places[1]} and {places[2]}; pass its folder")
 
 
 def _read_npz(file: Path) -> tuple[Split, Split]:

@@ -19,15 +19,15 @@ Examples = tuple[ArrayLike, ArrayLike]
 class Task:
     """Examples to train on, held-out examples to score on, and the metrics that judge the scores.
 
-    `inputs` names the columns that the model reads: one or two of text, or one of images (channels, height, width)
-    whose values lie in [0, 1] as floats or in [0, 255] as uint8. The column `label` holds class numbers, or floats
-    where `kind` is `regression`. `headline` is the one metric of `metrics` that tables quote. `selection` holds further
+    `inputs` names the columns that the model reads: one or two of text, one of images (channels, height, width) whose
+    values lie in [0, 1] as floats or in [0, 255] as uint8, or one of signals (time, channels). The column `label` holds
+    class numbers, or floats where `kind` is `regression`; `masked_language` has none, and its label names are empty. `headline` is the one metric of `metrics` that tables quote. `selection` holds further
     held-out examples, to choose settings by, so that `evaluation` is only reported on.
     """
 
     name: str
-    modality: Literal["text", "image"]
-    kind: Literal["classification", "regression"]
+    modality: Literal["text", "image", "signal"]
+    kind: Literal["classification", "regression", "masked_language"]
     inputs: tuple[str, ...]
     label_names: tuple[str, ...]
     train: Dataset
@@ -139,6 +139,11 @@ def load_task(name: str, data: Path | str | None = None) -> Task:
     if data is not None and not Path(data).exists():
         raise InputError(f"the data folder {data} does not exist; pass --data with the folder that holds {found[0]}")
     return found[1](None if data is None else Path(data))
+
+
+def same_name(one: str, other: str) -> bool:
+    """Whether both are the name of one task: case, hyphens and underscores do not count."""
+    return _key(one) == _key(other)
 
 
 def _key(name: str) -> str:
