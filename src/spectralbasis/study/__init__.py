@@ -1,6 +1,8 @@
 """Tasks, methods and training: what `tune`, `evaluate` and the quickstart are made of."""
 
+from spectralbasis.study import corpora as corpora
 from spectralbasis.study import image_tasks as image_tasks
+from spectralbasis.study import signal_tasks as signal_tasks
 from spectralbasis.study import text_tasks as text_tasks
 from spectralbasis.study.evaluation import evaluate
 from spectralbasis.study.methods import METHODS, Method, MethodOptions

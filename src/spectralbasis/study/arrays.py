@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from spectralbasis.errors import InputError
 
 IMAGE = "image"
+SIGNALS = "signals"
 LABEL = "label"
 
 

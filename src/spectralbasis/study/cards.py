@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from spectralbasis.study.models import LoadedModel
+from spectralbasis.study.models import LoadedModel, auto_model_of
 from spectralbasis.study.results import TuneResult
 
 CARD = """\
@@ -35,9 +35,9 @@ spectralbasis evaluate {model} path/to/this/folder --task {task} --data DIR
 ```python
 import spectralbasis  # registers the method with PEFT
 from peft import PeftModel
-from transformers import {auto_model}
+from {module} import {auto_model}
 
-base = {auto_model}.from_pretrained("{place}", num_labels={labels}, ignore_mismatched_sizes=True)
+base = {auto_model}.from_pretrained("{place}"{arguments})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 """
@@ -45,7 +45,9 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")
 
 def write_card(folder: Path, result: TuneResult, loaded: LoadedModel) -> None:
     """Write `README.md` for the adapter in `folder`, in place of PEFT's template."""
-    auto_models = {"text": "AutoModelForSequenceClassification", "image": "AutoModelForImageClassification"}
+    labels = f", num_labels={loaded.task.num_labels}, ignore_mismatched_sizes=True"
+    auto_model = auto_model_of(loaded.task)
+    module = auto_model.__module__ if auto_model.__module__.startswith("spectralbasis") else "transformers"
     card = CARD.format(
         **{**result.settings, **vars(result)},
         title=f"{result.method}, {result.coefficients}" if result.coefficients else result.method,
@@ -56,8 +58,9 @@ def write_card(folder: Path, result: TuneResult, loaded: LoadedModel) -> None:
         share_backbone=result.parameters.share_backbone,
         share_head=result.parameters.share_head,
         size=result.adapter_bytes,
-        auto_model=auto_models[loaded.task.modality],
+        module=module,
+        auto_model=auto_model.__name__,
         place=loaded.model.config.name_or_path,
-        labels=loaded.task.num_labels,
+        arguments=labels if loaded.task.num_labels else "",
     )
     (folder / "README.md").write_text(card, encoding="utf-8")

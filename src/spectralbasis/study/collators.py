@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from spectralbasis.study.arrays import IMAGE, LABEL
+from spectralbasis.study.arrays import IMAGE, LABEL, SIGNALS
+from spectralbasis.study.masking import MaskingCollator
 
 Row = Mapping[str, Any]
 
@@ -77,7 +78,18 @@ class ImageCollator:
         (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-Collator = TextCollator | ImageCollator
+class SignalCollator:
+    """Stacks signals as they are, (rows, time, channels)."""
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        signals = torch.from_numpy(np.stack([row[SIGNALS] for row in rows]))
+        return {"signals": signals.float(), "labels": _labels(rows, torch.long)}
+
+    def save(self, folder: Path) -> None:
+        """Nothing: signals come in the units that models read."""
+
+
+Collator = TextCollator | MaskingCollator | ImageCollator | SignalCollator
 
 
 def _per_channel(values: tuple[float, ...]) -> Tensor:

@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
@@ -16,13 +17,18 @@ from transformers import (
 
 from spectralbasis.errors import InputError
 from spectralbasis.study.collators import Collator
+from spectralbasis.study.limu_bert import AutoModelForSignalClassification
 from spectralbasis.study.messages import quiet_transformers
 from spectralbasis.study.preprocessing import load_collator
 from spectralbasis.study.sources import UNREADABLE, resolve_source, unreadable
 from spectralbasis.study.tasks import Task
 from spectralbasis.tuner.optimization import in_modules
 
-AUTO_MODELS = {"text": AutoModelForSequenceClassification, "image": AutoModelForImageClassification}
+AUTO_MODELS = {
+    "text": AutoModelForSequenceClassification,
+    "image": AutoModelForImageClassification,
+    "signal": AutoModelForSignalClassification,
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class LoadedModel:
     """A model with a head for one task, what turns the task's rows into its inputs, and which modules are its head.
 
     `head` names the modules that no pretraining shaped: those beside the backbone, and a pooler whose weights the
-    checkpoint lacks.
+    checkpoint lacks. It is empty where a checkpoint comes with what fills in masked words.
     """
 
     source: str
@@ -55,8 +61,9 @@ def load_model(
 ) -> LoadedModel:
     """Open a model folder, a hub id or `minilm` in float32, with a head for the task.
 
-    A fresh head is drawn from the seed alone, even where the checkpoint has one; a stored one is taken as it is.
-    Code in a checkpoint is never run.
+    A fresh head is drawn from the seed alone, even where the checkpoint has one; a stored one is taken as it is. What
+    fills in masked words is no task's own, and is drawn only where the checkpoint lacks it. Code in a checkpoint is
+    never run.
 
     Raises:
         InputError: the model, its tokenizer or a stored head is absent or cannot be read, its kind does not suit the
@@ -71,6 +78,8 @@ def load_model(
             model, unusable = _load_weights(place, config, task)
             beside = _beside_backbone(model)
             poolers = _poolers(place, model, [name for name in unusable if not in_modules(name, beside)])
+            if task.kind == "masked_language" and not unusable:
+                beside = ()
             if head == "stored":
                 _require_stored_head(place, task, unusable)
             else:
@@ -78,27 +87,35 @@ def load_model(
     return LoadedModel(str(source), task, model.float(), collator, (*beside, *poolers))
 
 
+def auto_model_of(task: Task) -> Any:
+    """The class of transformers, or in its manner, that opens models for the task."""
+    return AutoModelForMaskedLM if task.kind == "masked_language" else AUTO_MODELS[task.modality]
+
+
 def _load_config(place: str, task: Task) -> PretrainedConfig:
-    problem = "regression" if task.kind == "regression" else "single_label_classification"
     try:
-        return AutoConfig.from_pretrained(
-            place,
-            id2label=dict(enumerate(task.label_names)),
-            label2id={name: number for number, name in enumerate(task.label_names)},
-            problem_type=problem,
-            trust_remote_code=False,
-        )
+        return AutoConfig.from_pretrained(place, trust_remote_code=False, **_labels_of(task))
     except UNREADABLE as error:
         raise unreadable(place, "model", error) from error
 
 
+def _labels_of(task: Task) -> dict[str, Any]:
+    if task.kind == "masked_language":
+        return {}
+    return {
+        "id2label": dict(enumerate(task.label_names)),
+        "label2id": {name: number for number, name in enumerate(task.label_names)},
+        "problem_type": "regression" if task.kind == "regression" else "single_label_classification",
+    }
+
+
 def _load_weights(place: str, config: PretrainedConfig, task: Task) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of the weights that the checkpoint lacks or has in another shape."""
-    auto_model = AUTO_MODELS[task.modality]
+    auto_model = auto_model_of(task)
     if type(config) not in auto_model._model_mapping:
+        work = "fill in masked words" if task.kind == "masked_language" else f"classify {task.modality}s"
         raise InputError(
-            f"{place} is a {config.model_type} model, which does not classify {task.modality}s; "
-            f"the task {task.name} needs one that does"
+            f"{place} is a {config.model_type} model, which does not {work}; the task {task.name} needs one that does"
         )
     try:
         model, report = auto_model.from_pretrained(

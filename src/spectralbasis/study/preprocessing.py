@@ -5,7 +5,8 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from transformers.image_processing_base import ImageProcessingMixin
 
 from spectralbasis.errors import InputError
-from spectralbasis.study.collators import Collator, ImageCollator, TextCollator
+from spectralbasis.study.collators import Collator, ImageCollator, SignalCollator, TextCollator
+from spectralbasis.study.masking import MaskingCollator
 from spectralbasis.study.sources import UNREADABLE, unreadable
 from spectralbasis.study.tasks import Task
 
@@ -16,12 +17,14 @@ def load_collator(place: str, config: PretrainedConfig, task: Task, max_length: 
     Raises:
         InputError: the tokenizer cannot be read, or `max_length` is more than the model can read.
     """
-    return (
-        _image_collator(place, config) if task.modality == "image" else _text_collator(place, config, task, max_length)
-    )
+    if task.modality == "image":
+        return _image_collator(place, config)
+    if task.modality == "signal":
+        return SignalCollator()
+    return _text_collator(place, config, task, max_length)
 
 
-def _text_collator(place: str, config: PretrainedConfig, task: Task, max_length: int) -> TextCollator:
+def _text_collator(place: str, config: PretrainedConfig, task: Task, max_length: int) -> TextCollator | MaskingCollator:
     tokenizer = _load_tokenizer(place)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -31,6 +34,8 @@ def _text_collator(place: str, config: PretrainedConfig, task: Task, max_length:
         raise InputError(
             f"max_length={max_length} for {place}, which reads up to {longest} tokens; pass 1 to {longest}"
         )
+    if task.kind == "masked_language":
+        return MaskingCollator(tokenizer, max_length)
     dtype = torch.float32 if task.kind == "regression" else torch.long
     return TextCollator(tokenizer, task.inputs, max_length, dtype)
 
