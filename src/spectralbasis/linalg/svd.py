@@ -8,7 +8,7 @@ from torch import Tensor
 from spectralbasis.linalg.certificates import ritz_error_bound, subspace_error_bound, triplet_residuals
 from spectralbasis.linalg.eigen import eigenvalues, leading_eigenpairs
 from spectralbasis.linalg.krylov import leading_right_space
-from spectralbasis.linalg.products import gram, times_and_back, transposed_times
+from spectralbasis.linalg.products import gram, times, times_and_back, transposed_times
 
 DENSE_SIDE = 64
 """Up to this smaller side a dense decomposition costs less than the calls around any other."""
@@ -16,6 +16,8 @@ REFINEMENTS = 3
 """Steps of subspace iteration in float64 that a Krylov space of float32 gets to reach the tolerance."""
 DIVISIBLE = 1e-5
 """Share of the largest singular value down to which `Aᵀ u = Aᵀ A v / σ` is exact enough."""
+SQUARED = 1e-4
+"""Share of the largest singular value from which the Gram matrix tells the smallest ones apart."""
 KRYLOV_SIDE = 512
 """From this smaller side on, a few hundred products cost less than a Gram matrix and its eigenvectors."""
 
@@ -109,13 +111,20 @@ def singular_values(A: Tensor) -> Tensor:
 def trailing_vectors(A: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Singular vectors of the k smallest singular values: U (m, k) and V (n, k) in float64, the smallest value first.
 
-    From a full decomposition in float64. Of a rectangular matrix, what its null space holds is not among them.
+    From the Gram matrix of the smaller side in float64 where the smallest singular value is large enough to survive
+    being squared, else from a full decomposition. Of a rectangular matrix, what its null space holds is not among them.
 
     Raises:
         ValueError: `A` is not a finite matrix, or k is out of range.
     """
-    _check(A, k)
-    U, _, Vh = torch.linalg.svd(A.detach().double(), full_matrices=False)
+    m, n = _check(A, k)
+    if m < n:
+        return trailing_vectors(A.T, k)[::-1]
+    A = A.detach()
+    squares, V = torch.linalg.eigh(gram(A))
+    if squares[0] > SQUARED**2 * squares[-1]:
+        return times(A, V[:, :k]) / squares[:k].sqrt(), V[:, :k]
+    U, _, Vh = torch.linalg.svd(A.double(), full_matrices=False)
     return U.flip(1)[:, :k], Vh.flip(0)[:k].T
 
 
