@@ -4,17 +4,13 @@ from importlib import import_module
 
 from spectralbasis.study.runs import Action
 
-# Modules are named, not imported: a worker loads the one that its run asks for.
+# Actions are named, not imported: a worker loads the one that its run asks for.
 ACTIONS: dict[str, str] = {}
-"""Name of an action → `module:function` below this package."""
+"""Name of an action → `module:function`."""
 
 
 def find_action(name: str) -> Action:
-    """The function of an action.
-
-    Raises:
-        KeyError: there is none of this name.
-    """
-    module, _, function = ACTIONS[name].partition(":")
-    action: Action = getattr(import_module(f"{__name__}.{module}"), function)
+    """The function of an action, named by a key of `ACTIONS` or itself as `package.module:function`."""
+    module, _, function = ACTIONS.get(name, name).partition(":")
+    action: Action = getattr(import_module(module), function)
     return action

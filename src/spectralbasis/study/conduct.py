@@ -1,0 +1,148 @@
+"""Conducting a study: the runs of its experiments, then what they show, as files."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from spectralbasis.errors import InputError
+from spectralbasis.study.experiments import EXPERIMENTS, Experiment, find_experiment
+from spectralbasis.study.pages import Part, write_pages
+from spectralbasis.study.runs import Results, Run, with_needs
+from spectralbasis.study.runs.runner import run_all
+from spectralbasis.study.runs.store import RunStore, Timing
+
+ALL = "all"
+QUICK = "quick"
+
+
+def study(
+    name: str = ALL,
+    *,
+    preset: str = "cpu",
+    data: str | Path | None = None,
+    output: str | Path,
+    jobs: int = 1,
+    ray: str | None = None,
+    retry: bool = False,
+    analyse_only: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Conduct one experiment or all, and write what they show to the folder `output`.
+
+    Every run is a row in `runs.sqlite` and done once: given again, the command goes on where it was stopped, and a
+    folder that holds only the exported `runs.parquet` and `measurements.parquet` goes on from those. Returns the
+    content of `results.json`.
+
+    Args:
+        name: of an experiment; "all"; or "quick", all with the preset "quick".
+        preset: "quick", "cpu" or "paper".
+        data: folder with the data sets, each in a folder of its own.
+        output: the folder of the study.
+        jobs: runs side by side.
+        ray: see `Workers`.
+        retry: try again what failed.
+        analyse_only: start no run; analyse those that are there.
+        progress: show what is done, what is left, and about how long it will take.
+
+    Raises:
+        InputError: a name is not known, the data are absent, or the folder cannot be used.
+    """
+    if name == QUICK:
+        name, preset = ALL, QUICK
+    if data is not None and not Path(data).is_dir():
+        raise InputError(f"the data folder {data} does not exist; pass --data with the folder that holds the data sets")
+    names = EXPERIMENTS if name == ALL else (name,)
+    chosen = {one: find_experiment(one) for one in names}
+    settings = {one: _settings(one, experiment, preset) for one, experiment in chosen.items()}
+
+    def plan(results: Results) -> list[Run]:
+        return [run for one, experiment in chosen.items() for run in experiment.plan(settings[one], results)]
+
+    with RunStore(Path(output)) as store:
+        if retry:
+            store.forget_errors()
+        if not analyse_only:
+            with _Progress(store, jobs, progress) as watcher:
+                try:
+                    run_all(plan, store, data=None if data is None else Path(data).absolute(), jobs=jobs, ray=ray, watcher=watcher)
+                finally:
+                    store.export()
+        parts = [_part(one, experiment, settings[one], store) for one, experiment in chosen.items()]
+    return write_pages(Path(output), preset, parts)
+
+
+def _settings(name: str, experiment: Experiment, preset: str) -> Any:
+    if preset not in experiment.PRESETS:
+        raise InputError(f"{name} has no preset {preset!r}; it has {', '.join(experiment.PRESETS)}")
+    return experiment.PRESETS[preset]
+
+
+def _part(name: str, experiment: Experiment, settings: Any, store: RunStore) -> Part:
+    results = store.results
+    runs = list(with_needs(experiment.plan(settings, results)))
+    finished = [record for run in runs if (record := results.get(run)) is not None]
+    return Part(
+        name=name,
+        question=experiment.QUESTION,
+        planned=len(runs),
+        finished=len(finished),
+        failed={str(run): error for run in runs if (error := results.error(run)) is not None},
+        seconds=sum(record.seconds for record in finished),
+        findings=experiment.analyse(settings, results),
+    )
+
+
+class _Progress:
+    """A bar where stderr is a terminal, else a line for every finished run."""
+
+    def __init__(self, store: RunStore, jobs: int, enabled: bool) -> None:
+        self.store = store
+        self.jobs = jobs
+        self.enabled = enabled
+        self.console = Console(stderr=True, soft_wrap=True, highlight=False)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.bar = Progress(*columns, console=self.console, disable=not (enabled and self.console.is_terminal))
+        self.task = self.bar.add_task("planning", total=None)
+        self.done, self.missing = 0, 0
+        self.left = ""
+
+    def planned(self, missing: Iterable[Run], done: int) -> None:
+        """See `Watcher`."""
+        actions = [run.action for run in missing]
+        self.done, self.missing = done, len(actions)
+        self.left = time_left(actions, self.store.timings, self.jobs)
+        self.bar.update(self.task, completed=done, total=done + len(actions), description=f"runs, {self.left} to go")
+
+    def finished(self, run: Run, seconds: float, error: str | None) -> None:
+        """See `Watcher`."""
+        if not self.enabled:
+            return
+        if error:
+            self.console.print(f"failed: {run}: {error}", markup=False)
+        elif not self.console.is_terminal:
+            total = self.done + self.missing
+            self.console.print(f"{self.done + 1}/{total} {run}: {seconds:.0f} s; {self.left} to go", markup=False)
+
+    def __enter__(self) -> "_Progress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+
+def time_left(actions: Sequence[str], timings: Sequence[Timing], jobs: int) -> str:
+    """About how long the missing runs will take, by the median of earlier ones of the same action."""
+    known: dict[str, list[float]] = {}
+    for timing in timings:
+        known.setdefault(timing.action, []).append(timing.seconds)
+    if not known:
+        return "an unknown time"
+    typical = {action: statistics.median(seconds) for action, seconds in known.items()}
+    unknown = statistics.median(timing.seconds for timing in timings)
+    minutes = sum(typical.get(action, unknown) for action in actions) / jobs / 60
+    return f"about {minutes / 60:.1f} h" if minutes >= 90 else f"about {minutes:.0f} min"

@@ -1,0 +1,144 @@
+"""What a study shows, as files: `results.json`, `figures.json`, and a Markdown page for each experiment."""
+
+import json
+import math
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from spectralbasis.files import atomic_path
+from spectralbasis.study.results import library_versions, write_json
+from spectralbasis.study.verdicts import Claim, Findings
+
+RESULTS = "results.json"
+FIGURES = "figures.json"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One experiment of a study: how much of it is done, and what that shows; `failed` is run → reason."""
+
+    name: str
+    question: str
+    planned: int
+    finished: int
+    failed: Mapping[str, str]
+    seconds: float
+    findings: Findings
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the figures, as JSON can hold it."""
+        return {
+            "question": self.question,
+            "planned": self.planned,
+            "finished": self.finished,
+            "failed": dict(self.failed),
+            "seconds": round(self.seconds, 1),
+            "claims": [claim.to_dict() for claim in self.findings.claims],
+            "tables": {title: _split(table) for title, table in self.findings.tables.items()},
+            "note": self.findings.note,
+        }
+
+
+def write_pages(folder: Path, preset: str, parts: Sequence[Part]) -> dict[str, Any]:
+    """Write all files that show what a study found; returns the content of `results.json`.
+
+    Experiments that the folder has results of and that are not among `parts` stay as they are.
+    """
+    earlier = _earlier(folder / RESULTS, preset)
+    figures = {part.name: {t: json.loads(f.to_json()) for t, f in part.findings.figures.items()} for part in parts}
+    content = {
+        "preset": preset,
+        "command": f"spectralbasis study all --preset {preset} --data DIR -o {folder.name}",
+        "commit": commit(),
+        "versions": library_versions(),
+        "experiments": earlier.get("experiments", {}) | {part.name: part.to_dict() for part in parts},
+    }
+    write_json(folder / FIGURES, _earlier(folder / FIGURES) | figures)
+    for part in parts:
+        with atomic_path(folder / f"{part.name}.md") as temporary:
+            temporary.write_text(page(part, content), encoding="utf-8")
+    write_json(folder / RESULTS, content)
+    return content
+
+
+def page(part: Part, content: Mapping[str, Any]) -> str:
+    """The Markdown page of one experiment."""
+    findings = part.findings
+    command = content["command"].replace("study all", f"study {part.name}")
+    lines = [
+        f"# {part.name.capitalize()}",
+        part.question,
+        f"{part.finished} of {part.planned} runs, {part.seconds / 3600:.1f} hours of computing"
+        + (f", {len(part.failed)} failed" if part.failed else "")
+        + f". Made by `{command}` at commit {content['commit']}.",
+        findings.note,
+        *(_claim(claim) for claim in findings.claims),
+        *(f"## {title}\n\n{markdown_table(table)}" for title, table in findings.tables.items()),
+        *(f'## {title}\n\n<div class="figure" data-figure="{part.name}/{title}"></div>' for title in findings.figures),
+        *(["## Runs that failed", markdown_table(_failures(part))] if part.failed else []),
+    ]
+    return "\n\n".join(line for line in lines if line) + "\n"
+
+
+def markdown_table(table: pd.DataFrame) -> str:
+    """A table in Markdown: numbers to four significant digits, on the right."""
+    numeric = [pd.api.types.is_numeric_dtype(table[column]) for column in table.columns]
+    rows = [[str(column) for column in table.columns], ["---:" if right else "---" for right in numeric]]
+    rows += [[_cell(value) for value in row] for row in table.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def commit() -> str:
+    """The commit of the code, where it runs from a checkout, else its version."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return library_versions()["spectralbasis"]
+
+
+def _claim(claim: Claim) -> str:
+    found = f"**{claim.verdict.capitalize()}**: {claim.text}"
+    if not math.isfinite(claim.effect):
+        return f"{found} No finished run speaks of it. {claim.would_change}"
+    interval = f", 95 % interval {claim.low:+.4g} to {claim.high:+.4g}" if math.isfinite(claim.low) else ""
+    p_value = f", p = {claim.p_value:.2g}" if math.isfinite(claim.p_value) else ""
+    return (
+        f"{found} Effect {claim.effect:+.4g} {claim.unit}{interval}{p_value}; {claim.runs} runs. {claim.would_change}"
+    )
+
+
+def _failures(part: Part) -> pd.DataFrame:
+    return pd.DataFrame({"run": list(part.failed), "reason": list(part.failed.values())})
+
+
+def _cell(value: Any) -> str:
+    if value is None or value is pd.NA or (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return re.sub(r"([|\\`*_<>\[\]])", r"\\\1", str(value)).replace("\n", " ")
+
+
+def _split(table: pd.DataFrame) -> dict[str, Any]:
+    """A table as JSON: its columns, and its rows."""
+    return json.loads(table.to_json(orient="split", index=False, double_precision=10))
+
+
+def _earlier(file: Path, preset: str | None = None) -> dict[str, Any]:
+    """What an earlier study of the same preset left in a file; empty where there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(content, dict) or (preset is not None and content.get("preset") != preset):
+        return {}
+    return content
