@@ -1,5 +1,6 @@
 """LIMU-BERT, a model of motion sensors, as a transformers model (Xu et al., SenSys 2021; LIMU-BERT-X, 2024)."""
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ class LimuBertForSignalClassification(LimuBertPreTrainedModel):
 class AutoModelForSignalClassification(_BaseAutoModelClass):
     """Opens a model that classifies signals (time, channels) by its config; transformers has no such class."""
 
-    _model_mapping = _LazyAutoMapping({}, {})
+    _model_mapping = _LazyAutoMapping(OrderedDict(), OrderedDict())
 
 
 AutoConfig.register("limu_bert", LimuBertConfig, exist_ok=True)

@@ -18,14 +18,14 @@ def load_collator(place: str, config: PretrainedConfig, task: Task, max_length: 
         InputError: the tokenizer cannot be read, or `max_length` is more than the model can read.
     """
     if task.modality == "image":
-        return _image_collator(place, config)
+        return image_collator(place, config)
     if task.modality == "signal":
         return SignalCollator()
     return _text_collator(place, config, task, max_length)
 
 
 def _text_collator(place: str, config: PretrainedConfig, task: Task, max_length: int) -> TextCollator | MaskingCollator:
-    tokenizer = _load_tokenizer(place)
+    tokenizer = load_tokenizer(place)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     config.pad_token_id = tokenizer.pad_token_id
@@ -40,7 +40,12 @@ def _text_collator(place: str, config: PretrainedConfig, task: Task, max_length:
     return TextCollator(tokenizer, task.inputs, max_length, dtype)
 
 
-def _load_tokenizer(place: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(place: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except UNREADABLE as error:
@@ -51,8 +56,8 @@ def _load_tokenizer(place: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _image_collator(place: str, config: PretrainedConfig) -> ImageCollator:
-    """The model's image size and channels, and the mean and deviation that it was trained with, else 0.5."""
+def image_collator(place: str, config: PretrainedConfig) -> ImageCollator:
+    """What fits images to a model: its image size and channels, and mean and deviation of its training, else 0.5."""
     try:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(place)
     except OSError:

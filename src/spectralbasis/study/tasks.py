@@ -21,8 +21,9 @@ class Task:
 
     `inputs` names the columns that the model reads: one or two of text, one of images (channels, height, width) whose
     values lie in [0, 1] as floats or in [0, 255] as uint8, or one of signals (time, channels). The column `label` holds
-    class numbers, or floats where `kind` is `regression`; `masked_language` has none, and its label names are empty. `headline` is the one metric of `metrics` that tables quote. `selection` holds further
-    held-out examples, to choose settings by, so that `evaluation` is only reported on.
+    class numbers, or floats where `kind` is `regression`; `masked_language` has none, and its label names are empty.
+    `headline` is the one metric of `metrics` that tables quote. `selection` holds further held-out examples, to choose
+    settings by, so that `evaluation` is only reported on.
     """
 
     name: str
