@@ -278,14 +278,43 @@ def similarity(
 
 
 @app.command()
-def report(directory: Annotated[Path, typer.Argument(help="Folder that `compare -o` wrote.")]) -> None:
+def study(
+    name: Annotated[str, typer.Argument(metavar="NAME|all|quick", help="An experiment, all, or all in little time.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the study; given again, it goes on.")],
+    preset: Annotated[str, typer.Option(metavar="cpu|paper|quick", help="How much of everything.")] = "cpu",
+    data: Annotated[Path | None, typer.Option(help="Folder with the data sets, each in a folder of its own.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, each in a process of its own.")] = 1,
+    ray: Annotated[str | None, typer.Option(metavar="auto|local|ADDRESS", help="Use a Ray cluster instead.")] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Try again what failed.")] = False,
+    analyse_only: Annotated[bool, typer.Option("--analyse", help="Start no run; show what those done say.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the experiments that test the claims, with their controls, and write what they show.
+
+    Experiments: stability, sharing, scale, scratch, ablation, glue, similarity, diagnostics, reuse. Every run is done
+    once: stop it any time and give the same command again.
+
+    Example: `spectralbasis study all --preset cpu --data path/to/data -o study --jobs 2`
+    """
+    from spectralbasis.study.conduct import study as run
+
+    content = run(
+        name, preset=preset, data=data, output=output, jobs=jobs, ray=ray, retry=retry, analyse_only=analyse_only
+    )
+    tables.show_result(content, tables.claims_table, as_json)
+    print(f"report: {output / 'index.html'}", file=sys.stderr)
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="Folder that `compare -o` or `study -o` wrote.")]) -> None:
     """Write index.html again from the results of a folder.
 
     Example: `spectralbasis report comparison`
     """
-    from spectralbasis.report import write_report
+    from spectralbasis.report import study_page, write_report, write_study_report
 
-    print(write_report(directory))
+    is_study = (directory / study_page.RESULTS).is_file()
+    print(write_study_report(directory) if is_study else write_report(directory))
 
 
 for command in (adapter_commands.export, adapter_commands.combine):

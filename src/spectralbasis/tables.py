@@ -121,6 +121,17 @@ def combination_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
+def claims_table(content: Mapping[str, Any]) -> Table:
+    """The claims of a study with their verdicts, by experiment."""
+    table = _table(f"study, preset {content['preset']}", ["experiment", "runs", "claim", "effect", "p", "verdict"])
+    for name, part in content["experiments"].items():
+        runs = f"{part['finished']}/{part['planned']}"
+        for claim in part["claims"] or [{"text": "", "effect": None, "p_value": None, "verdict": ""}]:
+            cells = (_number(claim["effect"], "+.4g"), _number(claim["p_value"], ".2g"), claim["verdict"])
+            table.add_row(escape(name), runs, escape(claim["text"]), *cells)
+    return table
+
+
 def _finding_cells(finding: Mapping[str, Any]) -> list[str]:
     interval = "–" if finding["ci_low"] is None else f"{finding['ci_low']:+.4f} to {finding['ci_high']:+.4f}"
     return [

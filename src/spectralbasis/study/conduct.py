@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from spectralbasis.errors import InputError
+from spectralbasis.report import write_study_report
 from spectralbasis.study.experiments import EXPERIMENTS, Experiment, find_experiment
 from spectralbasis.study.pages import Part, write_pages
 from spectralbasis.study.runs import Results, Run, with_needs
@@ -68,11 +69,20 @@ def study(
         if not analyse_only:
             with _Progress(store, jobs, progress) as watcher:
                 try:
-                    run_all(plan, store, data=None if data is None else Path(data).absolute(), jobs=jobs, ray=ray, watcher=watcher)
+                    run_all(
+                        plan,
+                        store,
+                        data=None if data is None else Path(data).absolute(),
+                        jobs=jobs,
+                        ray=ray,
+                        watcher=watcher,
+                    )
                 finally:
                     store.export()
         parts = [_part(one, experiment, settings[one], store) for one, experiment in chosen.items()]
-    return write_pages(Path(output), preset, parts)
+    content = write_pages(Path(output), preset, parts)
+    write_study_report(output)
+    return content
 
 
 def _settings(name: str, experiment: Experiment, preset: str) -> Any:

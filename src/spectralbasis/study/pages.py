@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import plotly.graph_objects as go
 
 from spectralbasis.files import atomic_path
+from spectralbasis.report.study_page import FIGURES, RESULTS
 from spectralbasis.study.results import library_versions, write_json
 from spectralbasis.study.verdicts import Claim, Findings
-
-RESULTS = "results.json"
-FIGURES = "figures.json"
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def write_pages(folder: Path, preset: str, parts: Sequence[Part]) -> dict[str, A
     Experiments that the folder has results of and that are not among `parts` stay as they are.
     """
     earlier = _earlier(folder / RESULTS, preset)
-    figures = {part.name: {t: json.loads(f.to_json()) for t, f in part.findings.figures.items()} for part in parts}
+    figures = {part.name: {t: _drawn(f) for t, f in part.findings.figures.items()} for part in parts}
     content = {
         "preset": preset,
         "command": f"spectralbasis study all --preset {preset} --data DIR -o {folder.name}",
@@ -130,7 +129,14 @@ def _cell(value: Any) -> str:
 
 def _split(table: pd.DataFrame) -> dict[str, Any]:
     """A table as JSON: its columns, and its rows."""
-    return json.loads(table.to_json(orient="split", index=False, double_precision=10))
+    content: dict[str, Any] = json.loads(table.to_json(orient="split", index=False, double_precision=10))
+    return content
+
+
+def _drawn(figure: go.Figure) -> dict[str, Any]:
+    """A figure as JSON, without the look that Plotly would add: the page has its own."""
+    content: dict[str, Any] = json.loads(go.Figure(figure).update_layout(template="none").to_json())
+    return content
 
 
 def _earlier(file: Path, preset: str | None = None) -> dict[str, Any]:
