@@ -4,7 +4,7 @@ import pytest
 
 from spectralbasis.errors import InputError
 from spectralbasis.study import METHODS, MethodOptions, load_model
-from spectralbasis.study.methods import find_method
+from spectralbasis.study.methods import Setup, check_options, find_method
 from spectralbasis.study.results import ParameterCounts
 from tests.study.examples import bright_side_task, save_image_model
 
@@ -15,7 +15,8 @@ SHAPES = 2 * [(16, 16), (16, 16), (16, 16), (16, 16), (24, 16), (16, 24)]
 def counts(tmp_path, name, **options):
     loaded = load_model(save_image_model(tmp_path / "model"), bright_side_task())
     total = sum(p.numel() for p in loaded.model.parameters())
-    model = find_method(name).prepare(loaded, MethodOptions(**options), tmp_path)
+    method = find_method(name)
+    model = method.prepare(Setup(loaded, method.complete(MethodOptions(**options)), tmp_path))
     return ParameterCounts.of(model, loaded.head, total)
 
 
@@ -47,13 +48,13 @@ def test_a_budget_is_a_share_of_the_model_that_spectral_keeps_within(tmp_path):
     ("name", "options", "message"),
     [
         ("lora", {"leading": 4}, "the option leading means nothing to the method lora; it belongs to spectral"),
-        ("spectral", {"rank": 4}, "the option rank means nothing to the method spectral; it belongs to lora"),
+        ("spectral", {"rank": 4}, "the option rank means nothing to the method spectral; it belongs to lora, dora"),
         ("full", {"coefficients": "core"}, "the option coefficients means nothing to the method full"),
     ],
 )
 def test_an_option_that_would_be_ignored_is_refused(name, options, message):
     with pytest.raises(InputError, match=message):
-        find_method(name).check(MethodOptions(**options))
+        check_options(find_method(name), MethodOptions(**options))
 
 
 def test_an_unknown_method_lists_the_known_ones():

@@ -14,12 +14,15 @@ from torch import nn
 from spectralbasis.errors import InputError, SpectralBasisError
 from spectralbasis.progress import track
 from spectralbasis.study.collators import Collator
+from spectralbasis.study.likelihood import masked_token_scores
+from spectralbasis.study.masking import MaskingCollator
 from spectralbasis.study.messages import first_line
 from spectralbasis.study.metrics import score
 from spectralbasis.study.models import LoadedModel, load_model
 from spectralbasis.study.results import EvaluateResult, stored_settings
 from spectralbasis.study.sources import UNREADABLE
 from spectralbasis.study.tasks import Task, load_task
+from spectralbasis.study.trained import holds_trained, restore_trained
 from spectralbasis.tuner.optimization import in_modules  # importing the tuner makes PEFT know its method
 
 BATCH_SIZE = 64
@@ -63,13 +66,15 @@ def evaluate(
     )
 
 
-def attach_adapter(loaded: LoadedModel, adapter: Path) -> PeftModel:
+def attach_adapter(loaded: LoadedModel, adapter: Path) -> nn.Module:
     """The loaded model with the adapter of a folder, which must carry a head.
 
     Raises:
         InputError: the folder holds no adapter, or one that does not fit the model or brings no head for it.
         BaseMismatchError: the adapter was trained on another base.
     """
+    if holds_trained(adapter):
+        return restore_trained(loaded, adapter)
     if not (adapter / "adapter_config.json").is_file():
         raise InputError(
             f"{adapter} has no adapter_config.json; give the folder of an adapter, "
@@ -81,7 +86,9 @@ def attach_adapter(loaded: LoadedModel, adapter: Path) -> PeftModel:
         raise
     except UNREADABLE as error:
         raise InputError(f"the adapter {adapter} does not fit {loaded.source}: {first_line(error)}") from error
-    if not any("modules_to_save" in name and in_modules(name, loaded.head) for name, _ in adapted.named_parameters()):
+    if loaded.head and not any(
+        "modules_to_save" in name and in_modules(name, loaded.head) for name, _ in adapted.named_parameters()
+    ):
         raise InputError(
             f"the adapter {adapter} brings no head for {loaded.task.name}, so its scores would be chance; "
             f"train it with modules_to_save={list(loaded.head)}"
@@ -91,6 +98,8 @@ def attach_adapter(loaded: LoadedModel, adapter: Path) -> PeftModel:
 
 def score_task(model: nn.Module, task: Task, collator: Collator, *, progress: bool) -> dict[str, float]:
     """The task's metrics of the model's predictions on the evaluation split."""
+    if isinstance(collator, MaskingCollator):
+        return masked_token_scores(model, task.evaluation, collator, progress=progress)
     outputs, references = predict(model, task.evaluation, collator, progress=progress)
     predictions = outputs[:, 0] if task.kind == "regression" else outputs.argmax(1)
     return score(predictions, references, task.metrics)

@@ -145,12 +145,18 @@ def write_tuning_table(folder: Path | str, results: Iterable[TuneResult], note: 
     return file
 
 
-def stored_settings(folder: Path) -> dict[str, Any]:
-    """The settings that `tune` left in its output folder; empty where there are none."""
+def stored(folder: Path) -> dict[str, Any]:
+    """What `tune` left in the tuning.json of its output folder; empty where there is none."""
     try:
-        settings = json.loads((folder / TUNING_FILE).read_text(encoding="utf-8")).get("settings", {})
+        content = json.loads((folder / TUNING_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
+
+
+def stored_settings(folder: Path) -> dict[str, Any]:
+    """The settings that `tune` left in its output folder; empty where there are none."""
+    settings = stored(folder).get("settings", {})
     return settings if isinstance(settings, dict) else {}
 
 

@@ -13,10 +13,12 @@ from spectralbasis.linalg import Leading
 from spectralbasis.study.cards import write_card
 from spectralbasis.study.evaluation import MAX_LENGTH, score_task
 from spectralbasis.study.fitting import TrainingSettings, fit
-from spectralbasis.study.methods import BASIS_FILE, Method, MethodOptions, find_method
-from spectralbasis.study.models import LoadedModel, load_model
+from spectralbasis.study.methods import BASIS_FILE, Method, MethodOptions, Setup, check_options, find_method
+from spectralbasis.study.models import load_model
 from spectralbasis.study.results import TUNING_FILE, ParameterCounts, TuneResult, library_versions, write_json
+from spectralbasis.study.starting import start_from
 from spectralbasis.study.tasks import Task, load_task
+from spectralbasis.study.tensor_files import save_trained
 
 
 def tune(
@@ -32,8 +34,12 @@ def tune(
     basis: str = "pretrained",
     leading: Leading | None = None,
     budget: float | None = None,
-    rank: int = 8,
+    rank: int | None = None,
     alpha: float | None = None,
+    n_frequency: int | None = None,
+    dimension: int | None = None,
+    sources: Sequence[str | Path] = (),
+    start: str | Path | None = None,
     steps: int | None = None,
     epochs: float | None = None,
     batch_size: int = 32,
@@ -49,17 +55,24 @@ def tune(
 ) -> TuneResult:
     """Tune a model to a task, score it on the task's evaluation split, and write it to the folder `output`.
 
-    `model` is a folder, a hub id or `minilm`. The folder holds an adapter for the methods `spectral` and `lora`, and a
-    whole model for `full` and `head`; `tuning.json` in it says how it was made, how it scored and what it cost. It
-    appears when all is done, never half-written. Learning rates default to the method's; `learning_rate` is that of
-    what the method trains in the backbone. The same seed gives the same result on the same machine.
+    `model` is a folder, a hub id or `minilm`. The folder holds a whole model for the methods `full` and `head`, and an
+    adapter for all others; `tuning.json` in it says how it was made, how it scored and what it cost. It appears when
+    all is done, never half-written. What a method does not know among `coefficients` to `sources` is refused; see
+    `MethodOptions`. `start` is an adapter of the same method and size, from whose trained numbers in the backbone
+    training starts. A selection split, where the task has one, is scored too. Learning rates default to the method's;
+    `learning_rate` is that of what the method trains in the backbone. The same seed gives the same result on the same
+    machine.
 
     Raises:
         InputError: the model, the task, the data, an option or the output folder cannot be used, or training diverged.
     """
     chosen = find_method(method)
-    options = MethodOptions(coefficients, bandwidth, scaling, basis, leading, budget, rank, alpha)
-    chosen.check(options)
+    given = MethodOptions(
+        coefficients, bandwidth, scaling, basis, leading, budget, rank, alpha, n_frequency, dimension,
+        tuple(str(source) for source in sources),
+    )  # fmt: skip
+    check_options(chosen, given)
+    options = chosen.complete(given)
     backbone_rate, head_rate = chosen.learning_rates(options, learning_rate, head_learning_rate)
     settings = TrainingSettings(
         learning_rate=backbone_rate,
@@ -75,7 +88,9 @@ def tune(
     check_output(Path(output), overwrite=overwrite, written_file=TUNING_FILE)
     loaded = load_model(model, _load_task(task, data, settings), seed=seed, max_length=max_length)
     with atomic_folder(Path(output)) as folder:
-        return _tune_into(folder, Path(output), loaded, chosen, options, settings, progress, callbacks)
+        setup = Setup(loaded, options, folder, settings.total_steps(len(loaded.task.train)))
+        begin = None if start is None else Path(start)
+        return _tune_into(Path(output), setup, chosen, settings, begin, progress, callbacks)
 
 
 def _load_task(task: Task | str, data: str | Path | None, settings: TrainingSettings) -> Task:
@@ -86,34 +101,35 @@ def _load_task(task: Task | str, data: str | Path | None, settings: TrainingSett
 
 
 def _tune_into(
-    folder: Path,
     output: Path,
-    loaded: LoadedModel,
+    setup: Setup,
     method: Method,
-    options: MethodOptions,
     settings: TrainingSettings,
+    start: Path | None,
     progress: bool,
     callbacks: Sequence[TrainerCallback],
 ) -> TuneResult:
-    """Train, score, and write everything to `folder`, which will become `output`."""
+    """Train, score, and write everything to the folder of the setup, which will become `output`."""
+    loaded, options, folder, steps = setup.loaded, setup.options, setup.folder, setup.steps
     task = loaded.task
     total = sum(parameter.numel() for parameter in loaded.model.parameters())
     set_seed(settings.seed)
-    model = method.prepare(loaded, options, folder)
+    model = method.prepare(setup)
+    if start is not None:
+        start_from(model, loaded, method, start)
     seconds = fit(
         model,
         loaded,
         settings,
         description=f"{task.name}, {method.name}",
         progress=progress,
-        callbacks=callbacks,
+        callbacks=[*callbacks, *method.callbacks(model)],
     )
     metrics = score_task(model, task, loaded.collator, progress=progress)
     selection = None
     if task.selection is not None:
         selection = score_task(model, replace(task, evaluation=task.selection), loaded.collator, progress=progress)
-    _save(model, loaded, folder)
-    steps = settings.total_steps(len(task.train))
+    _save(model, method, setup)
     result = TuneResult(
         output=output,
         model=loaded.source,
@@ -130,7 +146,11 @@ def _tune_into(
         seconds=seconds,
         seconds_per_step=seconds / steps,
         seed=settings.seed,
-        settings={**asdict(settings), **{name: getattr(options, name) for name in sorted(method.options)}},
+        settings={
+            **asdict(settings),
+            **{name: getattr(options, name) for name in sorted(method.options)},
+            **({} if start is None else {"start": str(start)}),
+        },
         versions=library_versions(),
         selection_metrics=selection,
     )
@@ -140,9 +160,11 @@ def _tune_into(
     return result
 
 
-def _save(model: nn.Module, loaded: LoadedModel, folder: Path) -> None:
+def _save(model: nn.Module, method: Method, setup: Setup) -> None:
     """An adapter's own files where there is one, else the whole model with its tokenizer or image settings."""
     if isinstance(model, PeftModel):
-        model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+        model.save_pretrained(setup.folder, safe_serialization=True, save_embedding_layers=False)
+    elif method.writes == "trained":
+        save_trained(model, setup.folder)
     else:
-        loaded.save(folder)
+        setup.loaded.save(setup.folder)

@@ -1,0 +1,74 @@
+"""What a method is: how it prepares a model, which options it reads, and at which rates it learns."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from transformers import TrainerCallback
+
+from spectralbasis.study.methods.options import MethodOptions
+from spectralbasis.study.models import LoadedModel
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a method prepares: a model with its task, the options, the folder the adapter will lie in, and how long.
+
+    `steps` is the number of optimizer steps to come.
+    """
+
+    loaded: LoadedModel
+    options: MethodOptions
+    folder: Path
+    steps: int = 1
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to adapt.
+
+    Attributes:
+        name: what `tune` calls it.
+        prepare: makes the model whose trainable parameters are those of the method; it may leave files that the
+            adapter needs in the folder of its setup.
+        default_rate: the learning rate of what is trained in the backbone, for the options given; None where nothing
+            is.
+        default_head_rate: the learning rate of the head.
+        options: the options that it reads.
+        defaults: values of those that were left None.
+        writes: "model" for a whole model, "adapter" for the folder of a PEFT adapter, "trained" for the trained
+            parameters alone, which `prepare` makes room for again.
+        callbacks: what training needs beside the optimizer, for a prepared model.
+    """
+
+    name: str
+    prepare: Callable[[Setup], nn.Module]
+    default_rate: Callable[[MethodOptions], float] | None
+    default_head_rate: float
+    options: frozenset[str] = frozenset()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    writes: Literal["model", "adapter", "trained"] = "adapter"
+    callbacks: Callable[[nn.Module], Sequence[TrainerCallback]] = lambda model: ()
+
+    def complete(self, options: MethodOptions) -> MethodOptions:
+        """The options with this method's defaults for what was left None."""
+        return replace(
+            options, **{name: value for name, value in self.defaults.items() if getattr(options, name) is None}
+        )
+
+    def learning_rates(
+        self, options: MethodOptions, rate: float | None, head_rate: float | None
+    ) -> tuple[float, float]:
+        """The learning rates of backbone and head: those given, else the defaults.
+
+        Where the head alone is trained, `rate` is the head's too.
+        """
+        if self.default_rate is None:
+            only = next((given for given in (head_rate, rate) if given is not None), self.default_head_rate)
+            return only, only
+        return (
+            self.default_rate(options) if rate is None else rate,
+            self.default_head_rate if head_rate is None else head_rate,
+        )
