@@ -10,6 +10,9 @@ import torch
 
 from spectralbasis.errors import InputError
 
+START_METHOD = "spawn"
+"""New interpreters: forking a process whose BLAS has started threads can hang it."""
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -31,8 +34,7 @@ def stream(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int =
         for task in tasks:
             yield task, work(task)
         return
-    # Forking a process whose BLAS has started threads can hang it, so new interpreters are spawned.
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(START_METHOD)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = {pool.submit(work, task): task for task in tasks}
         try:
@@ -73,8 +75,7 @@ class Workers(Executor):
             return _call(fn, *args, **kwargs)
         if self._pool is None:
             threads = max(1, (os.cpu_count() or 1) // self.jobs)
-            # Forking a process whose BLAS has started threads can hang it, so new interpreters are spawned.
-            context = multiprocessing.get_context("spawn")
+            context = multiprocessing.get_context(START_METHOD)
             self._pool = ProcessPoolExecutor(
                 self.jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)
             )

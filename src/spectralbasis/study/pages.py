@@ -88,7 +88,7 @@ def page(part: Part, content: Mapping[str, Any]) -> str:
 def markdown_table(table: pd.DataFrame) -> str:
     """A table in Markdown: numbers to four significant digits, on the right."""
     numeric = [pd.api.types.is_numeric_dtype(table[column]) for column in table.columns]
-    rows = [[str(column) for column in table.columns], ["---:" if right else "---" for right in numeric]]
+    rows = [[_cell(str(column)) for column in table.columns], ["---:" if right else "---" for right in numeric]]
     rows += [[_cell(value) for value in row] for row in table.itertuples(index=False)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

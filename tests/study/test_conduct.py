@@ -1,0 +1,94 @@
+"""A study does its experiments' runs, goes on where it was stopped, and writes what they show."""
+
+import json
+
+import pytest
+
+from spectralbasis.errors import InputError
+from spectralbasis.report import write_study_report
+from spectralbasis.study import conduct
+from spectralbasis.study.conduct import study, time_left
+from spectralbasis.study.runs.store import DATABASE, Timing
+from tests.study import planted_experiment
+
+
+@pytest.fixture(autouse=True)
+def planted(monkeypatch):
+    monkeypatch.setattr(conduct, "EXPERIMENTS", ("planted",))
+    monkeypatch.setattr(conduct, "find_experiment", lambda name: planted_experiment)
+
+
+def test_a_second_stage_follows_from_the_first(tmp_path):
+    content = study("planted", preset="quick", output=tmp_path, progress=False)
+    part = content["experiments"]["planted"]
+    assert (part["planned"], part["finished"], part["failed"]) == (5, 5, {})
+    assert part["claims"][0]["effect"] == 3
+    assert part["tables"]["All values"]["data"] == [[1, "<b>a|b</b>"], [3, "<b>a|b</b>"], [2, "<b>a|b</b>"],
+                                                    [3, "<b>a|b</b>"], [3, "<b>a|b</b>"]]  # fmt: skip
+
+
+def test_exported_rows_are_enough_to_analyse(tmp_path):
+    before = study("planted", preset="quick", output=tmp_path, progress=False)
+    (tmp_path / DATABASE).unlink()
+    assert study("planted", preset="quick", output=tmp_path, analyse_only=True, progress=False) == before
+
+
+def test_an_unfinished_study_says_so(tmp_path):
+    part = study("planted", preset="quick", output=tmp_path, analyse_only=True, progress=False)["experiments"][
+        "planted"
+    ]
+    assert (part["planned"], part["finished"]) == (3, 0)
+    assert part["claims"][0]["verdict"] == "undecided"
+
+
+def test_failures_are_listed_with_their_reason(tmp_path):
+    part = study("planted", preset="cpu", output=tmp_path, progress=False)["experiments"]["planted"]
+    assert list(part["failed"].values()) == ["no such <task>"]
+    assert "no such \\<task\\>" in (tmp_path / "planted.md").read_text()
+
+
+def test_pages_hold_names_as_text(tmp_path):
+    study("planted", preset="cpu", output=tmp_path, progress=False)
+    markdown = (tmp_path / "planted.md").read_text()
+    assert "| value\\| | who |" in markdown
+    assert "\\<b\\>a\\|b\\</b\\>" in markdown
+    assert "95 % interval +0.5 to +3.5, p = 0.01; 4 runs" in markdown
+    html = (tmp_path / "index.html").read_text()
+    assert "Is the &lt;best&gt; value above zero?" in html
+    assert "<b>a|b</b>" not in html
+    assert "<task>" not in html
+
+
+def test_the_page_can_be_written_again(tmp_path):
+    study("planted", preset="quick", output=tmp_path, progress=False)
+    page = (tmp_path / "index.html").read_text()
+    (tmp_path / "index.html").unlink()
+    assert write_study_report(tmp_path).read_text() == page
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        write_study_report(tmp_path)
+
+
+def test_results_of_other_experiments_stay(tmp_path, monkeypatch):
+    study("planted", preset="quick", output=tmp_path, progress=False)
+    monkeypatch.setattr(conduct, "EXPERIMENTS", ("other",))
+    study("other", preset="quick", output=tmp_path, progress=False)
+    assert set(json.loads((tmp_path / "results.json").read_text())["experiments"]) == {"planted", "other"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"preset": "huge"}, "no preset 'huge'; it has quick, cpu"), ({"data": "/nowhere"}, "does not exist")],
+)
+def test_wrong_arguments_are_named(tmp_path, arguments, message):
+    with pytest.raises(InputError, match=message):
+        study("planted", output=tmp_path, progress=False, **arguments)
+
+
+def test_time_left_is_the_typical_time_of_each_action():
+    timings = [Timing("tune", 60), Timing("tune", 120), Timing("tune", 600), Timing("compare", 30)]
+    assert time_left(["tune", "tune"], timings, jobs=1) == "about 4 min"
+    assert time_left(["tune", "tune"], timings, jobs=2) == "about 2 min"
+    assert time_left(["tune"] * 60, timings, jobs=1) == "about 2.0 h"
+    assert time_left(["unheard"], timings, jobs=1) == "about 2 min"
+    assert time_left(["tune"], [], jobs=1) == "an unknown time"
