@@ -8,7 +8,7 @@ from spectralbasis.errors import InputError
 from spectralbasis.study.runs import Results, Run
 from spectralbasis.study.verdicts import Findings
 
-EXPERIMENTS: tuple[str, ...] = ()
+EXPERIMENTS = ("stability", "sharing", "scale", "scratch", "ablation", "glue", "similarity", "diagnostics", "reuse")
 """Modules of this package, in the order in which `all` runs them."""
 
 
