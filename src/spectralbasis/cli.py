@@ -169,7 +169,13 @@ def tune(
     task: Task,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the adapter, or of the whole model.")],
     data: Data = None,
-    method: Annotated[str, typer.Option(help="What is trained: spectral, full, head or lora.")] = "spectral",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="What is trained: spectral, full, head, lora, bitfit, dora, pissa, adalora, vera, fourierft, psoft, "
+            "tinylora, houlsby, parallel, adapterfusion, svft or subspace."
+        ),
+    ] = "spectral",
     coefficients: Annotated[
         str, typer.Option(metavar="diagonal|core|band|sparse", help="What is trained (spectral).")
     ] = "diagonal",
@@ -184,8 +190,16 @@ def tune(
         str | None, typer.Option(metavar="K|FRACTION|mp|gd", help="Directions in each matrix (spectral).")
     ] = None,
     budget: Annotated[float | None, typer.Option(help="Share of the model's parameters to train (spectral).")] = None,
-    rank: Annotated[int, typer.Option(help="Rank (lora).")] = 8,
+    rank: Annotated[int | None, typer.Option(help="Rank (lora and its kin), or width (houlsby, parallel).")] = None,
     alpha: Annotated[float | None, typer.Option(help="Scale (lora); default: twice the rank.")] = None,
+    n_frequency: Annotated[int | None, typer.Option(help="Numbers for each matrix (fourierft).")] = None,
+    dimension: Annotated[
+        int | None, typer.Option(help="Numbers for each matrix (tinylora), or altogether (subspace).")
+    ] = None,
+    source: Annotated[
+        list[Path] | None, typer.Option(help="Adapter to fuse; given once for each (adapterfusion).")
+    ] = None,
+    start: Annotated[Path | None, typer.Option(help="Adapter of the same method and size to start from.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; instead of --epochs.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the training examples.")] = None,
     batch_size: Annotated[int, typer.Option(help="Examples in each step.")] = 32,
@@ -218,6 +232,10 @@ def tune(
         budget=budget,
         rank=rank,
         alpha=alpha,
+        n_frequency=n_frequency,
+        dimension=dimension,
+        sources=source or (),
+        start=start,
         steps=steps,
         epochs=epochs,
         batch_size=batch_size,

@@ -54,7 +54,7 @@ def _check_meaning(model: PeftModel, folder: Path) -> None:
     """Refuse numbers that mean something else here: other directions, entries, units or seeds."""
     here = _as_json(model.peft_config["default"].to_dict())
     there = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    for name in sorted(here.keys() & there.keys() - NO_MATTER):
+    for name in sorted(here.keys() & there.keys() - NO_MATTER, reverse=True):
         if here[name] != there[name]:
             raise InputError(
                 f"the numbers of {folder} mean something else here: its {name} differs; "

@@ -5,7 +5,12 @@ from importlib import import_module
 from spectralbasis.study.runs import Action
 
 # Actions are named, not imported: a worker loads the one that its run asks for.
-ACTIONS: dict[str, str] = {}
+ACTIONS: dict[str, str] = {
+    "basis": "spectralbasis.study.actions.bases:basis",
+    "gradient_coverage": "spectralbasis.study.actions.coverage:gradient_coverage",
+    "initialise": "spectralbasis.study.actions.initialisation:initialise",
+    "tune": "spectralbasis.study.actions.tuning:tune",
+}
 """Name of an action → `module:function`."""
 
 
