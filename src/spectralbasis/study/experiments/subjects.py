@@ -1,0 +1,77 @@
+"""What experiments are made on: a pretrained model, the tasks that it is tuned to, and how long."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from spectralbasis.study.runs import Run
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A pretrained model and the tasks that it is tuned to.
+
+    Args:
+        name: of the model, in tables.
+        model: what `load_model` opens, or the run that makes it.
+        tasks: names of tasks.
+        settings: of every tuning of it: steps, batch size and the like.
+        learning_rates: of full finetuning, from small to large steps.
+    """
+
+    name: str
+    model: str | Run
+    tasks: tuple[str, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    learning_rates: tuple[float, ...] = (1e-4,)
+
+    def needs(self) -> dict[str, Run]:
+        """What a run on this model needs first."""
+        return {"model": self.model} if isinstance(self.model, Run) else {}
+
+    def tune(self, task: str, seed: int, *, needs: Mapping[str, Run] | None = None, **settings: Any) -> Run:
+        """The run that tunes it to a task; `settings` win over its own."""
+        named = {} if isinstance(self.model, Run) else {"model": self.model}
+        return Run(
+            "tune", {**named, "task": task, **self.settings, **settings}, seed, {**self.needs(), **(needs or {})}
+        )
+
+
+def pretrained(architecture: str, task: str, seed: int = 0, **settings: Any) -> Run:
+    """The run that trains an architecture from random weights, in full, on a task."""
+    untrained = Run("initialise", {"architecture": architecture}, seed)
+    return Run("tune", {"task": task, "method": "full", **settings}, seed, {"model": untrained})
+
+
+GLUE = ("RTE", "MRPC", "CoLA", "STS-B", "SST-2")
+_TEXT = {"batch_size": 32, "max_length": 64}
+
+MINILM = Subject(
+    "MiniLM", "minilm", GLUE, {**_TEXT, "steps": 120, "train_examples": 2048, "bf16": True}, (3e-5, 2e-4, 1e-3)
+)
+SMALL_VIT = Subject(
+    "ViT (Fashion-MNIST)",
+    pretrained("vit-small", "Fashion-MNIST", steps=1500, batch_size=64, learning_rate=1e-3),
+    ("MNIST", "USPS", "CIFAR-10"),
+    {"steps": 200, "batch_size": 64, "train_examples": 4000},
+    (1e-4, 5e-4, 3e-3),
+)
+SMALL_BERT = Subject(
+    "BERT (novels)",
+    pretrained("bert-small", "novels", steps=1500, batch_size=64, max_length=64, learning_rate=1e-3),
+    ("Shakespeare", "WikiText-2", "SST-2"),
+    {**_TEXT, "steps": 200, "train_examples": 4000},
+    (1e-4, 5e-4, 3e-3),
+)
+ROBERTA = Subject(
+    "RoBERTa-base", "FacebookAI/roberta-base", GLUE, {**_TEXT, "max_length": 128, "steps": 2000, "bf16": True},
+    (1e-5, 1e-4, 5e-4),
+)  # fmt: skip
+TINY_VIT = Subject(
+    "tiny ViT (digits)",
+    pretrained("vit-tiny", "digits", steps=60, batch_size=64, learning_rate=3e-3),
+    ("digits-parity", "digits-rotated"),
+    {"steps": 12, "batch_size": 32},
+    (3e-4, 3e-3),
+)
+"""The smallest that shows something, from built-in data."""
