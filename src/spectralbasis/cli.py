@@ -335,6 +335,17 @@ def report(directory: Annotated[Path, typer.Argument(help="Folder that `compare 
     print(write_study_report(directory) if is_study else write_report(directory))
 
 
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Show versions, threads, devices, speed and cache of this machine, and what to change.
+
+    Example: `spectralbasis doctor`
+    """
+    from spectralbasis.doctor import examine
+
+    tables.show_result(examine(), tables.machine_table, as_json)
+
+
 for command in (adapter_commands.export, adapter_commands.combine):
     app.command()(command)
 

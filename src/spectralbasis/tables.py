@@ -132,6 +132,25 @@ def claims_table(content: Mapping[str, Any]) -> Table:
     return table
 
 
+def machine_table(facts: Mapping[str, Any]) -> Table:
+    """What a machine offers, and under it what to change."""
+    machine, speed, cache = facts["machine"], facts["speed"], facts["cache"]
+    table = _facts("this machine")
+    for name, version in {**facts["versions"], **facts["optional"]}.items():
+        table.add_row(escape(name), version or "–")
+    table.add_row("system", f"{machine['system']}, {machine['instructions']}{', bf16' if machine['bf16'] else ''}")
+    table.add_row(
+        "cores, threads, load", f"{machine['cores']}, {machine['threads']}, {_number(machine['load'], '.1f')}"
+    )
+    memory = (machine["available_bytes"] / 1e9, machine["memory_bytes"] / 1e9)
+    table.add_row("memory", "{:.1f} GB free of {:.1f} GB".format(*memory))
+    table.add_row("devices", escape(", ".join(machine["devices"])) or "none but the processor")
+    table.add_row("GFLOP/s, float32", f"{speed['one_thread']:g} with one thread, {speed['all_threads']:g} with all")
+    table.add_row("cache", f"{escape(cache['folder'])}: {cache['files']} files, {cache['bytes'] / 1e6:.1f} MB")
+    table.caption = escape("\n".join(f"• {sentence}" for sentence in facts["advice"]))
+    return table
+
+
 def _finding_cells(finding: Mapping[str, Any]) -> list[str]:
     interval = "–" if finding["ci_low"] is None else f"{finding['ci_low']:+.4f} to {finding['ci_high']:+.4f}"
     return [
