@@ -94,9 +94,15 @@ def auto_model_of(task: Task) -> Any:
 
 def _load_config(place: str, task: Task) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(place, trust_remote_code=False, **_labels_of(task))
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False, **_labels_of(task))
     except UNREADABLE as error:
         raise unreadable(place, "model", error) from error
+    if type(config) not in auto_model_of(task)._model_mapping:
+        work = "fill in masked words" if task.kind == "masked_language" else f"classify {task.modality}s"
+        raise InputError(
+            f"{place} is a {config.model_type} model, which does not {work}; the task {task.name} needs one that does"
+        )
+    return config
 
 
 def _labels_of(task: Task) -> dict[str, Any]:
@@ -111,14 +117,8 @@ def _labels_of(task: Task) -> dict[str, Any]:
 
 def _load_weights(place: str, config: PretrainedConfig, task: Task) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of the weights that the checkpoint lacks or has in another shape."""
-    auto_model = auto_model_of(task)
-    if type(config) not in auto_model._model_mapping:
-        work = "fill in masked words" if task.kind == "masked_language" else f"classify {task.modality}s"
-        raise InputError(
-            f"{place} is a {config.model_type} model, which does not {work}; the task {task.name} needs one that does"
-        )
     try:
-        model, report = auto_model.from_pretrained(
+        model, report = auto_model_of(task).from_pretrained(
             place, config=config, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False
         )
     except UNREADABLE as error:
