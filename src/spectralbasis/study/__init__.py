@@ -2,6 +2,7 @@
 
 from spectralbasis.study import corpora as corpora
 from spectralbasis.study import image_tasks as image_tasks
+from spectralbasis.study import jpeg_tasks as jpeg_tasks
 from spectralbasis.study import signal_tasks as signal_tasks
 from spectralbasis.study import text_tasks as text_tasks
 from spectralbasis.study.evaluation import evaluate

@@ -38,7 +38,7 @@ def load_image_file(name: str, data: Path | None) -> Task:
     file_name, label_names = IMAGE_FILES[name]
     file = find_data_file(name, name, file_name, data)
     train, test = _read_h5(file) if file.suffix == ".h5" else _read_npz(file)
-    return Task.from_arrays(name, _shuffled(train), test, label_names=label_names, evaluation_split="test")
+    return Task.from_arrays(name, shuffled(train), test, label_names=label_names, evaluation_split="test")
 
 
 def _read_npz(file: Path) -> tuple[Split, Split]:
@@ -78,7 +78,7 @@ def _require(file: Path, names: tuple[str, ...], arrays: Mapping[str, Any]) -> N
         raise InputError(f"{file} has no array {missing[0]}; expected {', '.join(names)}")
 
 
-def _shuffled(split: Split) -> Split:
+def shuffled(split: Split) -> Split:
     """The examples in a fixed random order: MNIST's files here are sorted by class."""
     images, labels = split
     order = np.random.default_rng(0).permutation(len(labels))
@@ -105,7 +105,7 @@ def load_digits_task(name: str, data: Path | None) -> Task:
         raise InputError(f"the task {name} is bundled with scikit-learn and reads no data; leave out --data {data}")
     label_names, transform = DIGITS_TASKS[name]
     bunch = load_digits()
-    images, labels = _shuffled(transform(bunch.images / bunch.images.max(), bunch.target))
+    images, labels = shuffled(transform(bunch.images / bunch.images.max(), bunch.target))
     cut = 3 * len(labels) // 4
     train, held_out = (images[:cut], labels[:cut]), (images[cut:], labels[cut:])
     return Task.from_arrays(name, train, held_out, label_names=label_names, evaluation_split="held-out quarter")
