@@ -1,0 +1,79 @@
+"""The action `diagnose`: what the field looks at beside singular vectors, before and after finetuning."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset
+
+from spectralbasis.checkpoints import logical_matrices, open_checkpoint
+from spectralbasis.study.actions.inputs import halved_task, model_of
+from spectralbasis.study.activations import Floats, layer_activations, linear_cka, linear_probe, svcca
+from spectralbasis.study.arrays import LABEL
+from spectralbasis.study.models import LoadedModel, load_model
+from spectralbasis.study.power_laws import is_available, power_law_exponents
+from spectralbasis.study.runs import Outcome, Run, Site
+
+Rows = Iterator[dict[str, Any]]
+
+
+def diagnose(run: Run, site: Site) -> Outcome:
+    """Compare the activations of a model before and after full finetuning, and what probes read off each layer.
+
+    The needs are `tuned`, a whole model, and `model`, what it was before, unless that is a setting. The settings are
+    `task`, `examples` (of the reporting half, at most), `probe_examples` (of the training examples, at most),
+    `max_length`, and `power_laws`, which measures nothing where `weightwatcher` is not installed.
+
+    Returns:
+        Rows `layer, matrix, metric, value`. For each layer from 0, and −1 for the embeddings, `cka` and `svcca` between
+        before and after; for tasks with labels `probe_before` and `probe_after`, accuracy or Pearson's correlation. For
+        each matrix `power_law_before` and `power_law_after`.
+    """
+    settings, task = run.settings, halved_task(run.settings["task"], site)
+    length = settings.get("max_length", 64)
+    before = load_model(model_of(run, site), task, seed=run.seed, max_length=length)
+    after = load_model(site.needs["tuned"], task, head="stored", max_length=length)
+    rows = [*_activations(before, after, settings, run.seed)]
+    if settings.get("power_laws") and is_available():
+        rows += _power_laws(before, after)
+    table = pd.DataFrame(rows, columns=["layer", "matrix", "metric", "value"])
+    means = table.groupby("metric")["value"].mean()
+    return Outcome({str(metric): float(value) for metric, value in means.items()}, table)
+
+
+def _activations(before: LoadedModel, after: LoadedModel, settings: Any, seed: int) -> Rows:
+    task = before.task
+    held_out = _rows_of(task.evaluation, settings["examples"], seed)
+    states = [layer_activations(one.model, held_out, one.collator) for one in (before, after)]
+    for layer, (X, Y) in enumerate(zip(*states, strict=True), start=-1):
+        yield _row(layer, "cka", linear_cka(X, Y))
+        yield _row(layer, "svcca", svcca(X, Y))
+    if task.kind == "masked_language":
+        return
+    seen = _rows_of(task.train, settings["probe_examples"], seed)
+    for name, one, unseen in zip(("before", "after"), (before, after), states, strict=True):
+        for layer, (X, Y) in enumerate(zip(layer_activations(one.model, seen, one.collator), unseen, strict=True), -1):
+            score = linear_probe((X, _labels(seen)), (Y, _labels(held_out)), regression=task.kind == "regression")
+            yield _row(layer, f"probe_{name}", score)
+
+
+def _power_laws(before: LoadedModel, after: LoadedModel) -> Rows:
+    for name, one in (("before", before), ("after", after)):
+        matrices = logical_matrices(open_checkpoint(one.model))[0]
+        for matrix, exponent in power_law_exponents(one.model, set(matrices)).items():
+            yield _row(matrices[matrix].layer, f"power_law_{name}", exponent, matrix)
+
+
+def _row(layer: int, metric: str, value: float, matrix: str = "") -> dict[str, Any]:
+    return {"layer": layer, "matrix": matrix, "metric": metric, "value": value}
+
+
+def _rows_of(examples: Dataset, most: int, seed: int) -> list[dict[str, Any]]:
+    """A sample of the examples, drawn by the seed, or all where there are no more."""
+    chosen = np.random.default_rng(seed).permutation(len(examples))[:most]
+    return [examples[int(row)] for row in chosen]
+
+
+def _labels(rows: Sequence[dict[str, Any]]) -> Floats:
+    return np.array([row[LABEL] for row in rows], dtype=np.float64)

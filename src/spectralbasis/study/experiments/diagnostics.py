@@ -1,0 +1,169 @@
+"""Do activations, probes and power laws tell the story that the singular vectors of the weights tell?"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from spectralbasis.study.experiments import stability
+from spectralbasis.study.experiments.claims import conclude
+from spectralbasis.study.experiments.subjects import Subject
+from spectralbasis.study.runs import Record, Results, Run
+from spectralbasis.study.statistics import mean_interval, rank_correlation_with_p
+from spectralbasis.study.trajectory_summary import summarise_steps
+from spectralbasis.study.verdicts import Claim, Findings
+
+QUESTION = (
+    "Where finetuning turns the leading singular directions of a layer, do its activations change (CKA, SVCCA), do "
+    "linear probes read more off it, and do the power-law exponents of its spectra move?"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which finetuned models are looked into.
+
+    Args:
+        finetuning: the runs of `stability` that are taken over.
+        rate: which of a subject's learning rates, by number.
+        examples: held-out examples whose activations are compared.
+        probe_examples: training examples of the probes.
+        power_laws: fit them, where `weightwatcher` is installed.
+    """
+
+    finetuning: stability.Settings
+    rate: int = 1
+    examples: int = 1000
+    probe_examples: int = 1000
+    power_laws: bool = True
+
+
+PRESETS = {
+    "quick": Settings(stability.PRESETS["quick"], examples=200, probe_examples=200, power_laws=False),
+    "cpu": Settings(stability.PRESETS["cpu"]),
+    "paper": Settings(stability.PRESETS["paper"], examples=4000, probe_examples=4000),
+}
+
+RUN = ["model", "task", "seed"]
+STORIES = {
+    "activation change (CKA)": "1 − CKA before and after, against the rotation of the layer's matrices",
+    "activation change (SVCCA)": "1 − SVCCA before and after, against the rotation of the layer's matrices",
+    "probe gain": "what probes gain by finetuning, against the rotation of the layer's matrices",
+    "power-law shift": "relative change of the exponents of the layer's spectra, against the same rotation",
+}
+
+
+def plan(settings: Settings, results: Results) -> list[Run]:
+    """A diagnosis of each finetuned model."""
+    return [run for _, _, run in _diagnoses(settings)]
+
+
+def _diagnoses(settings: Settings) -> Iterator[tuple[dict[str, Any], Run, Run]]:
+    """What tells it apart, the finetuning, and the diagnosis."""
+    finetuning = settings.finetuning
+    for seed in finetuning.seeds:
+        for subject in finetuning.subjects:
+            for task in subject.tasks:
+                tuned = stability.finetuning(finetuning, subject, task, subject.learning_rates[settings.rate], seed)
+                labels = dict(zip(RUN, (subject.name, task, seed), strict=True))
+                yield labels, tuned, _diagnosis(settings, subject, task, tuned)
+
+
+def _diagnosis(settings: Settings, subject: Subject, task: str, tuned: Run) -> Run:
+    named = {} if isinstance(subject.model, Run) else {"model": subject.model}
+    wanted = {
+        "task": task, "examples": settings.examples, "probe_examples": settings.probe_examples,
+        "max_length": subject.settings.get("max_length", 64), "power_laws": settings.power_laws,
+    }  # fmt: skip
+    return Run("diagnose", {**named, **wanted}, tuned.seed, {**subject.needs(), "tuned": tuned})
+
+
+def analyse(settings: Settings, results: Results) -> Findings:
+    """Rank correlations over the layers of each model, averaged over models and tasks."""
+    layers = [
+        _by_layer(found, tuned_record).assign(**labels)
+        for labels, tuned, run in _diagnoses(settings)
+        if (found := results.get(run)) and (tuned_record := results.get(tuned))
+    ]
+    if not layers:
+        return Findings(_claims(pd.DataFrame(columns=[*RUN, *STORIES])), note="No run is finished yet.")
+    table = pd.concat(layers, ignore_index=True)
+    correlations = _correlations(table)
+    numbers = [name for name in table.columns if name not in (*RUN, "layer")]
+    return Findings(
+        _claims(correlations),
+        {
+            "Layers": table.groupby(["model", "layer"], sort=False)[numbers].mean().reset_index(),
+            "Rank correlations over layers": correlations.groupby(["model", "task"], sort=False)[list(STORIES)]
+            .mean()
+            .reset_index(),
+        },
+        {"Activations and singular vectors": _figure(table)},
+        f"{len(layers)} finished runs. Each correlation is Spearman's, over the layers of one finetuned model; "
+        "intervals are Student's t over models and tasks, whose seeds were averaged. A layer's activations also carry what the "
+        "layers before it did, so that a trend over depth alone makes some correlation.",
+    )
+
+
+def _by_layer(found: Record, tuned: Record) -> pd.DataFrame:
+    """What each numbered layer shows, beside the final rotation of its matrices."""
+    measured = tuned.measurements
+    last = measured[(measured["step"] == measured["step"].max()) & (measured["layer"] >= 0)]
+    table = summarise_steps(last, by=["layer"]).set_index("layer")[["norm", "overlap", "held", "core_gain"]]
+    values = found.measurements.groupby(["layer", "metric"])["value"].mean().unstack("metric")
+    for name in ("cka", "svcca", "probe_before", "probe_after"):
+        table[name] = values.get(name, np.nan)
+    table["rotation"] = 1 - table["overlap"]
+    table["activation change (CKA)"] = 1 - table["cka"]
+    table["activation change (SVCCA)"] = 1 - table["svcca"]
+    table["probe gain"] = table["probe_after"] - table["probe_before"]
+    table["power-law shift"] = _power_law_shift(found.measurements)
+    return table.reset_index()
+
+
+def _power_law_shift(rows: pd.DataFrame) -> pd.Series:
+    """Mean relative change of the exponents, by layer; empty where none were fitted."""
+    fits = rows[rows["metric"].str.startswith("power_law")]
+    exponents = fits.set_index(["layer", "matrix", "metric"])["value"].unstack("metric")
+    if exponents.empty:
+        return pd.Series(dtype=float)
+    shift = (exponents["power_law_after"] / exponents["power_law_before"] - 1).abs()
+    return shift.groupby("layer").mean()
+
+
+def _correlations(table: pd.DataFrame) -> pd.DataFrame:
+    """Of each run, over its layers."""
+    rows = [
+        dict(zip(RUN, key, strict=True))
+        | {story: rank_correlation_with_p(layers["rotation"], layers[story]).rho for story in STORIES}
+        for key, layers in table.groupby(RUN, sort=False)
+    ]
+    return pd.DataFrame(rows)
+
+
+def _claims(correlations: pd.DataFrame) -> list[Claim]:
+    units = correlations["model"].astype(str) + " / " + correlations["task"].astype(str)
+    return [
+        conclude(
+            f"{story} follows rotation",
+            f"Layers whose leading directions turn more show more {story.split(' (')[0]}: {about}.",
+            mean_interval(correlations[story].astype(float), units),
+            unit="Spearman's rho over layers",
+            would_change="Correlations around zero, or negative ones: then the two tell different stories.",
+            runs=int(correlations[story].notna().sum()),
+        )
+        for story, about in STORIES.items()
+    ]
+
+
+def _figure(table: pd.DataFrame) -> go.Figure:
+    figure = go.Figure()
+    for model, rows in table.groupby("model", sort=False):
+        text = [f"{task}, layer {layer}" for task, layer in zip(rows["task"], rows["layer"], strict=True)]
+        change = rows["activation change (CKA)"]
+        figure.add_scatter(x=rows["rotation"], y=change, mode="markers", name=str(model), text=text)
+    figure.update_xaxes(type="log", title="rotation, 1 − overlap of the leading directions")
+    return figure.update_yaxes(type="log", title="1 − CKA of activations")

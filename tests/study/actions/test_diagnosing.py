@@ -1,0 +1,38 @@
+"""The action `diagnose` on a small model and on itself."""
+
+import pytest
+
+from spectralbasis.study.actions.diagnosing import diagnose
+from spectralbasis.study.actions.tuning import tune
+from spectralbasis.study.architectures import find_architecture, random_model
+from spectralbasis.study.runs import Run, Site
+
+SETTINGS = {"task": "digits-parity", "examples": 100, "probe_examples": 150, "power_laws": False}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    architecture = find_architecture("vit-tiny")
+    random_model(architecture.auto_model, architecture.make_config(), 0).save_pretrained(root / "base")
+    (root / "tuned").mkdir()
+    run = Run("tune", {"task": "digits-parity", "method": "full", "steps": 5, "learning_rate": 3e-3})
+    tune(run, Site(None, root / "tuned", {"model": root / "base"}))
+    return root
+
+
+def test_before_and_after(folders, tmp_path):
+    needs = {"model": folders / "base", "tuned": folders / "tuned"}
+    table = diagnose(Run("diagnose", SETTINGS), Site(None, tmp_path, needs)).measurements
+    assert set(table["metric"]) == {"cka", "svcca", "probe_before", "probe_after"}
+    assert sorted(table["layer"].unique()) == [-1, 0, 1]
+    assert table["value"].between(0, 1).all()
+    assert table.query("metric == 'cka'")["value"].max() < 0.9999
+
+
+def test_a_model_and_itself(folders, tmp_path):
+    needs = {"model": folders / "tuned", "tuned": folders / "tuned"}
+    result = diagnose(Run("diagnose", SETTINGS), Site(None, tmp_path, needs)).result
+    assert result["cka"] == pytest.approx(1)
+    assert result["svcca"] == pytest.approx(1)
+    assert result["probe_before"] == result["probe_after"]
