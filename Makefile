@@ -17,7 +17,8 @@ check: .venv/installed-dev
 	$(BIN)/mypy
 
 docs: .venv/installed-docs
-	$(BIN)/mkdocs build --strict
+	$(BIN)/python -m typer spectralbasis.cli utils docs --name spectralbasis --output docs/reference/command-line.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .venv/created:
 	$(PYTHON) -m venv .venv
