@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from spectralbasis.study.statistics import holm, mean_interval, paired_comparison, verdict_of
+from spectralbasis.study.statistics import holm, jackknife_interval, mean_interval, paired_comparison, verdict_of
 
 
 def test_few_units_are_student_s():
@@ -63,6 +63,14 @@ def test_false_alarms_are_as_rare_as_they_should_be(clusters):
     outside = np.mean([verdict_of(one.low, one.high) != "undecided" for one in found])
     assert outside < 0.085
     assert np.mean([one.p_value <= 0.05 for one in found]) < 0.085
+
+
+def test_the_jackknife_of_a_mean_is_student_s():
+    values = np.array([1.0, 2, 4, 8])
+    found = jackknife_interval(values.mean(), [np.delete(values, i).mean() for i in range(4)])
+    expected = mean_interval(values)
+    assert (found.low, found.high, found.p_value) == pytest.approx((expected.low, expected.high, expected.p_value))
+    assert math.isnan(jackknife_interval(1.0, [1.0, math.nan]).low)
 
 
 def test_holm_by_hand():

@@ -18,6 +18,7 @@ __all__ = [
     "Trend",
     "holm",
     "interpolate_at",
+    "jackknife_interval",
     "jonckheere",
     "mean_interval",
     "paired_comparison",
@@ -102,6 +103,20 @@ def _sign_flip_p(units: Floats, seed: int) -> float:
     chance = np.abs(signs @ units)
     # Equal sums may differ by rounding, and must count as equal.
     return float((chance >= abs(units.sum()) - 1e-12 * np.abs(units).sum()).mean())
+
+
+def jackknife_interval(estimate: float, without_each: ArrayLike) -> Interval:
+    """Interval of a statistic from its values without each of n units; Student's with n − 1 degrees of freedom.
+
+    Args:
+        estimate: with all units.
+        without_each: (n,); NaN where leaving out a unit leaves nothing to compute, which leaves the interval unknown.
+    """
+    values = np.asarray(without_each, dtype=float)
+    if values.size < 2 or not np.isfinite([estimate, *values]).all():
+        return Interval(estimate, math.nan, math.nan, math.nan)
+    error = math.sqrt((values.size - 1) * float(values.var()))
+    return _student(estimate, error, values.size - 1)
 
 
 def holm(p_values: ArrayLike) -> Floats:

@@ -73,12 +73,11 @@ def _diagnoses(settings: Settings) -> Iterator[tuple[dict[str, Any], Run, Run]]:
 
 
 def _diagnosis(settings: Settings, subject: Subject, task: str, tuned: Run) -> Run:
-    named = {} if isinstance(subject.model, Run) else {"model": subject.model}
     wanted = {
         "task": task, "examples": settings.examples, "probe_examples": settings.probe_examples,
         "max_length": subject.settings.get("max_length", 64), "power_laws": settings.power_laws,
     }  # fmt: skip
-    return Run("diagnose", {**named, **wanted}, tuned.seed, {**subject.needs(), "tuned": tuned})
+    return Run("diagnose", {**subject.named(), **wanted}, tuned.seed, {**subject.needs(), "tuned": tuned})
 
 
 def analyse(settings: Settings, results: Results) -> Findings:
@@ -103,8 +102,8 @@ def analyse(settings: Settings, results: Results) -> Findings:
         },
         {"Activations and singular vectors": _figure(table)},
         f"{len(layers)} finished runs. Each correlation is Spearman's, over the layers of one finetuned model; "
-        "intervals are Student's t over models and tasks, whose seeds were averaged. A layer's activations also carry what the "
-        "layers before it did, so that a trend over depth alone makes some correlation.",
+        "intervals are Student's t over models and tasks, whose seeds were averaged. A layer's activations also carry "
+        "what the layers before it did, so that a trend over depth alone makes some correlation.",
     )
 
 

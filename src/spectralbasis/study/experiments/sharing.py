@@ -1,7 +1,7 @@
 """Do unrelated tasks, finetuned from one base, share their leading singular directions beyond chance?"""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ TASKS: dict[str, tuple[str, str]] = {
     "Shakespeare": ("plays", "masked words"),
     "WikiText-2": ("encyclopaedia", "masked words"),
     "digits-parity": ("handwritten digits", "even or odd"),
+    "digits-larger-than-four": ("handwritten digits", "up to 4 or above"),
     "digits-rotated": ("handwritten digits, turned", "ten digits"),
 }
 """Task → (domain, label space). Two tasks are unrelated where both differ (STS-B has captions and forum posts too)."""
@@ -63,7 +64,7 @@ class Settings:
 
 
 PRESETS = {
-    "quick": Settings(stability.PRESETS["quick"], rates=(1,)),
+    "quick": Settings(replace(stability.PRESETS["quick"], seeds=(0, 1)), rates=(1,)),
     "cpu": Settings(stability.PRESETS["cpu"], draws=2),
     "paper": Settings(stability.PRESETS["paper"], draws=5),
 }
@@ -77,10 +78,11 @@ def plan(settings: Settings, results: Results) -> list[Run]:
 def _comparisons(settings: Settings) -> Iterator[tuple[Subject, float, Run]]:
     for subject in settings.finetuning.subjects:
         for rate in (subject.learning_rates[number] for number in settings.rates):
-            yield subject, rate, _comparison(settings, subject, rate)
+            yield subject, rate, comparison(settings, subject, rate)
 
 
-def _comparison(settings: Settings, subject: Subject, rate: float) -> Run:
+def comparison(settings: Settings, subject: Subject, rate: float) -> Run:
+    """The run that compares a model finetuned to all its tasks, with all seeds, at one learning rate."""
     arms = [(task, seed) for task in subject.tasks for seed in settings.finetuning.seeds]
     tuned = {
         f"tuned_{number}": stability.finetuning(settings.finetuning, subject, task, rate, seed)
@@ -89,8 +91,7 @@ def _comparison(settings: Settings, subject: Subject, rate: float) -> Run:
     wanted: dict[str, Any] = {
         "tasks": [task for task, _ in arms], "leading": settings.finetuning.leading, "draws": settings.draws,
     }  # fmt: skip
-    named = {} if isinstance(subject.model, Run) else {"model": subject.model}
-    return Run("compare", {**named, **wanted}, 0, {**subject.needs(), **tuned})
+    return Run("compare", {**subject.named(), **wanted}, 0, {**subject.needs(), **tuned})
 
 
 def analyse(settings: Settings, results: Results) -> Findings:

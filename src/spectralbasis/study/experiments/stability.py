@@ -41,7 +41,7 @@ class Settings:
 
 
 PRESETS = {
-    "quick": Settings((TINY_VIT,), measured=(0.5, 1.0), seeds=(0, 1), leading=4),
+    "quick": Settings((TINY_VIT,), measured=(0.5, 1.0), seeds=(0,), leading=4),
     "cpu": Settings((MINILM, SMALL_VIT, SMALL_BERT)),
     "paper": Settings((ROBERTA,), seeds=(0, 1, 2, 3, 4), leading=64, draws=5),
 }

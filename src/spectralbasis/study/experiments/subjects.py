@@ -29,12 +29,14 @@ class Subject:
         """What a run on this model needs first."""
         return {"model": self.model} if isinstance(self.model, Run) else {}
 
+    def named(self) -> dict[str, Any]:
+        """The setting `model` of a run on it, where no run makes it."""
+        return {} if isinstance(self.model, Run) else {"model": self.model}
+
     def tune(self, task: str, seed: int, *, needs: Mapping[str, Run] | None = None, **settings: Any) -> Run:
         """The run that tunes it to a task; `settings` win over its own."""
-        named = {} if isinstance(self.model, Run) else {"model": self.model}
-        return Run(
-            "tune", {**named, "task": task, **self.settings, **settings}, seed, {**self.needs(), **(needs or {})}
-        )
+        wanted = {**self.named(), "task": task, **self.settings, **settings}
+        return Run("tune", wanted, seed, {**self.needs(), **(needs or {})})
 
 
 def pretrained(architecture: str, task: str, seed: int = 0, **settings: Any) -> Run:
@@ -70,7 +72,7 @@ ROBERTA = Subject(
 TINY_VIT = Subject(
     "tiny ViT (digits)",
     pretrained("vit-tiny", "digits", steps=60, batch_size=64, learning_rate=3e-3),
-    ("digits-parity", "digits-rotated"),
+    ("digits-parity", "digits-larger-than-four", "digits-rotated"),
     {"steps": 12, "batch_size": 32},
     (3e-4, 3e-3),
 )
