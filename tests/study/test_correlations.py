@@ -32,6 +32,8 @@ def test_large_samples_agree_with_the_asymptotic_law():
 def test_what_does_not_vary_has_no_correlation():
     assert math.isnan(rank_correlation_with_p([1, 2, 3], [1, 1, 1]).rho)
     assert math.isnan(rank_correlation_with_p([1, math.nan, 3], [1, 2, 3]).rho)
+    assert math.isnan(rank_correlation_with_p([1, 2, 3], [math.nan] * 3).rho)
+    assert math.isnan(mantel_correlation(np.full((3, 3), math.nan), np.eye(3)).rho)
 
 
 def test_a_table_with_itself():

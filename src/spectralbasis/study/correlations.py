@@ -67,7 +67,7 @@ def mantel_correlation(x: ArrayLike, y: ArrayLike, *, seed: int = 0) -> Correlat
 def _orders(size: int, seed: int) -> NDArray[np.int64]:
     """All orders of `size` things, or a sample of them behind the given one, (orders, size)."""
     if math.factorial(size) <= MOST_ENUMERATED:
-        return np.array(list(permutations(range(size))), dtype=np.int64).reshape(-1, size)
+        return np.array(list(permutations(range(size))), dtype=np.int64).reshape(math.factorial(size), size)
     given = np.arange(size)
     sampled = np.random.default_rng(seed).permuted(np.tile(given, (SAMPLED - 1, 1)), axis=1)
     return np.concatenate([given[None], sampled])
