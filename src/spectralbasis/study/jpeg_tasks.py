@@ -6,6 +6,7 @@ import lzma
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -58,7 +59,7 @@ def _splits(arrays: Any) -> tuple[Split, Split]:
     return (arrays["x_train"], arrays["y_train"]), (arrays["x_test"], arrays["y_test"])
 
 
-def _decode(file: Path) -> dict[str, NDArray[Any]]:
+def _decode(file: Path) -> dict[str, Any]:
     images: dict[str, list[NDArray[np.uint8]]] = {"train": [], "test": []}
     labels: dict[str, list[int]] = {"train": [], "test": []}
     for split, label, content in _members(file):
@@ -67,7 +68,7 @@ def _decode(file: Path) -> dict[str, NDArray[Any]]:
     for split, found in images.items():
         if not found:
             raise InputError(f"{file} holds no images {split}/CLASS/NAME.jpg of {', '.join(OBJECTS)}")
-    arrays: dict[str, NDArray[Any]] = {f"x_{split}": np.stack(found) for split, found in images.items()}
+    arrays = {f"x_{split}": np.stack(found) for split, found in images.items()}
     return {**arrays, **{f"y_{split}": np.array(found) for split, found in labels.items()}}
 
 
@@ -88,7 +89,7 @@ def _members(file: Path) -> Iterator[tuple[str, int, bytes]]:
 
 def _pixels(file: Path, content: bytes) -> NDArray[np.uint8]:
     try:
-        from PIL import Image
+        Image: Any = import_module("PIL.Image")
     except ImportError as error:
         raise InputError("CIFAR-10 comes as JPEG images, which Pillow decodes; pip install pillow") from error
     try:

@@ -1,0 +1,160 @@
+"""One architecture at several scales of pretraining, and the tasks that it is then moved to."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from spectralbasis.study.experiments.subjects import Subject
+from spectralbasis.study.runs import Results, Run
+from spectralbasis.study.statistics import interpolate_at
+from spectralbasis.study.trajectory_summary import summarise_steps
+
+SHIFT, CHANGE = "distribution shift", "task change"
+NORM = "norm"
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """One architecture, pretrained on growing parts of one data set at equal numbers of updates, then finetuned.
+
+    Args:
+        name: in tables.
+        architecture: as the action `initialise` takes it.
+        sizes: pretraining examples, ascending.
+        moves: task that the pretrained models are finetuned on → kind of move.
+        finetuning: settings of `tune` for these tasks.
+        pretraining: settings of `tune` for pretraining, its task among them.
+        released: size → where a model that others pretrained is, with `{}` for the number of its seed, from 1; such
+            models are taken as they are, and their numbers of updates are not equal.
+    """
+
+    name: str
+    architecture: str | Mapping[str, str]
+    sizes: tuple[int, ...]
+    moves: Mapping[str, str]
+    finetuning: Mapping[str, Any]
+    pretraining: Mapping[str, Any] = field(default_factory=dict)
+    released: Mapping[int, str] = field(default_factory=dict)
+
+    def untrained(self, seed: int) -> Run:
+        """The run that writes the architecture with random weights."""
+        return Run("initialise", {"architecture": self.architecture}, seed)
+
+    def pretrained(self, size: int, seed: int) -> Run | str:
+        """The run that pretrains on so many examples, or the model that others did; sizes of one seed are nested."""
+        if size in self.released:
+            return self.released[size].format(seed + 1)
+        settings = {**self.pretraining, "method": "full", "train_examples": size}
+        return Run("tune", settings, seed, {"model": self.untrained(seed)})
+
+    def finetune(self, model: Run | str, task: str, seed: int, measured: Mapping[str, Any], **settings: Any) -> Run:
+        """The run that finetunes a model in full; `measured` are the settings of `TrajectoryCallback` save the steps,
+        and `shares`, of all steps after which it measures."""
+        subject = Subject(self.name, model, (task,), self.finetuning)
+        options = {name: value for name, value in measured.items() if name != "shares"}
+        last = {**self.finetuning, **settings}["steps"]
+        steps = sorted({max(1, round(share * last)) for share in measured["shares"]})
+        return subject.tune(task, seed, method="full", measure={**options, "steps": steps}, **settings)
+
+
+@dataclass(frozen=True)
+class LabelledRun:
+    """A run, and what tells it apart in tables."""
+
+    run: Run
+    labels: Mapping[str, Any]
+
+
+def measured_steps(runs: Iterable[LabelledRun], results: Results) -> tuple[pd.DataFrame, int]:
+    """What `summarise_steps` makes of each finished run, with its labels and its score; and how many are finished."""
+    tables = []
+    for one in runs:
+        record = results.get(one.run)
+        if record is not None and len(record.measurements):
+            tables.append(summarise_steps(record.measurements).assign(**one.labels, score=record.result["score"]))
+    return (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()), len(tables)
+
+
+def at_last_step(steps: pd.DataFrame, run: list[str]) -> pd.DataFrame:
+    """The last measured step of each run, a row each; `run` names the columns that tell runs apart."""
+    return steps.loc[steps.groupby(run)["step"].idxmax()].reset_index(drop=True)
+
+
+def at_equal_norm(steps: pd.DataFrame, run: list[str], among: list[str], values: list[str]) -> pd.DataFrame:
+    """What was measured where runs had moved equally far: at the largest norm that all runs of a group reached.
+
+    Args:
+        steps: measurements by step, with the column `norm`.
+        run: columns that tell runs apart.
+        among: columns that tell groups of runs apart, some of `run`.
+        values: columns to interpolate along the steps.
+
+    Returns:
+        A row for each run: `run`, `norm` and `values`, NaN where a run never had that norm between two steps.
+    """
+    reached = steps.groupby(run)[NORM].transform("max")
+    targets = reached.groupby([steps[name] for name in among]).transform("min")
+    paths = steps.assign(target=targets).sort_values("step").groupby(run, sort=False)
+    found = {name: paths.apply(_at_target, name) for name in values}
+    return pd.DataFrame({NORM: paths["target"].first(), **found}).reset_index()
+
+
+def _at_target(path: pd.DataFrame, name: str) -> float:
+    return interpolate_at(path[NORM], path[name], float(path["target"].iloc[0]))
+
+
+_VIT_STEPS = {"steps": 200, "batch_size": 64}
+VIT = Lineage(
+    name="ViT (MNIST)",
+    architecture="vit-small",
+    sizes=(200, 800, 3200, 12800, 51200),
+    moves={"USPS": SHIFT, "Fashion-MNIST": CHANGE},
+    finetuning={**_VIT_STEPS, "learning_rate": 5e-4},
+    pretraining={"task": "MNIST", "steps": 800, "batch_size": 64, "learning_rate": 1e-3},
+)
+BERT = Lineage(
+    name="BERT (novels)",
+    architecture="bert-small",
+    sizes=(250, 1000, 4000, 16000),
+    moves={"Shakespeare": SHIFT, "SST-2": CHANGE},
+    finetuning={"steps": 100, "batch_size": 16, "max_length": 48, "learning_rate": 5e-4},
+    pretraining={"task": "novels", "steps": 1000, "batch_size": 16, "max_length": 48, "learning_rate": 2e-3},
+)
+TINY = Lineage(
+    name="tiny ViT (digits)",
+    architecture="vit-tiny",
+    sizes=(20, 80, 320, 1280),
+    moves={"digits-rotated": SHIFT, "digits-parity": CHANGE},
+    finetuning={"steps": 12, "batch_size": 32, "learning_rate": 3e-3},
+    pretraining={"task": "digits", "steps": 40, "batch_size": 32, "learning_rate": 3e-3},
+)
+"""The smallest that shows something, from built-in data."""
+MINILM = Lineage(
+    name="MiniLM",
+    architecture={"like": "minilm"},
+    sizes=(1_170_060_424,),
+    moves={"SST-2": CHANGE, "MRPC": CHANGE},
+    finetuning={"steps": 80, "batch_size": 32, "max_length": 64, "learning_rate": 2e-4, "train_examples": 2048,
+                "bf16": True},
+    released={1_170_060_424: "minilm"},
+)  # fmt: skip
+"""Its size counts the pairs of sentences that it was trained on last, as its authors tell."""
+ROBERTA = Lineage(
+    name="RoBERTa-base",
+    architecture={"like": "nyu-mll/roberta-base-1B-1"},
+    sizes=(10**7, 10**8, 10**9),
+    moves={"Shakespeare": SHIFT, "RTE": CHANGE},
+    finetuning={"steps": 2000, "batch_size": 32, "max_length": 128, "learning_rate": 2e-5, "bf16": True},
+    released={10**power: f"nyu-mll/roberta-base-{name}-{{}}" for power, name in ((7, "10M"), (8, "100M"), (9, "1B"))},
+)
+"""Sizes count words; the seeds of these models are their authors' (Warstadt et al., EMNLP 2020)."""
+VIT_BASE = Lineage(
+    name="ViT-B/16 (ImageNet-21k)",
+    architecture={"like": "google/vit-base-patch16-224-in21k"},
+    sizes=(14_197_122,),
+    moves={"CIFAR-10": SHIFT, "Fashion-MNIST": CHANGE},
+    finetuning={"steps": 2000, "batch_size": 64, "learning_rate": 5e-5, "bf16": True},
+    released={14_197_122: "google/vit-base-patch16-224-in21k"},
+)
