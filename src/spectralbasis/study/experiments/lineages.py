@@ -1,18 +1,21 @@
 """One architecture at several scales of pretraining, and the tasks that it is then moved to."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from spectralbasis.study.experiments.subjects import Subject
 from spectralbasis.study.runs import Results, Run
 from spectralbasis.study.statistics import interpolate_at
-from spectralbasis.study.trajectory_summary import summarise_steps
+from spectralbasis.study.trajectory_summary import NOISE, halvings, summarise_steps
 
 SHIFT, CHANGE = "distribution shift", "task change"
-NORM = "norm"
+STABILITY, EXCESS, NORM = "overlap", "held", "norm"
+"""Columns of `summarise_steps` that are compared."""
 
 
 @dataclass(frozen=True)
@@ -82,36 +85,42 @@ def at_last_step(steps: pd.DataFrame, run: list[str]) -> pd.DataFrame:
     return steps.loc[steps.groupby(run)["step"].idxmax()].reset_index(drop=True)
 
 
-def at_equal_norm(steps: pd.DataFrame, run: list[str], among: list[str], values: list[str]) -> pd.DataFrame:
+def at_equal_norm(steps: pd.DataFrame, run: list[str], among: list[str]) -> pd.DataFrame:
     """What was measured where runs had moved equally far: at the largest norm that all runs of a group reached.
 
+    Rotations, `1 − overlap`, are interpolated along the steps, their logarithm in that of the norm: they grow about as
+    its square.
+
     Args:
-        steps: measurements by step, with the column `norm`.
+        steps: measurements by step, with the columns `norm`, `overlap` and `overlap_null`.
         run: columns that tell runs apart.
         among: columns that tell groups of runs apart, some of `run`.
-        values: columns to interpolate along the steps.
 
     Returns:
-        A row for each run: `run`, `norm` and `values`, NaN where a run never had that norm between two steps.
+        A row for each run: `run`, `norm`, `overlap`, `overlap_null` and `held`, NaN where a run never had that norm
+        between two steps.
     """
     reached = steps.groupby(run)[NORM].transform("max")
     targets = reached.groupby([steps[name] for name in among]).transform("min")
     paths = steps.assign(target=targets).sort_values("step").groupby(run, sort=False)
-    found = {name: paths.apply(_at_target, name) for name in values}
-    return pd.DataFrame({NORM: paths["target"].first(), **found}).reset_index()
+    found = pd.DataFrame({NORM: paths["target"].first()})
+    for name in (STABILITY, f"{STABILITY}_null"):
+        found[name] = paths.apply(_overlap_at_target, name)
+    found[EXCESS] = halvings(found[STABILITY], found[f"{STABILITY}_null"])
+    return found.reset_index()
 
 
-def _at_target(path: pd.DataFrame, name: str) -> float:
-    return interpolate_at(path[NORM], path[name], float(path["target"].iloc[0]))
+def _overlap_at_target(path: pd.DataFrame, name: str) -> float:
+    rotations = np.log((1 - path[name]).clip(lower=NOISE))
+    return 1 - math.exp(interpolate_at(path[NORM], rotations, float(path["target"].iloc[0])))
 
 
-_VIT_STEPS = {"steps": 200, "batch_size": 64}
 VIT = Lineage(
     name="ViT (MNIST)",
     architecture="vit-small",
     sizes=(200, 800, 3200, 12800, 51200),
     moves={"USPS": SHIFT, "Fashion-MNIST": CHANGE},
-    finetuning={**_VIT_STEPS, "learning_rate": 5e-4},
+    finetuning={"steps": 200, "batch_size": 64, "learning_rate": 5e-4},
     pretraining={"task": "MNIST", "steps": 800, "batch_size": 64, "learning_rate": 1e-3},
 )
 BERT = Lineage(

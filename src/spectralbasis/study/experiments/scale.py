@@ -11,8 +11,10 @@ from spectralbasis.comparison.statistics import Interval
 from spectralbasis.study.experiments.claims import conclude
 from spectralbasis.study.experiments.lineages import (
     BERT,
+    EXCESS,
     NORM,
     ROBERTA,
+    STABILITY,
     TINY,
     VIT,
     LabelledRun,
@@ -58,11 +60,10 @@ PRESETS = {
 
 ARM = ["lineage", "task", "move"]
 RUN = [*ARM, "examples", "seed"]
-STABILITY, EXCESS, DISTANCE = "overlap", "held", NORM
 UNITS = {
     STABILITY: "overlap per decade of examples",
     EXCESS: "halvings of the null's rotation per decade of examples",
-    DISTANCE: "‖ΔW‖/‖W0‖ per decade of examples",
+    NORM: "‖ΔW‖/‖W0‖ per decade of examples",
 }
 
 
@@ -90,7 +91,7 @@ def analyse(settings: Settings, results: Results) -> Findings:
         return Findings(_claims(settings, {}), shown, note="No finetuning is finished yet.")
     views = {
         "at equal steps": at_last_step(steps, RUN),
-        "at equal ‖ΔW‖": at_equal_norm(steps, RUN, ARM, [STABILITY, EXCESS]),
+        "at equal ‖ΔW‖": at_equal_norm(steps, RUN, ARM),
     }
     shown |= {
         "Finetuning": _means(views["at equal steps"], ["score", "overlap_null", "matched_cosine", "core_gain"]),
@@ -104,7 +105,7 @@ def analyse(settings: Settings, results: Results) -> Findings:
 def _claims(settings: Settings, views: Mapping[str, pd.DataFrame]) -> list[Claim]:
     """Four questions and the distance, for each lineage and move."""
     asked = [(view, value) for view in ("at equal steps", "at equal ‖ΔW‖") for value in (STABILITY, EXCESS)] + [
-        ("at equal steps", DISTANCE)
+        ("at equal steps", NORM)
     ]
     return [
         _claim(lineage.name, task, move, view, value, _part(views.get(view), lineage.name, task))
@@ -116,14 +117,14 @@ def _claims(settings: Settings, views: Mapping[str, pd.DataFrame]) -> list[Claim
 
 def _part(view: pd.DataFrame | None, lineage: str, task: str) -> pd.DataFrame:
     if view is None:
-        return pd.DataFrame(columns=[*RUN, STABILITY, EXCESS, DISTANCE])
+        return pd.DataFrame(columns=[*RUN, STABILITY, EXCESS, NORM])
     return view[(view["lineage"] == lineage) & (view["task"] == task)]
 
 
 TEXTS = {
     STABILITY: ("more data, more stable", "keeps its leading directions better"),
     EXCESS: ("more data, more held", "avoids more of the rotation that a scrambled update would bring"),
-    DISTANCE: ("more data, farther", "moves farther"),
+    NORM: ("more data, farther", "moves farther"),
 }
 
 
@@ -148,8 +149,8 @@ def _trends(views: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Slope and Jonckheere's test of each quantity, for each lineage and move."""
     table = []
     for name, view in views.items():
-        for value in (STABILITY, EXCESS, DISTANCE):
-            if view is views["at equal steps"] or value != DISTANCE:  # equal distances have no trend
+        for value in (STABILITY, EXCESS, NORM):
+            if view is views["at equal steps"] or value != NORM:  # equal distances have no trend
                 trends = view.groupby(ARM, sort=False).apply(_trend, value).reset_index()
                 table.append(trends.assign(compared=name, quantity=value))
     return pd.concat(table, ignore_index=True)
@@ -173,7 +174,7 @@ def _trend(rows: pd.DataFrame, value: str) -> pd.Series:
 def _means(view: pd.DataFrame, more: Sequence[str]) -> pd.DataFrame:
     """Means over seeds."""
     groups = view.groupby([*ARM, "examples"], sort=False)
-    shown = [STABILITY, EXCESS, DISTANCE, *(name for name in more if name in view)]
+    shown = [STABILITY, EXCESS, NORM, *(name for name in more if name in view)]
     return groups[shown].mean().assign(seeds=groups[STABILITY].count()).reset_index()
 
 

@@ -12,9 +12,11 @@ from spectralbasis.study.experiments import scale
 from spectralbasis.study.experiments.claims import conclude
 from spectralbasis.study.experiments.lineages import (
     BERT,
+    EXCESS,
     MINILM,
     NORM,
     ROBERTA,
+    STABILITY,
     TINY,
     VIT,
     VIT_BASE,
@@ -71,7 +73,6 @@ PRESETS = {
 
 ARM = ["lineage", "task", "seed"]
 RUN = [*ARM, "start"]
-STABILITY, EXCESS = "overlap", "held"
 UNITS = {STABILITY: "overlap", EXCESS: "halvings of the null's rotation"}
 
 
@@ -149,7 +150,7 @@ def _pairs(question: _Question, steps: pd.DataFrame, last: pd.DataFrame) -> list
     if question.equal_norm:
         paths = steps[steps["start"].isin(both)]
         complete = paths.groupby(ARM)["start"].transform("nunique") == len(both)
-        rows = at_equal_norm(paths[complete], RUN, ARM, [question.value])
+        rows = at_equal_norm(paths[complete], RUN, ARM) if complete.any() else paths[complete]
     wide = rows.pivot(index=ARM, columns="start", values=question.value)
     if not set(both) <= set(wide):
         return []
