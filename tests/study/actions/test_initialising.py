@@ -120,7 +120,7 @@ def test_what_is_not_known_or_absent_is_named(tmp_path):
 
 
 @pytest.mark.data
-def test_the_released_motion_model_is_tuned_like_any_other(tmp_path, data_dir):
+def test_the_released_motion_model_is_opened_like_any_other(tmp_path, data_dir):
     model = initialised(tmp_path / "model", "limu-bert-x", data=data_dir)
     stored = torch.load(
         data_dir / "limu_bert" / "x" / "weights" / "limu_bert_x.pt", map_location="cpu", weights_only=True

@@ -126,10 +126,10 @@ VIT = Lineage(
 BERT = Lineage(
     name="BERT (novels)",
     architecture="bert-small",
-    sizes=(250, 1000, 4000, 16000),
+    sizes=(500, 2000, 8000, 32000),
     moves={"Shakespeare": SHIFT, "SST-2": CHANGE},
-    finetuning={"steps": 100, "batch_size": 16, "max_length": 48, "learning_rate": 5e-4},
-    pretraining={"task": "novels", "steps": 1000, "batch_size": 16, "max_length": 48, "learning_rate": 2e-3},
+    finetuning={"steps": 150, "batch_size": 32, "max_length": 32, "learning_rate": 5e-4},
+    pretraining={"task": "novels", "steps": 1000, "batch_size": 32, "max_length": 32, "learning_rate": 2e-3},
 )
 TINY = Lineage(
     name="tiny ViT (digits)",
