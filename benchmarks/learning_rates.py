@@ -15,14 +15,15 @@ from spectralbasis.study.quickstart import save_untrained
 
 NAME = "learning_rates"
 RATES = {
-    "absolute": (3e-3, 1e-2, 3e-2, 1e-1),
-    "relative": (1e-3, 3e-3, 1e-2, 3e-2),
-    "normalized": (1e-3, 3e-3, 1e-2, 3e-2),
+    "absolute": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    "relative": (3e-3, 1e-2, 3e-2, 1e-1),
+    "normalized": (3e-3, 1e-2, 3e-2, 1e-1),
 }
 TEXTS: dict[str, Any] = {"steps": 100, "batch_size": 32, "max_length": 32, "bf16": True}
 DIGITS: dict[str, Any] = {"steps": 100, "batch_size": 64}
 CELLS: dict[tuple[str, str], dict[str, Any]] = {
     ("MiniLM", "SST-2"): TEXTS,
+    ("MiniLM", "STS-B"): TEXTS,
     ("small ViT", "digits-parity"): DIGITS,
     ("small ViT", "digits-rotated"): DIGITS,
 }
@@ -30,6 +31,7 @@ MODES: dict[str, dict[str, dict[str, Any]]] = {
     "MiniLM": {
         "diagonal": {"coefficients": "diagonal", "leading": 64},
         "core": {"coefficients": "core", "budget": 0.002},
+        "diagonal of all": {"coefficients": "diagonal", "leading": 1.0},
     },
     "small ViT": {
         "diagonal": {"coefficients": "diagonal", "leading": 64},

@@ -5,10 +5,14 @@ from importlib import import_module
 from spectralbasis.study.runs import Action
 
 # Actions are named, not imported: a worker loads the one that its run asks for.
-ACTIONS: dict[str, str] = {
+ACTIONS = {
     "basis": "spectralbasis.study.actions.bases:basis",
+    "compare": "spectralbasis.study.actions.comparing:compare",
+    "diagnose": "spectralbasis.study.actions.diagnosing:diagnose",
     "gradient_coverage": "spectralbasis.study.actions.coverage:gradient_coverage",
     "initialise": "spectralbasis.study.actions.initialisation:initialise",
+    "retention": "spectralbasis.study.actions.retaining:retention",
+    "similarity": "spectralbasis.study.actions.similarity:similarity",
     "tune": "spectralbasis.study.actions.tuning:tune",
 }
 """Name of an action → `module:function`."""
