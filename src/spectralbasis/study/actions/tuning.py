@@ -7,20 +7,22 @@ from typing import Any
 from spectralbasis.checkpoints import logical_matrices, open_checkpoint
 from spectralbasis.study.actions.inputs import halved_task, model_of
 from spectralbasis.study.methods import BASIS_FILE, METHODS
+from spectralbasis.study.penalties import UpdatePenalty
 from spectralbasis.study.results import TuneResult
 from spectralbasis.study.runs import Outcome, Run, Site
 from spectralbasis.study.training import tune as tune_model
 from spectralbasis.study.trajectories import TrajectoryCallback
 
-OWN_SETTINGS = ("model", "task", "measure")
+OWN_SETTINGS = ("model", "task", "measure", "penalty")
 
 
 def tune(run: Run, site: Site) -> Outcome:
     """Tune, and leave the tuned model or adapter in the folder of the run.
 
-    The settings are the keyword arguments of `spectralbasis.study.tune`, with the task by name, and `measure`, those of
-    `TrajectoryCallback`. The needs may be `model`, instead of the setting; `basis`, whose folder holds a basis file;
-    and `start`, an adapter from whose numbers training starts.
+    The settings are the keyword arguments of `spectralbasis.study.tune`, with the task by name, `measure`, those of
+    `TrajectoryCallback`, and `penalty`, those of `UpdatePenalty`. The needs may be `model`, instead of the setting;
+    `basis`, whose folder holds a basis file; `start`, an adapter from whose numbers training starts; and `source_0`,
+    `source_1`, … to be fused.
 
     Returns:
         The scores, counts and costs; the measurements are the trajectory, where one was asked for.
@@ -28,6 +30,7 @@ def tune(run: Run, site: Site) -> Outcome:
     options = {name: value for name, value in run.settings.items() if name not in OWN_SETTINGS}
     if "basis" in site.needs:
         options["basis"] = str(site.needs["basis"] / BASIS_FILE)
+    sources = sorted(role for role in site.needs if role.startswith("source_"))
     measure: Mapping[str, Any] | None = run.settings.get("measure")
     trajectory = None if measure is None else TrajectoryCallback(**{"seed": run.seed, **measure})
     model = model_of(run, site)
@@ -36,12 +39,17 @@ def tune(run: Run, site: Site) -> Outcome:
         task=halved_task(run.settings["task"], site),
         output=site.folder,
         start=site.needs.get("start"),
+        sources=[site.needs[role] for role in sources],
         seed=run.seed,
-        callbacks=() if trajectory is None else (trajectory,),
+        callbacks=[*([] if trajectory is None else [trajectory]), *_penalties(run)],
         progress=False,
         **options,
     )
     return Outcome({**_facts(result), **_distance(model, result)}, None if trajectory is None else trajectory.table())
+
+
+def _penalties(run: Run) -> list[UpdatePenalty]:
+    return [UpdatePenalty(**run.settings["penalty"])] if "penalty" in run.settings else []
 
 
 def _facts(result: TuneResult) -> dict[str, Any]:

@@ -1,0 +1,286 @@
+"""Does it matter which directions the coefficients live on, at equal numbers of them?"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from spectralbasis.comparison.statistics import Interval
+from spectralbasis.study.experiments.arms import Arm, Contest, Needs, needs_nothing
+from spectralbasis.study.experiments.claims import conclude
+from spectralbasis.study.experiments.contrasts import Contrast, conclude_family
+from spectralbasis.study.experiments.subjects import MINILM, ROBERTA, SMALL_VIT, TINY_VIT, Subject
+from spectralbasis.study.runs import Results, Run
+from spectralbasis.study.statistics import mean_interval, rank_correlation_with_p
+from spectralbasis.study.verdicts import Claim, Findings
+
+QUESTION = (
+    "At equal numbers of coefficients, does tuning do better on the pretrained singular directions than on random, "
+    "trailing, curvature, scratch-trained or another task's directions, and does gradient coverage tell?"
+)
+MADE = ("pretrained", "random", "minor")
+"""Bases that an adapter makes itself from the weights; the others are files that runs make first."""
+SCRATCH_RATE = 1e-3
+"""Of full training from random weights; higher than finetuning's."""
+CURVATURE = ("curvature", "curvature of another task", "curvature of several tasks")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of coefficients: a mode with its size, the learning rates of all its arms, and the bases compared."""
+
+    mode: str
+    k: int
+    learning_rates: tuple[float, ...]
+    bases: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """In tables."""
+        return f"{self.mode} k={self.k}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A subject with the cells that are tried on it.
+
+    Args:
+        subject: the model and its tasks; a task's other task is the next one.
+        cells: in order of preference.
+        selection_tasks: see `Contest`.
+        seeds: see `Contest`.
+        head_steps: of training the head alone, before gradients are taken.
+        held_out: examples for gradient coverage.
+    """
+
+    subject: Subject
+    cells: tuple[Cell, ...]
+    selection_tasks: tuple[str, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    head_steps: int = 40
+    held_out: int = 256
+
+    def contest(self, cell: Cell) -> Contest:
+        """The arms of one cell, one for each basis."""
+        return Contest(
+            self.subject,
+            tuple(self._arm(cell, basis) for basis in cell.bases),
+            self.selection_tasks,
+            self.seeds,
+        )
+
+    def _arm(self, cell: Cell, basis: str) -> Arm:
+        settings = {"method": "spectral", "coefficients": cell.mode, "leading": cell.k}
+        named = {"basis": basis} if basis in MADE else {}
+        return Arm(basis, {**settings, **named}, cell.learning_rates, self._needs(basis))
+
+    def _needs(self, basis: str) -> Needs:
+        if basis in MADE:
+            return needs_nothing
+        return lambda subject, task: {"basis": self.basis(basis, task)}
+
+    def basis(self, basis: str, task: str) -> Run:
+        """The run that makes a basis for a task."""
+        leading = max(cell.k for cell in self.cells)
+        if basis in CURVATURE:
+            return self._curvature(basis, task, leading)
+        rest = [name for name in self.subject.tasks if name != task]
+        if basis == "scratch":
+            checkpoint = self._scratch(task)
+        else:
+            checkpoint = self.subject.tune(rest[0], 0, method="full", learning_rate=self.subject.learning_rates[-1])
+        return Run("basis", {"kind": "checkpoint", "leading": leading}, 0, {"checkpoint": checkpoint})
+
+    def _curvature(self, basis: str, task: str, leading: int) -> Run:
+        others = [*self.subject.tasks, *self.subject.tasks]
+        after = others[others.index(task) + 1 :][: len(self.subject.tasks) - 1]
+        tasks = dict(zip(CURVATURE, ([task], after[:1], after), strict=True))[basis]
+        return Run(
+            "basis", {"kind": "curvature", "tasks": tasks, "leading": leading, **self._on()}, 0, self.subject.needs()
+        )
+
+    def _scratch(self, task: str) -> Run:
+        """The subject's twin, trained on the task from other random weights than those that pretraining began with."""
+        model = self.subject.model
+        architecture = model.needs["model"].settings if isinstance(model, Run) else {"architecture": {"like": model}}
+        untrained = Run("initialise", architecture, 1)
+        return replace(self.subject, model=untrained).tune(task, 0, method="full", learning_rate=SCRATCH_RATE)
+
+    def _on(self) -> dict[str, Any]:
+        """Settings of what is measured at the pretrained weights."""
+        kept = {name: self.subject.settings[name] for name in ("max_length", "bf16") if name in self.subject.settings}
+        named = {} if self.subject.needs() else {"model": self.subject.model}
+        return {**named, **kept, "head_steps": self.head_steps}
+
+    def coverage(self, task: str) -> Run:
+        """The run that measures how much of the task's gradient each basis holds."""
+        bases = list(dict.fromkeys(basis for cell in self.cells for basis in cell.bases))
+        files = {basis: self.basis(basis, task) for basis in bases if basis not in MADE}
+        ks = sorted({cell.k for cell in self.cells})
+        settings = {"task": task, "bases": bases, "k": ks, "examples": self.held_out, **self._on()}
+        return Run("gradient_coverage", settings, 0, {**self.subject.needs(), **files})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is tried on which subjects."""
+
+    parts: tuple[Part, ...]
+
+
+ALL_BASES = (*MADE, *CURVATURE, "scratch", "another task's model")
+FOUR_BASES = (*MADE, "curvature")
+DIAGONAL_RATES = (1e-2, 3e-2, 1e-1)
+CORE_RATES = (3e-3, 1e-2, 3e-2)
+VIT_CELLS = (
+    Cell("core", 16, CORE_RATES, ALL_BASES),
+    Cell("diagonal", 64, DIAGONAL_RATES, ALL_BASES),
+    Cell("core", 8, CORE_RATES, FOUR_BASES),
+    Cell("core", 32, CORE_RATES, FOUR_BASES),
+    Cell("core", 4, CORE_RATES, FOUR_BASES),
+    Cell("band", 64, DIAGONAL_RATES, FOUR_BASES),
+    Cell("sparse", 64, DIAGONAL_RATES, FOUR_BASES),
+    Cell("diagonal", 16, DIAGONAL_RATES, FOUR_BASES),
+    Cell("diagonal", 32, DIAGONAL_RATES, FOUR_BASES),
+    Cell("diagonal", 96, DIAGONAL_RATES, ("pretrained", "random", "curvature")),
+)
+"""Widths are 96: a diagonal of all directions has no trailing ones beside it."""
+TEXT_CELLS = (
+    Cell("core", 35, CORE_RATES, (*FOUR_BASES, "curvature of another task")),
+    Cell("diagonal", 64, (3e-2, 1e-1, 3e-1), FOUR_BASES),
+    Cell("diagonal", 384, (3e-2, 1e-1, 3e-1), ("pretrained", "random")),
+)
+TINY_CELLS = (Cell("diagonal", 8, (3e-2, 1e-1), ("pretrained", "random", "curvature")),)
+
+PRESETS = {
+    "quick": Settings((Part(TINY_VIT, TINY_CELLS, TINY_VIT.tasks[:1], (0, 1), head_steps=5, held_out=64),)),
+    "cpu": Settings(
+        (
+            Part(replace(SMALL_VIT, settings={**SMALL_VIT.settings, "steps": 100}), VIT_CELLS, ("CIFAR-10",)),
+            Part(replace(MINILM, tasks=("SST-2", "MRPC")), TEXT_CELLS, ("SST-2",)),
+        )
+    ),
+    "paper": Settings(
+        (
+            Part(
+                replace(ROBERTA, tasks=("SST-2", "MRPC", "RTE")),
+                (
+                    Cell("core", 58, (1e-3, 4e-3, 1e-2), ALL_BASES),
+                    Cell("diagonal", 256, (1e-2, 5e-2, 1e-1), ALL_BASES),
+                    Cell("core", 16, (1e-3, 4e-3, 1e-2), FOUR_BASES),
+                    Cell("core", 32, (1e-3, 4e-3, 1e-2), FOUR_BASES),
+                    Cell("core", 128, (1e-3, 4e-3, 1e-2), FOUR_BASES),
+                ),
+                ("SST-2",),
+                (0, 1, 2, 3, 4),
+            ),
+        )
+    ),
+}
+
+CONTRASTS = tuple(
+    Contrast(f"{better} against {worse}", text, better, worse, "An interval, over tasks, on the other side of zero.")
+    for better, worse, text in (
+        ("pretrained", "random", "The pretrained singular directions serve better than random ones."),
+        ("pretrained", "minor", "The leading singular directions serve better than the trailing ones."),
+        ("pretrained", "scratch", "They serve better than those of a model trained from random weights on the task."),
+        ("pretrained", "another task's model", "They serve better than those of a model finetuned to another task."),
+        ("curvature", "pretrained", "Directions of the loss's curvature serve better than singular directions."),
+        ("curvature of another task", "pretrained", "So do those of another task's curvature."),
+        ("curvature of several tasks", "pretrained", "So do those of several other tasks' curvature."),
+    )
+)
+PAIRED = ("subject", "cell", "task", "seed")
+
+
+def plan(settings: Settings, results: Results) -> list[Run]:
+    """Gradient coverage first, which trains nothing but heads, then one cell after another."""
+    coverage = [part.coverage(task) for part in settings.parts for task in part.subject.tasks]
+    return coverage + [run for part, cell in _cells(settings) for run in part.contest(cell).plan(results)]
+
+
+def _cells(settings: Settings) -> Iterator[tuple[Part, Cell]]:
+    for part in settings.parts:
+        for cell in part.cells:
+            yield part, cell
+
+
+def analyse(settings: Settings, results: Results) -> Findings:
+    """Paired comparisons of bases over all cells, scores by cell, and what gradient coverage says beside them."""
+    scores = pd.concat(
+        [part.contest(cell).scores(results).assign(cell=cell.name) for part, cell in _cells(settings)],
+        ignore_index=True,
+    )
+    planned = sum(1 for part, cell in _cells(settings) for _ in part.contest(cell).counted(results))
+    shares = coverage_shares(settings, results)
+    both = scores.merge(shares, how="inner", on=["subject", "cell", "task", "arm"])
+    compared = [
+        one for one in CONTRASTS if any({one.better, one.worse} <= {*cell.bases} for _, cell in _cells(settings))
+    ]
+    claims = [*conclude_family(compared, scores, "arm", PAIRED), coverage_predicts(both)]
+    note = f"{len(scores)} of {planned} planned runs are finished; rates were chosen on other examples than these."
+    if scores.empty:
+        return Findings(claims, note=note)
+    tables = {"Scores": _by_basis(scores, "score"), "Learning rates": _by_basis(scores, "learning_rate")}
+    if len(shares):
+        tables["Gradient coverage"] = _by_basis(shares, "coverage")
+    return Findings(claims, tables, {"Scores over the number of coefficients": sweep(scores)}, note)
+
+
+def coverage_shares(settings: Settings, results: Results) -> pd.DataFrame:
+    """Gradient coverage in each cell: `subject, cell, task, arm, coverage`.
+
+    Of a diagonal, that of the diagonal; of a core that of the core. Bands and sparse entries have no figure of their
+    own, and are left out.
+    """
+    rows = []
+    for part, cell in _cells(settings):
+        for task in part.subject.tasks:
+            record = results.get(part.coverage(task))
+            table = pd.DataFrame() if record is None else record.measurements
+            if len(table):
+                here = table[(table["k"] == cell.k) & (table["metric"] == cell.mode)]
+                labels = {"subject": part.subject.name, "cell": cell.name, "task": task}
+                rows += [{**labels, "arm": row.basis, "coverage": row.value} for row in here.itertuples()]
+    return pd.DataFrame(rows, columns=["subject", "cell", "task", "arm", "coverage"])
+
+
+def coverage_predicts(both: pd.DataFrame) -> Claim:
+    """The claim that bases which hold more of the gradient score higher, by rank correlation within cells and tasks."""
+    correlations, units = [], []
+    means = both.groupby(["subject", "cell", "task", "arm"], as_index=False)[["score", "coverage"]].mean()
+    for (subject, _, task), rows in means.groupby(["subject", "cell", "task"]):
+        if len(rows) > 2 and rows["score"].nunique() > 1:
+            correlations.append(rank_correlation_with_p(rows["coverage"], rows["score"]).rho)
+            units.append(f"{subject} / {task}")
+    found = mean_interval(correlations, np.array(units)) if correlations else Interval(*[float("nan")] * 4)
+    return conclude(
+        "gradient coverage predicts scores",
+        "Of bases with equally many coefficients, those that hold more of the task's gradient before training score "
+        "higher after it.",
+        found,
+        unit="rank correlation",
+        would_change="A mean rank correlation whose interval over tasks lies wholly below zero, or no longer above.",
+        runs=len(both),
+    )
+
+
+def _by_basis(table: pd.DataFrame, value: str) -> pd.DataFrame:
+    """Means over tasks and seeds: a row for each cell, a column for each basis."""
+    wide = table.pivot_table(index=["subject", "cell"], columns="arm", values=value, sort=False)
+    return wide.reset_index().rename_axis(columns=None)
+
+
+def sweep(scores: pd.DataFrame) -> go.Figure:
+    """Mean score against the numbers trained in the backbone, a line for each subject, mode and basis."""
+    figure = go.Figure()
+    modes = scores.assign(mode=scores["cell"].str.partition(" ")[0])
+    for (subject, mode, arm), rows in modes.groupby(["subject", "mode", "arm"], sort=False):
+        line = rows.groupby("backbone")["score"].mean()
+        figure.add_scatter(x=line.index, y=line, name=f"{subject}, {mode}, {arm}", mode="lines+markers")
+    return figure.update_layout(
+        xaxis={"type": "log", "title": "numbers trained in the backbone"}, yaxis={"title": "mean score"}
+    )

@@ -1,0 +1,117 @@
+"""Ways to tune that are compared: each chooses among as many learning rates, on other examples than it is scored on."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from spectralbasis.study.experiments.subjects import Subject
+from spectralbasis.study.runs import Results, Run
+
+Needs = Callable[[Subject, str], Mapping[str, Run]]
+COLUMNS = ("subject", "arm", "task", "seed", "learning_rate", "score", "backbone", "head", "model", "seconds_per_step",
+           "adapter_bytes")  # fmt: skip
+
+
+def needs_nothing(subject: Subject, task: str) -> Mapping[str, Run]:
+    """The needs of an arm that has none but the model."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to tune.
+
+    Args:
+        name: in tables.
+        settings: of `tune`: the method and its options.
+        learning_rates: among which it may choose.
+        needs: what it needs for a subject and a task, such as a basis.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    learning_rates: tuple[float, ...]
+    needs: Needs = needs_nothing
+
+    def run(self, subject: Subject, task: str, learning_rate: float, seed: int) -> Run:
+        """One tuning."""
+        settings = {**self.settings, "learning_rate": learning_rate}
+        return subject.tune(task, seed, needs=self.needs(subject, task), **settings)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Arms that are compared on one subject.
+
+    Args:
+        subject: the model and its tasks.
+        arms: what is compared.
+        selection_tasks: on whose selection halves, with the first seed, the learning rates are chosen.
+        seeds: of the runs that count.
+    """
+
+    subject: Subject
+    arms: tuple[Arm, ...]
+    selection_tasks: tuple[str, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    def plan(self, results: Results) -> list[Run]:
+        """All trials of learning rates, then the runs that count of those arms whose rate is known."""
+        trials = [run for arm in self.arms for run in self._trials(arm)]
+        return trials + [run for _, run in self.counted(results)]
+
+    def counted(self, results: Results) -> Iterator[tuple[dict[str, Any], Run]]:
+        """The runs at chosen rates, with what tells them apart in tables, one seed of everything after another."""
+        rates = {arm.name: self.chosen_rate(arm, results) for arm in self.arms}
+        for seed in self.seeds:
+            for arm in self.arms:
+                rate = rates[arm.name]
+                for task in self.subject.tasks if rate is not None else ():
+                    labels = {"subject": self.subject.name, "arm": arm.name, "task": task, "seed": seed}
+                    yield {**labels, "learning_rate": rate}, arm.run(self.subject, task, rate or 0.0, seed)
+
+    def chosen_rate(self, arm: Arm, results: Results) -> float | None:
+        """The rate of the best mean score on the selection halves; None until all trials are done or have failed."""
+        if len(arm.learning_rates) == 1:
+            return arm.learning_rates[0]
+        scores = {rate: [_selection_score(run, results) for run in self._at(arm, rate)] for rate in arm.learning_rates}
+        if any(score is None for found in scores.values() for score in found):
+            return None
+        means = {rate: sum(score or 0.0 for score in found) / len(found) for rate, found in scores.items()}
+        best = max(means, key=lambda rate: means[rate])
+        return best if math.isfinite(means[best]) else None
+
+    def scores(self, results: Results) -> pd.DataFrame:
+        """A row, with the columns `COLUMNS`, for each finished run that counts."""
+        rows = []
+        for labels, run in self.counted(results):
+            record = results.get(run)
+            if record is not None:
+                rows.append({**labels, **_facts(record.result)})
+        return pd.DataFrame(rows, columns=list(COLUMNS))
+
+    def _trials(self, arm: Arm) -> list[Run]:
+        """None where there is nothing to choose."""
+        if len(arm.learning_rates) == 1:
+            return []
+        return [run for rate in arm.learning_rates for run in self._at(arm, rate)]
+
+    def _at(self, arm: Arm, rate: float) -> list[Run]:
+        return [arm.run(self.subject, task, rate, self.seeds[0]) for task in self.selection_tasks]
+
+
+def _selection_score(run: Run, results: Results) -> float | None:
+    """None where the run is not done; a run that failed, as diverged ones do, is worse than all others."""
+    record = results.get(run)
+    if record is not None:
+        return float(record.result["selection_score"])
+    return None if results.error(run) is None else -math.inf
+
+
+def _facts(result: Mapping[str, Any]) -> dict[str, Any]:
+    named = {"backbone": "parameters_backbone", "head": "parameters_head", "model": "parameters_model"}
+    same = ("score", "seconds_per_step", "adapter_bytes")
+    return {**{name: result[key] for name, key in named.items()}, **{name: result[name] for name in same}}

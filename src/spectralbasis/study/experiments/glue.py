@@ -1,0 +1,198 @@
+"""How do spectral coefficients compare with other ways to adapt, at matched numbers of trained parameters?"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from spectralbasis.study.experiments.arms import Arm, Contest
+from spectralbasis.study.experiments.contrasts import Contrast, compare_pairs, conclude_family, differences
+from spectralbasis.study.experiments.subjects import MINILM, ROBERTA, TINY_VIT, Subject
+from spectralbasis.study.runs import Results, Run
+from spectralbasis.study.statistics import holm
+from spectralbasis.study.verdicts import Findings
+
+QUESTION = (
+    "How well does tuning spectral coefficients do beside other ways to adapt, for the numbers that it trains, and is "
+    "it at or above LoRA with at least twice as many?"
+)
+MARGIN = 0.01
+"""Scores this far below still count as no worse: about the standard error of a dev set of a thousand examples."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Contests in order of preference, and what is concluded from them.
+
+    Args:
+        contests: arms on a subject; what comes later has fewer seeds.
+        lean: pairs of a spectral arm and a LoRA arm that trains at least twice as many numbers in the backbone.
+    """
+
+    contests: tuple[Contest, ...]
+    lean: tuple[tuple[str, str], ...]
+
+
+def spectral(name: str, rates: Sequence[float], **options: Any) -> Arm:
+    """An arm of spectral coefficients."""
+    return Arm(name, {"method": "spectral", **options}, tuple(rates))
+
+
+def other(method: str, rates: Sequence[float], name: str = "", **options: Any) -> Arm:
+    """An arm of another method."""
+    return Arm(name or method, {"method": method, **options}, tuple(rates))
+
+
+def sources(subject: Subject, task: str) -> Mapping[str, Run]:
+    """Parallel adapters of all other tasks, for their fusion."""
+    rest = [name for name in subject.tasks if name != task]
+    return {
+        f"source_{number}": subject.tune(name, 0, method="parallel", rank=8, learning_rate=3e-3)
+        for number, name in enumerate(rest)
+    }
+
+
+CORE_ARMS = (
+    other("full", (5e-5, 2e-4, 5e-4)),
+    other("head", (2e-2, 5e-2, 1e-1)),
+    other("bitfit", (1e-3, 3e-3, 1e-2)),
+    other("lora", (2e-3, 5e-3, 1.5e-2), "lora r=1", rank=1),
+    other("psoft", (2e-3, 5e-3, 1.5e-2), "psoft core k=35", rank=35),
+    spectral("diagonal", (3e-2, 1e-1, 3e-1), coefficients="diagonal", leading=384),
+    spectral("core k=35", (3e-3, 1e-2, 3e-2), coefficients="core", budget=0.002),
+    spectral("sparse", (1e-2, 3e-2, 1e-1), coefficients="sparse", leading=384, budget=0.002),
+)
+"""At width 384: the diagonals train 14,208 numbers, LoRA of rank 1 trains 42,240, cores and sparse entries 45,000."""
+
+FURTHER_ARMS = (
+    other("lora", (5e-4, 2e-3, 5e-3), "lora r=8", rank=8),
+    other("dora", (2e-3, 5e-3, 1.5e-2), rank=1),
+    other("pissa", (3e-4, 1e-3, 3e-3), rank=1),
+    other("adalora", (1.5e-2, 5e-2, 1.5e-1), rank=1),
+    other("vera", (1e-2, 3e-2, 1e-1), rank=256),
+    other("tinylora", (3e-2, 1e-1, 3e-1), rank=2, dimension=64),
+    other("houlsby", (1e-3, 3e-3, 1e-2), rank=2),
+    other("parallel", (1e-3, 3e-3, 1e-2), rank=8),
+    other("svft", (1e-2, 3e-2, 1e-1), "svft band", coefficients="band", bandwidth=1),
+    other("subspace", (1e-2, 3e-2, 1e-1), dimension=14208),
+    Arm("adapterfusion", {"method": "adapterfusion"}, (5e-5, 2e-4, 5e-4), sources),
+    other("fourierft", (3e-2,), n_frequency=1000),
+)
+"""FourierFT has one rate and comes last: it takes four times as long as LoRA, for a transform of each weight's size."""
+
+LARGE_ARMS = (
+    other("full", (1e-5, 2e-5, 5e-5)),
+    other("head", (1e-3, 5e-3, 2e-2)),
+    other("bitfit", (4e-4, 1e-3, 2e-3)),
+    other("lora", (2e-4, 5e-4, 1e-3), "lora r=1", rank=1),
+    other("psoft", (1e-3, 4e-3, 1e-2), "psoft core k=58", rank=58),
+    spectral("diagonal", (1e-2, 5e-2, 1e-1), coefficients="diagonal", leading=768),
+    spectral("core k=58", (1e-3, 4e-3, 1e-2), coefficients="core", budget=0.002),
+    spectral("sparse", (5e-3, 2e-2, 5e-2), coefficients="sparse", leading=768, budget=0.002),
+)
+TINY_ARMS = (
+    other("full", (3e-3,)),
+    other("bitfit", (1e-2,)),
+    other("lora", (1e-2,), "lora r=1", rank=1),
+    spectral("diagonal", (3e-2, 1e-1), coefficients="diagonal", leading=32),
+)
+
+PRESETS = {
+    "quick": Settings((Contest(TINY_VIT, TINY_ARMS, TINY_VIT.tasks[:1], (0, 1)),), (("diagonal", "lora r=1"),)),
+    "cpu": Settings(
+        (
+            Contest(MINILM, CORE_ARMS, ("SST-2", "MRPC")),
+            Contest(MINILM, FURTHER_ARMS, ("SST-2",), (0,)),
+        ),
+        (("diagonal", "lora r=1"), ("core k=35", "lora r=8"), ("sparse", "lora r=8")),
+    ),
+    "paper": Settings(
+        (
+            Contest(ROBERTA, LARGE_ARMS, ("SST-2", "MRPC"), (0, 1, 2, 3, 4)),
+            Contest(ROBERTA, FURTHER_ARMS, ("SST-2",), (0, 1, 2)),
+        ),
+        (("diagonal", "lora r=1"), ("core k=58", "lora r=8"), ("sparse", "lora r=8")),
+    ),
+}
+
+
+def plan(settings: Settings, results: Results) -> list[Run]:
+    """One contest after another, each with its trials of learning rates first."""
+    return [run for contest in settings.contests for run in contest.plan(results)]
+
+
+def analyse(settings: Settings, results: Results) -> Findings:
+    """Scores by arm and task, paired comparisons with full finetuning and LoRA, and the frontier."""
+    scores = pd.concat([contest.scores(results) for contest in settings.contests], ignore_index=True)
+    planned = sum(1 for contest in settings.contests for _ in contest.counted(results))
+    claims = conclude_family(_contrasts(settings), scores, "arm", ("subject", "task", "seed"))
+    note = f"{len(scores)} of {planned} planned runs are finished; rates were chosen on other examples than these."
+    if scores.empty:
+        return Findings(claims, note=note)
+    tables = {
+        "Scores": _by_task(scores),
+        "Numbers, time and bytes": _costs(scores),
+        "Against full finetuning": against(scores, "full"),
+        "Against LoRA of rank 1": against(scores, "lora r=1"),
+        "Learning rates": scores[["subject", "arm", "learning_rate"]].drop_duplicates(),
+    }
+    return Findings(claims, tables, {"Score against trained numbers": frontier(scores)}, note)
+
+
+def _contrasts(settings: Settings) -> list[Contrast]:
+    change = f"An interval of the difference, over tasks, that lies wholly above or below -{MARGIN}."
+    return [
+        Contrast(
+            f"{lean} against {rich}",
+            f"Spectral coefficients ({lean}) score no more than {MARGIN} below LoRA ({rich}), which trains at least "
+            "twice as many numbers, averaged over tasks and seeds.",
+            lean,
+            rich,
+            change,
+            MARGIN,
+        )
+        for lean, rich in settings.lean
+    ]
+
+
+def against(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Each arm minus the reference over common tasks and seeds: difference, 95 % interval, and Holm's p-value."""
+    rows = []
+    for arm in [name for name in scores["arm"].unique() if name != reference]:
+        pairs = differences(scores, "arm", arm, reference, ("subject", "task", "seed"))
+        if len(pairs):
+            found = compare_pairs(pairs)
+            rows.append([arm, found.estimate, found.low, found.high, found.p_value, len(pairs)])
+    table = pd.DataFrame(rows, columns=["arm", "difference", "low", "high", "p_value", "pairs"])
+    return table.assign(p_value=holm(table["p_value"]))
+
+
+def _by_task(scores: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds, a column for each task, and the mean of those where an arm has all tasks."""
+    wide = scores.pivot_table(index=["subject", "arm"], columns="task", values="score", sort=False)
+    counts = scores.groupby(["subject", "arm"], sort=False)["seed"].nunique()
+    return wide.assign(mean=wide.mean(axis=1, skipna=False), seeds=counts).reset_index()
+
+
+def _costs(scores: pd.DataFrame) -> pd.DataFrame:
+    costs = ["backbone", "head", "model", "seconds_per_step", "adapter_bytes"]
+    means = scores.groupby(["subject", "arm"], sort=False)[costs].mean().reset_index()
+    for part in ("backbone", "head"):
+        means[f"share_{part}"] = means[part] / means["model"]
+    return means.drop(columns="model")
+
+
+def frontier(scores: pd.DataFrame) -> go.Figure:
+    """Mean score of the arms that have all tasks, against the numbers trained in the backbone."""
+    table = _by_task(scores).merge(_costs(scores), on=["subject", "arm"]).dropna(subset=["mean"])
+    figure = go.Figure()
+    for subject, rows in table.groupby("subject", sort=False):
+        figure.add_scatter(
+            x=rows["backbone"].clip(lower=1), y=rows["mean"], text=rows["arm"], name=str(subject),
+            mode="markers+text", textposition="top center",
+        )  # fmt: skip
+    return figure.update_layout(
+        xaxis={"type": "log", "title": "numbers trained in the backbone"}, yaxis={"title": "mean score over tasks"}
+    )
