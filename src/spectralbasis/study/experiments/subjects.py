@@ -53,16 +53,18 @@ MINILM = Subject(
 )
 SMALL_VIT = Subject(
     "ViT (Fashion-MNIST)",
-    pretrained("vit-small", "Fashion-MNIST", steps=1500, batch_size=64, learning_rate=1e-3),
+    pretrained("vit-small", "Fashion-MNIST", steps=800, batch_size=64, learning_rate=1e-3),
     ("MNIST", "USPS", "CIFAR-10"),
     {"steps": 200, "batch_size": 64, "train_examples": 4000},
     (1e-4, 5e-4, 3e-3),
 )
 SMALL_BERT = Subject(
     "BERT (novels)",
-    pretrained("bert-small", "novels", steps=1500, batch_size=64, max_length=64, learning_rate=1e-3),
+    pretrained(
+        "bert-small", "novels", steps=1000, batch_size=16, max_length=48, learning_rate=2e-3, train_examples=16000
+    ),
     ("Shakespeare", "WikiText-2", "SST-2"),
-    {**_TEXT, "steps": 200, "train_examples": 4000},
+    {"steps": 120, "batch_size": 16, "max_length": 48, "train_examples": 4000},
     (1e-4, 5e-4, 3e-3),
 )
 ROBERTA = Subject(
