@@ -128,7 +128,7 @@ BERT = Lineage(
     architecture="bert-small",
     sizes=(500, 2000, 8000, 32000),
     moves={"Shakespeare": SHIFT, "SST-2": CHANGE},
-    finetuning={"steps": 150, "batch_size": 32, "max_length": 32, "learning_rate": 5e-4},
+    finetuning={"steps": 250, "batch_size": 32, "max_length": 32, "learning_rate": 1e-3, "head_learning_rate": 3e-3},
     pretraining={"task": "novels", "steps": 1000, "batch_size": 32, "max_length": 32, "learning_rate": 2e-3},
 )
 TINY = Lineage(

@@ -37,8 +37,8 @@ QUESTION = (
 
 PRETRAINED = "pretrained"
 RANDOM = "random weights"
-FAST = "random weights, higher rate"
-LEARNED = "learned on the task alone"
+FAST = "random weights at a higher rate"
+LEARNED = "weights learned on the task alone"
 STARTS = (PRETRAINED, RANDOM, FAST, LEARNED)
 
 
