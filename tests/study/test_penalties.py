@@ -66,7 +66,7 @@ def test_training_obeys(tmp_path):
     held = share_and_norm(tmp_path, UpdatePenalty("core", strength=10.0, leading=4))
     inside = share_and_norm(tmp_path, UpdatePenalty("outside", strength=10.0, leading=4))
     near = share_and_norm(tmp_path, UpdatePenalty("whole", strength=10.0, leading=4))
-    assert held[0] < 0.5 * free[0]
+    assert held[0] < 0.7 * free[0]
     assert inside[0] > 1.5 * free[0]
     assert near[1] < 0.7 * free[1]
     assert held[1] > near[1]

@@ -30,7 +30,8 @@ class Settings:
 
     Args:
         subjects: models with their tasks; every task is the first once, before each of the others.
-        strengths: of the penalty, in the order of `PENALTIES`.
+        strengths: of the penalty, in the order of `PENALTIES`; the last two are such that both make steps about as
+            large and cost the first task little.
         rate: which of a subject's learning rates the first finetuning takes, by number.
         leading: directions of the core.
         adapter: settings of the second tuning.
@@ -38,7 +39,7 @@ class Settings:
     """
 
     subjects: tuple[Subject, ...]
-    strengths: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    strengths: tuple[float, float, float] = (0.3, 0.01, 0.01)
     rate: int = 1
     leading: int = 16
     adapter: Mapping[str, Any] = field(
