@@ -34,3 +34,16 @@ def trajectory(values: Mapping[str, tuple[float, float]], steps: Iterable[int] =
 def verdicts(findings: Any) -> dict[str, str]:
     """Claim → verdict."""
     return {claim.name: claim.verdict for claim in findings.claims}
+
+
+def conducted(
+    plan: Callable[[Results], Iterable[Run]], result: Callable[[Run], Mapping[str, Any]], rounds: int = 10
+) -> Results:
+    """Records of all that a plan wants, asked again as results come in, as the runner does."""
+    known: dict[str, Record] = {}
+    for _ in range(rounds):
+        new = [run for run in plan(Results(known)) if run.key not in known]
+        if not new:
+            break
+        known |= {run.key: Record(result(run), pd.DataFrame(), 1.0, {}, run.seed) for run in new}
+    return Results(known)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from spectralbasis.study.experiments.subjects import Subject
@@ -58,6 +59,11 @@ class Contest:
     selection_tasks: tuple[str, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
 
+    @property
+    def size(self) -> int:
+        """Number of runs that count, whether their rates are known yet or not."""
+        return len(self.arms) * len(self.subject.tasks) * len(self.seeds)
+
     def plan(self, results: Results) -> list[Run]:
         """All trials of learning rates, then the runs that count of those arms whose rate is known."""
         trials = [run for arm in self.arms for run in self._trials(arm)]
@@ -74,15 +80,19 @@ class Contest:
                     yield {**labels, "learning_rate": rate}, arm.run(self.subject, task, rate or 0.0, seed)
 
     def chosen_rate(self, arm: Arm, results: Results) -> float | None:
-        """The rate of the best mean score on the selection halves; None until all trials are done or have failed."""
+        """The rate of the best mean score on the selection halves; None until all trials are done or have failed.
+
+        A task on which every rate failed, such as one whose data are absent, has no say.
+        """
         if len(arm.learning_rates) == 1:
             return arm.learning_rates[0]
-        scores = {rate: [_selection_score(run, results) for run in self._at(arm, rate)] for rate in arm.learning_rates}
-        if any(score is None for found in scores.values() for score in found):
+        found = np.array(
+            [[_selection_score(run, results) for run in self._at(arm, rate)] for rate in arm.learning_rates]
+        )
+        usable = found[:, np.isfinite(found).any(axis=0)]
+        if np.isnan(found).any() or not usable.size:
             return None
-        means = {rate: sum(score or 0.0 for score in found) / len(found) for rate, found in scores.items()}
-        best = max(means, key=lambda rate: means[rate])
-        return best if math.isfinite(means[best]) else None
+        return arm.learning_rates[int(usable.mean(axis=1).argmax())]
 
     def scores(self, results: Results) -> pd.DataFrame:
         """A row, with the columns `COLUMNS`, for each finished run that counts."""
@@ -103,12 +113,12 @@ class Contest:
         return [arm.run(self.subject, task, rate, self.seeds[0]) for task in self.selection_tasks]
 
 
-def _selection_score(run: Run, results: Results) -> float | None:
-    """None where the run is not done; a run that failed, as diverged ones do, is worse than all others."""
+def _selection_score(run: Run, results: Results) -> float:
+    """NaN where the run is not done; a run that failed, as diverged ones do, is worse than all others."""
     record = results.get(run)
     if record is not None:
         return float(record.result["selection_score"])
-    return None if results.error(run) is None else -math.inf
+    return math.nan if results.error(run) is None else -math.inf
 
 
 def _facts(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,108 @@
+"""Verdicts on bases follow what was planted."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from spectralbasis.study.experiments import ablation
+from spectralbasis.study.runs import Record, Results, Run, with_needs
+from tests.study.experiments.planted import conducted, verdicts
+
+WHOLE = ablation.PRESETS["cpu"]
+SETTINGS = ablation.Settings(tuple(replace(part, cells=part.cells[:2]) for part in WHOLE.parts))
+
+
+def basis_of(run: Run) -> str:
+    """What an arm calls its basis."""
+    if "basis" not in run.needs:
+        return run.settings["basis"]
+    made = run.needs["basis"]
+    if made.settings["kind"] == "checkpoint":
+        return (
+            "scratch" if made.needs["checkpoint"].settings["task"] == run.settings["task"] else "another task's model"
+        )
+    own = made.settings["tasks"] == [run.settings["task"]]
+    return "curvature" if own else ablation.CURVATURE[1 if len(made.settings["tasks"]) == 1 else 2]
+
+
+def planted(gains: dict[str, float], coverage: dict[str, float]) -> Results:
+    """Scores that differ from those of random directions by the gain of the basis, and shares of gradients."""
+
+    def tuned(run: Run) -> dict[str, float]:
+        if run.action == "gradient_coverage":
+            return {}
+        score = 0.7 + gains.get(basis_of(run), 0.0) + 0.001 * run.seed * len(run.settings["task"])
+        return {
+            "score": score, "selection_score": score, "seconds_per_step": 0.1, "parameters_backbone": 100,
+            "parameters_head": 10, "parameters_model": 1000, "adapter_bytes": 10,
+        }  # fmt: skip
+
+    known = conducted(lambda found: ablation.plan(SETTINGS, found), tuned)
+    records = {
+        run.key: Record({}, shares(part, coverage), 1.0, {}, 0)
+        for part in SETTINGS.parts
+        for run in (part.coverage(task) for task in part.subject.tasks)
+    }
+    return Results({**known._records, **records})
+
+
+def shares(part: ablation.Part, coverage: dict[str, float]) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {"basis": basis, "k": cell.k, "metric": cell.mode, "value": coverage.get(basis, 0.001), "null_mean": 0.001}
+            for cell in part.cells
+            for basis in cell.bases
+        ]
+    )
+
+
+GAINS = {"pretrained": 0.04, "minor": 0.0, "curvature": 0.02, "curvature of another task": 0.06}
+
+
+def test_bases_that_differ():
+    found = verdicts(ablation.analyse(SETTINGS, planted(GAINS, GAINS)))
+    assert found["pretrained against random"] == found["pretrained against minor"] == "supported"
+    assert found["pretrained against scratch"] == "supported"
+    assert found["curvature against pretrained"] == "contradicted"
+    assert found["curvature of another task against pretrained"] == "supported"
+    assert found["gradient coverage predicts scores"] == "supported"
+
+
+def test_bases_that_do_not_differ_and_gradients_that_do():
+    found = verdicts(ablation.analyse(SETTINGS, planted({}, GAINS)))
+    assert set(found.values()) == {"undecided"}
+
+
+def test_gradients_that_mislead():
+    against = {basis: 0.1 - GAINS.get(basis, 0.0) for basis in ablation.ALL_BASES}
+    found = verdicts(ablation.analyse(SETTINGS, planted(GAINS, against)))
+    assert found["gradient coverage predicts scores"] == "contradicted"
+
+
+def test_a_cell_compares_equal_numbers_with_equally_many_rates():
+    part = WHOLE.parts[0]
+    for cell in part.cells:
+        arms = part.contest(cell).arms
+        assert len({arm.learning_rates for arm in arms}) == 1
+        settings = [{key: value for key, value in arm.settings.items() if key != "basis"} for arm in arms]
+        assert all(each == settings[0] for each in settings)
+
+
+def test_bases_are_made_of_what_they_are_named_after():
+    part = WHOLE.parts[0]
+    task, rest = part.subject.tasks[0], list(part.subject.tasks[1:])
+    own, other, several = (part.basis(name, task) for name in ablation.CURVATURE)
+    assert (own.settings["tasks"], other.settings["tasks"]) == ([task], rest[:1])
+    assert sorted(several.settings["tasks"]) == sorted(rest)
+    scratch = part.basis("scratch", task).needs["checkpoint"]
+    assert [run.action for run in with_needs([scratch])] == ["initialise", "tune"]
+    pretraining = part.subject.model
+    assert scratch.needs["model"] != pretraining.needs["model"]
+    assert part.basis("another task's model", task).needs["checkpoint"].needs["model"] == pretraining
+
+
+@pytest.mark.parametrize("preset", ablation.PRESETS)
+def test_none_of_the_runs_concludes_nothing(preset):
+    findings = ablation.analyse(ablation.PRESETS[preset], Results({}))
+    assert set(verdicts(findings).values()) == {"undecided"}

@@ -1,0 +1,77 @@
+"""Verdicts on methods follow what was planted, also from a part of the runs."""
+
+import pytest
+
+from spectralbasis.study.experiments import glue
+from spectralbasis.study.runs import Results, Run
+from tests.study.experiments.planted import conducted, verdicts
+
+SETTINGS = glue.PRESETS["cpu"]
+COUNTS = {"spectral": 14_000, "lora": 42_000, "full": 22_000_000}
+
+
+def planted(spectral: float, lora: float, spread: float = 0.0) -> Results:
+    """Scores of spectral arms and of all others; tasks differ more than methods do."""
+
+    def tuned(run: Run) -> dict[str, float]:
+        method, task = run.settings["method"], run.settings["task"]
+        level = {"spectral": spectral}.get(method, lora) + 0.01 * len(task)
+        noise = spread * (1 if task in ("RTE", "CoLA") else -1) * (method == "spectral")
+        return {
+            "score": level + noise + 0.001 * run.seed, "selection_score": level, "seconds_per_step": 0.5,
+            "parameters_backbone": COUNTS.get(method, 0), "parameters_head": 770, "parameters_model": 22_000_000,
+            "adapter_bytes": 1000,
+        }  # fmt: skip
+
+    return conducted(lambda known: glue.plan(SETTINGS, known), tuned)
+
+
+@pytest.mark.parametrize(
+    ("spectral", "lora", "spread", "verdict"),
+    [
+        (0.80, 0.78, 0.001, "supported"),
+        (0.80, 0.803, 0.001, "supported"),
+        (0.75, 0.80, 0.001, "contradicted"),
+        (0.80, 0.80, 0.1, "undecided"),
+    ],
+)
+def test_no_worse_than_lora_with_more_numbers(spectral, lora, spread, verdict):
+    known = planted(spectral, lora, spread)
+    findings = glue.analyse(SETTINGS, known)
+    assert set(verdicts(findings).values()) == {verdict}
+    claim = findings.claims[0]
+    assert claim.runs == 2 * 5 * 3
+    assert claim.low <= claim.effect <= claim.high
+    shown = findings.tables["Against full finetuning"].set_index("arm")
+    assert shown.loc["lora r=1", "difference"] == pytest.approx(0)
+    assert shown.loc["diagonal", "difference"] == pytest.approx(spectral - lora - spread / 5, abs=1e-9)
+
+
+def test_everything_is_planned_in_the_order_of_preference():
+    plan = glue.plan(SETTINGS, planted(0.8, 0.8))
+    methods = [run.settings["method"] for run in plan]
+    assert {"full", "head", "bitfit", "lora", "psoft", "spectral"} == set(methods[:48])
+    assert methods.index("dora") > max(i for i, name in enumerate(methods) if name == "psoft")
+    assert {"adapterfusion", "houlsby", "subspace", "svft", "fourierft", "vera"} <= set(methods)
+    fusion = next(run for run in plan if run.settings["method"] == "adapterfusion")
+    assert {run.settings["task"] for role, run in fusion.needs.items()} == {*glue.MINILM.tasks} - {
+        fusion.settings["task"]
+    }
+
+
+def test_none_of_the_runs_concludes_nothing():
+    findings = glue.analyse(SETTINGS, Results({}))
+    assert set(verdicts(findings).values()) == {"undecided"}
+    assert findings.note.startswith("0 of 180 runs")
+
+
+def test_tables_of_part_of_the_runs_leave_out_means_that_would_mislead():
+    trials_only = conducted(lambda known: glue.plan(SETTINGS, known), lambda run: {"selection_score": 0.5, **FACTS}, 1)
+    findings = glue.analyse(SETTINGS, trials_only)
+    assert findings.tables["Scores"].set_index("arm")["mean"].drop("fourierft").isna().all()
+
+
+FACTS = {
+    "score": 0.5, "seconds_per_step": 1.0, "parameters_backbone": 1, "parameters_head": 1, "parameters_model": 10,
+    "adapter_bytes": 1,
+}  # fmt: skip
