@@ -20,12 +20,13 @@ def test_few_units_are_student_s():
     assert found.p_value == pytest.approx(expected.pvalue)
 
 
-def test_from_six_units_on_all_signs_are_flipped():
-    values = np.array([0.1, 0.2, 0.05, 0.3, 0.1, 0.15])
-    assert mean_interval(values).p_value == 2 / 2**6
-    mixed = values * [1, -1, 1, 1, -1, 1]
+def test_from_ten_units_on_all_signs_are_flipped():
+    values = np.array([0.1, 0.2, 0.05, 0.3, 0.1, 0.15, 0.4, 0.25, 0.1, 0.3])
+    assert mean_interval(values).p_value == 2 / 2**10
+    mixed = values * np.array([1, -1, 1, 1, -1, 1, 1, 1, -1, 1])
     reference = stats.permutation_test((mixed,), np.mean, permutation_type="samples", n_resamples=np.inf)
     assert mean_interval(mixed).p_value == pytest.approx(reference.pvalue)
+    assert mean_interval(mixed[:9]).p_value == pytest.approx(stats.ttest_1samp(mixed[:9], 0).pvalue)
 
 
 def test_many_units_are_sampled():
@@ -52,7 +53,7 @@ def test_pairs_that_lack_one_are_left_out():
     assert math.isnan(paired_comparison([], []).estimate)
 
 
-@pytest.mark.parametrize("clusters", [3, 5, 8])
+@pytest.mark.parametrize("clusters", [3, 5, 12])
 def test_false_alarms_are_as_rare_as_they_should_be(clusters):
     rng = np.random.default_rng(1)
     tasks = np.repeat(np.arange(clusters), 3)

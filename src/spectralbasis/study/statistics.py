@@ -30,8 +30,8 @@ __all__ = [
 Floats = NDArray[np.float64]
 
 NOTHING = Interval(math.nan, math.nan, math.nan, math.nan)
-FEWEST_FLIPS = 6
-"""From this many units on, flipping signs can give a p-value below 0.05."""
+FEWEST_FLIPS = 10
+"""From this many units on, flipping signs gives p-values down to 0.002, which survive correction for 25 claims."""
 MOST_ENUMERATED = 2**15
 SAMPLED = 10_000
 
@@ -55,7 +55,7 @@ def mean_interval(values: ArrayLike, clusters: ArrayLike | None = None, *, seed:
 
     Values of one cluster (the seeds of a task) are averaged first, since they are not independent witnesses of an
     effect; every cluster weighs the same. The interval is Student's over the clusters' means. So is the p-value of
-    fewer than six clusters, as there are too few signs to flip; from six on it comes from flipping the signs of the
+    fewer than ten clusters, as there are too few signs to flip; from ten on it comes from flipping the signs of the
     means, all of them or a sample.
 
     Args:

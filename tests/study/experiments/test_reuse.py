@@ -17,6 +17,10 @@ def planted(second, forgotten):
     def part_of(run):
         return run.settings.get("penalty", {}).get("part", "")
 
+    def jitter(run):
+        """Something that differs from run to run."""
+        return int(run.key[:2], 16) / 255
+
     def result(run):
         if run.action == "retention":
             return {
@@ -24,7 +28,7 @@ def planted(second, forgotten):
                 "after": 0.9 - forgotten[part_of(run.needs["model"])] - 0.001 * run.needs["model"].seed,
             }
         if run.settings.get("method") == "spectral":
-            value = second[part_of(run.needs["model"])] + 0.001 * run.seed + 0.0001 * len(run.settings["task"])
+            value = second[part_of(run.needs["model"])] + 0.001 * run.seed + 0.01 * jitter(run)
             return {"score": value, "selection_score": value}
         return {"score": 0.9, "selection_score": 0.9}
 
@@ -52,11 +56,11 @@ def test_planted_verdicts():
         "keeps to the core, against stays near the base: second task": "supported",
     }
     claims = {claim.name: claim for claim in findings.claims}
-    assert claims["keeps to the core, against free: second task"].effect == pytest.approx(0.1)
+    assert claims["keeps to the core, against free: second task"].effect == pytest.approx(0.1, abs=0.01)
     assert claims["keeps to the core, against free: forgotten"].effect == pytest.approx(0.1)
     ways = findings.tables["Ways of the first finetuning"].set_index("way")
     assert ways.loc["free", "runs"] == 3 * 6
-    assert ways.loc["holds the core", reuse.SECOND] == pytest.approx(0.4015, abs=1e-3)
+    assert ways.loc["holds the core", reuse.SECOND] == pytest.approx(0.406, abs=0.005)
 
 
 def test_nothing_finished():
