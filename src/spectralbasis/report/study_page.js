@@ -22,6 +22,7 @@
     }
   }
 
+  document.documentElement.classList.add("scripted");
   draw();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 })();

@@ -52,12 +52,12 @@ def render_study(results: dict[str, Any], figures: dict[str, dict[str, Any]]) ->
 
 
 def cell(value: Any) -> str:
-    """A cell of a table: numbers to four significant digits, nothing for what is not there."""
+    """A cell of a table: whole numbers in full, others to four significant digits, nothing for what is not there."""
     if value is None:
         return ""
     if isinstance(value, bool | str):
         return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _template() -> jinja2.Template:

@@ -13,7 +13,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from spectralbasis.files import atomic_path
-from spectralbasis.report.study_page import FIGURES, RESULTS
+from spectralbasis.report.study_page import FIGURES, RESULTS, cell
 from spectralbasis.study.results import library_versions, write_json
 from spectralbasis.study.verdicts import Claim, Findings
 
@@ -86,7 +86,7 @@ def page(part: Part, content: Mapping[str, Any]) -> str:
 
 
 def markdown_table(table: pd.DataFrame) -> str:
-    """A table in Markdown: numbers to four significant digits, on the right."""
+    """A table in Markdown: whole numbers in full, others to four significant digits, on the right."""
     numeric = [pd.api.types.is_numeric_dtype(table[column]) for column in table.columns]
     rows = [[_cell(str(column)) for column in table.columns], ["---:" if right else "---" for right in numeric]]
     rows += [[_cell(value) for value in row] for row in table.itertuples(index=False)]
@@ -105,12 +105,11 @@ def commit() -> str:
 def _claim(claim: Claim) -> str:
     found = f"**{claim.verdict.capitalize()}**: {claim.text}"
     if not math.isfinite(claim.effect):
-        return f"{found} No finished run speaks of it. {claim.would_change}"
+        return f"{found} No finished run speaks of it."
     interval = f", 95 % interval {claim.low:+.4g} to {claim.high:+.4g}" if math.isfinite(claim.low) else ""
+    change = f"What would change it: {claim.would_change}"
     p_value = f", p = {claim.p_value:.2g}" if math.isfinite(claim.p_value) else ""
-    return (
-        f"{found} Effect {claim.effect:+.4g} {claim.unit}{interval}{p_value}; {claim.runs} runs. {claim.would_change}"
-    )
+    return f"{found} Effect {claim.effect:+.4g} {claim.unit}{interval}{p_value}; {claim.runs} runs. {change}"
 
 
 def _failures(part: Part) -> pd.DataFrame:
@@ -118,13 +117,9 @@ def _failures(part: Part) -> pd.DataFrame:
 
 
 def _cell(value: Any) -> str:
-    if value is None or value is pd.NA or (isinstance(value, float) and not math.isfinite(value)):
+    if value is pd.NA or (isinstance(value, float) and not math.isfinite(value)):
         return ""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return re.sub(r"([|\\`*_<>\[\]])", r"\\\1", str(value)).replace("\n", " ")
+    return re.sub(r"([|\\`*_<>\[\]])", r"\\\1", cell(value)).replace("\n", " ")
 
 
 def _split(table: pd.DataFrame) -> dict[str, Any]:
