@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from spectralbasis.comparison.statistics import Interval
-from spectralbasis.study.experiments.arms import Arm, Contest, Needs, needs_nothing
+from spectralbasis.study.experiments.arms import COEFFICIENTS, Arm, Contest, Needs, needs_nothing
 from spectralbasis.study.experiments.claims import conclude
 from spectralbasis.study.experiments.contrasts import Contrast, conclude_family
 from spectralbasis.study.experiments.subjects import MINILM, ROBERTA, SMALL_VIT, TINY_VIT, Subject
@@ -73,7 +73,7 @@ class Part:
         )
 
     def _arm(self, cell: Cell, basis: str) -> Arm:
-        settings = {"method": "spectral", "coefficients": cell.mode, "leading": cell.k}
+        settings = {**COEFFICIENTS, "coefficients": cell.mode, "leading": cell.k}
         named = {"basis": basis} if basis in MADE else {}
         return Arm(basis, {**settings, **named}, cell.learning_rates, self._needs(basis))
 

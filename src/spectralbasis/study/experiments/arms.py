@@ -12,6 +12,8 @@ from spectralbasis.study.experiments.subjects import Subject
 from spectralbasis.study.runs import Results, Run
 
 Needs = Callable[[Subject, str], Mapping[str, Run]]
+COEFFICIENTS = {"method": "spectral", "scaling": "absolute"}
+"""Settings of all arms that train spectral coefficients; their learning rates are meant in this unit."""
 COLUMNS = ("subject", "arm", "task", "seed", "learning_rate", "score", "backbone", "head", "model", "seconds_per_step",
            "adapter_bytes")  # fmt: skip
 

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from spectralbasis.study.experiments.arms import Arm, Contest
+from spectralbasis.study.experiments.arms import COEFFICIENTS, Arm, Contest
 from spectralbasis.study.experiments.contrasts import Contrast, compare_pairs, conclude_family, differences
 from spectralbasis.study.experiments.subjects import MINILM, ROBERTA, TINY_VIT, Subject
 from spectralbasis.study.runs import Results, Run
@@ -37,7 +37,7 @@ class Settings:
 
 def spectral(name: str, rates: Sequence[float], **options: Any) -> Arm:
     """An arm of spectral coefficients."""
-    return Arm(name, {"method": "spectral", **options}, tuple(rates))
+    return Arm(name, {**COEFFICIENTS, **options}, tuple(rates))
 
 
 def other(method: str, rates: Sequence[float], name: str = "", **options: Any) -> Arm:
@@ -75,7 +75,7 @@ FURTHER_ARMS = (
     other("tinylora", (3e-2, 1e-1, 3e-1), rank=2, dimension=64),
     other("houlsby", (1e-3, 3e-3, 1e-2), rank=2),
     other("parallel", (1e-3, 3e-3, 1e-2), rank=8),
-    other("svft", (1e-2, 3e-2, 1e-1), "svft band", coefficients="band", bandwidth=1),
+    other("svft", (1e-2, 3e-2, 1e-1), "svft band", coefficients="band", bandwidth=1, scaling="absolute"),
     other("subspace", (1e-2, 3e-2, 1e-1), dimension=14208),
     Arm("adapterfusion", {"method": "adapterfusion"}, (5e-5, 2e-4, 5e-4), sources),
     other("fourierft", (3e-2,), n_frequency=1000),

@@ -8,6 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from spectralbasis.comparison.statistics import Interval
+from spectralbasis.study.experiments.arms import COEFFICIENTS
 from spectralbasis.study.experiments.claims import conclude
 from spectralbasis.study.experiments.subjects import MINILM, ROBERTA, SMALL_VIT, TINY_VIT, Subject
 from spectralbasis.study.runs import Results, Run
@@ -43,7 +44,7 @@ class Settings:
     rate: int = 1
     leading: int = 16
     adapter: Mapping[str, Any] = field(
-        default_factory=lambda: {"method": "spectral", "coefficients": "core", "leading": 16}
+        default_factory=lambda: {**COEFFICIENTS, "coefficients": "core", "leading": 16, "learning_rate": 5e-3}
     )
     seeds: tuple[int, ...] = (0, 1, 2)
 
@@ -52,7 +53,7 @@ PRESETS = {
     "quick": Settings(
         (replace(TINY_VIT, tasks=("digits-parity", "digits-rotated")),),
         leading=4,
-        adapter={"method": "spectral", "coefficients": "core", "leading": 4},
+        adapter={**COEFFICIENTS, "coefficients": "core", "leading": 4, "learning_rate": 5e-3},
         seeds=(0,),
     ),
     "cpu": Settings((SMALL_VIT,)),

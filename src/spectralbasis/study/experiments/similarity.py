@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from spectralbasis.comparison.statistics import Interval
 from spectralbasis.study.correlations import mantel_correlation
 from spectralbasis.study.experiments import sharing
+from spectralbasis.study.experiments.arms import COEFFICIENTS
 from spectralbasis.study.experiments.claims import conclude
 from spectralbasis.study.experiments.subjects import MINILM, ROBERTA, TINY_VIT, Subject
 from spectralbasis.study.runs import Results, Run
@@ -41,7 +42,7 @@ class Settings:
 
     sharing: sharing.Settings
     adapter: Mapping[str, Any] = field(
-        default_factory=lambda: {"method": "spectral", "coefficients": "core", "leading": 16}
+        default_factory=lambda: {**COEFFICIENTS, "coefficients": "core", "leading": 16, "learning_rate": 5e-3}
     )
     steps: int = 40
 
@@ -53,7 +54,9 @@ def _of(preset: str, subject: Subject, **finetuning: Any) -> sharing.Settings:
 
 PRESETS = {
     "quick": Settings(
-        _of("quick", TINY_VIT, seeds=(0,)), {"method": "spectral", "coefficients": "diagonal", "leading": 8}, steps=4
+        _of("quick", TINY_VIT, seeds=(0,)),
+        {**COEFFICIENTS, "coefficients": "diagonal", "leading": 8, "learning_rate": 2e-2},
+        steps=4,
     ),
     "cpu": Settings(_of("cpu", MINILM)),
     "paper": Settings(_of("paper", ROBERTA), steps=200),
