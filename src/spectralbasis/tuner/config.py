@@ -43,7 +43,8 @@ class SpectralConfig(PeftConfig):
             "sparse" (those entries of all cores that `calibrate` picks).
         bandwidth: of a band, the largest |i − j| of a trained entry.
         scaling: in which unit the trained numbers c count. "absolute": `C = c`; "relative" to the singular values:
-            `C_ij = c_ij √(σ_i σ_j)` with `σ_i = |u_iᵀ W v_i|`; "normalized" by the matrix: `C = c ‖W‖_F / √min(m, n)`.
+            `C_ij = c_ij √(σ_i σ_j)` with `σ_i = |u_iᵀ W v_i|`; "normalized" by the matrix and the p
+            numbers that it trains: `C = c ‖W‖_F / √p`, so that c of size r is an update of norm `r ‖W‖_F`.
         leading: k as a number, a fraction of min(m, n), "mp" or "gd"; None, without a budget, is 64 at most.
         budget: instead of `leading`, the fraction of the model's parameters to train; it chooses one k for all. Beside
             `leading` for sparse coefficients: how many entries `calibrate` picks among the k×k of every matrix.

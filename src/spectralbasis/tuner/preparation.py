@@ -3,6 +3,8 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
+from statistics import fmean
 
 from peft.utils.other import get_pattern_key
 from torch import Tensor
@@ -57,7 +59,7 @@ def prepare(config: SpectralConfig, targets: Sequence[Target], total: int) -> di
     ranks = config.ranks or {}
     factors = dict(zip(hashes, _find_factors(config, targets, ranks), strict=True))
     if not config.bound:
-        config.scales = _measure_scales(config.scaling, targets, factors, ranks)
+        config.scales = _measure_scales(config, targets, factors, ranks)
     prepared = {t.key: Preparation(config.parametrisation(t.name), factors[t.name]) for t in targets}
     probes = {t.name: factors[t.name].probe(prepared[t.key].parametrisation.form, ranks[t.name]) for t in targets}
     if config.bound:
@@ -83,21 +85,30 @@ def resolve_ranks(config: SpectralConfig, targets: Sequence[Target], total: int)
 
 
 def _measure_scales(
-    scaling: str, targets: Sequence[Target], factors: Mapping[str, Factors], ranks: Mapping[str, int]
+    config: SpectralConfig, targets: Sequence[Target], factors: Mapping[str, Factors], ranks: Mapping[str, int]
 ) -> dict[str, list[float]] | None:
     """The record of `SpectralConfig.scaling`, rounded to what its JSON and float32 hold alike."""
-    if scaling == "absolute":
+    if config.scaling == "absolute":
         return None
+    counts = _counts(config, targets)
     scales = {}
     for target in targets:
         W = target.W.float()
-        if scaling == "normalized":
-            found = W.norm().unsqueeze(0) / min(W.shape) ** 0.5
+        if config.scaling == "normalized":
+            found = W.norm().unsqueeze(0) / counts[target.name] ** 0.5
         else:
             U, V = (factor.to(W) for factor in factors[target.name].first(ranks[target.name]))
             found = (U * (W @ V)).sum(0).abs()
         scales[target.name] = [float(f"{value:.7g}") for value in found.tolist()]
     return scales
+
+
+def _counts(config: SpectralConfig, targets: Sequence[Target]) -> dict[str, float]:
+    """How many numbers each matrix trains; of sparse coefficients the mean, since one entry is no whole matrix."""
+    counts = {target.name: float(prod(config.stored_shape(target.name))) for target in targets}
+    if config.coefficients == "sparse":
+        return dict.fromkeys(counts, fmean(counts.values()))
+    return counts
 
 
 def _check_calibrated(config: SpectralConfig) -> None:
