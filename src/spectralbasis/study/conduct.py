@@ -66,19 +66,13 @@ def study(
     with RunStore(Path(output)) as store:
         if retry:
             store.forget_errors()
-        if not analyse_only:
-            with _Progress(store, jobs, progress) as watcher:
-                try:
-                    run_all(
-                        plan,
-                        store,
-                        data=None if data is None else Path(data).absolute(),
-                        jobs=jobs,
-                        ray=ray,
-                        watcher=watcher,
-                    )
-                finally:
-                    store.export()
+        try:
+            if not analyse_only:
+                with _Progress(store, jobs, progress) as watcher:
+                    place = None if data is None else Path(data).absolute()
+                    run_all(plan, store, data=place, jobs=jobs, ray=ray, watcher=watcher)
+        finally:
+            store.export()
         parts = [_part(one, experiment, settings[one], store) for one, experiment in chosen.items()]
     content = write_pages(Path(output), preset, parts)
     write_study_report(output)
