@@ -91,7 +91,9 @@ def _pixels(file: Path, content: bytes) -> NDArray[np.uint8]:
     try:
         Image: Any = import_module("PIL.Image")
     except ImportError as error:
-        raise InputError("CIFAR-10 comes as JPEG images, which Pillow decodes; pip install pillow") from error
+        raise InputError(
+            "CIFAR-10 comes as JPEG images, which Pillow decodes; pip install 'spectralbasis[images]'"
+        ) from error
     try:
         with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
             if image.size != (SIZE, SIZE):

@@ -171,7 +171,7 @@ def _claim(question: _Question, pairs: list[dict[str, Any]]) -> Claim:
         f"A pretrained model {does} than the identical architecture with {question.other}, {question.view}.",
         _difference(pairs),
         unit=UNITS[question.value],
-        would_change="Contradicted, it would say that the architecture and the task alone make as much of stability.",
+        would_change="As much without pretraining: then the architecture and the task alone make for stability.",
         runs=2 * len(pairs),
     )
 

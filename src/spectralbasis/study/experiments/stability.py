@@ -141,14 +141,15 @@ def _claims(steps: pd.DataFrame, runs: int) -> list[Claim]:
             "leading above scrambled",
             "Finetuning turns the leading directions less than scrambled updates of the same size and spectrum do.",
             found["held"], unit=HELD, runs=runs,
-            would_change="Contradicted, it would say that finetuning seeks out the leading directions.",
+            would_change="Rotations like the null's leave it undecided; larger ones contradict it: then "
+            "finetuning seeks out the leading directions.",
         ),
         conclude(
             "leading above trailing",
             "The leading directions are spared more than the trailing ones, each against its own null.",
             found["trailing"], unit=HELD, runs=runs,
-            would_change="Contradicted, it would bear out that dominant vectors turn while the tail is stable "
-            "(arXiv 2505.23099).",
+            would_change="Leading directions that turn more than trailing ones, each against its null: then dominant "
+            "vectors turn while the tail is stable (arXiv 2505.23099).",
         ),
         conclude(
             "stability beyond Wedin's bound",
