@@ -1,6 +1,7 @@
 """CIFAR-10 from an archive of JPEG images."""
 
 import io
+import sys
 import tarfile
 
 import numpy as np
@@ -80,7 +81,7 @@ def test_an_archive_that_is_none_is_named(tmp_path):
 
 def test_without_pillow_the_error_says_what_to_install(tmp_path, monkeypatch):
     file = write_archive(tmp_path, {"train/bird/0.jpg": b"never decoded"})
-    monkeypatch.setitem(__import__("sys").modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(InputError, match="Pillow decodes; pip install"):
         load_task("cifar10", file)
 
