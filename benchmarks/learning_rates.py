@@ -23,9 +23,9 @@ TEXTS: dict[str, Any] = {"steps": 100, "batch_size": 32, "max_length": 32, "bf16
 DIGITS: dict[str, Any] = {"steps": 100, "batch_size": 64}
 CELLS: dict[tuple[str, str], dict[str, Any]] = {
     ("MiniLM", "SST-2"): TEXTS,
-    ("MiniLM", "STS-B"): TEXTS,
     ("small ViT", "digits-parity"): DIGITS,
     ("small ViT", "digits-rotated"): DIGITS,
+    ("MiniLM", "STS-B"): TEXTS,
 }
 MODES: dict[str, dict[str, dict[str, Any]]] = {
     "MiniLM": {
