@@ -27,7 +27,7 @@ def test_a_healthy_machine_gets_no_advice():
     [
         ("machine", {"threads": 16}, "OMP_NUM_THREADS=8"),
         ("machine", {"load": 20.0}, "20.0 threads busy on 8 cores"),
-        ("machine", {"devices": []}, "bf16 autocast helps"),
+        ("machine", {"devices": []}, "--bf16 helps here"),
         ("machine", {"devices": [], "bf16": False}, "no bf16 instructions"),
         ("speed", {"all_threads": 51.0}, "hardly faster than one (51 against 50 GFLOP/s)"),
         ("cache", {"writable": False}, "/cache cannot be written"),

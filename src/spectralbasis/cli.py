@@ -208,7 +208,7 @@ def tune(
     head_learning_rate: Annotated[float | None, typer.Option(help="Default: what suits the method.")] = None,
     seed: Annotated[int, typer.Option(help="Of the head, the order of examples and dropout.")] = 0,
     train_examples: Annotated[int | None, typer.Option(help="Use only so many training examples.")] = None,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Train under bfloat16 autocast.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Train under bfloat16 autocast, where it is native.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left there.")] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -13,6 +13,7 @@ import psutil
 import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from spectralbasis.execution import native_bf16
 from spectralbasis.triplets import cache_folder
 
 REQUIRED = ("spectralbasis", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "scipy")
@@ -65,7 +66,7 @@ def _machine() -> dict[str, Any]:
         "memory_bytes": memory.total,
         "available_bytes": memory.available,
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "bf16": bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()),
+        "bf16": native_bf16(),
         "devices": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
     }
 
@@ -122,8 +123,8 @@ def _advice(facts: Mapping[str, Any]) -> Iterator[str]:
             f"{speed['one_thread']:g} GFLOP/s): use --workers or --jobs with one thread each"
         )
     if not machine["devices"]:
-        bf16 = "bf16 autocast helps here (--bf16)" if machine["bf16"] else "this processor has no bf16 instructions"
-        yield f"no GPU is visible, so everything runs on the processor; {bf16}"
+        bf16 = "helps here" if machine["bf16"] else "trains in float32, since this processor has no bf16 instructions"
+        yield f"no GPU is visible, so everything runs on the processor; --bf16 {bf16}"
     if not cache["writable"]:
         yield f"the cache {cache['folder']} cannot be written, so every SVD is taken anew; set SPECTRALBASIS_CACHE"
     if cache["free_bytes"] < LITTLE_ROOM:

@@ -17,6 +17,11 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
+def native_bf16() -> bool:
+    """Whether this machine multiplies bfloat16; where it must emulate, that is slower than float32, up to tenfold."""
+    return torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def stream(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int = 1) -> Iterator[tuple[Task, Result]]:
     """Yield each task with its result, as they come in; a task runs in one process, with one BLAS thread.
 

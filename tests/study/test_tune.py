@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 from spectralbasis.basis import SpectralBasis
 from spectralbasis.errors import InputError
-from spectralbasis.study import evaluate, tune
+from spectralbasis.study import evaluate, fitting, tune
 from tests.study.examples import bright_side_task, save_image_model, save_text_model, write_sst2
 
 METHODS = [
@@ -81,7 +81,8 @@ def test_a_curvature_basis_lies_beside_the_adapter_that_it_was_made_for(tmp_path
     assert again.metrics == result.metrics
 
 
-def test_bf16_trains_otherwise_and_scores_in_float32(tmp_path, model, data):
+def test_bf16_trains_otherwise_and_scores_in_float32(tmp_path, monkeypatch, model, data):
+    monkeypatch.setattr(fitting, "native_bf16", lambda: True)
     results = {
         bf16: tune(model, task="sst2", data=data, output=tmp_path / str(bf16), bf16=bf16, method="full", **SHORT)
         for bf16 in (False, True)
@@ -90,6 +91,16 @@ def test_bf16_trains_otherwise_and_scores_in_float32(tmp_path, model, data):
     assert {tensor.dtype for tensor in half.values()} == {torch.float32}
     assert any(not torch.equal(plain[name], half[name]) for name in plain)
     assert evaluate(tmp_path / "True", task="sst2", data=data, progress=False).score == results[True].score
+    assert {bf16: result.precision for bf16, result in results.items()} == {False: "float32", True: "bf16"}
+
+
+def test_where_bf16_would_be_emulated_it_trains_in_float32_and_says_so(tmp_path, monkeypatch, model, data):
+    monkeypatch.setattr(fitting, "native_bf16", lambda: False)
+    plain = tune(model, task="sst2", data=data, output=tmp_path / "plain", **SHORT)
+    with pytest.warns(UserWarning, match="emulate it, which is slower; training in float32"):
+        asked = tune(model, task="sst2", data=data, output=tmp_path / "asked", bf16=True, **SHORT)
+    assert asked.precision == json.loads((tmp_path / "asked/tuning.json").read_text())["precision"] == "float32"
+    assert asked.metrics == plain.metrics
 
 
 def test_an_adapter_folder_opens_with_peft_alone(tmp_path, model, data):

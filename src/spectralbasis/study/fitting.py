@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from spectralbasis.errors import InputError
+from spectralbasis.execution import native_bf16
 from spectralbasis.progress import track
 from spectralbasis.study.models import LoadedModel
 from spectralbasis.tuner.optimization import parameter_groups
@@ -45,6 +47,11 @@ class TrainingSettings:
     seed: int = 0
     train_examples: int | None = None
     bf16: bool = False
+
+    @property
+    def precision(self) -> str:
+        """Of the products in training: "bf16" where it was asked for and is native, else "float32"."""
+        return "bf16" if self.bf16 and native_bf16() else "float32"
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -75,6 +82,11 @@ def fit(
     Raises:
         InputError: the loss became infinite or NaN.
     """
+    if settings.bf16 and settings.precision != "bf16":
+        warnings.warn(
+            "bf16 was asked for, but this processor would have to emulate it, which is slower; training in float32",
+            stacklevel=2,
+        )
     examples = loaded.task.train
     steps = settings.total_steps(len(examples))
     groups = parameter_groups(
@@ -112,7 +124,7 @@ def _arguments(scratch: str, steps: int, settings: TrainingSettings) -> Training
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
         seed=settings.seed,
-        bf16=settings.bf16,
+        bf16=settings.precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,

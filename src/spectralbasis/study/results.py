@@ -47,7 +47,8 @@ class TuneResult:
     """One tuned model: where it is, how it was made, its scores and what it cost.
 
     `adapter_bytes` is the size of the weights that were written: coefficients and head, or a whole checkpoint.
-    `selection_metrics` are those on the task's selection split, None where it has none.
+    `selection_metrics` are those on the task's selection split, None where it has none. `precision` is that of the
+    products in training.
     """
 
     output: Path
@@ -67,6 +68,7 @@ class TuneResult:
     seed: int
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
+    precision: str = "float32"
     selection_metrics: Mapping[str, float] | None = None
 
     @property
@@ -107,6 +109,7 @@ class TuneResult:
             "evaluation_split": self.evaluation_split,
             "parameters_model": self.parameters.model,
             "steps": self.steps,
+            "precision": self.precision,
             "seconds": self.seconds,
             "settings": dict(self.settings),
             "versions": dict(self.versions),

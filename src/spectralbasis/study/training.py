@@ -152,6 +152,7 @@ def _tune_into(
             **({} if start is None else {"start": str(start)}),
         },
         versions=library_versions(),
+        precision=settings.precision,
         selection_metrics=selection,
     )
     write_json(folder / TUNING_FILE, result.to_dict())

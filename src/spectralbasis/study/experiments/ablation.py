@@ -12,7 +12,7 @@ from spectralbasis.comparison.statistics import Interval
 from spectralbasis.study.experiments.arms import COEFFICIENTS, Arm, Contest, Needs, needs_nothing
 from spectralbasis.study.experiments.claims import conclude
 from spectralbasis.study.experiments.contrasts import Contrast, conclude_family
-from spectralbasis.study.experiments.subjects import MINILM, ROBERTA, SMALL_VIT, TINY_VIT, Subject
+from spectralbasis.study.experiments.subjects import MINILM_BRIEF, ROBERTA, SMALL_VIT, TINY_VIT, Subject
 from spectralbasis.study.runs import Results, Run
 from spectralbasis.study.statistics import mean_interval, rank_correlation_with_p
 from spectralbasis.study.verdicts import Claim, Findings
@@ -167,7 +167,7 @@ PRESETS = {
     "cpu": Settings(
         (
             Part(VIT, VIT_CELLS, ("USPS", "CIFAR-10")),
-            Part(replace(MINILM, tasks=("SST-2", "MRPC")), TEXT_CELLS, ("SST-2",)),
+            Part(replace(MINILM_BRIEF, tasks=("SST-2", "MRPC")), TEXT_CELLS, ("SST-2",)),
         )
     ),
     "paper": Settings(

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from spectralbasis.study.experiments.arms import COEFFICIENTS, Arm, Contest
 from spectralbasis.study.experiments.contrasts import Contrast, compare_pairs, conclude_family, differences
-from spectralbasis.study.experiments.subjects import MINILM, ROBERTA, TINY_VIT, Subject
+from spectralbasis.study.experiments.subjects import MINILM_BRIEF, ROBERTA, TINY_VIT, Subject
 from spectralbasis.study.runs import Results, Run
 from spectralbasis.study.statistics import holm
 from spectralbasis.study.verdicts import Findings
@@ -103,8 +103,8 @@ PRESETS = {
     "quick": Settings((Contest(TINY_VIT, TINY_ARMS, TINY_VIT.tasks[:1], (0, 1)),), (("diagonal", "lora r=1"),)),
     "cpu": Settings(
         (
-            Contest(MINILM, CORE_ARMS, ("SST-2", "MRPC")),
-            Contest(MINILM, FURTHER_ARMS, ("SST-2",), (0,)),
+            Contest(MINILM_BRIEF, CORE_ARMS, ("SST-2", "MRPC")),
+            Contest(MINILM_BRIEF, FURTHER_ARMS, ("SST-2",), (0,)),
         ),
         (("diagonal", "lora r=1"), ("core k=35", "lora r=8"), ("sparse", "lora r=8")),
     ),

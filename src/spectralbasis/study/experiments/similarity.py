@@ -27,6 +27,7 @@ QUESTION = (
 
 Floats = NDArray[np.float64]
 LEVEL = 0.05
+CORE = {**COEFFICIENTS, "coefficients": "core", "leading": 16, "learning_rate": 5e-3}
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,7 @@ class Settings:
     """
 
     sharing: sharing.Settings
-    adapter: Mapping[str, Any] = field(
-        default_factory=lambda: {**COEFFICIENTS, "coefficients": "core", "leading": 16, "learning_rate": 5e-3}
-    )
+    adapter: Mapping[str, Any] = field(default_factory=lambda: CORE)
     steps: int = 40
 
 
@@ -58,7 +57,7 @@ PRESETS = {
         {**COEFFICIENTS, "coefficients": "diagonal", "leading": 8, "learning_rate": 2e-2},
         steps=4,
     ),
-    "cpu": Settings(_of("cpu", MINILM)),
+    "cpu": Settings(_of("cpu", MINILM), {**CORE, "batch_size": 16}),
     "paper": Settings(_of("paper", ROBERTA), steps=200),
 }
 

@@ -1,7 +1,7 @@
 """What experiments are made on: a pretrained model, the tasks that it is tuned to, and how long."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from spectralbasis.study.runs import Run
@@ -51,6 +51,8 @@ _TEXT = {"batch_size": 32, "max_length": 64}
 MINILM = Subject(
     "MiniLM", "minilm", GLUE, {**_TEXT, "steps": 120, "train_examples": 2048, "bf16": True}, (3e-5, 2e-4, 1e-3)
 )
+MINILM_BRIEF = replace(MINILM, settings={**MINILM.settings, "batch_size": 16})
+"""For experiments of hundreds of runs: a run takes about a minute on one core."""
 SMALL_VIT = Subject(
     "ViT (Fashion-MNIST)",
     pretrained("vit-small", "Fashion-MNIST", steps=800, batch_size=64, learning_rate=1e-3),
