@@ -1,34 +1,40 @@
 """Measure how finetuning changes the leading singular vectors of a model, and tune by spectral coefficients alone.
 
-Importing the package registers the method `SPECTRAL` with PEFT.
+PEFT knows the method `SPECTRAL` once both are imported, in either order. Public names are loaded when first used.
 """
 
-from spectralbasis import linalg
-from spectralbasis.basis import SpectralBasis
-from spectralbasis.checkpoints import open_checkpoint
-from spectralbasis.coefficients import (
-    CoefficientBank,
-    Combination,
-    LoraExport,
-    MergedExport,
-    Similarity,
-    combine,
-    export_lora,
-    export_merged,
-    similarity,
-)
-from spectralbasis.comparison import Comparison, compare
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from spectralbasis.errors import BaseMismatchError, InputError, SpectralBasisError
-from spectralbasis.tuner import (
-    SpectralConfig,
-    SpectralDriftCallback,
-    SpectralModel,
-    calibrate,
-    curvature_basis,
-    gradient_coverage,
-    parameter_groups,
-)
+from spectralbasis.peft_import import register_with_peft
 from spectralbasis.version import __version__
+
+if TYPE_CHECKING:
+    from spectralbasis import linalg
+    from spectralbasis.basis import SpectralBasis
+    from spectralbasis.checkpoints import open_checkpoint
+    from spectralbasis.coefficients import (
+        CoefficientBank,
+        Combination,
+        LoraExport,
+        MergedExport,
+        Similarity,
+        combine,
+        export_lora,
+        export_merged,
+        similarity,
+    )
+    from spectralbasis.comparison import Comparison, compare
+    from spectralbasis.tuner import (
+        SpectralConfig,
+        SpectralDriftCallback,
+        SpectralModel,
+        calibrate,
+        curvature_basis,
+        gradient_coverage,
+        parameter_groups,
+    )
 
 __all__ = [
     "BaseMismatchError",
@@ -57,3 +63,48 @@ __all__ = [
     "parameter_groups",
     "similarity",
 ]
+
+_HOMES = {
+    "basis": ("SpectralBasis",),
+    "checkpoints": ("open_checkpoint",),
+    "coefficients": (
+        "CoefficientBank",
+        "Combination",
+        "LoraExport",
+        "MergedExport",
+        "Similarity",
+        "combine",
+        "export_lora",
+        "export_merged",
+        "similarity",
+    ),
+    "comparison": ("Comparison", "compare"),
+    "tuner": (
+        "SpectralConfig",
+        "SpectralDriftCallback",
+        "SpectralModel",
+        "calibrate",
+        "curvature_basis",
+        "gradient_coverage",
+        "parameter_groups",
+    ),
+}
+"""Module → its public names; torch, transformers and PEFT are imported with the first of them that needs it."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "linalg":
+        return import_module("spectralbasis.linalg")
+    for module, names in _HOMES.items():
+        if name in names:
+            found = getattr(import_module(f"spectralbasis.{module}"), name)
+            globals()[name] = found
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_with_peft()

@@ -4,13 +4,14 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from spectralbasis.basis import SpectralBasis
+if TYPE_CHECKING:
+    from spectralbasis.basis import SpectralBasis
 
 PIPE_WIDTH = 160
 
@@ -28,7 +29,7 @@ def show_result(result: Mapping[str, Any], table: Callable[[Mapping[str, Any]], 
         show(table(result))
 
 
-def basis_facts(basis: SpectralBasis, file: Path) -> dict[str, Any]:
+def basis_facts(basis: "SpectralBasis", file: Path) -> dict[str, Any]:
     """What a person or a script wants to know of a computed basis."""
     matrices = {
         name: {

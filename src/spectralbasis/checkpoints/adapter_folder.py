@@ -1,6 +1,7 @@
 """A PEFT adapter's folder: its config, its tensors and the base that it names."""
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 from spectralbasis.checkpoints.adapter import Adapter, AdapterCheckpoint, AdapterMethod
@@ -11,6 +12,8 @@ from spectralbasis.errors import InputError
 
 ADAPTER_CONFIG = "adapter_config.json"
 _METHODS: dict[str, AdapterMethod] = {"LORA": LORA}
+_REGISTERED_BY = {"SPECTRAL": "spectralbasis.tuner"}
+"""PEFT type → the module that registers it, imported when an adapter of it is met."""
 
 
 def register_adapter_method(peft_type: str, method: AdapterMethod) -> None:
@@ -57,10 +60,13 @@ def _named_base(folder: Path, named: object, open_source: Callable[[str], Checkp
 
 
 def _method(folder: Path, peft_type: object) -> AdapterMethod:
+    if isinstance(peft_type, str) and peft_type in _REGISTERED_BY:
+        import_module(_REGISTERED_BY[peft_type])
     if not isinstance(peft_type, str) or peft_type not in _METHODS:
+        known = ", ".join(sorted({*_METHODS, *_REGISTERED_BY}))
         raise InputError(
-            f"{folder} is an adapter of type {peft_type}, and only {', '.join(sorted(_METHODS))} can be read over a "
-            f"base; merge it with PEFT (model.merge_and_unload()), save the model and pass that folder"
+            f"{folder} is an adapter of type {peft_type}, and only {known} can be read over a base; "
+            f"merge it with PEFT (model.merge_and_unload()), save the model and pass that folder"
         )
     return _METHODS[peft_type]
 

@@ -1,0 +1,68 @@
+"""Importing the package is quick: what is large is imported when it is needed, and PEFT still knows the method."""
+
+import subprocess
+import sys
+
+import pytest
+
+import spectralbasis as sb
+
+LARGE = ("torch", "transformers", "peft", "pandas", "scipy")
+
+
+def python(program: str, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("arguments", [(), ("--version",), ("--help",), ("compare", "--help"), ("tune", "--help")])
+def test_neither_the_import_nor_help_imports_what_is_large(arguments):
+    program = f"""
+import atexit, sys
+atexit.register(lambda: print("large:", [name for name in {LARGE} if name in sys.modules]))
+import spectralbasis
+if sys.argv[1:]:
+    from spectralbasis.cli import main
+    main()
+"""
+    assert python(program, *arguments).splitlines()[-1] == "large: []"
+
+
+def test_comparing_needs_neither_transformers_nor_peft():
+    program = (
+        "import sys, spectralbasis as sb; sb.compare; print([n for n in ('transformers', 'peft') if n in sys.modules])"
+    )
+    assert python(program).strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import peft, spectralbasis",
+        "import spectralbasis, importlib.util; importlib.util.find_spec('peft'); import peft",
+        "import spectralbasis; spectralbasis.SpectralConfig; import peft",
+    ],
+)
+def test_peft_knows_the_method_in_whatever_order_both_are_imported(imports):
+    program = f"{imports}; import inspect; print(peft.PeftType('SPECTRAL').value, len(inspect.getsource(peft)) > 0)"
+    assert python(program).split() == ["SPECTRAL", "True"]
+
+
+def test_an_adapter_is_a_checkpoint_where_the_tuner_was_not_imported(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "SPECTRAL"}')
+    program = """
+import sys, spectralbasis as sb
+try:
+    sb.open_checkpoint(sys.argv[1])
+except sb.InputError as error:
+    print(error)
+"""
+    assert "no adapter_model.safetensors" in python(program, str(tmp_path))
+
+
+def test_every_public_name_is_there_and_listed():
+    assert all(getattr(sb, name) is not None for name in sb.__all__)
+    assert set(sb.__all__) <= set(dir(sb))
+    with pytest.raises(AttributeError, match="no attribute 'subspace'"):
+        _ = sb.subspace
