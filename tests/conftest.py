@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
+# No clock in tests: the first example of a property may import what the others find imported.
+settings.register_profile("no clock", deadline=None)
+settings.load_profile("no clock")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
