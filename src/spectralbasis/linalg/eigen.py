@@ -41,6 +41,27 @@ def leading_eigenpairs(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(values).flip(0), torch.from_numpy(vectors).flip(1)
 
 
+def eigenvector_products(G: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+    """All eigenvalues of a symmetric float64 matrix and `Zᵀ X` for its eigenvectors Z, in p² numbers beside `G`.
+
+    Args:
+        G: (p, p), overwritten; its upper triangle is read.
+        X: (p, j) float64.
+
+    Returns:
+        Eigenvalues (p,) and inner products (p, j), both by descending eigenvalue, on the device of `G`.
+    """
+    if G.device.type != "cpu" or len(G) == 1:
+        values, vectors = torch.linalg.eigh(G, UPLO="U")
+        return values.flip(0), (vectors.T @ X).flip(0)
+    with _blas_threads(len(G)):
+        reflectors, diagonal, off, scales, _ = lapack.dsytrd(G.numpy().T, lower=1, lwork=32 * len(G), overwrite_a=1)
+        turned = X.numpy().copy(order="F")
+        turned[1:] = _reflected("T", reflectors, scales, turned[1:])
+        values, vectors = eigh_tridiagonal(diagonal, off)
+    return torch.from_numpy(values).flip(0), torch.from_numpy(vectors.T @ turned).flip(0)
+
+
 def _tridiagonal(G: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Ascending eigenvalues and the vectors of the last k."""
     p = len(G)
@@ -57,8 +78,17 @@ def _tridiagonal(G: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     if k == 0:
         return values, np.empty((p, 0))
     vectors = np.asfortranarray(vectors[:, -k:])
-    vectors[1:] = lapack.dormqr("L", "N", reflectors[1:, : p - 1], scales, vectors[1:], lwork=32 * k)[0]
+    vectors[1:] = _reflected("N", reflectors, scales, vectors[1:])
     return values, vectors
+
+
+def _reflected(transposed: str, reflectors: np.ndarray, scales: np.ndarray, X: np.ndarray) -> np.ndarray:
+    """`Q X` ("N") or `Qᵀ X` ("T") for the Q (p−1, p−1) of a reduction whose reflectors are the columns below row 0."""
+    p = len(reflectors)
+    # The columns from their second row on, each with the first entry of the next as a last one that LAPACK passes over:
+    # a slice that leaves it out would be copied.
+    below = reflectors.reshape(-1, order="F")[1 : 1 + p * (p - 1)].reshape(p, p - 1, order="F")
+    return lapack.dormqr("L", transposed, below, scales, X, lwork=32 * X.shape[1])[0]
 
 
 def _blas_threads(p: int) -> AbstractContextManager[object]:

@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from spectralbasis.linalg.row_source import MatrixLike, row_slices
 
-def inner_products(reads: Sequence[Callable[[], Tensor]]) -> Tensor:
+
+def inner_products(reads: Sequence[Callable[[], MatrixLike]]) -> Tensor:
     """The Frobenius inner product of every two matrices, (t, t), float64; two of them are in memory at a time.
 
     Args:
@@ -14,11 +16,15 @@ def inner_products(reads: Sequence[Callable[[], Tensor]]) -> Tensor:
     """
     gram = torch.zeros(len(reads), len(reads), dtype=torch.float64)
     for i, read in enumerate(reads):
-        A = read().double()
-        gram[i, i] = A.square().sum()
+        A = read()
+        gram[i, i] = _inner_product(A, A)
         for j in range(i):
-            gram[i, j] = gram[j, i] = (A * reads[j]()).sum()
+            gram[i, j] = gram[j, i] = _inner_product(A, reads[j]())
     return gram
+
+
+def _inner_product(A: MatrixLike, B: MatrixLike) -> float:
+    return sum(float((A[rows].double() * B[rows]).sum()) for rows in row_slices(A))
 
 
 def gram_cosines(gram: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from spectralbasis.linalg.certificates import ritz_error_bound
 from spectralbasis.linalg.eigen import leading_eigenpairs
+from spectralbasis.linalg.products import Factor, back_and_forth, largest_modulus
 
 BLOCK = 16
 """Vectors a product takes at once: fewer need fewer dimensions in all, but use the processor less well."""
@@ -20,7 +21,7 @@ CLUSTER = 1e-4
 """Relative spread below which `BLOCK` singular values count as equal: such a block may hide more of them."""
 
 
-def leading_right_space(A: Tensor, k: int, tolerance: float) -> Tensor | None:
+def leading_right_space(A: Factor, k: int, tolerance: float) -> Tensor | None:
     """A basis that holds the k leading right singular vectors of a tall (m, n) matrix, (n, p) float32 with p > k.
 
     Block Lanczos on `AᵀA` with full reorthogonalisation (Golub & Underwood, 1977) from a random block. A direction is
@@ -29,25 +30,26 @@ def leading_right_space(A: Tensor, k: int, tolerance: float) -> Tensor | None:
     beforehand, so no guess can pull the result towards itself.
 
     Args:
-        A: (m, n), m ≥ n, any floating dtype.
+        A: (m, n), m ≥ n, any floating dtype; read once for every `BLOCK` dimensions (twice if a transposed source).
         k: number of directions.
         tolerance: the largest sine that the subspace should be wrong by; `linalg.svd` measures what was reached.
 
     Returns:
         None where as many dimensions as pay do not suffice, or where singular values are equal.
     """
-    A = A.float()
+    if isinstance(A, Tensor):
+        A = A.float()
     n = A.shape[1]
     most = min(n // 2, 6 * k + 20 * BLOCK)
-    scale = max(*(abs(float(end)) for end in torch.aminmax(A)), torch.finfo(torch.float32).tiny)
-    Q = A.new_empty(n, most + BLOCK)
+    scale = max(largest_modulus(A), torch.finfo(torch.float32).tiny)
+    Q = torch.empty(n, most + BLOCK, device=A.device)
     start = torch.randn(n, BLOCK, generator=torch.Generator().manual_seed(0))
-    Q[:, :BLOCK] = torch.linalg.qr(start.to(A))[0]
+    Q[:, :BLOCK] = torch.linalg.qr(start.to(Q))[0]
     T = torch.zeros(most, most, dtype=torch.float64)
     check = 3 * k + BLOCK
     for d in range(BLOCK, most + 1, BLOCK):
         space = Q[:, :d]
-        W = (A.T @ (A @ space[:, -BLOCK:]).div_(scale)).div_(scale)
+        W = back_and_forth(A, space[:, -BLOCK:], scale)
         H = space.T @ W
         T[:d, d - BLOCK : d] = H
         W -= space @ H

@@ -1,28 +1,37 @@
-"""Products of a matrix in float64 without a float64 copy of it: rows are widened block by block."""
+"""Products of a matrix that is read in row blocks: in float64 without a float64 copy of it, or without all of it."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-BLOCK_ENTRIES = 1 << 20
+from spectralbasis.linalg.row_source import BLOCK_ENTRIES, MatrixLike, RowSource, Transposed, row_slices
+
+Factor = MatrixLike | Transposed
 
 
-def times(A: Tensor, X: Tensor) -> Tensor:
+def times(A: Factor, X: Tensor) -> Tensor:
     """`A X` in float64, (m, j), for A (m, n) of any floating dtype and X (n, j) in float64."""
+    if isinstance(A, Transposed):
+        return transposed_times(A.T, X)
     return torch.cat([block @ X for _, block in _row_blocks(A)])
 
 
-def transposed_times(A: Tensor, X: Tensor) -> Tensor:
+def transposed_times(A: Factor, X: Tensor) -> Tensor:
     """`Aᵀ X` in float64, (n, j), for A (m, n) of any floating dtype and X (m, j) in float64."""
+    if isinstance(A, Transposed):
+        return times(A.T, X)
     product = X.new_zeros(A.shape[1], X.shape[1])
     for rows, block in _row_blocks(A):
         product.addmm_(block.T, X[rows])
     return product
 
 
-def times_and_back(A: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
-    """`A X` (m, j) and `Aᵀ A X` (n, j) in float64, from one reading of A."""
+def times_and_back(A: Factor, X: Tensor) -> tuple[Tensor, Tensor]:
+    """`A X` (m, j) and `Aᵀ A X` (n, j) in float64, from one reading of A, or from two where it is a transpose."""
+    if isinstance(A, Transposed):
+        product = transposed_times(A.T, X)
+        return product, times(A.T, product)
     there, back = [], X.new_zeros(A.shape[1], X.shape[1])
     for _, block in _row_blocks(A):
         there.append(block @ X)
@@ -30,16 +39,75 @@ def times_and_back(A: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(there), back
 
 
-def gram(A: Tensor) -> Tensor:
+def back_and_forth(A: Factor, X: Tensor, scale: float) -> Tensor:
+    """`Aᵀ A X / scale²` (n, j) in the dtype that A and X have in common, divided step by step against overflow."""
+    if isinstance(A, Tensor):
+        return (A.T @ (A @ X).div_(scale)).div_(scale)
+    if isinstance(A, Transposed):
+        product = X.new_zeros(A.shape[0], X.shape[1])
+        for rows in row_slices(A.T):
+            product.addmm_(A.T[rows].T, X[rows])
+        product.div_(scale)
+        return torch.cat([A.T[rows] @ product for rows in row_slices(A.T)]).div_(scale)
+    product = X.new_zeros(A.shape[1], X.shape[1])
+    for rows in row_slices(A):
+        block = A[rows]
+        product.addmm_(block.T, (block @ X).div_(scale))
+    return product.div_(scale)
+
+
+def gram(A: Factor) -> Tensor:
     """`Aᵀ A` in float64, (n, n)."""
+    if isinstance(A, Transposed):
+        return _outer_gram(A.T)
     product = torch.zeros(A.shape[1], A.shape[1], dtype=torch.float64, device=A.device)
     for _, block in _row_blocks(A):
         product.addmm_(block.T, block)
     return product
 
 
-def _row_blocks(A: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    height = max(1, BLOCK_ENTRIES // max(1, A.shape[1]))
-    for start in range(0, A.shape[0], height):
-        rows = slice(start, start + height)
-        yield rows, A[rows].double()
+def frobenius_norm(A: MatrixLike) -> Tensor:
+    """`‖A‖_F`, summed in float64."""
+    if isinstance(A, Tensor):
+        return torch.linalg.matrix_norm(A, dtype=torch.float64)
+    return torch.stack([torch.linalg.matrix_norm(block) for _, block in _row_blocks(A)]).norm()
+
+
+def largest_modulus(A: Factor) -> float:
+    """The largest `|a_ij|`."""
+    if isinstance(A, Transposed):
+        return largest_modulus(A.T)
+    if isinstance(A, RowSource):
+        return max(largest_modulus(A[rows]) for rows in row_slices(A))
+    return max(abs(float(end)) for end in torch.aminmax(A))
+
+
+def _outer_gram(A: RowSource) -> Tensor:
+    """`A Aᵀ` in float64, (m, m), from pairs of row blocks; one block of each pair may be as large as the result."""
+    m = A.shape[0]
+    product = torch.empty(m, m, dtype=torch.float64, device=A.device)
+    for rows in row_slices(A, 2 * m * m):
+        held = A[rows]
+        for others, block in _row_blocks(A, rows.start):
+            part = _wide_product(block, held)
+            product[others, rows] = part
+            product[rows, others] = part.T
+    return product
+
+
+def _wide_product(A: Tensor, B: Tensor) -> Tensor:
+    """`A Bᵀ` in float64 for A in float64, some columns of B being widened at a time."""
+    width = max(1, BLOCK_ENTRIES // len(B))
+    product = A.new_zeros(len(A), len(B))
+    for start in range(0, A.shape[1], width):
+        columns = slice(start, start + width)
+        product.addmm_(A[:, columns], B[:, columns].double().T)
+    return product
+
+
+def _row_blocks(A: MatrixLike, first: int = 0) -> Iterator[tuple[slice, Tensor]]:
+    """The rows in float64, block by block, from the one with the number `first` on."""
+    for rows in row_slices(A):
+        if rows.stop > first:
+            rows = slice(max(rows.start, first), rows.stop)
+            yield rows, A[rows].double()

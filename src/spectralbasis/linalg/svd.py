@@ -8,7 +8,8 @@ from torch import Tensor
 from spectralbasis.linalg.certificates import ritz_error_bound, subspace_error_bound, triplet_residuals
 from spectralbasis.linalg.eigen import eigenvalues, leading_eigenpairs
 from spectralbasis.linalg.krylov import leading_right_space
-from spectralbasis.linalg.products import gram, times, times_and_back, transposed_times
+from spectralbasis.linalg.products import Factor, gram, times, times_and_back, transposed_times
+from spectralbasis.linalg.row_source import MatrixLike
 
 DENSE_SIDE = 64
 """Up to this smaller side a dense decomposition costs less than the calls around any other."""
@@ -37,7 +38,7 @@ class LeadingSVD:
         subspace_error_bound: bound on the largest sine between the computed and the true leading subspaces (left and
             right), in [0, 1]; 1 says that nothing is certain, as where σ_k = σ_{k+1} and no leading subspace exists.
         solver: "krylov", "gram" or "dense": what produced the triplets; "dense (gram missed the tolerance)" after a
-            fallback.
+            fallback; "krylov (row blocks)" or "gram (row blocks)" of a matrix that was never in memory as a whole.
     """
 
     U: Tensor
@@ -49,13 +50,14 @@ class LeadingSVD:
     solver: str
 
 
-def leading_svd(A: Tensor, k: int, *, tolerance: float = 1e-4) -> LeadingSVD:
+def leading_svd(A: MatrixLike, k: int, *, tolerance: float = 1e-4) -> LeadingSVD:
     """The k leading singular triplets of a dense matrix, certified to a subspace error.
 
     The cheapest of three solvers runs first. *Krylov*: block Lanczos in float32 finds a space somewhat larger than
     asked for, then Rayleigh–Ritz, residuals and bound are taken in float64. *Gram*: the leading eigenvectors of the
     smaller side's Gram matrix, in float64. *Dense*: a full decomposition in float64. What one cannot certify, as the
-    Gram matrix where it squares a large condition number, goes to the next.
+    Gram matrix where it squares a large condition number, goes to the next. A row source is never decomposed in full:
+    its Gram triplets are refined by subspace iteration, and returned with the bound that was reached.
 
     Args:
         A: the matrix, (m, n), any floating dtype.
@@ -70,11 +72,11 @@ def leading_svd(A: Tensor, k: int, *, tolerance: float = 1e-4) -> LeadingSVD:
         ValueError: `A` is not a finite matrix, or k is out of range.
     """
     m, n = _check(A, k)
-    found = _krylov(A.detach(), k, tolerance) if krylov_pays(m, n, k) else None
+    found = _krylov(_detached(A), k, tolerance) if krylov_pays(m, n, k) else None
     return found or leading_svd_and_values(A, k, tolerance=tolerance)[0]
 
 
-def leading_svd_and_values(A: Tensor, k: int, *, tolerance: float = 1e-4) -> tuple[LeadingSVD, Tensor]:
+def leading_svd_and_values(A: MatrixLike, k: int, *, tolerance: float = 1e-4) -> tuple[LeadingSVD, Tensor]:
     """`leading_svd` and `singular_values` of one matrix, where it can be from one reduction of its Gram matrix.
 
     The values are those of `singular_values` to the last bit.
@@ -83,10 +85,12 @@ def leading_svd_and_values(A: Tensor, k: int, *, tolerance: float = 1e-4) -> tup
         ValueError: `A` is not a finite matrix, or k is out of range.
     """
     m, n = _check(A, k)
+    if not isinstance(A, Tensor):
+        return _gram(A, k, tolerance, REFINEMENTS)
     A = A.detach()
     solver = "dense"
     if gram_pays(m, n, k):
-        result, values = _gram(A, k)
+        result, values = _gram(A, k, tolerance)
         if result.subspace_error_bound <= tolerance:
             return result, values
         solver = "dense (gram missed the tolerance)"
@@ -95,7 +99,7 @@ def leading_svd_and_values(A: Tensor, k: int, *, tolerance: float = 1e-4) -> tup
     return _result(A, U, S, Vh, residuals, _bound(A, S, residuals, k), solver), singular_values(A)
 
 
-def singular_values(A: Tensor) -> Tensor:
+def singular_values(A: MatrixLike) -> Tensor:
     """All singular values of an (m, n) matrix, (min(m, n),), descending, float64.
 
     From the Gram matrix in float64, without vectors: values below 1e-8 σ_1 are noise.
@@ -104,26 +108,31 @@ def singular_values(A: Tensor) -> Tensor:
         ValueError: `A` is not a finite matrix.
     """
     check_matrix(A)
-    A = A.detach()
-    return eigenvalues(gram(A if A.shape[0] >= A.shape[1] else A.T)).clamp_min(0).sqrt()
+    tall = _detached(A if A.shape[0] >= A.shape[1] else A.T)
+    return eigenvalues(gram(tall)).clamp_min(0).sqrt()
 
 
-def trailing_vectors(A: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def trailing_vectors(A: Factor, k: int) -> tuple[Tensor, Tensor]:
     """Singular vectors of the k smallest singular values: U (m, k) and V (n, k) in float64, the smallest value first.
 
     From the Gram matrix of the smaller side in float64 where the smallest singular value is large enough to survive
     being squared, else from a full decomposition. Of a rectangular matrix, what its null space holds is not among them.
 
     Raises:
-        ValueError: `A` is not a finite matrix, or k is out of range.
+        ValueError: `A` is not a finite matrix, k is out of range, or a row source would need the full decomposition.
     """
     m, n = _check(A, k)
     if m < n:
         return trailing_vectors(A.T, k)[::-1]
-    A = A.detach()
+    A = _detached(A)
     squares, V = torch.linalg.eigh(gram(A))
     if squares[0] > SQUARED**2 * squares[-1]:
         return times(A, V[:, :k]) / squares[:k].sqrt(), V[:, :k]
+    if not isinstance(A, Tensor):
+        raise ValueError(
+            f"the smallest singular value is below {SQUARED:g} of the largest, so that the trailing directions take a "
+            f"full decomposition, which a matrix read in row blocks is not given; allow it more memory"
+        )
     U, _, Vh = torch.linalg.svd(A.double(), full_matrices=False)
     return U.flip(1)[:, :k], Vh.flip(0)[:k].T
 
@@ -139,15 +148,17 @@ def gram_pays(m: int, n: int, k: int) -> bool:
     return short > DENSE_SIDE and k <= (short // 2 if long >= 2 * short else short // 4)
 
 
-def check_matrix(A: Tensor) -> None:
-    """Raise ValueError unless `A` is a non-empty matrix of finite real numbers."""
+def check_matrix(A: Factor) -> None:
+    """Raise ValueError unless `A` is a non-empty matrix of finite real numbers; a row source is taken to be one."""
+    if not isinstance(A, Tensor):
+        return
     if A.ndim != 2 or A.numel() == 0 or not A.is_floating_point():
         raise ValueError(f"expected a non-empty real matrix (m, n), got {A.dtype} of shape {tuple(A.shape)}")
     if not bool(torch.isfinite(A.sum()) or torch.isfinite(A).all()):
         raise ValueError("the matrix holds NaN or infinite values, so it has no singular value decomposition")
 
 
-def _check(A: Tensor, k: int) -> tuple[int, int]:
+def _check(A: Factor, k: int) -> tuple[int, int]:
     check_matrix(A)
     m, n = A.shape
     if not 1 <= k <= min(m, n):
@@ -155,7 +166,11 @@ def _check(A: Tensor, k: int) -> tuple[int, int]:
     return m, n
 
 
-def _krylov(A: Tensor, k: int, tolerance: float) -> LeadingSVD | None:
+def _detached(A: Factor) -> Factor:
+    return A.detach() if isinstance(A, Tensor) else A
+
+
+def _krylov(A: Factor, k: int, tolerance: float) -> LeadingSVD | None:
     """Triplets from a Krylov space, or None where their error cannot be bounded by the tolerance."""
     if A.shape[0] < A.shape[1]:
         found = _krylov(A.T, k, tolerance)
@@ -168,24 +183,42 @@ def _krylov(A: Tensor, k: int, tolerance: float) -> LeadingSVD | None:
         U, S, V, R = _rayleigh_ritz(A, V)
         bound = ritz_error_bound(S, R, k)
         if bound <= tolerance:
-            return _result(A, U, S, V.T, torch.linalg.vector_norm(R[:, :k], dim=0), bound, "krylov")
+            return _result(A, U, S, V.T, torch.linalg.vector_norm(R[:, :k], dim=0), bound, _named("krylov", A))
         V = torch.linalg.qr(R + V * S)[0]
     return None
 
 
-def _gram(A: Tensor, k: int) -> tuple[LeadingSVD, Tensor]:
-    """Triplets from the leading eigenvectors of the smaller Gram matrix, and all singular values."""
+def _gram(A: Factor, k: int, tolerance: float, refinements: int = 0) -> tuple[LeadingSVD, Tensor]:
+    """Triplets from the leading eigenvectors of the smaller Gram matrix, and all singular values.
+
+    Where they miss the tolerance, up to `refinements` steps of subspace iteration follow, and the best result counts.
+    """
     if A.shape[0] < A.shape[1]:
-        found, values = _gram(A.T, k)
+        found, values = _gram(A.T, k, tolerance, refinements)
         return _transposed(found), values
-    squares, V = leading_eigenpairs(gram(A), k + 1)
+    squares, V = leading_eigenpairs(gram(A), min(k + 1, A.shape[1]))
+    best, V = _projected(A, V, k)
+    for _ in range(refinements):
+        if best.subspace_error_bound <= tolerance:
+            break
+        found, V = _projected(A, V, k)
+        best = min(best, found, key=lambda one: one.subspace_error_bound)
+    return best, squares.clamp_min(0).sqrt()
+
+
+def _projected(A: Factor, V: Tensor, k: int) -> tuple[LeadingSVD, Tensor]:
+    """Triplets of a tall A from a space that holds its leading right vectors, and what spans a better one: `Aᵀ U`."""
     U, S, V, R = _rayleigh_ritz(A, V)
     residuals = torch.linalg.vector_norm(R[:, :k], dim=0)
-    bound = _bound(A, S, residuals, k)
-    return _result(A, U, S, V.T, residuals, bound, "gram"), squares.clamp_min(0).sqrt()
+    found = _result(A, U, S, V.T, residuals, _bound(A, S, residuals, k), _named("gram", A))
+    return found, R + V * S
 
 
-def _rayleigh_ritz(A: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _named(solver: str, A: Factor) -> str:
+    return solver if isinstance(A, Tensor) else f"{solver} (row blocks)"
+
+
+def _rayleigh_ritz(A: Factor, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Best triplets of a tall A (m, n) whose right vectors lie in the span of V (n, p), with what `Aᵀ` leaves of them.
 
     Singular values come out to full relative accuracy, which the square roots of eigenvalues do not have.
@@ -206,7 +239,7 @@ def _rayleigh_ritz(A: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     return U, S, V, back - V * S
 
 
-def _bound(A: Tensor, S: Tensor, residuals: Tensor, k: int) -> float:
+def _bound(A: Factor, S: Tensor, residuals: Tensor, k: int) -> float:
     return subspace_error_bound(S[:k], residuals, _next(S, k), (A.shape[0], A.shape[1]))
 
 
@@ -214,7 +247,7 @@ def _next(S: Tensor, k: int) -> float:
     return float(S[k]) if S.numel() > k else 0.0
 
 
-def _result(A: Tensor, U: Tensor, S: Tensor, Vh: Tensor, residuals: Tensor, bound: float, solver: str) -> LeadingSVD:
+def _result(A: Factor, U: Tensor, S: Tensor, Vh: Tensor, residuals: Tensor, bound: float, solver: str) -> LeadingSVD:
     """The leading triplets, as many as there are residuals, in the dtype that they are returned in."""
     k = residuals.numel()
     dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
