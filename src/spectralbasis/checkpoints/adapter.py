@@ -125,6 +125,18 @@ class AdapterCheckpoint(Checkpoint):
             return self.read(name)[start:stop]
         return self._base.read_rows(name, start, stop)
 
+    def take_rows(self, name: str, rows: Tensor, width: int) -> Tensor:
+        if name in self._replaced:
+            return self._tensors.take_rows(self._replaced[name], rows, width)
+        if name in self.edits:
+            return super().take_rows(name, rows, width)
+        return self._base.take_rows(name, rows, width)
+
+    def holds_rows(self, name: str) -> bool:
+        if name in self._replaced:
+            return self._tensors.holds_rows(self._replaced[name])
+        return name not in self.edits and self._base.holds_rows(name)
+
     def tied(self) -> Mapping[str, str]:
         return self._base.tied()
 

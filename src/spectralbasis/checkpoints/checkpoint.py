@@ -39,6 +39,20 @@ class Checkpoint(ABC):
         """`read(name)[start:stop]` along the first dimension; formats that can do so read only these rows."""
         return self.read(name)[start:stop]
 
+    def take_rows(self, name: str, rows: Tensor, width: int) -> Tensor:
+        """`read(name).reshape(-1, width)[rows]`, (count, width); see `holds_rows`.
+
+        Args:
+            name: of the tensor.
+            rows: their numbers, (count,) int64, in any order.
+            width: entries of a row.
+        """
+        return self.read(name).reshape(-1, width)[rows]
+
+    def holds_rows(self, name: str) -> bool:
+        """Whether `take_rows` reads no more than it gives, so that a tensor need not fit into memory as a whole."""
+        return False
+
     def tied(self) -> Mapping[str, str]:
         """Names whose storage is that of an earlier name, mapped to it; empty where the format cannot tell."""
         return {}

@@ -83,6 +83,14 @@ class DecodedCheckpoint(Checkpoint):
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         return self.read(name)[start:stop] if name in self._encoded else self._stored.read_rows(name, start, stop)
 
+    def take_rows(self, name: str, rows: Tensor, width: int) -> Tensor:
+        if name in self._encoded:
+            return super().take_rows(name, rows, width)
+        return self._stored.take_rows(name, rows, width)
+
+    def holds_rows(self, name: str) -> bool:
+        return name not in self._encoded and self._stored.holds_rows(name)
+
     def tied(self) -> Mapping[str, str]:
         return self._stored.tied()
 

@@ -24,6 +24,11 @@ class Rows:
         blocks = matrix.unflatten(0, (self.groups, -1))
         return blocks[:, self.start : self.stop].flatten(0, 1)
 
+    def numbers(self, rows: Tensor, height: int) -> Tensor:
+        """Which rows of a matrix of `height` rows those with the numbers `rows`, (count,), of the selection are."""
+        size = self.stop - self.start
+        return rows // size * (height // self.groups) + self.start + rows % size
+
 
 Parts = dict[str, Rows]
 Split = Callable[[int, int, Mapping[str, Any]], Parts | None]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spectralbasis.checkpoints.checkpoint import Checkpoint
-from spectralbasis.checkpoints.raw_file import read_tensor
+from spectralbasis.checkpoints.raw_file import read_tensor, take_rows
 from spectralbasis.errors import InputError
 
 _HEADER = struct.Struct("<7i")
@@ -106,6 +106,12 @@ class Llama2cFile(Checkpoint):
     def read(self, name: str) -> Tensor:
         offset, shape = self._places[name]
         return read_tensor(self._path, offset, shape, torch.float32)
+
+    def take_rows(self, name: str, rows: Tensor, width: int) -> Tensor:
+        return take_rows(self._path, self._places[name][0], rows, width, torch.float32)
+
+    def holds_rows(self, name: str) -> bool:
+        return name in self._places
 
 
 def open_llama2c_file(path: Path, source: str) -> Llama2cFile | None:

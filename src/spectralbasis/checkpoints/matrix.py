@@ -1,6 +1,9 @@
 """One logical weight matrix and how it is cut out of a stored tensor."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from math import prod
 
 from torch import Tensor
 
@@ -28,6 +31,17 @@ class Cut:
         matrix = (stored.transpose(0, 1) if self.transposed else stored).flatten(1)
         return matrix if self.rows is None else self.rows.of(matrix)
 
+    def holds_rows(self, checkpoint: Checkpoint) -> bool:
+        """Whether rows of the matrix are runs of stored numbers that can be read alone."""
+        return not self.transposed and checkpoint.holds_rows(self.tensor)
+
+    def take_rows(self, checkpoint: Checkpoint, rows: Tensor) -> Tensor:
+        """Rows of the matrix by their numbers, (count, in), where it `holds_rows`."""
+        shape = checkpoint.shape(self.tensor)
+        height, *inner = shape if self.expert is None else shape[1:]
+        stored = rows if self.rows is None else self.rows.numbers(rows, height)
+        return checkpoint.take_rows(self.tensor, stored + (self.expert or 0) * height, prod(inner))
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -50,3 +64,19 @@ class Matrix:
     def read(self) -> Tensor:
         """The matrix (out, in) on the CPU, in the stored dtype."""
         return self.cut.read(self.checkpoint)
+
+    @property
+    def held_bytes(self) -> int:
+        """What `open_rows` keeps in memory: nothing, or the matrix as it is stored where it cannot be read by rows."""
+        if self.cut.holds_rows(self.checkpoint):
+            return 0
+        return prod(self.shape) * self.checkpoint.dtype(self.cut.tensor).itemsize
+
+    def open_rows(self) -> Callable[[Tensor], Tensor]:
+        """A function that reads rows by their numbers, (count,) int64 on the CPU, in the stored dtype, (count, in).
+
+        A matrix that is stored transposed, quantized or as an adapter's change of another is read here, as a whole.
+        """
+        if self.cut.holds_rows(self.checkpoint):
+            return partial(self.cut.take_rows, self.checkpoint)
+        return self.read().__getitem__

@@ -1,13 +1,18 @@
 """Numbers that lie one after the other in a file."""
 
+from collections.abc import Sequence
 from io import RawIOBase
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from spectralbasis.errors import InputError
+
+Run = tuple[int, int]
+"""Where consecutive bytes begin in a file, and how many they are."""
 
 
 def read_tensor(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -16,13 +21,41 @@ def read_tensor(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dt
     Raises:
         InputError: the file is gone, cannot be read, or ends before the tensor does.
     """
+    return _read_runs(path, [(offset, prod(shape) * dtype.itemsize)], shape, dtype)
+
+
+def take_rows(path: Path, offset: int, rows: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Some rows of the matrix whose bytes start at `offset`, (count, width), read in the order given.
+
+    Args:
+        path: the file.
+        offset: where row 0 starts.
+        rows: their numbers, (count,) int64; rows that follow each other are read at once.
+        width: entries of a row.
+        dtype: of an entry.
+
+    Raises:
+        InputError: as `read_tensor` does.
+    """
+    numbers, size = rows.numpy(), width * dtype.itemsize
+    starts = np.flatnonzero(np.diff(numbers, prepend=-2) != 1)
+    lengths = np.diff(starts, append=len(numbers))
+    runs = zip((offset + numbers[starts] * size).tolist(), (lengths * size).tolist(), strict=True)
+    return _read_runs(path, list(runs), (len(numbers), width), dtype)
+
+
+def _read_runs(path: Path, runs: Sequence[Run], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The bytes of all runs, one after the other, as a tensor."""
     data = bytearray(prod(shape) * dtype.itemsize)
     if not data:
         return torch.empty(shape, dtype=dtype)
+    view, filled, complete = memoryview(data), 0, True
     try:
         with path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            complete = _fill(file, memoryview(data))
+            for offset, size in runs:
+                file.seek(offset)
+                complete = complete and _fill(file, view[filled : filled + size])
+                filled += size
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     if not complete:

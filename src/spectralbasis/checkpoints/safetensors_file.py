@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spectralbasis.checkpoints.checkpoint import Checkpoint
-from spectralbasis.checkpoints.raw_file import read_tensor
+from spectralbasis.checkpoints.raw_file import read_tensor, take_rows
 from spectralbasis.errors import InputError
 
 _DTYPES = {
@@ -75,20 +75,30 @@ class SafetensorsFile(Checkpoint):
         return self._entries[name].dtype
 
     def read(self, name: str) -> Tensor:
-        entry = self._entries[name]
-        return self._read(name, entry, entry.start, entry.shape)
+        return self._read(name, self._entries[name].start, self._entries[name].shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         entry = self._entries[name]
         start, stop, _ = slice(start, stop).indices(entry.shape[0])
         inner = entry.shape[1:]
         offset = entry.start + start * prod(inner) * entry.dtype.itemsize
-        return self._read(name, entry, offset, (max(stop - start, 0), *inner))
+        return self._read(name, offset, (max(stop - start, 0), *inner))
 
-    def _read(self, name: str, entry: _Entry, offset: int, shape: tuple[int, ...]) -> Tensor:
+    def take_rows(self, name: str, rows: Tensor, width: int) -> Tensor:
+        entry = self._known(name)
+        return take_rows(self._path, entry.start, rows, width, entry.dtype)
+
+    def holds_rows(self, name: str) -> bool:
+        return name in self._entries
+
+    def _read(self, name: str, offset: int, shape: tuple[int, ...]) -> Tensor:
+        return read_tensor(self._path, offset, shape, self._known(name).dtype)
+
+    def _known(self, name: str) -> _Entry:
+        entry = self._entries[name]
         if entry.named not in _DTYPES:
             raise InputError(f"{name} of {self._path} has the type {entry.named}, which torch cannot represent")
-        return read_tensor(self._path, offset, shape, entry.dtype)
+        return entry
 
 
 def _read_header(path: Path) -> dict[str, _Entry]:

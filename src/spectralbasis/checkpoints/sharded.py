@@ -35,6 +35,12 @@ class ShardedCheckpoint(Checkpoint):
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         return self._shards[name].read_rows(name, start, stop)
 
+    def take_rows(self, name: str, rows: Tensor, width: int) -> Tensor:
+        return self._shards[name].take_rows(name, rows, width)
+
+    def holds_rows(self, name: str) -> bool:
+        return self._shards[name].holds_rows(name)
+
 
 def read_index(index: Path) -> dict[str, Path]:
     """Tensor name to shard, from a `*.index.json`; every shard exists and lies in the index's folder.

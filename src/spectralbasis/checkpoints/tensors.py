@@ -56,6 +56,9 @@ class TensorCheckpoint(Checkpoint):
             )
         return tensor.detach().cpu()
 
+    def holds_rows(self, name: str) -> bool:
+        return self._tensors[name].is_contiguous() and self._tensors[name].device.type == "cpu"
+
     def tied(self) -> Mapping[str, str]:
         return tied_names(self._tensors)
 
