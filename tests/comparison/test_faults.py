@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 import spectralbasis as sb
 from spectralbasis.comparison.store import Store
-from spectralbasis.execution import stream
 from tests.comparison.pairs import random_updates
 
 
@@ -75,6 +74,6 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(files, tmp_path):
         sb.compare(files[0], [files[1]], leading=8, output=tmp_path / "file" / "out")
 
 
-def test_no_workers_is_a_sentence():
+def test_no_workers_is_a_sentence(files):
     with pytest.raises(sb.InputError, match="workers=0"):
-        list(stream(abs, [1], workers=0))
+        sb.compare(files[0], [files[1]], workers=0)

@@ -1,7 +1,8 @@
 """Compares checkpoints: pairs their matrices by name, has each pair measured, and sums up."""
 
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from spectralbasis.comparison.statistics import with_q_values
 from spectralbasis.comparison.store import Store
 from spectralbasis.comparison.summary import summarise
 from spectralbasis.errors import InputError
-from spectralbasis.execution import stream
+from spectralbasis.execution import Crew, Executor, Failure, open_executor
 from spectralbasis.linalg import Leading, parse_leading
 from spectralbasis.progress import track
 
@@ -39,6 +40,7 @@ def compare(
     device: str = "cpu",
     trailing: bool = False,
     workers: int = 1,
+    ray: str | None = None,
     output: str | Path | None = None,
     resume: bool = False,
     progress: bool = False,
@@ -60,6 +62,8 @@ def compare(
         device: where matrices are decomposed, such as "cpu" or "cuda".
         trailing: measure the trailing directions beside the leading ones; it takes a full decomposition each time.
         workers: processes that measure matrices side by side; the table does not depend on it.
+        ray: address of a Ray cluster, "auto" for the one that this machine belongs to, or "local", in place of local
+            processes; the table does not depend on it.
         output: folder for `comparison.parquet`, `summary.json`, `index.html` and the store; None writes nothing.
         resume: take over what an earlier run into `output` measured on the same weights with the same settings.
         progress: draw a progress bar on stderr.
@@ -76,7 +80,8 @@ def compare(
     run = _Run(opened, dict(zip(labels, checkpoints, strict=True)), settings, tasks)
     run.match(include, exclude)
     with _open_store(output, settings, resume) as store:
-        run.measure(store, workers, progress)
+        with open_executor(workers, ray, threads=1) as executor:
+            run.measure(store, executor, progress)
         table = to_frame(store.rows(run.done))
         sharing = to_frame(store.shared_rows(run.shared), SharedRow) if len(run.tuned) > 1 else None
     if table.empty:
@@ -121,25 +126,36 @@ class _Run:
                 self.bases[before.name] = before
                 self.partners.setdefault(before.name, {})[label] = after
 
-    def measure(self, store: Store, workers: int, progress: bool) -> None:
+    def measure(self, store: Store, executor: Executor, progress: bool) -> None:
         """Measure every pair that the store does not hold yet; the driver alone writes the store."""
-        work = [
-            MatrixTask(
-                before,
-                self.partners[name],
-                self.settings,
-                self.base.source,
-                store.contents(name),
-                store.shared_contents(name),
-            )
-            for name, before in self.bases.items()
-        ]
-        outcomes = track(stream(measure_matrix, work, workers), "comparing", total=len(work), enabled=progress)
-        for task, outcome in outcomes:
-            self._take(task.before.name, outcome, store)
+        outcomes = self._outcomes(store, Crew(executor))
+        for name, outcome in track(outcomes, "comparing", total=len(self.bases), enabled=progress):
+            self._take(name, outcome, store)
         order = {name: position for position, name in enumerate(self.bases)}
         self.done.sort(key=lambda done: order[done[1]])
         self.shared.sort(key=lambda shared: order[shared[1]])
+
+    def _outcomes(self, store: Store, crew: "Crew[str]") -> Iterator[tuple[str, Outcome]]:
+        """What comes of each matrix, as it comes."""
+        waiting = deque(self.bases)
+        while waiting or crew.keys:
+            while waiting and crew.has_room:
+                name = waiting.popleft()
+                crew.start(name, measure_matrix, self._task(name, store))
+            for name, found in crew.finished():
+                if isinstance(found, Failure):
+                    found = Outcome(skipped=dict.fromkeys(self.partners[name], found.reason))
+                yield name, found
+
+    def _task(self, name: str, store: Store) -> MatrixTask:
+        return MatrixTask(
+            self.bases[name],
+            self.partners[name],
+            self.settings,
+            self.base.source,
+            store.contents(name),
+            store.shared_contents(name),
+        )
 
     def _take(self, name: str, outcome: Outcome, store: Store) -> None:
         """Store what came of one matrix."""

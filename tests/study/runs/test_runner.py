@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from spectralbasis import execution
 from spectralbasis.errors import InputError
+from spectralbasis.execution import processes
 from spectralbasis.study.runs import Results, Run
 from spectralbasis.study.runs.runner import ARTEFACTS, run_all
 from spectralbasis.study.runs.store import RunStore
@@ -108,12 +108,14 @@ def test_failed_runs_are_tried_again_only_when_asked(tmp_path):
 
 
 def test_a_worker_that_dies_costs_no_other_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(execution, "START_METHOD", "fork")  # many start, and what they do needs no threads
+    monkeypatch.setattr(processes, "START_METHOD", "fork")  # many start, and what they do needs no threads
     fragile, hopeless = (planted(deaths, tmp_path / "calls", dies=deaths) for deaths in (1, 9))
     others = [planted(value) for value in range(2, 5)]
     results = do(tmp_path / "study", fragile, hopeless, *others, jobs=2)
     assert [results.get(run).result["total"] for run in (fragile, *others)] == [1, 2, 3, 4]
-    assert "died 2 times" in results.error(hopeless)
+    assert "tried 3 times, the last time with nothing beside it: its process ended with exit code 9" in results.error(
+        hopeless
+    )
 
 
 def test_a_killed_study_goes_on(tmp_path):

@@ -5,23 +5,19 @@ import shutil
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from spectralbasis.errors import SpectralBasisError
-from spectralbasis.execution import Workers
+from spectralbasis.execution import Crew, Executor, Failure, open_executor
+from spectralbasis.execution.executor import describe, out_of_memory
 from spectralbasis.study.actions import find_action
 from spectralbasis.study.results import library_versions
 from spectralbasis.study.runs.run import Outcome, Results, Run, Site, with_needs
 from spectralbasis.study.runs.store import RunStore
 
 ARTEFACTS = "artefacts"
-ATTEMPTS = 2
-"""How often a run is tried whose worker dies."""
 
 Plan = Callable[[Results], Iterable[Run]]
 
@@ -68,49 +64,39 @@ def run_all(
     Raises:
         InputError: the store cannot be written, or jobs is below 1.
     """
-    with Workers(jobs, ray) as workers:
-        _Runner(plan, store, data, workers, watcher).go()
+    with open_executor(jobs, ray) as executor:
+        _Runner(plan, store, data, executor, watcher).go()
 
 
 class _Runner:
-    """The state of one call: what is under way, what died how often."""
+    """The state of one call."""
 
     def __init__(
-        self, plan: Plan, store: RunStore, data: Path | None, workers: Workers, watcher: Watcher | None
+        self, plan: Plan, store: RunStore, data: Path | None, executor: Executor, watcher: Watcher | None
     ) -> None:
         self.plan = plan
         self.store = store
         self.data = data
-        self.workers = workers
         self.watcher = watcher
-        self.under_way: dict[Future[_Done], Run] = {}
-        self.deaths: dict[Run, int] = {}
+        self.crew: Crew[Run] = Crew(executor)
 
     def go(self) -> None:
         """Submit, wait, record, until nothing is left to do."""
-        try:
-            while self._submit() or self.under_way:
-                finished, _ = wait(self.under_way, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    self._record(self.under_way.pop(future), future)
-        finally:
-            self.workers.shutdown(wait=False, cancel_futures=True)  # where an error or Ctrl-C ends it
+        self._submit()
+        while finished := self.crew.finished():
+            for run, done in finished:
+                self._record(run, done)
+            self._submit()
 
-    def _submit(self) -> bool:
-        """Start as many runs as there is room for; says whether any was started."""
-        started = False
-        # After a death nobody knows whose fault it was: those under way are tried again one at a time.
-        missing = self._missing()
-        suspects = [run for run in missing if run in self.deaths]
-        for run in suspects or missing:
-            if len(self.under_way) >= (1 if suspects else self.workers.jobs):
+    def _submit(self) -> None:
+        """Start as many runs as there is room for."""
+        for run in self._missing():
+            if not self.crew.has_room:
                 break
-            if run in self.under_way.values() or not all(self._is_usable(need) for need in run.needs.values()):
+            if run in self.crew.keys or not all(self._is_usable(need) for need in run.needs.values()):
                 continue
             needs = {role: self._folder(need) for role, need in run.needs.items()}
-            self.under_way[self.workers.submit(perform, run, self._folder(run), self.data, needs)] = run
-            started = True
-        return started
+            self.crew.start(run, perform, run, self._folder(run), self.data, needs)
 
     def _missing(self) -> list[Run]:
         """The runs to do, needs first: those wanted, and finished ones whose folder a run to do needs but is gone."""
@@ -146,16 +132,9 @@ class _Runner:
     def _folder(self, run: Run) -> Path:
         return self.store.folder / ARTEFACTS / run.key
 
-    def _record(self, run: Run, future: "Future[_Done]") -> None:
-        try:
-            done = future.result()
-        except Exception as error:  # what the run itself raised comes back as its outcome
-            self.workers.restart()
-            self.deaths[run] = self.deaths.get(run, 0) + 1
-            if self.deaths[run] < ATTEMPTS:
-                return
-            reason = f"its process died {ATTEMPTS} times, as for lack of memory ({error}); run fewer side by side"
-            done = _Done(None, reason, 0.0, library_versions())
+    def _record(self, run: Run, done: "_Done | Failure") -> None:
+        if isinstance(done, Failure):
+            done = _Done(None, done.reason, 0.0, library_versions())
         if done.outcome is None:
             self.store.put_error(run, done.error, done.seconds, done.versions)
         else:
@@ -166,7 +145,7 @@ class _Runner:
     def _clear(self, wanted: Iterable[Run]) -> None:
         """Remove the folders of runs that no wanted run needs."""
         needed = {need.key for run in with_needs(wanted) for need in run.needs.values()}
-        busy = {run.key for run in self.under_way.values()}
+        busy = {run.key for run in self.crew.keys}
         for folder in (self.store.folder / ARTEFACTS).glob("*"):
             if folder.name not in needed | busy and not folder.name.startswith("."):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -182,18 +161,12 @@ def perform(run: Run, folder: Path, data: Path | None, needs: Mapping[str, Path]
         try:
             outcome = find_action(run.action)(run, Site(data, fresh, needs))
         except Exception as error:
-            return _Done(None, _reason(error), time.monotonic() - started, _made_with())
+            if out_of_memory(error):
+                raise
+            return _Done(None, describe(error), time.monotonic() - started, _made_with())
         shutil.rmtree(folder, ignore_errors=True)
         fresh.rename(folder)
     return _Done(outcome, "", time.monotonic() - started, _made_with())
-
-
-def _reason(error: Exception) -> str:
-    """Why a run failed; where nobody foresaw it, with the place in the code."""
-    if isinstance(error, SpectralBasisError):
-        return str(error)
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"unexpected {type(error).__name__} in {Path(place.filename).name}, line {place.lineno}: {error}"
 
 
 def _made_with() -> dict[str, Any]:

@@ -1,0 +1,105 @@
+"""Work on a Ray cluster."""
+
+import logging
+import os
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+
+from spectralbasis.errors import InputError
+from spectralbasis.execution.executor import Call, Death, Executor, perform
+
+LOCAL = "local"
+AHEAD = 2
+"""Calls under way for each that can run: the next one is there when a worker is free."""
+
+
+class RayCluster(Executor):
+    """Runs each call on one core, or one GPU, of a Ray cluster; nodes may come and go.
+
+    Args:
+        address: of the cluster; "auto" for the one that this machine belongs to, "local" for one made here.
+        gpu: whether each call takes a GPU.
+
+    Raises:
+        InputError: Ray is not installed, or no cluster answers.
+    """
+
+    def __init__(self, address: str, *, gpu: bool = False) -> None:
+        self._ray, self._ours = _connect(address)
+        self._kind = "GPU" if gpu else "CPU"
+        self._remote = self._ray.remote(_perform_on_one_thread).options(
+            num_cpus=1, num_gpus=1 if gpu else None, max_retries=0
+        )
+        self._under_way: list[Any] = []
+
+    @property
+    def slots(self) -> int:
+        return max(1, AHEAD * int(self._ray.cluster_resources().get(self._kind, 0)))
+
+    def start(self, call: Call) -> Hashable:
+        memory = min(call.memory, self._largest_node())
+        remote = self._remote.options(memory=memory) if memory else self._remote
+        reference: Hashable = remote.remote(call.work, call.arguments)
+        self._under_way.append(reference)
+        return reference
+
+    def finished(self) -> list[tuple[Hashable, Any]]:
+        if not self._under_way:
+            return []
+        self._ray.wait(self._under_way)
+        ready, self._under_way = self._ray.wait(self._under_way, num_returns=len(self._under_way), timeout=0)
+        return [(reference, self._result(reference)) for reference in ready]
+
+    def _result(self, reference: Any) -> Any:
+        try:
+            return self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:  # what the work itself raises comes back as a result
+            raise InputError(
+                f"a worker of the cluster cannot run the work ({_last_line(error)}); install the same spectralbasis on "
+                "every node"
+            ) from error
+        except self._ray.exceptions.RayError as error:
+            return Death(f"its worker was lost: {type(error).__name__}: {_first_line(error)}")
+
+    def _largest_node(self) -> int:
+        """Bytes that the largest node offers: a call that asked for more would wait for ever."""
+        return max((int(node["Resources"].get("memory", 0)) for node in self._ray.nodes() if node["Alive"]), default=0)
+
+    def close(self) -> None:
+        for reference in self._under_way:
+            self._ray.cancel(reference, force=True)
+        self._under_way = []
+        if self._ours:
+            self._ray.shutdown()
+
+
+def _perform_on_one_thread(work: Any, arguments: tuple[Any, ...]) -> Any:
+    torch.set_num_threads(1)
+    return perform(work, arguments)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().rpartition("\n")[2]
+
+
+def _connect(address: str) -> tuple[Any, bool]:
+    """The Ray module, connected to a cluster, and whether the connection is ours to end."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise InputError("--ray needs the package ray; pip install 'spectralbasis[ray]'") from error
+    if ray.is_initialized():
+        return ray, False
+    options: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (ConnectionError, ValueError) as error:
+        raise InputError(f"no Ray cluster answers at {address!r} ({error}); start one, or pass --ray local") from error
+    return ray, True
