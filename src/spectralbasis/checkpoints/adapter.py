@@ -137,6 +137,9 @@ class AdapterCheckpoint(Checkpoint):
             return self._tensors.holds_rows(self._replaced[name])
         return name not in self.edits and self._base.holds_rows(name)
 
+    def alone(self, name: str) -> Checkpoint | None:
+        return None if name in self.edits or name in self._replaced else self._base.alone(name)
+
     def tied(self) -> Mapping[str, str]:
         return self._base.tied()
 

@@ -53,6 +53,21 @@ class Checkpoint(ABC):
         """Whether `take_rows` reads no more than it gives, so that a tensor need not fit into memory as a whole."""
         return False
 
+    def alone(self, name: str) -> "Checkpoint | None":
+        """A checkpoint of this tensor only, which reads it from its file and is small enough to be sent elsewhere.
+
+        None where the tensor is in memory or is computed when it is read.
+        """
+        return None
+
+    def evidence(self, name: str) -> str:
+        """What tells the stored tensor from another of the same name in a file of the same name on another machine.
+
+        Raises:
+            InputError: there is no such file here.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no file to look at")
+
     def tied(self) -> Mapping[str, str]:
         """Names whose storage is that of an earlier name, mapped to it; empty where the format cannot tell."""
         return {}

@@ -91,6 +91,9 @@ class DecodedCheckpoint(Checkpoint):
     def holds_rows(self, name: str) -> bool:
         return name not in self._encoded and self._stored.holds_rows(name)
 
+    def alone(self, name: str) -> Checkpoint | None:
+        return None if name in self._encoded else self._stored.alone(name)
+
     def tied(self) -> Mapping[str, str]:
         return self._stored.tied()
 

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from spectralbasis.errors import InputError
 
 Run = tuple[int, int]
 """Where consecutive bytes begin in a file, and how many they are."""
+
+SAMPLES, PIECE = 16, 4096
 
 
 def read_tensor(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -61,6 +64,23 @@ def _read_runs(path: Path, runs: Sequence[Run], shape: tuple[int, ...], dtype: t
     if not complete:
         raise InputError(f"{path} became shorter since it was opened; copy or download it again")
     return torch.frombuffer(data, dtype=dtype).reshape(shape)
+
+
+def sample(path: Path, offset: int, count: int) -> str:
+    """Hash of a file's size and of `SAMPLES` short pieces, evenly spread over `count` bytes from `offset` on.
+
+    Raises:
+        InputError: the file is gone or cannot be read.
+    """
+    try:
+        digest = xxhash.xxh3_128(str(path.stat().st_size).encode())
+        with path.open("rb", buffering=0) as file:
+            for number in range(SAMPLES):
+                file.seek(offset + max(count - PIECE, 0) * number // (SAMPLES - 1))
+                digest.update(file.read(min(PIECE, count)))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()
 
 
 def _fill(file: RawIOBase, data: memoryview) -> bool:

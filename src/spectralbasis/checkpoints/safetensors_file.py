@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spectralbasis.checkpoints.checkpoint import Checkpoint
-from spectralbasis.checkpoints.raw_file import read_tensor, take_rows
+from spectralbasis.checkpoints.raw_file import read_tensor, sample, take_rows
 from spectralbasis.errors import InputError
 
 _DTYPES = {
@@ -90,6 +91,17 @@ class SafetensorsFile(Checkpoint):
 
     def holds_rows(self, name: str) -> bool:
         return name in self._entries
+
+    def alone(self, name: str) -> "SafetensorsFile":
+        found = copy(self)
+        found._path = self._path.absolute()
+        found._entries = {name: self._entries[name]}
+        found.config = {}
+        return found
+
+    def evidence(self, name: str) -> str:
+        entry = self._entries[name]
+        return sample(self._path, entry.start, prod(entry.shape) * entry.dtype.itemsize)
 
     def _read(self, name: str, offset: int, shape: tuple[int, ...]) -> Tensor:
         return read_tensor(self._path, offset, shape, self._known(name).dtype)

@@ -41,6 +41,9 @@ class ShardedCheckpoint(Checkpoint):
     def holds_rows(self, name: str) -> bool:
         return self._shards[name].holds_rows(name)
 
+    def alone(self, name: str) -> Checkpoint | None:
+        return self._shards[name].alone(name)
+
 
 def read_index(index: Path) -> dict[str, Path]:
     """Tensor name to shard, from a `*.index.json`; every shard exists and lies in the index's folder.

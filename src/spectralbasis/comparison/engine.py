@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ import torch
 from spectralbasis.checkpoints import Checkpoint, Matrix, match_matrices, open_checkpoint
 from spectralbasis.checkpoints.labels import short_labels
 from spectralbasis.comparison.measuring import UNCHANGED, MatrixTask, Outcome, Settings, measure_matrix
+from spectralbasis.comparison.planning import PROCESS_MEMORY, expected_k, working_memory
 from spectralbasis.comparison.result import Comparison
 from spectralbasis.comparison.rows import SharedRow, to_frame
+from spectralbasis.comparison.sending import Parcel, measure_parcel, with_contents, with_places
 from spectralbasis.comparison.sharing import Pair
 from spectralbasis.comparison.statistics import with_q_values
 from spectralbasis.comparison.store import Store
@@ -138,14 +140,31 @@ class _Run:
     def _outcomes(self, store: Store, crew: "Crew[str]") -> Iterator[tuple[str, Outcome]]:
         """What comes of each matrix, as it comes."""
         waiting = deque(self.bases)
+        pack: Callable[[MatrixTask], Parcel] = with_places
         while waiting or crew.keys:
             while waiting and crew.has_room:
                 name = waiting.popleft()
-                crew.start(name, measure_matrix, self._task(name, store))
+                task = self._task(name, store)
+                if crew.executor.travels:
+                    crew.start(name, measure_parcel, pack(task), memory=self._memory(task))
+                else:
+                    crew.start(name, measure_matrix, task)
             for name, found in crew.finished():
-                if isinstance(found, Failure):
-                    found = Outcome(skipped=dict.fromkeys(self.partners[name], found.reason))
-                yield name, found
+                if found is None:  # where it was to be measured, the files cannot be seen
+                    pack = with_contents
+                    waiting.appendleft(name)
+                else:
+                    yield name, self._outcome(name, found)
+
+    def _outcome(self, name: str, found: Outcome | Failure) -> Outcome:
+        if isinstance(found, Failure):
+            return Outcome(skipped=dict.fromkeys(self.partners[name], found.reason))
+        return found
+
+    def _memory(self, task: MatrixTask) -> int:
+        """Bytes that the worker of a task needs."""
+        k = expected_k(self.settings.leading, task.before.shape)
+        return PROCESS_MEMORY + working_memory(*task.before.shape, k, trailing=self.settings.trailing)
 
     def _task(self, name: str, store: Store) -> MatrixTask:
         return MatrixTask(

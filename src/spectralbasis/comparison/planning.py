@@ -1,9 +1,25 @@
 """What a comparison will need, worked out from shapes alone: memory, bytes to read, floating-point operations, time."""
 
+from spectralbasis.linalg import Leading, row_source
 from spectralbasis.linalg.krylov import BLOCK
 from spectralbasis.linalg.svd import gram_pays, krylov_pays
 
 FLOAT32, FLOAT64 = 4, 8
+PROCESS_MEMORY = 450_000_000
+"""Bytes of an interpreter with torch and this package, before it has read anything."""
+USUAL_LEADING = 64
+"""Directions that are reckoned with where their number depends on the spectrum."""
+_BLOCKS = 14
+"""Blocks of rows in float32 that are held at once: of base and tuned as stored and as read, of their difference and
+what becomes of it in a null, of the sum, and the widened one, which counts twice."""
+
+
+def expected_k(leading: Leading, shape: tuple[int, int]) -> int:
+    """How many directions a setting means for a matrix of shape (m, n), as far as the shape tells."""
+    short = min(shape)
+    if isinstance(leading, str):
+        return min(USUAL_LEADING, short)
+    return min(leading, short) if isinstance(leading, int) else max(1, round(leading * short))
 
 
 def working_memory(m: int, n: int, k: int, *, trailing: bool = False) -> int:
@@ -20,6 +36,26 @@ def working_memory(m: int, n: int, k: int, *, trailing: bool = False) -> int:
     """
     matrix = FLOAT32 * m * n
     return max(7 * matrix, 5 * matrix + _solver_memory(m, n, k, trailing), 3 * matrix + _dense_memory(m, n))
+
+
+def row_block_memory(m: int, n: int, k: int, *, kept: int = 0, trailing: bool = False) -> int:
+    """Bytes that measuring one (m, n) matrix in row blocks takes at most, beside what cannot be read by rows.
+
+    The Gram matrix of the smaller side is the largest part; that of a wide matrix comes from blocks of its own size.
+
+    Args:
+        m: rows.
+        n: columns.
+        k: leading directions.
+        kept: triplets that are kept until all partners of the matrix are measured.
+        trailing: whether the trailing directions are measured too.
+    """
+    short = min(m, n)
+    dimensions = min(short // 2, 6 * k + 20 * BLOCK) + BLOCK
+    krylov = FLOAT32 * dimensions * short + 3 * FLOAT64 * dimensions**2
+    gram = FLOAT64 * short**2 * (4 if trailing else 2 if m < n else 1)
+    blocks = _BLOCKS * FLOAT32 * min(m * n, row_source.BLOCK_ENTRIES)
+    return blocks + max(gram, krylov) + (6 * FLOAT64 + kept * FLOAT32) * k * (m + n)
 
 
 def _solver_memory(m: int, n: int, k: int, trailing: bool) -> int:
@@ -39,4 +75,4 @@ def _dense_memory(m: int, n: int) -> int:
 
     It is the last resort of every solver, and what doubtful intruders are settled by.
     """
-    return FLOAT64 * (3 * m * n + 6 * min(m, n) ** 2)
+    return FLOAT64 * (4 * m * n + 9 * min(m, n) ** 2)

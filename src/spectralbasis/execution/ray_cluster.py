@@ -29,9 +29,8 @@ class RayCluster(Executor):
     def __init__(self, address: str, *, gpu: bool = False) -> None:
         self._ray, self._ours = _connect(address)
         self._kind = "GPU" if gpu else "CPU"
-        self._remote = self._ray.remote(_perform_on_one_thread).options(
-            num_cpus=1, num_gpus=1 if gpu else None, max_retries=0
-        )
+        self._options: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if gpu else None, "max_retries": 0}
+        self._remote = self._ray.remote(_perform_on_one_thread)
         self._under_way: list[Any] = []
 
     @property
@@ -39,8 +38,8 @@ class RayCluster(Executor):
         return max(1, AHEAD * int(self._ray.cluster_resources().get(self._kind, 0)))
 
     def start(self, call: Call) -> Hashable:
-        memory = min(call.memory, self._largest_node())
-        remote = self._remote.options(memory=memory) if memory else self._remote
+        memory = min(call.memory, self._largest_node()) or None
+        remote = self._remote.options(**self._options, memory=memory)
         reference: Hashable = remote.remote(call.work, call.arguments)
         self._under_way.append(reference)
         return reference
