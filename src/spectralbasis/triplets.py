@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from spectralbasis.linalg import (
     singular_values,
     subspace_error_bound,
 )
+from spectralbasis.linalg.row_source import MatrixLike, row_slices
 
 DEFAULT_TOLERANCE = 1e-4
 _CACHE_VERSION = "1"
@@ -89,17 +91,23 @@ class Triplets:
         )
 
 
-def matrix_hash(W: Tensor) -> str:
+def matrix_hash(W: MatrixLike) -> str:
     """xxh3-128 of the shape and the values as float32, as 32 hexadecimal digits.
 
     A bf16 checkpoint and the same one upcast to float32 have one hash; a rounded copy has another.
     """
     digest = xxhash.xxh3_128(repr(tuple(W.shape)).encode())
-    flat = W.detach().reshape(-1)
-    for start in range(0, flat.numel(), _HASH_BLOCK):
-        block = flat[start : start + _HASH_BLOCK].to("cpu", torch.float32).contiguous()
-        digest.update(block.numpy().data)
+    for block in _flat_blocks(W):
+        digest.update(block.to("cpu", torch.float32).contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def _flat_blocks(W: MatrixLike) -> Iterator[Tensor]:
+    """The entries of a matrix in their order."""
+    if isinstance(W, Tensor):
+        yield from W.detach().reshape(-1).split(_HASH_BLOCK)
+    else:
+        yield from (W[rows].reshape(-1) for rows in row_slices(W))
 
 
 def compute_triplets(
@@ -133,7 +141,7 @@ def compute_triplets(
 
 
 def compute_triplets_and_values(
-    W: Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, base_hash: str
+    W: MatrixLike, k: int, *, tolerance: float = DEFAULT_TOLERANCE, base_hash: str
 ) -> tuple[Triplets, Tensor]:
     """`compute_triplets` with the disk cache, and all singular values of `W`, from one decomposition where one is due.
 

@@ -4,10 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from spectralbasis.linalg import leading_svd, leading_svd_and_values, principal_angles, products, singular_values
-from spectralbasis.linalg import row_source as rows_module
+from spectralbasis.linalg import (
+    leading_svd,
+    leading_svd_and_values,
+    principal_angles,
+    products,
+    row_source,
+    singular_values,
+)
 from spectralbasis.linalg.left_vectors import largest_cosines
-from spectralbasis.linalg.row_source import RowSource, equal, row_slices
+from spectralbasis.linalg.row_source import RowSource, equal, minus, plus, row_slices
 from spectralbasis.linalg.svd import trailing_vectors
 from tests.matrices import orthonormal, power_law, with_spectrum
 
@@ -29,8 +35,7 @@ def source(A, counts=None):
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of a few rows, so that every product takes many; the last one is cut."""
-    for module in (rows_module, products):
-        monkeypatch.setattr(module, "BLOCK_ENTRIES", 9_000)
+    monkeypatch.setattr(row_source, "BLOCK_ENTRIES", 9_000)
 
 
 def largest_sine(found, true) -> float:
@@ -132,9 +137,10 @@ def test_cosines_with_every_left_vector(shape):
 def test_sums_and_differences_are_taken_row_by_row():
     A, B = torch.randn(60, 50), torch.randn(60, 50)
     chosen = torch.tensor([5, 3, 3, 59])
-    for found, expected in [(source(A) - source(B), A - B), (source(A) + source(B), A + B)]:
+    pairs = [(minus(source(A), source(B)), A - B), (plus(source(A), source(B)), A + B), (minus(A, source(B)), A - B)]
+    for found, expected in pairs:
         assert torch.equal(found[10:20], expected[10:20])
         assert torch.equal(found[chosen], expected[chosen])
     assert equal(source(A), A)
-    assert not equal(source(A) + source(B), A)
+    assert not equal(plus(source(A), source(B)), A)
     assert sum(rows.stop - rows.start for rows in row_slices(A)) == 60

@@ -7,13 +7,13 @@ from functools import cached_property, partial
 from itertools import combinations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from spectralbasis.checkpoints import Matrix
 from spectralbasis.comparison import metrics
 from spectralbasis.comparison.metrics import Key, Measurements, Window
 from spectralbasis.comparison.nulls import NULLS, draw_generator
+from spectralbasis.comparison.reading import check_row_blocks, expected_k, fits_whole, read_matrix
 from spectralbasis.comparison.rows import Row, SharedRow
 from spectralbasis.comparison.sharing import Frames, Pair, shared_rows, update_directions
 from spectralbasis.comparison.statistics import against_null
@@ -29,6 +29,7 @@ from spectralbasis.linalg import (
     singular_values,
     trailing_vectors,
 )
+from spectralbasis.linalg.row_source import MatrixLike, equal, minus, plus
 from spectralbasis.triplets import Triplets, compute_triplets_and_values, matrix_hash
 
 UNCHANGED = "the same in both: finetuning did not touch it"
@@ -69,13 +70,13 @@ class Base:
     """What is known of the base's matrix.
 
     Attributes:
-        W: (m, n), float32.
+        W: (m, n), float32, or a source of its rows.
         triplets: the leading ones.
         values: all singular values.
         trailing: singular vectors of the smallest ones, where they were asked for.
     """
 
-    W: Tensor
+    W: MatrixLike
     triplets: Triplets
     values: Tensor
     trailing: Window | None
@@ -92,6 +93,7 @@ class MatrixTask:
         base_source: how the base is named in messages.
         known: label → content hash of the matrices whose rows the store holds.
         known_pairs: labels of two finetuned checkpoints → the same for what they share.
+        memory_budget: bytes that may be worked in; a matrix that takes more is measured in row blocks. None: no limit.
     """
 
     before: Matrix
@@ -100,6 +102,7 @@ class MatrixTask:
     base_source: str
     known: Mapping[str, str]
     known_pairs: Mapping[Pair, str]
+    memory_budget: int | None = None
 
 
 @dataclass
@@ -114,10 +117,9 @@ class Outcome:
 def measure_matrix(task: MatrixTask) -> Outcome:
     """Measure one base matrix against all its partners; what cannot be measured is a reason, not an error."""
     try:
-        W0 = _read(task.before, task.settings, task.base_source)
+        work = _Work(task)
     except ValueError as error:
         return Outcome(skipped=dict.fromkeys(task.partners, str(error)))
-    work = _Work(task, W0)
     for label in task.partners:
         try:
             work.measure(label)
@@ -128,13 +130,20 @@ def measure_matrix(task: MatrixTask) -> Outcome:
 
 
 class _Work:
-    """A task while it runs; the base is decomposed when the first partner needs it."""
+    """A task while it runs; the base is decomposed when the first partner needs it.
 
-    def __init__(self, task: MatrixTask, W0: Tensor) -> None:
+    Raises:
+        ValueError: the base cannot be read, or there is not even room for row blocks.
+    """
+
+    def __init__(self, task: MatrixTask) -> None:
         self.task = task
         self.settings = task.settings
-        self.W0 = W0
-        self.base_hash = matrix_hash(W0)
+        k = expected_k(self.settings.leading, task.before.shape)
+        self.by_rows = not fits_whole(task.before.shape, k, self.settings.trailing, task.memory_budget)
+        self._check_room(k)
+        self.W0 = self._read(task.before, task.base_source)
+        self.base_hash = matrix_hash(self.W0)
         self.outcome = Outcome()
         self._hashes: dict[str, str] = {}
         self._frames: dict[str, Frames] = {}
@@ -142,6 +151,7 @@ class _Work:
     @cached_property
     def base(self) -> Base:
         k = resolve_leading(self.settings.leading, self.W0)
+        self._check_room(k)
         found, values = compute_triplets_and_values(
             self.W0, k, tolerance=self.settings.tolerance, base_hash=self.base_hash
         )
@@ -154,8 +164,8 @@ class _Work:
         Raises:
             ValueError: it cannot be measured.
         """
-        W1 = self._read(label)
-        if torch.equal(self.W0, W1):
+        W1 = self._tuned(label)
+        if equal(self.W0, W1):
             raise ValueError(UNCHANGED)
         tuned_hash = matrix_hash(W1)
         content = f"{self.base_hash}-{tuned_hash}"
@@ -174,7 +184,7 @@ class _Work:
         labels = list(dict.fromkeys(label for pair in missing for label in pair))
         for label in labels:
             if label not in self._frames:
-                self._rows(label, self._read(label), self._hashes[label])
+                self._rows(label, self._tuned(label), self._hashes[label])
         update_cosines = gram_cosines(inner_products([partial(self._update, label) for label in labels]))
         for pair in missing:
             cosine = float(update_cosines[labels.index(pair[0]), labels.index(pair[1])])
@@ -182,13 +192,24 @@ class _Work:
             rows = shared_rows(pair, self.task.before, a, b, cosine, self.settings.null or "")
             self.outcome.shared[pair] = self.outcome.shared[pair][0], rows
 
-    def _read(self, label: str) -> Tensor:
-        return _read(self.task.partners[label], self.settings, label)
+    def _check_room(self, k: int) -> None:
+        """Raise ValueError where not even row blocks fit the budget."""
+        budget, partners = self.task.memory_budget, self.task.partners.values()
+        if self.by_rows and budget is not None:
+            kept = len(partners) * (1 + self.settings.draws) if len(partners) > 1 else 0
+            largest = max(partners, key=lambda partner: partner.held_bytes)
+            check_row_blocks((self.task.before, largest), k, kept, self.settings.trailing, budget)
 
-    def _update(self, label: str) -> Tensor:
-        return self._read(label) - self.W0
+    def _read(self, matrix: Matrix, where: str) -> MatrixLike:
+        return read_matrix(matrix, self.settings.device, self.by_rows, where)
 
-    def _rows(self, label: str, W1: Tensor, tuned_hash: str) -> list[Row]:
+    def _tuned(self, label: str) -> MatrixLike:
+        return self._read(self.task.partners[label], label)
+
+    def _update(self, label: str) -> MatrixLike:
+        return minus(self._tuned(label), self.W0)
+
+    def _rows(self, label: str, W1: MatrixLike, tuned_hash: str) -> list[Row]:
         """The measurements of one pair as rows of the table, beside their null where they have one."""
         kept = len(self.task.partners) > 1
         values, null_values, found = measure_pair(self.base, W1, self.settings, tuned_hash, kept)
@@ -206,19 +227,19 @@ class _Work:
 
 
 def measure_pair(
-    base: Base, W1: Tensor, settings: Settings, tuned_hash: str, keep: bool
+    base: Base, W1: MatrixLike, settings: Settings, tuned_hash: str, keep: bool
 ) -> tuple[Measurements, NullValues, Frames | None]:
     """All measurements of one pair, and the null's values of those that have a null.
 
     Args:
         base: the base matrix and what is known of it.
-        W1: finetuned matrix, (m, n), float32, not equal to the base.
+        W1: finetuned matrix, (m, n), float32, or a source of its rows, as the base is; not equal to it.
         settings: what to measure.
         tuned_hash: content hash of W1, which fixes the draws.
         keep: return also the frames that other finetuned checkpoints are held against, else None.
     """
     triplets, k = base.triplets, base.triplets.k
-    update = W1 - base.W
+    update = minus(W1, base.W)
     update_values = singular_values(update)
     tuned, tuned_values = leading_svd_and_values(W1, k, tolerance=settings.tolerance)
     values = (
@@ -243,14 +264,14 @@ def measure_pair(
 
 
 def _null_values(
-    base: Base, update: Tensor, settings: Settings, tuned_hash: str, kept: list[LeadingSVD] | None
+    base: Base, update: MatrixLike, settings: Settings, tuned_hash: str, kept: list[LeadingSVD] | None
 ) -> NullValues:
     """Values of each measurement under the null's draws; the base's triplets under each draw are added to `kept`."""
     values: NullValues = defaultdict(list)
     for draw in range(settings.draws if settings.null else 0):
         generator = draw_generator(settings.seed, base.triplets.base_hash, tuned_hash, draw)
         chance = NULLS[str(settings.null)](update, generator)
-        W1 = base.W + chance
+        W1 = plus(base.W, chance)
         moved = leading_svd(W1, base.triplets.k, tolerance=settings.tolerance)
         measured = metrics.coverages(base.triplets, chance) | metrics.overlaps(base.triplets, moved)
         if base.trailing:
@@ -260,16 +281,3 @@ def _null_values(
         if kept is not None:
             kept.append(moved)
     return values
-
-
-def _read(matrix: Matrix, settings: Settings, where: str) -> Tensor:
-    """The matrix in float32 where the comparison works on it.
-
-    Raises:
-        ValueError: it holds NaN or infinite values.
-    """
-    W = matrix.read().to(device=settings.device, dtype=torch.float32)
-    bad = int((~torch.isfinite(W)).sum())
-    if bad:
-        raise ValueError(f"{bad} of {W.numel()} values in {where} are NaN or infinite; this matrix has no spectrum")
-    return W

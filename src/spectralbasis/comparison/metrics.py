@@ -19,7 +19,9 @@ from spectralbasis.linalg import (
     overlaps_by_k,
     wedin_bound,
 )
-from spectralbasis.linalg.products import times, transposed_times
+from spectralbasis.linalg.left_vectors import largest_cosines
+from spectralbasis.linalg.products import frobenius_norm, times, transposed_times
+from spectralbasis.linalg.row_source import MatrixLike
 from spectralbasis.triplets import Triplets
 
 Key = tuple[str, str, int, int]
@@ -46,12 +48,12 @@ def overlaps(base: Factors, tuned: Factors) -> Measurements:
     }
 
 
-def coverages(base: Factors, update: Tensor) -> Measurements:
+def coverages(base: Factors, update: MatrixLike) -> Measurements:
     """Share of `‖ΔW‖_F²` in the leading directions of the base: see `coverage_shares`."""
     return coverage_shares(base.U, base.Vh, update)
 
 
-def coverage_shares(U: Tensor, Vh: Tensor, update: Tensor) -> Measurements:
+def coverage_shares(U: Tensor, Vh: Tensor, update: MatrixLike) -> Measurements:
     """Share of a matrix's squared norm in the first k directions: diagonal, core, left and right, over the grid.
 
     Args:
@@ -59,7 +61,7 @@ def coverage_shares(U: Tensor, Vh: Tensor, update: Tensor) -> Measurements:
         Vh: (k, n), rows orthonormal.
         update: (m, n), not zero.
     """
-    total = torch.linalg.matrix_norm(update, dtype=torch.float64).square()
+    total = frobenius_norm(update).square()
     left = transposed_times(update, U.double()).T
     right = times(update, Vh.double().T)
     core = left @ Vh.double().T
@@ -76,7 +78,7 @@ def coverage_shares(U: Tensor, Vh: Tensor, update: Tensor) -> Measurements:
     }
 
 
-def trailing(base: Window, tuned: Window, update: Tensor) -> Measurements:
+def trailing(base: Window, tuned: Window, update: MatrixLike) -> Measurements:
     """Overlap of the trailing windows, left and right, and the share of the update in the core of the base's.
 
     Args:
@@ -137,7 +139,7 @@ def spectra(base: Factors, tuned: Factors) -> Measurements:
     }
 
 
-def intruders(base: Factors, tuned: Factors, W0: Tensor) -> Measurements:
+def intruders(base: Factors, tuned: Factors, W0: MatrixLike) -> Measurements:
     """Largest `|cos|` of each of the tuned top 10 left vectors to any left vector of the base, and how many are new.
 
     A vector whose largest cosine is below 0.5 is an intruder dimension (Shuttleworth et al., 2410.21228). The base's
@@ -150,8 +152,7 @@ def intruders(base: Factors, tuned: Factors, W0: Tensor) -> Measurements:
     largest = cosines.amax(0)
     remaining = (1 - cosines.square().sum(0)).clamp_min(0).sqrt()
     if bool((remaining > largest).any()):
-        every = torch.linalg.svd(W0.double(), full_matrices=False).U
-        largest = (every.T @ U1).abs().amax(0)
+        largest = largest_cosines(W0, U1)
     values = {("max_cosine", "left", top, index): value for index, value in enumerate(largest.tolist())}
     return values | {("intruders", "left", top, -1): float((largest < INTRUDER_COSINE).sum())}
 

@@ -11,6 +11,7 @@ from spectralbasis.comparison.metrics import Measurements, leading_grid, overlap
 from spectralbasis.comparison.rows import SharedRow
 from spectralbasis.comparison.statistics import against_haar, against_null, against_unrelated
 from spectralbasis.linalg import LeadingSVD, cross_cosines, leading_svd, overlaps_by_k
+from spectralbasis.linalg.row_source import MatrixLike
 
 UPDATE_DIRECTIONS = 8
 """How many leading directions of an update are held against those of another."""
@@ -38,7 +39,7 @@ class Frames:
     base_overlaps: Measurements
 
 
-def update_directions(update: Tensor, values: Tensor, base_norm: float) -> LeadingSVD:
+def update_directions(update: MatrixLike, values: Tensor, base_norm: float) -> LeadingSVD:
     """Leading triplets of `ΔW`: `UPDATE_DIRECTIONS` of them, or fewer where its rank is lower.
 
     What lies below the rounding of float32 weights has no direction of its own.

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from spectralbasis.linalg.row_source import BLOCK_ENTRIES, MatrixLike, RowSource, Transposed, row_slices
+from spectralbasis.linalg.row_source import MatrixLike, RowSource, Transposed, row_slices
 
 Factor = MatrixLike | Transposed
 
@@ -97,10 +97,8 @@ def _outer_gram(A: RowSource) -> Tensor:
 
 def _wide_product(A: Tensor, B: Tensor) -> Tensor:
     """`A Bᵀ` in float64 for A in float64, some columns of B being widened at a time."""
-    width = max(1, BLOCK_ENTRIES // len(B))
     product = A.new_zeros(len(A), len(B))
-    for start in range(0, A.shape[1], width):
-        columns = slice(start, start + width)
+    for columns in row_slices(B.T):
         product.addmm_(A[:, columns], B[:, columns].double().T)
     return product
 

@@ -1,7 +1,7 @@
 """Matrices that are never in memory as a whole: their rows are read, or computed, when they are asked for."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ Rows = slice | Tensor
 
 @dataclass(frozen=True, eq=False)
 class RowSource:
-    """An (m, n) matrix in float32, indexed by rows as a tensor is; sums and differences are taken as they are read.
+    """An (m, n) matrix in float32, indexed by rows as a tensor is.
 
     Its values are taken to be finite.
 
@@ -32,12 +32,6 @@ class RowSource:
 
     def __getitem__(self, rows: Rows) -> Tensor:
         return self.read(rows)
-
-    def __add__(self, other: "MatrixLike") -> "RowSource":
-        return replace(self, read=lambda rows: self[rows] + other[rows])
-
-    def __sub__(self, other: "MatrixLike") -> "RowSource":
-        return replace(self, read=lambda rows: self[rows] - other[rows])
 
     @property
     def T(self) -> "Transposed":
@@ -75,6 +69,20 @@ def row_slices(A: MatrixLike, at_least: int = 0) -> Iterator[slice]:
     """The rows of a matrix in runs of about `BLOCK_ENTRIES` entries, or of `at_least` so many, where that is more."""
     height = max(1, max(at_least, BLOCK_ENTRIES) // max(1, A.shape[1]))
     return (slice(start, min(start + height, A.shape[0])) for start in range(0, A.shape[0], height))
+
+
+def plus(A: MatrixLike, B: MatrixLike) -> MatrixLike:
+    """`A + B` of two matrices of one shape, taken when rows are read unless both are tensors."""
+    if isinstance(A, Tensor) and isinstance(B, Tensor):
+        return A + B
+    return RowSource((A.shape[0], A.shape[1]), lambda rows: A[rows] + B[rows], A.device)
+
+
+def minus(A: MatrixLike, B: MatrixLike) -> MatrixLike:
+    """`A − B`, as `plus`."""
+    if isinstance(A, Tensor) and isinstance(B, Tensor):
+        return A - B
+    return RowSource((A.shape[0], A.shape[1]), lambda rows: A[rows] - B[rows], A.device)
 
 
 def equal(A: MatrixLike, B: MatrixLike) -> bool:

@@ -9,6 +9,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from spectralbasis.errors import InputError
+from spectralbasis.linalg.row_source import MatrixLike
 from spectralbasis.linalg.svd import singular_values
 
 Leading = int | float | str
@@ -41,7 +42,7 @@ def _leading_error(value: Leading) -> InputError:
     )
 
 
-def resolve_leading(leading: Leading, W: Tensor) -> int:
+def resolve_leading(leading: Leading, W: MatrixLike) -> int:
     """How many leading directions of `W` (m, n) the setting means, at least 1 and at most min(m, n).
 
     Raises:

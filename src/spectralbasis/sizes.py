@@ -1,0 +1,32 @@
+"""Amounts of memory as people write them."""
+
+import math
+import re
+
+from spectralbasis.errors import InputError
+
+_UNITS = {"": 1, "B": 1, **{f"{prefix}B": 1000**power for power, prefix in enumerate("kMGT", 1)}}
+_BINARY = {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}
+_FACTORS = {unit.upper(): factor for unit, factor in (_UNITS | _BINARY).items()}
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes, from their number or from text such as "8GB", "500 MB" or "1.5GiB".
+
+    Raises:
+        InputError: it is no positive amount of memory.
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*", str(size))
+    factor = _FACTORS.get(found[2].upper()) if found else None
+    count = int(float(found[1]) * factor) if found and factor else 0
+    if count < 1:
+        raise InputError(f"{size!r} is no amount of memory; pass bytes, or a number with a unit such as 8GB or 500MB")
+    return count
+
+
+def format_size(count: int, *, up: bool = False) -> str:
+    """Bytes in the unit of 1000s that suits them, with one decimal, such as "1.5GB"; rounded upwards if `up`."""
+    unit = max((factor for factor in _UNITS.values() if factor <= count), default=1)
+    name = next(name for name, factor in _UNITS.items() if factor == unit and name)
+    tenths = math.ceil(count / unit * 10) if up else round(count / unit * 10)
+    return f"{tenths / 10:g}{name}"
