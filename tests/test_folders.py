@@ -35,3 +35,28 @@ def test_an_output_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file; name a new folder"):
         check_output(tmp_path / "file", overwrite=True, written_file="tuning.json")
+
+
+def test_a_second_writer_is_refused_while_the_first_is_at_work(tmp_path):
+    with atomic_folder(tmp_path / "folder") as folder:
+        with (
+            pytest.raises(InputError, match="another command is writing"),
+            atomic_folder(tmp_path / "folder"),
+        ):
+            pass
+        with atomic_folder(tmp_path / "folder.other"):
+            pass
+        (folder / "file").write_text("first")
+    assert (tmp_path / "folder" / "file").read_text() == "first"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "folder.other"]
+
+
+@pytest.mark.parametrize("parts", [("new",), ("new", "old")])
+def test_what_a_killed_process_left_is_removed_and_what_it_had_moved_away_is_put_back(tmp_path, parts):
+    for part in parts:
+        (tmp_path / ".folder.abcd_123" / part).mkdir(parents=True)
+        (tmp_path / ".folder.abcd_123" / part / "file").write_text(part)
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "folder"):
+        _ = 1 // 0
+    assert [entry.name for entry in tmp_path.iterdir()] == (["folder"] if "old" in parts else [])
+    assert "old" not in parts or (tmp_path / "folder" / "file").read_text() == "old"

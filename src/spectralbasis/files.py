@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from spectralbasis.errors import InputError
+from spectralbasis.locks import held, is_held, left_over
 
 _OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -18,21 +19,28 @@ _OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it replaces `path` when the block succeeds and is removed when it fails.
 
+    What a process that was killed left of the same file is removed too.
+
     Raises:
         InputError: the folder cannot be created or written to, or there is no room for the file.
     """
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        for left in left_over(target, target.suffix):
+            if not is_held(left):
+                left.unlink(missing_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror}; choose a folder that you may write to") from error
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(target)
+        with held(temporary):
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())
+            _to_disk(temporary)
+            temporary.replace(target)
     except (OSError, SafetensorError) as error:
         if not _out_of_room(error):
             raise
@@ -41,6 +49,12 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _to_disk(file: Path) -> None:
+    """Wait until the bytes are on the disk, so that a machine that loses its power leaves no empty file."""
+    with file.open("r+b") as opened:
+        os.fsync(opened.fileno())
 
 
 def _out_of_room(error: OSError | SafetensorError) -> bool:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from spectralbasis.errors import InputError
+from spectralbasis.locks import held, is_held, left_over
 
 
 def check_output(path: Path, *, overwrite: bool, written_file: str) -> None:
@@ -31,8 +32,10 @@ def check_output(path: Path, *, overwrite: bool, written_file: str) -> None:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; it takes the path's place when the block succeeds, else it is removed.
 
+    What a process that was killed left of the same folder is removed too.
+
     Raises:
-        InputError: the parent folder cannot be created or written to.
+        InputError: the parent folder cannot be created or written to, or another process is writing the folder.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,11 +43,26 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; choose a folder that you may write to") from error
     try:
-        fresh = scratch / "new"
-        fresh.mkdir()
-        yield fresh
-        if path.exists():
-            path.rename(scratch / "old")
-        fresh.rename(path)
+        with held(scratch):
+            fresh = scratch / "new"
+            fresh.mkdir()
+            _clear(path, scratch)
+            yield fresh
+            if path.exists():
+                path.rename(scratch / "old")
+            fresh.rename(path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _clear(path: Path, ours: Path) -> None:
+    """Remove what killed processes left of a folder; a living one, which holds its lock, is not disturbed."""
+    for left in left_over(path):
+        # One that was made this moment is not locked yet, and nothing is in it.
+        if left == ours or not any((left / part).is_dir() for part in ("new", "old")):
+            continue
+        if is_held(left):
+            raise InputError(f"another command is writing {path}; wait for it, or name another folder")
+        if (left / "old").is_dir() and not path.exists():
+            (left / "old").rename(path)
+        shutil.rmtree(left, ignore_errors=True)

@@ -1,6 +1,7 @@
 """What a comparison gives back: a tidy table, a summary and a page."""
 
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,15 @@ class Comparison:
     def save(self, directory: str | Path) -> None:
         """Write `comparison.parquet`, `summary.json` and, of several checkpoints, `sharing.parquet` into a folder."""
         folder = Path(directory)
+        # All are written before the first takes its place: a full disk leaves the files of an earlier run together.
+        with ExitStack() as files:
+            if self.sharing is not None:
+                self.sharing.to_parquet(files.enter_context(atomic_path(folder / "sharing.parquet")), index=False)
+            self.table.to_parquet(files.enter_context(atomic_path(folder / "comparison.parquet")), index=False)
+            summary = files.enter_context(atomic_path(folder / "summary.json"))
+            summary.write_text(json.dumps(self._summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         if self.sharing is None:
             (folder / "sharing.parquet").unlink(missing_ok=True)
-        else:
-            with atomic_path(folder / "sharing.parquet") as temporary:
-                self.sharing.to_parquet(temporary, index=False)
-        with atomic_path(folder / "comparison.parquet") as temporary:
-            self.table.to_parquet(temporary, index=False)
-        with atomic_path(folder / "summary.json") as temporary:
-            temporary.write_text(json.dumps(self._summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     def report(self, directory: str | Path) -> Path:
         """Write the results and the page made from them into a folder; returns the path of `index.html`."""
