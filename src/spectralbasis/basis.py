@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from spectralbasis.checkpoints import Checkpoint, Matrix, logical_matrices, open_checkpoint
+from spectralbasis.checksums import checksum
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path
 from spectralbasis.linalg import Leading, parse_leading, resolve_leading
@@ -22,7 +23,8 @@ from spectralbasis.triplets import (
     triplet_tensors,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_WITHOUT_CHECKSUMS = 1
 
 
 class SpectralBasis(Mapping[str, Triplets]):
@@ -103,12 +105,9 @@ class SpectralBasis(Mapping[str, Triplets]):
         return cls(found, source=checkpoint.source, leading=leading, skipped=skipped)
 
     def save(self, file: str | Path) -> Path:
-        """Write one safetensors file; certificates and hashes are in its metadata."""
-        tensors = {
-            f"{name}.{field}": tensor
-            for name, triplets in self.items()
-            for field, tensor in triplet_tensors(triplets).items()
-        }
+        """Write one safetensors file; certificates, hashes and checksums are in its metadata."""
+        parts = {name: triplet_tensors(triplets) for name, triplets in self.items()}
+        tensors = {f"{name}.{field}": tensor for name, part in parts.items() for field, tensor in part.items()}
         header = {
             "version": FORMAT_VERSION,
             "kind": self.kind,
@@ -116,9 +115,11 @@ class SpectralBasis(Mapping[str, Triplets]):
             "leading": self.leading,
             "skipped": self.skipped,
             "matrices": {name: triplet_facts(triplets) for name, triplets in self.items()},
+            "checksums": {name: checksum(tensors=part) for name, part in parts.items()},
         }
+        text = json.dumps(header)
         with atomic_path(file) as temporary:
-            save_file(tensors, temporary, metadata={"spectralbasis": json.dumps(header)})
+            save_file(tensors, temporary, metadata={"spectralbasis": text, "checksum": checksum(text)})
         return Path(file)
 
     @classmethod
@@ -130,7 +131,7 @@ class SpectralBasis(Mapping[str, Triplets]):
         """
         header, handle = _open(Path(file))
         return cls(
-            _StoredTriplets(handle, header["matrices"]),
+            _StoredTriplets(Path(file), handle, header["matrices"], header.get("checksums", {})),
             kind=header["kind"],
             source=header["source"],
             leading=header["leading"],
@@ -139,15 +140,24 @@ class SpectralBasis(Mapping[str, Triplets]):
 
 
 class _StoredTriplets(Mapping[str, Triplets]):
-    """Triplets of a basis file, read on access."""
+    """Triplets of a basis file, read on access, and held against their checksum where the file has them."""
 
-    def __init__(self, handle: Any, facts: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(
+        self, file: Path, handle: Any, facts: Mapping[str, Mapping[str, Any]], checksums: Mapping[str, str]
+    ) -> None:
+        self._file = file
         self._handle = handle
         self._facts = facts
+        self._checksums = checksums
 
     def __getitem__(self, name: str) -> Triplets:
         facts = self._facts[name]
-        tensors = {field: self._handle.get_tensor(f"{name}.{field}") for field in ("U", "S", "Vh", "residuals")}
+        try:
+            tensors = {field: self._handle.get_tensor(f"{name}.{field}") for field in ("U", "S", "Vh", "residuals")}
+        except SafetensorError as error:
+            raise InputError(f"{self._file} is damaged: {error}; compute the basis again") from error
+        if name in self._checksums and checksum(tensors=tensors) != self._checksums[name]:
+            raise InputError(f"{self._file} is damaged: {name} has not its checksum; compute the basis again")
         return Triplets(**tensors, **facts)
 
     def __iter__(self) -> Iterator[str]:
@@ -174,16 +184,20 @@ def _open(file: Path) -> tuple[dict[str, Any], Any]:
         handle: Any = safe_open(file, framework="pt")
         if isinstance(handle, AbstractContextManager):
             handle = handle.__enter__()
-        header = json.loads((handle.metadata() or {}).get("spectralbasis", "null"))
+        metadata = handle.metadata() or {}
+        text = metadata.get("spectralbasis", "null")
+        header = json.loads(text)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read as safetensors ({error}); compute the basis again") from error
     if not isinstance(header, dict) or not isinstance(header.get("matrices"), dict):
         raise InputError(
             f"{file} is a safetensors file but no basis; write one with: spectralbasis basis MODEL -o FILE"
         )
-    if header.get("version") != FORMAT_VERSION:
+    if header.get("version") not in (FORMAT_VERSION, _WITHOUT_CHECKSUMS):
         raise InputError(
-            f"{file} has basis format {header.get('version')}, this version reads {FORMAT_VERSION}; "
+            f"{file} has basis format {header.get('version')}, this version reads up to {FORMAT_VERSION}; "
             "update spectralbasis, or compute the basis again"
         )
+    if header["version"] != _WITHOUT_CHECKSUMS and metadata.get("checksum") != checksum(text):
+        raise InputError(f"{file} is damaged: its header has not its checksum; compute the basis again")
     return header, handle

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spectralbasis.checksums import checksum
 from spectralbasis.files import atomic_path
 from spectralbasis.linalg import (
     LeadingSVD,
@@ -23,7 +24,8 @@ from spectralbasis.linalg import (
 from spectralbasis.linalg.row_source import MatrixLike, row_slices
 
 DEFAULT_TOLERANCE = 1e-4
-_CACHE_VERSION = "1"
+_CACHE_VERSION = "2"
+_WITHOUT_CHECKSUM = "1"
 _HASH_BLOCK = 1 << 22
 
 
@@ -234,10 +236,14 @@ def _read_cached(path: Path, base_hash: str) -> Triplets | None:
     """Cached triplets, or None where the file is damaged or of another version: then they are computed again."""
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get("triplets", "{}"))
-            if facts.pop("version", None) != _CACHE_VERSION or facts["base_hash"] != base_hash:
+            text = (file.metadata() or {}).get("triplets", "{}")
+            facts, expected = json.loads(text), (file.metadata() or {}).get("checksum")
+            version = facts.pop("version", None)
+            tensors = {field: file.get_tensor(field) for field in file.keys()}  # noqa: SIM118
+            whole = version == _WITHOUT_CHECKSUM or checksum(text, tensors=tensors) == expected
+            if version not in (_CACHE_VERSION, _WITHOUT_CHECKSUM) or not whole or facts["base_hash"] != base_hash:
                 return None
-            return Triplets(**{field: file.get_tensor(field) for field in file.keys()}, **facts)  # noqa: SIM118
+            return Triplets(**tensors, **facts)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -245,4 +251,5 @@ def _read_cached(path: Path, base_hash: str) -> Triplets | None:
 def _to_cache(triplets: Triplets) -> None:
     facts = json.dumps({"version": _CACHE_VERSION, **triplet_facts(triplets)})
     with atomic_path(_cache_files(triplets.base_hash) / f"k{triplets.k}.safetensors") as temporary:
-        save_file(triplet_tensors(triplets), temporary, metadata={"triplets": facts})
+        tensors = triplet_tensors(triplets)
+        save_file(tensors, temporary, metadata={"triplets": facts, "checksum": checksum(facts, tensors=tensors)})

@@ -7,7 +7,9 @@ import torch
 from safetensors import safe_open
 
 import spectralbasis as sb
+from spectralbasis.coefficients.bank_file import read_bank
 from tests.coefficients.folders import load_base, save_adapter, save_base, tokens
+from tests.damage import data_start, flipped
 
 
 @pytest.fixture
@@ -147,6 +149,30 @@ def test_a_damaged_file_is_a_sentence(bank, base, tmp_path, damage):
     bank.save(file)
     file.write_bytes(damage[1](file.read_bytes()))
     with pytest.raises(sb.InputError, match="bank"):
+        sb.CoefficientBank.open(file, load_base(base))
+
+
+def test_a_file_with_a_turned_bit_is_a_sentence(bank, tmp_path):
+    file = tmp_path / "bank.safetensors"
+    bank.save(file)
+    content, start = file.read_bytes(), data_start(file)
+    for damaged in [
+        *flipped(content, 60, 1, start),
+        *(head + content[start:] for head in flipped(content[:start], 60)),
+    ]:
+        file.write_bytes(damaged)
+        with pytest.raises(sb.InputError, match="bank"):
+            read_bank(file)
+
+
+def test_a_file_of_the_version_before_is_read_and_a_newer_one_refused(bank, base, tmp_path):
+    file = tmp_path / "bank.safetensors"
+    bank.save(file)
+    content = file.read_bytes()
+    file.write_bytes(_rewritten(content, bank="1", checksum=None))
+    assert torch.equal(logits(sb.CoefficientBank.open(file, load_base(base)), ["a", "b"]), logits(bank, ["a", "b"]))
+    file.write_bytes(_rewritten(content, bank="3"))
+    with pytest.raises(sb.InputError, match="no bank of version 2 or before; update spectralbasis"):
         sb.CoefficientBank.open(file, load_base(base))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 
 from spectralbasis.coefficients.bank_layout import BankLayout, HeadShape
@@ -15,7 +16,9 @@ from spectralbasis.files import atomic_path
 from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.version import __version__
 
-FORMAT = "1"
+FORMAT = "2"
+_WITHOUT_CHECKSUM = "1"
+_BLOCK = 1 << 22
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Name in the file → in which dtype a bank can hold its numbers."""
 
@@ -52,15 +55,18 @@ def write_bank(
     shape = (len(tasks), layout.width)
     named = next(name for name, known in DTYPES.items() if known == dtype)
     described = {"dtype": named, "shape": shape, "data_offsets": [0, shape[0] * shape[1] * dtype.itemsize]}
-    header = json.dumps({"__metadata__": _metadata(layout, tasks), "numbers": described}).encode()
-    header += b" " * (-len(header) % 8)
+    metadata = _metadata(layout, tasks)
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
+        start = _header(described, metadata, "0" * 32)
+        file.write(start)
         write_rows(file)
+        file.flush()
+        file.seek(0)
+        file.write(_header(described, metadata, _checksum(metadata, temporary, len(start))))
 
 
 def read_bank(path: Path) -> BankFile:
-    """What a bank's file says of itself; the rows are not read.
+    """What a bank's file says of itself; the rows are read once, for their checksum, and not kept.
 
     Raises:
         InputError: the file is absent, damaged, no bank or one of another version.
@@ -69,8 +75,14 @@ def read_bank(path: Path) -> BankFile:
         with safe_open(str(path), framework="pt") as file:  # checks that sizes fit the file
             metadata, numbers = file.metadata() or {}, file.get_slice("numbers")
             shape, dtype = tuple(numbers.get_shape()), DTYPES[numbers.get_dtype()]
-        if metadata.get("bank") != FORMAT:
-            raise InputError(f"{path} is no bank of version {FORMAT}; write it again with CoefficientBank.save")
+        if metadata.get("bank") not in (FORMAT, _WITHOUT_CHECKSUM):
+            raise InputError(
+                f"{path} is no bank of version {FORMAT} or before; update spectralbasis, or write it again with "
+                "CoefficientBank.save"
+            )
+        offset = path.stat().st_size - shape[0] * shape[1] * dtype.itemsize
+        if metadata["bank"] == FORMAT and metadata.get("checksum") != _checksum(metadata, path, offset):
+            raise ValueError("it has not its checksum")
         layout = _layout(metadata)
         tasks = tuple(json.loads(metadata["tasks"]))
         if shape != (len(tasks), layout.width) or len(set(tasks)) != len(tasks) or not _are_names(tasks):
@@ -79,7 +91,24 @@ def read_bank(path: Path) -> BankFile:
         raise
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} cannot be read as a bank ({error}); it may be cut short or damaged") from error
-    return BankFile(layout, tasks, dtype, path.stat().st_size - shape[0] * shape[1] * dtype.itemsize)
+    return BankFile(layout, tasks, dtype, offset)
+
+
+def _header(described: Mapping[str, Any], metadata: Mapping[str, str], checksum: str) -> bytes:
+    """How a safetensors file begins; as long for any checksum."""
+    header = json.dumps({"__metadata__": {**metadata, "checksum": checksum}, "numbers": described}).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
+
+
+def _checksum(metadata: Mapping[str, str], path: Path, offset: int) -> str:
+    """xxh3-128 of what the metadata say, and of the rows, read once from the file."""
+    digest = xxhash.xxh3_128(json.dumps([metadata[name] for name in ("config", "heads", "tasks")]).encode())
+    with path.open("rb") as file:
+        file.seek(offset)
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _metadata(layout: BankLayout, tasks: Sequence[str]) -> dict[str, str]:
