@@ -3,6 +3,8 @@
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +29,7 @@ Leading = Annotated[
 Tolerance = Annotated[float, typer.Option(help="Largest sine between computed and true leading subspaces.")]
 Include = Annotated[list[str] | None, typer.Option(help="Glob of matrix names to take; may be given again.")]
 Exclude = Annotated[list[str] | None, typer.Option(help="Glob of matrix names to leave out; may be given again.")]
+Ray = Annotated[str | None, typer.Option(metavar="auto|local|ADDRESS", help="Work on a Ray cluster instead.")]
 AsJson = adapter_commands.AsJson
 Task = Annotated[str, typer.Option(help="Task name, such as RTE, SST-2, mnist.")]
 Data = Annotated[Path | None, typer.Option(help="Folder of the task's files; without it the task comes from the hub.")]
@@ -126,6 +129,7 @@ def compare(
         bool, typer.Option("--resume", help="Go on where an earlier run into the folder stopped.")
     ] = False,
     workers: Annotated[int, typer.Option(help="Processes that measure matrices side by side.")] = 1,
+    ray: Ray = None,
     device: Annotated[str, typer.Option(help="Where matrices are decomposed: cpu or cuda.")] = "cpu",
     trailing: Annotated[bool, typer.Option("--trailing", help="Measure the trailing directions too.")] = False,
     as_json: AsJson = False,
@@ -140,24 +144,27 @@ def compare(
 
     if resume and output is None:
         raise InputError("--resume needs the folder of the run to go on with: add -o DIR")
-    result = run(
-        base,
-        tuned,
-        leading=leading,
-        null=None if null == "none" else null,
-        draws=draws,
-        tasks=label or None,
-        seed=seed,
-        tolerance=tolerance,
-        include=include or (),
-        exclude=exclude or (),
-        device=device,
-        trailing=trailing,
-        workers=workers,
-        output=output,
-        resume=resume,
-        progress=_draws_bars(),
-    )
+    kept = "nothing is kept without -o DIR" if output is None else "what was measured is kept: go on with --resume"
+    with _stopped_by_hand(kept):
+        result = run(
+            base,
+            tuned,
+            leading=leading,
+            null=None if null == "none" else null,
+            draws=draws,
+            tasks=label or None,
+            seed=seed,
+            tolerance=tolerance,
+            include=include or (),
+            exclude=exclude or (),
+            device=device,
+            trailing=trailing,
+            workers=workers,
+            ray=ray,
+            output=output,
+            resume=resume,
+            progress=_draws_bars(),
+        )
     tables.show_result(result.summary(), tables.findings_table, as_json)
     if output is not None:
         print(f"report: {output / 'index.html'}", file=sys.stderr)
@@ -302,7 +309,7 @@ def study(
     preset: Annotated[str, typer.Option(metavar="cpu|paper|quick", help="How much of everything.")] = "cpu",
     data: Annotated[Path | None, typer.Option(help="Folder with the data sets, each in a folder of its own.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, each in a process of its own.")] = 1,
-    ray: Annotated[str | None, typer.Option(metavar="auto|local|ADDRESS", help="Use a Ray cluster instead.")] = None,
+    ray: Ray = None,
     retry: Annotated[bool, typer.Option("--retry", help="Try again what failed.")] = False,
     analyse_only: Annotated[bool, typer.Option("--analyse", help="Start no run; show what those done say.")] = False,
     as_json: AsJson = False,
@@ -316,9 +323,10 @@ def study(
     """
     from spectralbasis.study.conduct import study as run
 
-    content = run(
-        name, preset=preset, data=data, output=output, jobs=jobs, ray=ray, retry=retry, analyse_only=analyse_only
-    )
+    with _stopped_by_hand("finished runs are kept: give the same command again to go on"):
+        content = run(
+            name, preset=preset, data=data, output=output, jobs=jobs, ray=ray, retry=retry, analyse_only=analyse_only
+        )
     tables.show_result(content, tables.claims_table, as_json)
     print(f"report: {output / 'index.html'}", file=sys.stderr)
 
@@ -348,6 +356,16 @@ def doctor(as_json: AsJson = False) -> None:
 
 for command in (adapter_commands.export, adapter_commands.combine):
     app.command()(command)
+
+
+@contextmanager
+def _stopped_by_hand(what_now: str) -> Iterator[None]:
+    """Tell a person who presses Ctrl-C what is kept; the exit code is 130, as of any program stopped so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"stopped; {what_now}", file=sys.stderr)
+        raise
 
 
 def _draws_bars() -> bool:

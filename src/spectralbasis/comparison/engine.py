@@ -1,8 +1,7 @@
 """Compares checkpoints: pairs their matrices by name, has each pair measured, and sums up."""
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,17 @@ from typing import Any
 import pandas as pd
 import torch
 
-from spectralbasis.checkpoints import Checkpoint, Matrix, match_matrices, open_checkpoint
-from spectralbasis.checkpoints.labels import short_labels
-from spectralbasis.comparison.measuring import UNCHANGED, MatrixTask, Outcome, Settings, measure_matrix
-from spectralbasis.comparison.planning import PROCESS_MEMORY, expected_k, working_memory
+from spectralbasis.comparison.distributing import affordable_workers, measured
+from spectralbasis.comparison.measuring import UNCHANGED, MatrixTask, Outcome, Settings
+from spectralbasis.comparison.pairing import Pairing, open_pairs
 from spectralbasis.comparison.result import Comparison
 from spectralbasis.comparison.rows import SharedRow, to_frame
-from spectralbasis.comparison.sending import Parcel, measure_parcel, with_contents, with_places
 from spectralbasis.comparison.sharing import Pair
 from spectralbasis.comparison.statistics import with_q_values
 from spectralbasis.comparison.store import Store
 from spectralbasis.comparison.summary import summarise
 from spectralbasis.errors import InputError
-from spectralbasis.execution import Crew, Executor, Failure, open_executor
+from spectralbasis.execution import open_executor
 from spectralbasis.linalg import Leading, parse_leading
 from spectralbasis.progress import track
 
@@ -63,7 +60,8 @@ def compare(
         exclude: glob patterns of matrix names to leave out.
         device: where matrices are decomposed, such as "cpu" or "cuda".
         trailing: measure the trailing directions beside the leading ones; it takes a full decomposition each time.
-        workers: processes that measure matrices side by side; the table does not depend on it.
+        workers: processes that measure matrices side by side, or fewer where memory does not suffice for so many; the
+            table does not depend on it.
         ray: address of a Ray cluster, "auto" for the one that this machine belongs to, or "local", in place of local
             processes; the table does not depend on it.
         output: folder for `comparison.parquet`, `summary.json`, `index.html` and the store; None writes nothing.
@@ -75,17 +73,15 @@ def compare(
             or the output folder cannot be used.
     """
     started = time.monotonic()
-    settings = Settings(parse_leading(leading), null, draws, seed, tolerance, _usable_device(device), trailing)
-    opened = open_checkpoint(base)
-    checkpoints = [open_checkpoint(one, base=opened) for one in tuned]
-    labels = short_labels([checkpoint.source for checkpoint in checkpoints])
-    run = _Run(opened, dict(zip(labels, checkpoints, strict=True)), settings, tasks)
-    run.match(include, exclude)
+    if ray is None:
+        _check_device(device)
+    settings = Settings(parse_leading(leading), null, draws, seed, tolerance, device, trailing)
+    pairing = open_pairs(base, tuned, include, exclude)
+    run = _Run(pairing, settings, tasks)
     with _open_store(output, settings, resume) as store:
-        with open_executor(workers, ray, threads=1) as executor:
-            run.measure(store, executor, progress)
+        run.measure(store, workers, ray, progress)
         table = to_frame(store.rows(run.done))
-        sharing = to_frame(store.shared_rows(run.shared), SharedRow) if len(run.tuned) > 1 else None
+        sharing = to_frame(store.shared_rows(run.shared), SharedRow) if len(pairing.tuned) > 1 else None
     if table.empty:
         raise InputError(run.nothing_measured())
     table = with_q_values(table)
@@ -96,82 +92,40 @@ def compare(
 
 
 class _Run:
-    """The state of one comparison: checkpoints, matched pairs, what is done, what was skipped and why."""
+    """The state of one comparison: what is paired, what is done."""
 
-    def __init__(
-        self, base: Checkpoint, tuned: dict[str, Checkpoint], settings: Settings, tasks: Sequence[str] | None
-    ) -> None:
-        if not tuned:
-            raise InputError("nothing to compare with: pass at least one finetuned checkpoint after the base")
-        if tasks is not None and len(tasks) != len(tuned):
+    def __init__(self, pairing: Pairing, settings: Settings, tasks: Sequence[str] | None) -> None:
+        if tasks is not None and len(tasks) != len(pairing.tuned):
             raise InputError(
-                f"{len(tasks)} task label(s) ({', '.join(tasks)}) for {len(tuned)} finetuned checkpoints; "
+                f"{len(tasks)} task label(s) ({', '.join(tasks)}) for {len(pairing.tuned)} finetuned checkpoints; "
                 "give one for each, in their order"
             )
-        self.base = base
-        self.tuned = tuned
+        self.pairing = pairing
         self.settings = settings
-        self.bases: dict[str, Matrix] = {}
-        self.partners: dict[str, dict[str, Matrix]] = {}
-        self.skipped: dict[str, str] = {}
-        self.tasks = dict(zip(tuned, tasks or (), strict=False))
+        self.tasks = dict(zip(pairing.tuned, tasks or (), strict=False))
         self.done: list[tuple[str, str]] = []
         self.shared: list[tuple[Pair, str]] = []
 
-    def match(self, include: Sequence[str], exclude: Sequence[str]) -> None:
-        """Pair the matrices of the base with those of each finetuned checkpoint, by name."""
-        for label, checkpoint in self.tuned.items():
-            pairs, skipped = match_matrices(self.base, checkpoint, include=include, exclude=exclude)
-            for name, reason in skipped.items():
-                self._skip(label, name, reason)
-            for before, after in pairs:
-                self.bases[before.name] = before
-                self.partners.setdefault(before.name, {})[label] = after
-
-    def measure(self, store: Store, executor: Executor, progress: bool) -> None:
+    def measure(self, store: Store, workers: int, ray: str | None, progress: bool) -> None:
         """Measure every pair that the store does not hold yet; the driver alone writes the store."""
-        outcomes = self._outcomes(store, Crew(executor))
-        for name, outcome in track(outcomes, "comparing", total=len(self.bases), enabled=progress):
-            self._take(name, outcome, store)
-        order = {name: position for position, name in enumerate(self.bases)}
+        names = list(self.pairing.bases)
+        tasks = (self._task(name, store) for name in names)
+        if ray is None and workers > 1:
+            workers = affordable_workers(workers, (self._task(name, store) for name in names))
+        with open_executor(workers, ray, threads=1, gpu=self.settings.device.startswith("cuda")) as executor:
+            outcomes = measured(tasks, executor)
+            for task, outcome in track(outcomes, "comparing", total=len(names), enabled=progress):
+                self._take(task.before.name, outcome, store)
+        order = {name: position for position, name in enumerate(names)}
         self.done.sort(key=lambda done: order[done[1]])
         self.shared.sort(key=lambda shared: order[shared[1]])
 
-    def _outcomes(self, store: Store, crew: "Crew[str]") -> Iterator[tuple[str, Outcome]]:
-        """What comes of each matrix, as it comes."""
-        waiting = deque(self.bases)
-        pack: Callable[[MatrixTask], Parcel] = with_places
-        while waiting or crew.keys:
-            while waiting and crew.has_room:
-                name = waiting.popleft()
-                task = self._task(name, store)
-                if crew.executor.travels:
-                    crew.start(name, measure_parcel, pack(task), memory=self._memory(task))
-                else:
-                    crew.start(name, measure_matrix, task)
-            for name, found in crew.finished():
-                if found is None:  # where it was to be measured, the files cannot be seen
-                    pack = with_contents
-                    waiting.appendleft(name)
-                else:
-                    yield name, self._outcome(name, found)
-
-    def _outcome(self, name: str, found: Outcome | Failure) -> Outcome:
-        if isinstance(found, Failure):
-            return Outcome(skipped=dict.fromkeys(self.partners[name], found.reason))
-        return found
-
-    def _memory(self, task: MatrixTask) -> int:
-        """Bytes that the worker of a task needs."""
-        k = expected_k(self.settings.leading, task.before.shape)
-        return PROCESS_MEMORY + working_memory(*task.before.shape, k, trailing=self.settings.trailing)
-
     def _task(self, name: str, store: Store) -> MatrixTask:
         return MatrixTask(
-            self.bases[name],
-            self.partners[name],
+            self.pairing.bases[name],
+            self.pairing.partners[name],
             self.settings,
-            self.base.source,
+            self.pairing.base.source,
             store.contents(name),
             store.shared_contents(name),
         )
@@ -187,27 +141,23 @@ class _Run:
                 store.put_shared(pair, name, content, shared)
             self.shared.append((pair, name))
         for label, reason in outcome.skipped.items():
-            self._skip(label, name, reason)
-
-    def _skip(self, label: str, name: str, reason: str) -> None:
-        """Record a reason under the matrix's name, with the checkpoint where several are compared."""
-        self.skipped[name if len(self.tuned) == 1 else f"{name} [{label}]"] = reason
+            self.pairing.skip(label, name, reason)
 
     def nothing_measured(self) -> str:
         """Why the table is empty, for the person who asked."""
-        if UNCHANGED in self.skipped.values():
-            return (
-                f"{self.base.source} and {', '.join(self.tuned)} hold the same weights: there is no update to measure"
-            )
+        base, skipped = self.pairing.base.source, self.pairing.skipped
+        if UNCHANGED in skipped.values():
+            return f"{base} and {', '.join(self.pairing.tuned)} hold the same weights: there is no update to measure"
         # Matrices that were tried say more than embeddings and heads, which nobody asked for.
-        tried = [name for name in self.skipped if name.split(" [")[0] in self.bases]
-        name = next(iter([*tried, *self.skipped]), "")
-        return f"no matrix could be measured; {name}: {self.skipped[name]}" if name else "no matrix could be measured"
+        tried = [name for name in skipped if name.split(" [")[0] in self.pairing.bases]
+        name = next(iter([*tried, *skipped]), "")
+        return f"no matrix could be measured; {name}: {skipped[name]}" if name else "no matrix could be measured"
 
     def summary(self, table: pd.DataFrame, sharing: pd.DataFrame | None, seconds: float) -> dict[str, Any]:
         """The content of `summary.json`."""
-        sources = {label: checkpoint.source for label, checkpoint in self.tuned.items()}
-        return summarise(table, sharing, self.settings, self.base.source, sources, self.tasks, self.skipped, seconds)
+        sources = {label: checkpoint.source for label, checkpoint in self.pairing.tuned.items()}
+        base, skipped = self.pairing.base.source, self.pairing.skipped
+        return summarise(table, sharing, self.settings, base, sources, self.tasks, skipped, seconds)
 
 
 def _open_store(output: str | Path | None, settings: Settings, resume: bool) -> Store:
@@ -222,9 +172,8 @@ def _open_store(output: str | Path | None, settings: Settings, resume: bool) -> 
     return Store(Path(output) / "store.sqlite", known, resume=resume)
 
 
-def _usable_device(device: str) -> str:
+def _check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device={device!r} cannot be used here ({error}); pass device='cpu'") from error
-    return device

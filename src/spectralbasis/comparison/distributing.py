@@ -1,0 +1,73 @@
+"""Has tasks measured by an executor, a few at a time."""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+
+from spectralbasis.comparison.measuring import MatrixTask, Outcome, measure_matrix
+from spectralbasis.comparison.planning import PROCESS_MEMORY, expected_k, working_memory
+from spectralbasis.comparison.sending import Parcel, measure_parcel, with_contents, with_places
+from spectralbasis.execution import Crew, Executor, Failure
+from spectralbasis.execution.machine import available_memory
+
+Tasks = Iterable[MatrixTask]
+
+
+def measured(tasks: Tasks, executor: Executor) -> Iterator[tuple[MatrixTask, Outcome]]:
+    """Each task with what came of it, as they come; a task is made when there is room for it.
+
+    A task goes out with the places of its matrices. Once a worker has not seen the files, all go out with numbers.
+    """
+    waiting, again = iter(tasks), deque[MatrixTask]()
+    pack: Callable[[MatrixTask], Parcel] = with_places
+    crew: Crew[str] = Crew(executor)
+    under_way: dict[str, MatrixTask] = {}
+    while True:
+        while crew.has_room and (task := again.popleft() if again else next(waiting, None)):
+            under_way[task.before.name] = task
+            if executor.travels:
+                crew.start(task.before.name, measure_parcel, pack(task), memory=task_memory(task))
+            else:
+                crew.start(task.before.name, measure_matrix, task)
+        if not under_way:
+            return
+        for name, found in crew.finished():
+            task = under_way.pop(name)
+            if found is None:
+                pack = with_contents
+                again.append(task)
+            else:
+                yield task, _outcome(task, found)
+
+
+def task_memory(task: MatrixTask) -> int:
+    """Bytes that the worker of a task needs, interpreter and all."""
+    k = expected_k(task.settings.leading, task.before.shape)
+    whole = working_memory(*task.before.shape, k, trailing=task.settings.trailing)
+    return PROCESS_MEMORY + (whole if task.memory_budget is None else min(whole, task.memory_budget))
+
+
+def affordable_workers(wanted: int, tasks: Tasks) -> int:
+    """How many processes fit into memory beside each other when each holds one of the largest matrices; 1 at least.
+
+    Says so on the log where that is fewer than wanted.
+    """
+    needs = [task_memory(task) for task in tasks]
+    wanted = min(wanted, len(needs))
+    if wanted <= 1:
+        return 1
+    available, need = available_memory(), max(needs)
+    affordable = max(1, min(wanted, available // need))
+    if affordable < wanted:
+        logging.getLogger(__name__).warning(
+            "%d processes in place of %d: %.1f GB are free, and the largest matrix takes %.1f GB in each",
+            affordable,
+            wanted,
+            available / 1e9,
+            need / 1e9,
+        )
+    return affordable
+
+
+def _outcome(task: MatrixTask, found: Outcome | Failure) -> Outcome:
+    return Outcome(skipped=dict.fromkeys(task.partners, found.reason)) if isinstance(found, Failure) else found

@@ -1,0 +1,54 @@
+"""The matrices that a base and its finetuned checkpoints have in common."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from spectralbasis.checkpoints import Checkpoint, Matrix, match_matrices, open_checkpoint
+from spectralbasis.checkpoints.labels import short_labels
+from spectralbasis.errors import InputError
+
+
+@dataclass
+class Pairing:
+    """A base, finetuned checkpoints by their labels, and what was paired.
+
+    Attributes:
+        base: the pretrained checkpoint.
+        tuned: label → finetuned checkpoint.
+        bases: name → matrix of the base that has a partner.
+        partners: name → label → matrix of the finetuned checkpoint.
+        skipped: name, with the label where there are several → why it is not measured.
+    """
+
+    base: Checkpoint
+    tuned: dict[str, Checkpoint]
+    bases: dict[str, Matrix] = field(default_factory=dict)
+    partners: dict[str, dict[str, Matrix]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def skip(self, label: str, name: str, reason: str) -> None:
+        """Record why a matrix is not measured."""
+        self.skipped[name if len(self.tuned) == 1 else f"{name} [{label}]"] = reason
+
+
+def open_pairs(base: Any, tuned: Sequence[Any], include: Sequence[str], exclude: Sequence[str]) -> Pairing:
+    """Open checkpoints and pair the base's matrices with those of each finetuned one, by name; no weights are read.
+
+    Raises:
+        InputError: there is no finetuned checkpoint, one cannot be opened, or nothing can be paired.
+    """
+    if not tuned:
+        raise InputError("nothing to compare with: pass at least one finetuned checkpoint after the base")
+    opened = open_checkpoint(base)
+    checkpoints = [open_checkpoint(one, base=opened) for one in tuned]
+    labels = short_labels([checkpoint.source for checkpoint in checkpoints])
+    found = Pairing(opened, dict(zip(labels, checkpoints, strict=True)))
+    for label, checkpoint in found.tuned.items():
+        pairs, skipped = match_matrices(opened, checkpoint, include=include, exclude=exclude)
+        for name, reason in skipped.items():
+            found.skip(label, name, reason)
+        for before, after in pairs:
+            found.bases[before.name] = before
+            found.partners.setdefault(before.name, {})[label] = after
+    return found
