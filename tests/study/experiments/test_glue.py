@@ -1,5 +1,7 @@
 """Verdicts on methods follow what was planted, also from a part of the runs."""
 
+from dataclasses import replace
+
 import pytest
 
 from spectralbasis.study.experiments import glue
@@ -7,6 +9,7 @@ from spectralbasis.study.runs import Results, Run
 from tests.study.experiments.planted import conducted, verdicts
 
 SETTINGS = glue.PRESETS["cpu"]
+FORGOTTEN = {"spectral": 0.1, "lora": 0.1, "full": 0.4}
 COUNTS = {"spectral": 14_000, "lora": 42_000, "full": 22_000_000}
 
 
@@ -14,6 +17,11 @@ def planted(spectral: float, lora: float, spread: float = 0.0) -> Results:
     """Scores of spectral arms and of all others; tasks differ more than methods do."""
 
     def tuned(run: Run) -> dict[str, float]:
+        if run.action == "retention":
+            tuned_by = run.needs["adapter"].settings["method"]
+            return {"before": -3.0, "after": -3.0 - FORGOTTEN.get(tuned_by, 0.5) - 0.001 * run.needs["adapter"].seed}
+        if run.action != "tune":
+            return {}
         method, task = run.settings["method"], run.settings["task"]
         level = {"spectral": spectral}.get(method, lora) + 0.01 * len(task)
         noise = spread * (1 if task in ("RTE", "CoLA") else -1) * (method == "spectral")
@@ -38,7 +46,8 @@ def planted(spectral: float, lora: float, spread: float = 0.0) -> Results:
 def test_no_worse_than_lora_with_more_numbers(spectral, lora, spread, verdict):
     known = planted(spectral, lora, spread)
     findings = glue.analyse(SETTINGS, known)
-    assert set(verdicts(findings).values()) == {verdict}
+    own = {name: found for name, found in verdicts(findings).items() if not name.startswith("forgetting")}
+    assert set(own.values()) == {verdict}
     claim = findings.claims[0]
     assert claim.runs == 2 * 5 * 3
     assert claim.low <= claim.effect <= claim.high
@@ -48,7 +57,8 @@ def test_no_worse_than_lora_with_more_numbers(spectral, lora, spread, verdict):
 
 
 def test_everything_is_planned_in_the_order_of_preference():
-    plan = glue.plan(SETTINGS, planted(0.8, 0.8))
+    alone = replace(SETTINGS, forgetting=None)
+    plan = glue.plan(alone, planted(0.8, 0.8))
     methods = [run.settings["method"] for run in plan]
     assert {"full", "head", "bitfit", "lora", "psoft", "spectral"} == set(methods[:48])
     assert methods.index("dora") > max(i for i, name in enumerate(methods) if name == "psoft")
@@ -75,3 +85,29 @@ FACTS = {
     "score": 0.5, "seconds_per_step": 1.0, "parameters_backbone": 1, "parameters_head": 1, "parameters_model": 10,
     "adapter_bytes": 1,
 }  # fmt: skip
+
+
+def test_forgetting_is_the_loss_of_likelihood_on_the_text_of_pretraining():
+    findings = glue.analyse(SETTINGS, planted(0.8, 0.8))
+    shown = findings.tables["Forgetting"].set_index("arm")
+    assert shown.loc["full", "change of the log-likelihood"] == pytest.approx(-0.401)
+    assert shown.loc["diagonal", "change of the log-likelihood"] == pytest.approx(-0.101)
+    assert set(shown["runs"]) == {3 * 3}
+    found = {name: verdict for name, verdict in verdicts(findings).items() if name.startswith("forgetting")}
+    assert {name for name, verdict in found.items() if verdict == "supported"} == {
+        f"forgetting, {arm} against full" for arm in ("diagonal", "core k=9", "sparse")
+    }
+    assert {found[f"forgetting, {arm} against lora r=1"] for arm in ("diagonal", "core k=9", "sparse")} == {"undecided"}
+
+
+def test_what_is_left_is_asked_of_the_model_that_was_tuned():
+    plan = glue.plan(SETTINGS, planted(0.8, 0.8))
+    asked = [run for run in plan if run.action == "retention"]
+    assert len(asked) == 6 * 3 * 3
+    for run in asked:
+        assert run.needs["adapter"].needs["model"] == run.needs["model"] == glue.SMALL_BERT.model
+        assert run.settings["second_task"] == run.needs["adapter"].settings["task"]
+    paper = glue.PRESETS["paper"]
+    assert {run.settings["model"] for run in glue.plan(paper, Results({})) if run.action == "retention"} <= {
+        "FacebookAI/roberta-base"
+    }

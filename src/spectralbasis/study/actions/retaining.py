@@ -6,7 +6,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from spectralbasis.study.actions.inputs import halved_task
+from spectralbasis.study.actions.inputs import halved_task, model_of
 from spectralbasis.study.evaluation import attach_adapter, score_task
 from spectralbasis.study.models import LoadedModel, load_model
 from spectralbasis.study.runs import Outcome, Run, Site
@@ -16,13 +16,13 @@ from spectralbasis.study.tasks import Task
 def retention(run: Run, site: Site) -> Outcome:
     """Score a model on its own task, with its own head, before and after tuning to another changed its backbone.
 
-    The needs are `model`, tuned in full to the setting `task`, and `adapter`, tuned from that model to the setting
-    `second_task` by any method, also as a whole model; `max_length` is for texts.
+    The model (a need, or a setting where no run makes it) has a head for the setting `task`; the need `adapter` was
+    tuned from it to the setting `second_task` by any method, also as a whole model. `max_length` is for texts.
 
     Returns:
         `before` and `after`, means of the scores on both halves of the held-out examples.
     """
-    place, length = site.needs["model"], run.settings.get("max_length", 64)
+    place, length = model_of(run, site), run.settings.get("max_length", 64)
     first = load_model(place, halved_task(run.settings["task"], site), head="stored", max_length=length)
     before = _score(first)
     second = _tuned(place, site.needs["adapter"], halved_task(run.settings["second_task"], site), length)
@@ -30,7 +30,7 @@ def retention(run: Run, site: Site) -> Outcome:
     return Outcome({"before": before, "after": _score(first)})
 
 
-def _tuned(place: Path, tuned: Path, task: Task, length: int) -> Any:
+def _tuned(place: str, tuned: Path, task: Task, length: int) -> Any:
     """The model for the second task, its adapters in place."""
     if (tuned / "config.json").is_file():
         return load_model(tuned, task, head="stored", max_length=length).model

@@ -1,7 +1,7 @@
 """How do spectral coefficients compare with other ways to adapt, at matched numbers of trained parameters?"""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from spectralbasis.study.experiments.arms import COEFFICIENTS, Arm, Contest
 from spectralbasis.study.experiments.contrasts import Contrast, compare_pairs, conclude_family, differences
-from spectralbasis.study.experiments.subjects import MINILM_BRIEF, ROBERTA, TINY_VIT, Subject
+from spectralbasis.study.experiments.subjects import MINILM_BRIEF, ROBERTA, SMALL_BERT, TINY_VIT, Subject
 from spectralbasis.study.runs import Results, Run
 from spectralbasis.study.statistics import holm
 from spectralbasis.study.verdicts import Findings
@@ -18,6 +18,7 @@ QUESTION = (
     "How well does tuning spectral coefficients do beside other ways to adapt, for the numbers that it trains, and is "
     "it at or above LoRA with at least twice as many?"
 )
+PAIRED = ("subject", "task", "seed")
 MARGIN = 0.01
 """Scores this far below still count as no worse: about the standard error of a dev set of a thousand examples."""
 
@@ -29,10 +30,14 @@ class Settings:
     Args:
         contests: arms on a subject; what comes later has fewer seeds.
         lean: pairs of a spectral arm and a LoRA arm that trains at least twice as many numbers in the backbone.
+        forgetting: after each of whose runs the model is asked for masked tokens again.
+        remembered: the text that is asked for.
     """
 
     contests: tuple[Contest, ...]
     lean: tuple[tuple[str, str], ...]
+    forgetting: Contest | None = None
+    remembered: str = "novels"
 
 
 def spectral(name: str, rates: Sequence[float], **options: Any) -> Arm:
@@ -82,6 +87,16 @@ FURTHER_ARMS = (
 )
 """FourierFT has one rate and comes last: it takes four times as long as LoRA, for a transform of each weight's size."""
 
+NARROW_ARMS = (
+    other("full", (5e-5, 2e-4, 1e-3)),
+    other("bitfit", (1e-3, 3e-3, 1e-2)),
+    other("lora", (2e-3, 5e-3, 1.5e-2), "lora r=1", rank=1),
+    spectral("diagonal", (3e-2, 1e-1, 3e-1), coefficients="diagonal", leading=128),
+    spectral("core k=9", (3e-3, 1e-2, 3e-2), coefficients="core", leading=9),
+    spectral("sparse", (1e-2, 3e-2, 1e-1), coefficients="sparse", leading=128, budget=0.002),
+)
+"""At width 128."""
+
 LARGE_ARMS = (
     other("full", (1e-5, 2e-5, 5e-5)),
     other("head", (1e-3, 5e-3, 2e-2)),
@@ -107,6 +122,7 @@ PRESETS = {
             Contest(MINILM_BRIEF, FURTHER_ARMS, ("SST-2",), (0,)),
         ),
         (("diagonal", "lora r=1"), ("core k=35", "lora r=8"), ("sparse", "lora r=8")),
+        Contest(SMALL_BERT, NARROW_ARMS, ("Shakespeare", "SST-2")),
     ),
     "paper": Settings(
         (
@@ -114,24 +130,42 @@ PRESETS = {
             Contest(ROBERTA, FURTHER_ARMS, ("SST-2",), (0, 1, 2)),
         ),
         (("diagonal", "lora r=1"), ("core k=58", "lora r=8"), ("sparse", "lora r=8")),
+        Contest(replace(ROBERTA, tasks=("SST-2", "MRPC")), LARGE_ARMS, ("SST-2", "MRPC")),
+        "WikiText-2",
     ),
 }
 
 
 def plan(settings: Settings, results: Results) -> list[Run]:
-    """One contest after another, each with its trials of learning rates first."""
-    return [run for contest in settings.contests for run in contest.plan(results)]
+    """One contest after another, each with its trials of learning rates first; that of forgetting before them all."""
+    asked = [run for _, pair in _remembered(settings, results) for run in pair]
+    first = settings.forgetting.plan(results) if settings.forgetting else []
+    return [*first, *asked, *(run for contest in settings.contests for run in contest.plan(results))]
+
+
+def _remembered(settings: Settings, results: Results) -> Iterator[tuple[dict[str, Any], tuple[Run, Run]]]:
+    """The runs of the contest of forgetting that count, each with the run that asks what is left."""
+    if settings.forgetting is None:
+        return
+    subject = settings.forgetting.subject
+    for labels, run in settings.forgetting.counted(results):
+        asked = {"task": settings.remembered, "second_task": labels["task"], **subject.named()}
+        length = subject.settings["max_length"]
+        yield labels, (run, Run("retention", {**asked, "max_length": length}, 0, {**subject.needs(), "adapter": run}))
 
 
 def analyse(settings: Settings, results: Results) -> Findings:
     """Scores by arm and task, paired comparisons with full finetuning and LoRA, and the frontier."""
     scores = pd.concat([contest.scores(results) for contest in settings.contests], ignore_index=True)
     planned = sum(contest.size for contest in settings.contests)
-    claims = conclude_family(_contrasts(settings), scores, "arm", ("subject", "task", "seed"))
+    forgotten = forgetting(settings, results)
+    claims = conclude_family(_contrasts(settings), scores, "arm", PAIRED)
+    claims += conclude_family(_of_forgetting(settings), forgotten, "arm", PAIRED, unit="nats a token")
     note = f"{len(scores)} of {planned} runs that count are finished; rates were chosen on other examples than these."
+    tables = {} if forgotten.empty else {"Forgetting": _by_arm(forgotten)}
     if scores.empty:
-        return Findings(claims, note=note)
-    tables = {
+        return Findings(claims, tables, note=note)
+    tables |= {
         "Scores": _by_task(scores),
         "Numbers, time and bytes": _costs(scores),
         "Against full finetuning": against(scores, "full"),
@@ -157,11 +191,51 @@ def _contrasts(settings: Settings) -> list[Contrast]:
     ]
 
 
+def forgetting(settings: Settings, results: Results) -> pd.DataFrame:
+    """How the mean log-likelihood of masked tokens of the remembered text changed, as `score`; nats a token.
+
+    A row for each finished run, with what it scored on its own task.
+    """
+    rows = []
+    for labels, (run, asked) in _remembered(settings, results):
+        tuned, kept = results.get(run), results.get(asked)
+        if tuned is not None and kept is not None:
+            change = kept.result["after"] - kept.result["before"]
+            numbers = tuned.result["parameters_backbone"]
+            rows.append({**labels, "score": change, "own_score": tuned.result["score"], "backbone": numbers})
+    return pd.DataFrame(rows, columns=["subject", "arm", "task", "seed", "score", "own_score", "backbone"])
+
+
+def _by_arm(forgotten: pd.DataFrame) -> pd.DataFrame:
+    """Means over tasks and seeds, and the mean score on each task that was tuned to."""
+    groups = forgotten.groupby(["subject", "arm"], sort=False)
+    own = forgotten.pivot_table(index=["subject", "arm"], columns="task", values="own_score", sort=False)
+    means = groups[["backbone", "score"]].mean().rename(columns={"score": "change of the log-likelihood"})
+    return means.assign(runs=groups.size()).join(own).reset_index()
+
+
+def _of_forgetting(settings: Settings) -> list[Contrast]:
+    """Each spectral arm against full finetuning and LoRA, each at the rate that serves its own task best."""
+    arms = settings.forgetting.arms if settings.forgetting else ()
+    return [
+        Contrast(
+            f"forgetting, {arm.name} against {reference}",
+            f"Spectral coefficients ({arm.name}) leave more of the pretraining than {reference} does.",
+            arm.name,
+            reference,
+            "An interval of the difference, over tasks, that lies wholly on the other side of zero.",
+        )
+        for arm in arms
+        if arm.settings["method"] == "spectral"
+        for reference in ("full", "lora r=1")
+    ]
+
+
 def against(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Each arm minus the reference over common tasks and seeds: difference, 95 % interval, and Holm's p-value."""
     rows = []
     for arm in [name for name in scores["arm"].unique() if name != reference]:
-        pairs = differences(scores, "arm", arm, reference, ("subject", "task", "seed"))
+        pairs = differences(scores, "arm", arm, reference, PAIRED)
         if len(pairs):
             found = compare_pairs(pairs)
             rows.append([arm, found.estimate, found.low, found.high, found.p_value, len(pairs)])
