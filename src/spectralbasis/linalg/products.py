@@ -14,7 +14,10 @@ def times(A: Factor, X: Tensor) -> Tensor:
     """`A X` in float64, (m, j), for A (m, n) of any floating dtype and X (n, j) in float64."""
     if isinstance(A, Transposed):
         return transposed_times(A.T, X)
-    return torch.cat([block @ X for _, block in _row_blocks(A)])
+    product = X.new_empty(A.shape[0], X.shape[1])
+    for rows, block in _row_blocks(A):
+        torch.mm(block, X, out=product[rows])
+    return product
 
 
 def transposed_times(A: Factor, X: Tensor) -> Tensor:
@@ -32,11 +35,11 @@ def times_and_back(A: Factor, X: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(A, Transposed):
         product = transposed_times(A.T, X)
         return product, times(A.T, product)
-    there, back = [], X.new_zeros(A.shape[1], X.shape[1])
-    for _, block in _row_blocks(A):
-        there.append(block @ X)
-        back.addmm_(block.T, there[-1])
-    return torch.cat(there), back
+    there, back = X.new_empty(A.shape[0], X.shape[1]), X.new_zeros(A.shape[1], X.shape[1])
+    for rows, block in _row_blocks(A):
+        torch.mm(block, X, out=there[rows])
+        back.addmm_(block.T, there[rows])
+    return there, back
 
 
 def back_and_forth(A: Factor, X: Tensor, scale: float) -> Tensor:
@@ -48,7 +51,10 @@ def back_and_forth(A: Factor, X: Tensor, scale: float) -> Tensor:
         for rows in row_slices(A.T):
             product.addmm_(A.T[rows].T, X[rows])
         product.div_(scale)
-        return torch.cat([A.T[rows] @ product for rows in row_slices(A.T)]).div_(scale)
+        result = X.new_empty(A.shape[1], X.shape[1])
+        for rows in row_slices(A.T):
+            torch.mm(A.T[rows], product, out=result[rows])
+        return result.div_(scale)
     product = X.new_zeros(A.shape[1], X.shape[1])
     for rows in row_slices(A):
         block = A[rows]
@@ -70,7 +76,9 @@ def frobenius_norm(A: MatrixLike) -> Tensor:
     """`‖A‖_F`, summed in float64."""
     if isinstance(A, Tensor):
         return torch.linalg.matrix_norm(A, dtype=torch.float64)
-    return torch.stack([torch.linalg.matrix_norm(block) for _, block in _row_blocks(A)]).norm()
+    # As numbers: a small tensor kept of each block would come to lie between large ones, where it splits free memory.
+    norms = [float(torch.linalg.matrix_norm(block)) for _, block in _row_blocks(A)]
+    return torch.tensor(norms, dtype=torch.float64).norm()
 
 
 def largest_modulus(A: Factor) -> float:
