@@ -35,8 +35,8 @@ class Comparison:
         # All are written before the first takes its place: a full disk leaves the files of an earlier run together.
         with ExitStack() as files:
             if self.sharing is not None:
-                self.sharing.to_parquet(files.enter_context(atomic_path(folder / "sharing.parquet")), index=False)
-            self.table.to_parquet(files.enter_context(atomic_path(folder / "comparison.parquet")), index=False)
+                _write(self.sharing, files.enter_context(atomic_path(folder / "sharing.parquet")))
+            _write(self.table, files.enter_context(atomic_path(folder / "comparison.parquet")))
             summary = files.enter_context(atomic_path(folder / "summary.json"))
             summary.write_text(json.dumps(self._summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         if self.sharing is None:
@@ -49,3 +49,7 @@ class Comparison:
 
         self.save(directory)
         return write_report(Path(directory))
+
+
+def _write(table: pd.DataFrame, file: Path) -> None:
+    table.to_parquet(file, index=False, write_page_checksum=True)

@@ -114,7 +114,8 @@ def _read_rows(path: Path, columns: Sequence[str], metrics: Sequence[str]) -> pd
         lacking = set(columns) - set(pq.read_schema(path).names)
         if lacking:
             raise InputError(f"{path} lacks the columns {', '.join(sorted(lacking))}; {_again(path.parent)}")
-        table = pq.read_table(path, columns=list(columns), filters=[("metric", "in", list(metrics))])
+        chosen = [("metric", "in", list(metrics))]
+        table = pq.read_table(path, columns=list(columns), filters=chosen, page_checksum_verification=True)
     except FileNotFoundError as error:
         raise InputError(f"there is no {path}; {_again(path.parent)}") from error
     except (OSError, pa.ArrowException) as error:

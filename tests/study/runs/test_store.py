@@ -8,6 +8,7 @@ import pytest
 from spectralbasis.errors import InputError
 from spectralbasis.study.runs import Outcome, Run
 from spectralbasis.study.runs.store import DATABASE, FORMAT_VERSION, MEASUREMENTS, ROWS, RunStore
+from tests.damage import flipped
 
 TABLE = pd.DataFrame({"step": [1, 2], "matrix": ["a", "b"], "value": [0.25, float("nan")]})
 OTHER = pd.DataFrame({"layer": [3], "score": [0.5]})
@@ -54,6 +55,15 @@ def test_a_store_goes_on_from_exported_rows(filled):
         check(store)
 
 
+def test_a_store_that_was_killed_before_it_took_over_exported_rows_does_so_later(filled):
+    connection = sqlite3.connect(filled / DATABASE)
+    with connection:
+        connection.execute("DELETE FROM runs")
+    connection.close()
+    with RunStore(filled) as store:
+        check(store)
+
+
 def test_rows_are_a_table_that_others_read(filled):
     rows = pd.read_parquet(filled / ROWS)
     assert len(rows) == 4
@@ -86,6 +96,53 @@ def test_damaged_files_are_named(filled, file):
     with pytest.raises(InputError, match=file if file == DATABASE else "cannot be read"):
         RunStore(filled)
     assert (filled / ROWS).exists()
+
+
+def test_a_run_whose_row_was_changed_is_not_done(filled):
+    run = Run("tune", {"task": "RTE"}, 2)
+    connection = sqlite3.connect(filled / DATABASE)
+    with connection:
+        connection.execute("UPDATE runs SET result = replace(result, '0.75', '0.76') WHERE key = ?", (run.key,))
+    connection.close()
+    with RunStore(filled) as store:
+        assert store.results.get(run) is None
+        assert store.results.get(Run("probe", {})) is not None
+        store.put(run, Outcome({"score": 0.75}), 3.5, VERSIONS)
+    with RunStore(filled) as store:
+        check(store)
+
+
+def test_a_store_of_the_version_before_is_read_and_goes_on(filled):
+    connection = sqlite3.connect(filled / DATABASE)
+    with connection:
+        connection.execute("DROP TABLE checksums")
+    connection.close()
+    with RunStore(filled) as store:
+        check(store)
+        store.put(Run("probe", {}, 1), Outcome({}), 1.0, VERSIONS)
+    with RunStore(filled) as store:
+        assert store.results.get(Run("probe", {}, 1)) is not None
+
+
+@pytest.mark.parametrize("file", [DATABASE, ROWS, MEASUREMENTS])
+def test_no_turned_bit_passes_for_a_result(filled, file):
+    if file != DATABASE:
+        (filled / DATABASE).unlink()
+    content, refusals = (filled / file).read_bytes(), []
+    for damaged in flipped(content, 80):
+        (filled / file).write_bytes(damaged)
+        try:
+            with RunStore(filled) as store:
+                for run, score in ((Run("tune", {"task": "RTE"}, 1), 0.5), (Run("tune", {"task": "RTE"}, 2), 0.75)):
+                    record = store.results.get(run)
+                    assert record is None or record.result["score"] == score
+                    if record is not None and run.seed == 1 and len(record.measurements):
+                        pd.testing.assert_frame_equal(record.measurements, TABLE, check_dtype=False)
+        except InputError as error:
+            refusals.append(str(error))
+        if file != DATABASE:
+            (filled / DATABASE).unlink(missing_ok=True)
+    assert all(str(filled) in refusal for refusal in refusals)
 
 
 def test_a_file_is_no_folder(tmp_path):
