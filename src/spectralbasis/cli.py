@@ -130,6 +130,12 @@ def compare(
     ] = False,
     workers: Annotated[int, typer.Option(help="Processes that measure matrices side by side.")] = 1,
     ray: Ray = None,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Memory for each process, such as 8GB; matrices that take more are read in row blocks."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where matrices are decomposed: cpu or cuda.")] = "cpu",
     trailing: Annotated[bool, typer.Option("--trailing", help="Measure the trailing directions too.")] = False,
     as_json: AsJson = False,
@@ -161,6 +167,7 @@ def compare(
             trailing=trailing,
             workers=workers,
             ray=ray,
+            memory_budget=memory_budget,
             output=output,
             resume=resume,
             progress=_draws_bars(),

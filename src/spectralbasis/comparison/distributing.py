@@ -4,6 +4,8 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
+import torch
+
 from spectralbasis.comparison.measuring import MatrixTask, Outcome, measure_matrix
 from spectralbasis.comparison.planning import PROCESS_MEMORY, expected_k, working_memory
 from spectralbasis.comparison.sending import Parcel, measure_parcel, with_contents, with_places
@@ -45,6 +47,13 @@ def task_memory(task: MatrixTask) -> int:
     k = expected_k(task.settings.leading, task.before.shape)
     whole = working_memory(*task.before.shape, k, trailing=task.settings.trailing)
     return PROCESS_MEMORY + (whole if task.memory_budget is None else min(whole, task.memory_budget))
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free where matrices are decomposed."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    return available_memory()
 
 
 def affordable_workers(wanted: int, tasks: Tasks) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from spectralbasis.comparison.distributing import affordable_workers, measured
+from spectralbasis.comparison.distributing import affordable_workers, free_memory, measured
 from spectralbasis.comparison.measuring import UNCHANGED, MatrixTask, Outcome, Settings
 from spectralbasis.comparison.pairing import Pairing, open_pairs
 from spectralbasis.comparison.result import Comparison
@@ -22,6 +22,7 @@ from spectralbasis.errors import InputError
 from spectralbasis.execution import open_executor
 from spectralbasis.linalg import Leading, parse_leading
 from spectralbasis.progress import track
+from spectralbasis.sizes import parse_size
 
 
 def compare(
@@ -40,6 +41,7 @@ def compare(
     trailing: bool = False,
     workers: int = 1,
     ray: str | None = None,
+    memory_budget: str | int | None = None,
     output: str | Path | None = None,
     resume: bool = False,
     progress: bool = False,
@@ -64,22 +66,26 @@ def compare(
             table does not depend on it.
         ray: address of a Ray cluster, "auto" for the one that this machine belongs to, or "local", in place of local
             processes; the table does not depend on it.
+        memory_budget: bytes, or text such as "8GB", that each process may work in: a matrix that takes more is read
+            from its file in row blocks, and the table is the same but for the rounding of float32. None: the memory
+            that is free, divided among the processes; no limit on a Ray cluster.
         output: folder for `comparison.parquet`, `summary.json`, `index.html` and the store; None writes nothing.
         resume: take over what an earlier run into `output` measured on the same weights with the same settings.
         progress: draw a progress bar on stderr.
 
     Raises:
         InputError: a checkpoint cannot be read, the models have no matrix in common or nothing changed between them,
-            or the output folder cannot be used.
+            the memory budget is malformed, or the output folder cannot be used.
     """
     started = time.monotonic()
+    budget = None if memory_budget is None else parse_size(memory_budget)
     if ray is None:
         _check_device(device)
     settings = Settings(parse_leading(leading), null, draws, seed, tolerance, device, trailing)
     pairing = open_pairs(base, tuned, include, exclude)
     run = _Run(pairing, settings, tasks)
     with _open_store(output, settings, resume) as store:
-        run.measure(store, workers, ray, progress)
+        run.measure(store, workers, ray, budget, progress)
         table = to_frame(store.rows(run.done))
         sharing = to_frame(store.shared_rows(run.shared), SharedRow) if len(pairing.tuned) > 1 else None
     if table.empty:
@@ -106,12 +112,14 @@ class _Run:
         self.done: list[tuple[str, str]] = []
         self.shared: list[tuple[Pair, str]] = []
 
-    def measure(self, store: Store, workers: int, ray: str | None, progress: bool) -> None:
+    def measure(self, store: Store, workers: int, ray: str | None, budget: int | None, progress: bool) -> None:
         """Measure every pair that the store does not hold yet; the driver alone writes the store."""
         names = list(self.pairing.bases)
-        tasks = (self._task(name, store) for name in names)
         if ray is None and workers > 1:
-            workers = affordable_workers(workers, (self._task(name, store) for name in names))
+            workers = affordable_workers(workers, (self._task(name, store, budget) for name in names))
+        if ray is None and budget is None:
+            budget = free_memory(self.settings.device) // workers
+        tasks = (self._task(name, store, budget) for name in names)
         with open_executor(workers, ray, threads=1, gpu=self.settings.device.startswith("cuda")) as executor:
             outcomes = measured(tasks, executor)
             for task, outcome in track(outcomes, "comparing", total=len(names), enabled=progress):
@@ -120,7 +128,7 @@ class _Run:
         self.done.sort(key=lambda done: order[done[1]])
         self.shared.sort(key=lambda shared: order[shared[1]])
 
-    def _task(self, name: str, store: Store) -> MatrixTask:
+    def _task(self, name: str, store: Store, budget: int | None) -> MatrixTask:
         return MatrixTask(
             self.pairing.bases[name],
             self.pairing.partners[name],
@@ -128,6 +136,7 @@ class _Run:
             self.pairing.base.source,
             store.contents(name),
             store.shared_contents(name),
+            budget,
         )
 
     def _take(self, name: str, outcome: Outcome, store: Store) -> None:

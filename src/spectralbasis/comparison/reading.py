@@ -7,12 +7,8 @@ from torch import Tensor
 
 from spectralbasis.checkpoints import Matrix
 from spectralbasis.comparison.planning import row_block_memory, working_memory
-from spectralbasis.linalg import Leading
 from spectralbasis.linalg.row_source import MatrixLike, Rows, RowSource, row_slices
 from spectralbasis.sizes import format_size
-
-USUAL_LEADING = 64
-"""Directions that are reckoned with where their number depends on the spectrum."""
 
 
 def read_matrix(matrix: Matrix, device: str, by_rows: bool, where: str) -> MatrixLike:
@@ -37,14 +33,6 @@ def _row_source(matrix: Matrix, device: str) -> RowSource:
         return stored(chosen).to(device=device, dtype=torch.float32)
 
     return RowSource(matrix.shape, read, torch.device(device))
-
-
-def expected_k(leading: Leading, shape: tuple[int, int]) -> int:
-    """How many directions the setting means, as far as the shape tells."""
-    short = min(shape)
-    if isinstance(leading, str):
-        return min(USUAL_LEADING, short)
-    return min(leading, short) if isinstance(leading, int) else max(1, round(leading * short))
 
 
 def fits_whole(shape: tuple[int, int], k: int, trailing: bool, budget: int | None) -> bool:
