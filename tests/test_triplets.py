@@ -84,6 +84,14 @@ def test_a_damaged_cache_file_is_computed_again(W, monkeypatch, damage):
     assert solved == [6]
 
 
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(W, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SPECTRALBASIS_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="cannot be written, so triplets are computed anew"):
+        found = compute_triplets(W, 3)
+    torch.testing.assert_close(found.U, compute_triplets(W, 3, cache=False).U)
+
+
 def test_the_cache_folder_is_the_one_asked_for(monkeypatch, tmp_path):
     monkeypatch.delenv("SPECTRALBASIS_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spectralbasis.checksums import checksum
+from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path
 from spectralbasis.linalg import (
     LeadingSVD,
@@ -249,7 +251,15 @@ def _read_cached(path: Path, base_hash: str) -> Triplets | None:
 
 
 def _to_cache(triplets: Triplets) -> None:
+    """Keep triplets for later; a cache that is full or may not be written costs time and nothing else."""
     facts = json.dumps({"version": _CACHE_VERSION, **triplet_facts(triplets)})
-    with atomic_path(_cache_files(triplets.base_hash) / f"k{triplets.k}.safetensors") as temporary:
-        tensors = triplet_tensors(triplets)
-        save_file(tensors, temporary, metadata={"triplets": facts, "checksum": checksum(facts, tensors=tensors)})
+    tensors = triplet_tensors(triplets)
+    try:
+        with atomic_path(_cache_files(triplets.base_hash) / f"k{triplets.k}.safetensors") as temporary:
+            save_file(tensors, temporary, metadata={"triplets": facts, "checksum": checksum(facts, tensors=tensors)})
+    except InputError:
+        warnings.warn(
+            f"the cache {cache_folder()} is full or cannot be written, so triplets are computed anew each time; "
+            "make room, or set SPECTRALBASIS_CACHE",
+            stacklevel=2,
+        )
