@@ -17,7 +17,7 @@ NAME = "learning_rates"
 RATES = {
     "absolute": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "relative": (3e-3, 1e-2, 3e-2, 1e-1),
-    "normalized": (3e-3, 1e-2, 3e-2, 1e-1),
+    "normalized": (1e-2, 3e-2, 1e-1, 3e-1),
 }
 TEXTS: dict[str, Any] = {"steps": 100, "batch_size": 32, "max_length": 32, "bf16": True}
 DIGITS: dict[str, Any] = {"steps": 100, "batch_size": 64}
@@ -31,7 +31,6 @@ MODES: dict[str, dict[str, dict[str, Any]]] = {
     "MiniLM": {
         "diagonal": {"coefficients": "diagonal", "leading": 64},
         "core": {"coefficients": "core", "budget": 0.002},
-        "diagonal of all": {"coefficients": "diagonal", "leading": 1.0},
     },
     "small ViT": {
         "diagonal": {"coefficients": "diagonal", "leading": 64},

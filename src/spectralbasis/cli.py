@@ -196,7 +196,7 @@ def tune(
     bandwidth: Annotated[int, typer.Option(help="Largest distance from the diagonal (spectral, band).")] = 1,
     scaling: Annotated[
         str, typer.Option(metavar="absolute|relative|normalized", help="Unit of the coefficients (spectral).")
-    ] = "absolute",
+    ] = "normalized",
     basis: Annotated[
         str, typer.Option(metavar="pretrained|random|minor|curvature|PATH", help="Whose directions (spectral).")
     ] = "pretrained",

@@ -267,7 +267,7 @@ def _tensors(folder):
         ({"coefficients": "core"}, "one trains diagonal coefficients, the other core"),
         ({"basis": "minor"}, "the basis pretrained, the other minor"),
         ({"leading": 5}, "they train other ranks in"),
-        ({"scaling": "normalized"}, "scaling='absolute', the other 'normalized'"),
+        ({"scaling": "relative"}, "scaling='normalized', the other 'relative'"),
         ({"bias": "all"}, "a bank serves linear heads alone|which other tasks of the bank do not"),
         ({"modules_to_save": ["pooler"], "target_modules": ["query"]}, "which other tasks of the bank do not"),
     ],

@@ -63,10 +63,9 @@ def test_an_unknown_method_lists_the_known_ones():
 
 
 def test_learning_rates_that_are_given_win_over_the_defaults():
-    options = MethodOptions()
     lora, head = METHODS["lora"], METHODS["head"]
-    default, default_head = lora.learning_rates(options, None, None)
-    assert lora.learning_rates(options, 7.0, None) == (7.0, default_head)
-    assert lora.learning_rates(options, None, 7.0) == (default, 7.0)
-    assert head.learning_rates(options, 7.0, None) == (7.0, 7.0)
-    assert head.learning_rates(options, None, None)[1] > 0
+    default, default_head = lora.learning_rates(None, None)
+    assert lora.learning_rates(7.0, None) == (7.0, default_head)
+    assert lora.learning_rates(None, 7.0) == (default, 7.0)
+    assert head.learning_rates(7.0, None) == (7.0, 7.0)
+    assert head.learning_rates(None, None)[1] > 0

@@ -69,7 +69,8 @@ def test_the_file_says_what_it_is_and_is_a_basis(basis, tmp_path):
     loaded = SpectralBasis.load(file)
     assert (loaded.kind, loaded.leading) == ("curvature", 4)
     assert all(torch.equal(loaded[name].U, basis[name].U) for name in basis)
-    model = get_peft_model(BERT.base(), BERT.settings(basis=str(file), target_modules=["query"], leading=3)).eval()
+    settings = BERT.settings(basis=str(file), target_modules=["query"], leading=3, scaling="absolute")
+    model = get_peft_model(BERT.base(), settings).eval()
     layer = model.base_model.model.bert.encoder.layer[0].attention.self.query
     name = "encoder.layer.0.attention.self.query"
     C = layer.spectral_coefficients["default"].detach()

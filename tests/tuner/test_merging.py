@@ -60,7 +60,7 @@ def test_the_merged_weight_is_the_base_plus_u_c_v(case):
 
 
 def test_a_planted_diagonal_moves_singular_values_only():
-    model = CASES["mlp"].adapted()
+    model = CASES["mlp"].adapted(scaling="absolute")
     layer = spectral_layers(model)[0]
     before = torch.linalg.svdvals(layer.weight.double())
     layer.spectral_coefficients["default"].data = torch.linspace(2.0, 1.0, 10)

@@ -124,7 +124,14 @@ def basis_file(tmp_path):
 
 def settings(**changes):
     return SpectralConfig(
-        **{"target_modules": ["lin0", "lin1"], "leading": 8, "coefficients": "core", "init_weights": False, **changes}
+        **{
+            "target_modules": ["lin0", "lin1"],
+            "leading": 8,
+            "coefficients": "core",
+            "scaling": "absolute",
+            "init_weights": False,
+            **changes,
+        }
     )
 
 

@@ -174,7 +174,8 @@ def test_another_base_is_refused():
         get_peft_model(other, calibrated())
 
 
-def test_the_update_is_u_c_v_at_the_entries(model):
+def test_the_update_is_u_c_v_at_the_entries():
+    model = adapted(scaling="absolute")
     expected, count = BERT.base(), 0
     for key, layer in model.base_model.model.named_modules():
         if isinstance(layer, SpectralLayer):
@@ -209,6 +210,15 @@ def test_saved_loaded_and_read_as_a_checkpoint(scaling, tmp_path):
     checkpoint = open_checkpoint(tmp_path, base=BERT.base())
     for name, merged in model.merge_and_unload().named_parameters():
         torch.testing.assert_close(checkpoint.read(name), merged.data, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("budget", [0.004, 0.02])
+def test_the_default_unit_counts_the_entries_that_meet_in_a_direction(budget):
+    config = adapted(budget=budget, scaling="normalized").peft_config["default"]
+    entries = sum(len(text.split()) for text in config.entries.values())
+    fan_in = entries / sum(config.ranks.values())
+    for unit in config.scales.values():
+        assert unit == pytest.approx([min(1.0, fan_in**-0.5)])
 
 
 def test_loaded_under_another_prefix(model, tmp_path):

@@ -19,6 +19,7 @@ from spectralbasis.study.results import TUNING_FILE, ParameterCounts, TuneResult
 from spectralbasis.study.starting import start_from
 from spectralbasis.study.tasks import Task, load_task
 from spectralbasis.study.tensor_files import save_trained
+from spectralbasis.tuner.parametrisation import DEFAULT_SCALING
 
 
 def tune(
@@ -30,7 +31,7 @@ def tune(
     method: str = "spectral",
     coefficients: str = "diagonal",
     bandwidth: int = 1,
-    scaling: str = "absolute",
+    scaling: str = DEFAULT_SCALING,
     basis: str = "pretrained",
     leading: Leading | None = None,
     budget: float | None = None,
@@ -73,7 +74,7 @@ def tune(
     )  # fmt: skip
     check_options(chosen, given)
     options = chosen.complete(given)
-    backbone_rate, head_rate = chosen.learning_rates(options, learning_rate, head_learning_rate)
+    backbone_rate, head_rate = chosen.learning_rates(learning_rate, head_learning_rate)
     settings = TrainingSettings(
         learning_rate=backbone_rate,
         head_learning_rate=head_rate,

@@ -15,7 +15,7 @@ from spectralbasis.tuner.entries import pack_positions
 from spectralbasis.tuner.gradients import Batch, Loss, observe_gradients
 from spectralbasis.tuner.optimization import in_modules
 from spectralbasis.tuner.originals import Target, find_targets
-from spectralbasis.tuner.preparation import prepare, resolve_ranks
+from spectralbasis.tuner.preparation import normalized_scales, prepare, resolve_ranks
 from spectralbasis.tuner.record import RECORD
 from spectralbasis.tuner.targets import targeted_modules
 
@@ -55,6 +55,10 @@ def calibrate(
         field: {name: getattr(window, field)[name] for name in picked} for field in RECORD if getattr(window, field)
     }
     record["entries"] = {name: pack_positions(positions) for name, positions in picked.items()}
+    if config.scaling == "normalized":
+        # Of all matrices together: an entry has the unit of any other, since each is as good as its gradient.
+        fan_in = sum(map(len, picked.values())) / sum(ranks[name] for name in picked)
+        record["scales"] = normalized_scales(dict.fromkeys(picked, max(1.0, fan_in)))
     return replace(config, target_modules={target.key for target in targets if target.name in picked}, **record)
 
 

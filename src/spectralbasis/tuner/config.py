@@ -14,7 +14,14 @@ from spectralbasis.tuner.card import note_import
 from spectralbasis.tuner.entries import unpack_positions
 from spectralbasis.tuner.factors import BASES
 from spectralbasis.tuner.forms import FORMS
-from spectralbasis.tuner.parametrisation import COEFFICIENTS, SCALINGS, Parametrisation, numbers, parametrisation
+from spectralbasis.tuner.parametrisation import (
+    COEFFICIENTS,
+    DEFAULT_SCALING,
+    SCALINGS,
+    Parametrisation,
+    numbers,
+    parametrisation,
+)
 from spectralbasis.tuner.record import RECORD, check_record
 from spectralbasis.tuner.registration import METHOD
 
@@ -43,8 +50,10 @@ class SpectralConfig(PeftConfig):
             "sparse" (those entries of all cores that `calibrate` picks).
         bandwidth: of a band, the largest |i − j| of a trained entry.
         scaling: in which unit the trained numbers c count. "absolute": `C = c`; "relative" to the singular values:
-            `C_ij = c_ij √(σ_i σ_j)` with `σ_i = |u_iᵀ W v_i|`; "normalized" by the matrix and the p
-            numbers that it trains: `C = c ‖W‖_F / √p`, so that c of size r is an update of norm `r ‖W‖_F`.
+            `C_ij = c_ij √(σ_i σ_j)` with `σ_i = |u_iᵀ W v_i|`; "normalized" by the fan-in: `C = c / √f`, where f
+            trained numbers meet in one left direction, so that numbers of one size change what a layer puts out in each
+            direction by as much, whatever the mode and k. Empty takes "normalized", or "absolute" for an adapter that
+            was stored before there were units.
         leading: k as a number, a fraction of min(m, n), "mp" or "gd"; None, without a budget, is 64 at most.
         budget: instead of `leading`, the fraction of the model's parameters to train; it chooses one k for all. Beside
             `leading` for sparse coefficients: how many entries `calibrate` picks among the k×k of every matrix.
@@ -75,7 +84,7 @@ class SpectralConfig(PeftConfig):
     fan_in_fan_out: bool | None = None
     coefficients: str = "diagonal"
     bandwidth: int = 1
-    scaling: str = "absolute"
+    scaling: str = ""
     leading: Leading | None = None
     budget: float | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -94,6 +103,7 @@ class SpectralConfig(PeftConfig):
         self.peft_type = PeftType(METHOD)
         self.basis = str(self.basis)
         self.bound = self.base_hashes is not None
+        self.scaling = self.scaling or ("absolute" if self.bound else DEFAULT_SCALING)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)

@@ -14,6 +14,8 @@ from spectralbasis.tuner.forms import FORMS
 
 COEFFICIENTS = ("diagonal", "core", "band", "sparse")
 SCALINGS = ("absolute", "relative", "normalized")
+DEFAULT_SCALING = "normalized"
+"""The unit in which one learning rate serves models, tasks and modes; the documentation has the experiment."""
 
 
 class Parametrisation(nn.Module):

@@ -3,8 +3,6 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
-from statistics import fmean
 
 from peft.utils.other import get_pattern_key
 from torch import Tensor
@@ -15,7 +13,7 @@ from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.factors import Directions, Factors, directions_of, source_of
 from spectralbasis.tuner.layer import SpectralLayer
 from spectralbasis.tuner.originals import Target
-from spectralbasis.tuner.parametrisation import Parametrisation
+from spectralbasis.tuner.parametrisation import Parametrisation, numbers
 
 PROBE_TOLERANCE = 1e-2
 """Probes are of order 1: below this, directions agree as well as float32 singular vectors of one matrix can."""
@@ -90,25 +88,22 @@ def _measure_scales(
     """The record of `SpectralConfig.scaling`, rounded to what its JSON and float32 hold alike."""
     if config.scaling == "absolute":
         return None
-    counts = _counts(config, targets)
+    if config.scaling == "normalized":
+        return normalized_scales(
+            {name: numbers(config.coefficients, k, config.bandwidth) / k for name, k in ranks.items()}
+        )
     scales = {}
     for target in targets:
         W = target.W.float()
-        if config.scaling == "normalized":
-            found = W.norm().unsqueeze(0) / counts[target.name] ** 0.5
-        else:
-            U, V = (factor.to(W) for factor in factors[target.name].first(ranks[target.name]))
-            found = (U * (W @ V)).sum(0).abs()
+        U, V = (factor.to(W) for factor in factors[target.name].first(ranks[target.name]))
+        found = (U * (W @ V)).sum(0).abs()
         scales[target.name] = [float(f"{value:.7g}") for value in found.tolist()]
     return scales
 
 
-def _counts(config: SpectralConfig, targets: Sequence[Target]) -> dict[str, float]:
-    """How many numbers each matrix trains; of sparse coefficients the mean, since one entry is no whole matrix."""
-    counts = {target.name: float(prod(config.stored_shape(target.name))) for target in targets}
-    if config.coefficients == "sparse":
-        return dict.fromkeys(counts, fmean(counts.values()))
-    return counts
+def normalized_scales(fan_in: Mapping[str, float]) -> dict[str, list[float]]:
+    """The record of the scaling "normalized", from how many trained numbers meet in one left direction on average."""
+    return {name: [float(f"{count**-0.5:.7g}")] for name, count in fan_in.items()}
 
 
 def _check_calibrated(config: SpectralConfig) -> None:

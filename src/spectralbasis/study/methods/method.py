@@ -33,8 +33,7 @@ class Method:
         name: what `tune` calls it.
         prepare: makes the model whose trainable parameters are those of the method; it may leave files that the
             adapter needs in the folder of its setup.
-        default_rate: the learning rate of what is trained in the backbone, for the options given; None where nothing
-            is.
+        default_rate: the learning rate of what is trained in the backbone; None where nothing is.
         default_head_rate: the learning rate of the head.
         options: the options that it reads.
         defaults: values of those that were left None.
@@ -45,7 +44,7 @@ class Method:
 
     name: str
     prepare: Callable[[Setup], nn.Module]
-    default_rate: Callable[[MethodOptions], float] | None
+    default_rate: float | None
     default_head_rate: float
     options: frozenset[str] = frozenset()
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -58,9 +57,7 @@ class Method:
             options, **{name: value for name, value in self.defaults.items() if getattr(options, name) is None}
         )
 
-    def learning_rates(
-        self, options: MethodOptions, rate: float | None, head_rate: float | None
-    ) -> tuple[float, float]:
+    def learning_rates(self, rate: float | None, head_rate: float | None) -> tuple[float, float]:
         """The learning rates of backbone and head: those given, else the defaults.
 
         Where the head alone is trained, `rate` is the head's too.
@@ -69,6 +66,6 @@ class Method:
             only = next((given for given in (head_rate, rate) if given is not None), self.default_head_rate)
             return only, only
         return (
-            self.default_rate(options) if rate is None else rate,
+            self.default_rate if rate is None else rate,
             self.default_head_rate if head_rate is None else head_rate,
         )

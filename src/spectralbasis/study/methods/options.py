@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 
 from spectralbasis.errors import InputError
 from spectralbasis.linalg import Leading
+from spectralbasis.tuner.parametrisation import DEFAULT_SCALING
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class MethodOptions:
 
     coefficients: str = "diagonal"
     bandwidth: int = 1
-    scaling: str = "absolute"
+    scaling: str = DEFAULT_SCALING
     basis: str = "pretrained"
     leading: Leading | None = None
     budget: float | None = None

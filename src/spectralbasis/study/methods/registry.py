@@ -5,7 +5,7 @@ from spectralbasis.study.methods import bottlenecks, low_rank, plain, subspace
 from spectralbasis.study.methods.low_rank import allocate_ranks
 from spectralbasis.study.methods.method import Method
 from spectralbasis.study.methods.options import MethodOptions
-from spectralbasis.study.methods.spectral import spectral, spectral_rate, svft
+from spectralbasis.study.methods.spectral import SPECTRAL_RATE, spectral, svft
 
 SPECTRAL = frozenset({"coefficients", "bandwidth", "scaling", "basis", "leading", "budget"})
 SVFT = frozenset({"coefficients", "bandwidth", "scaling", "budget"})
@@ -19,23 +19,23 @@ FUSED = frozenset({"sources"})
 METHODS = {
     method.name: method
     for method in (
-        Method("spectral", spectral, spectral_rate, 6e-3, SPECTRAL),
-        Method("full", plain.full, lambda _: 1e-4, 1e-3, writes="model"),
+        Method("spectral", spectral, SPECTRAL_RATE, 6e-3, SPECTRAL),
+        Method("full", plain.full, 1e-4, 1e-3, writes="model"),
         Method("head", plain.head, None, 5e-2, writes="model"),
-        Method("lora", low_rank.lora, lambda _: 1e-3, 6e-3, LORA, {"rank": 8}),
-        Method("bitfit", plain.bitfit, lambda _: 2e-3, 6e-3, writes="trained"),
-        Method("dora", low_rank.dora, lambda _: 1e-3, 6e-3, LORA, {"rank": 8}),
-        Method("pissa", low_rank.pissa, lambda _: 5e-4, 6e-3, RANK, {"rank": 8}),
-        Method("adalora", low_rank.adalora, lambda _: 5e-3, 6e-3, LORA, {"rank": 8}, callbacks=allocate_ranks),
-        Method("vera", low_rank.vera, lambda _: 1e-2, 6e-3, RANK, {"rank": 256}),
-        Method("fourierft", low_rank.fourierft, lambda _: 5e-2, 6e-3, FOURIER, {"n_frequency": 1000}),
-        Method("psoft", low_rank.psoft, lambda _: 5e-3, 6e-3, RANK, {"rank": 32}),
-        Method("tinylora", low_rank.tinylora, lambda _: 1e-2, 6e-3, TINY, {"rank": 2, "dimension": 64}),
-        Method("houlsby", bottlenecks.bottleneck("houlsby"), lambda _: 1e-3, 6e-3, RANK, {"rank": 8}, "trained"),
-        Method("parallel", bottlenecks.bottleneck("parallel"), lambda _: 1e-3, 6e-3, RANK, {"rank": 8}, "trained"),
-        Method("adapterfusion", bottlenecks.adapterfusion, lambda _: 1e-4, 6e-3, FUSED, writes="trained"),
-        Method("svft", svft, spectral_rate, 6e-3, SVFT),
-        Method("subspace", subspace.subspace, lambda _: 1e-2, 6e-3, SUBSPACE, {"dimension": 1000}, "trained"),
+        Method("lora", low_rank.lora, 1e-3, 6e-3, LORA, {"rank": 8}),
+        Method("bitfit", plain.bitfit, 2e-3, 6e-3, writes="trained"),
+        Method("dora", low_rank.dora, 1e-3, 6e-3, LORA, {"rank": 8}),
+        Method("pissa", low_rank.pissa, 5e-4, 6e-3, RANK, {"rank": 8}),
+        Method("adalora", low_rank.adalora, 5e-3, 6e-3, LORA, {"rank": 8}, callbacks=allocate_ranks),
+        Method("vera", low_rank.vera, 1e-2, 6e-3, RANK, {"rank": 256}),
+        Method("fourierft", low_rank.fourierft, 5e-2, 6e-3, FOURIER, {"n_frequency": 1000}),
+        Method("psoft", low_rank.psoft, 5e-3, 6e-3, RANK, {"rank": 32}),
+        Method("tinylora", low_rank.tinylora, 1e-2, 6e-3, TINY, {"rank": 2, "dimension": 64}),
+        Method("houlsby", bottlenecks.bottleneck("houlsby"), 1e-3, 6e-3, RANK, {"rank": 8}, "trained"),
+        Method("parallel", bottlenecks.bottleneck("parallel"), 1e-3, 6e-3, RANK, {"rank": 8}, "trained"),
+        Method("adapterfusion", bottlenecks.adapterfusion, 1e-4, 6e-3, FUSED, writes="trained"),
+        Method("svft", svft, SPECTRAL_RATE, 6e-3, SVFT),
+        Method("subspace", subspace.subspace, 1e-2, 6e-3, SUBSPACE, {"dimension": 1000}, "trained"),
     )
 }
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from spectralbasis.errors import InputError
 from spectralbasis.study.methods.low_rank import everywhere
 from spectralbasis.study.methods.method import Setup
-from spectralbasis.study.methods.options import MethodOptions
 from spectralbasis.study.models import LoadedModel
 from spectralbasis.tuner import SpectralConfig
 from spectralbasis.tuner.calibration import calibrate, plan_ranks
@@ -23,6 +22,8 @@ CALIBRATION_EXAMPLES = 256
 CALIBRATION_BATCH = 32
 ALL_DIRECTIONS = 1 - 1e-9
 """As a fraction, which must be below 1: rounded, it is min(m, n) of every matrix."""
+SPECTRAL_RATE = 3e-2
+"""The default learning rate of coefficients, meant in the default unit."""
 SVFT_PATTERNS = ("diagonal", "band", "sparse")
 
 
@@ -58,11 +59,6 @@ def calibration_batches(loaded: LoadedModel) -> Iterator[dict[str, Tensor]]:
     for start in range(0, len(examples), CALIBRATION_BATCH):
         stop = min(start + CALIBRATION_BATCH, len(examples))
         yield loaded.collator([examples[row] for row in range(start, stop)])
-
-
-def spectral_rate(options: MethodOptions) -> float:
-    """The default learning rate of coefficients."""
-    return 2e-2 if options.coefficients == "diagonal" else 5e-3
 
 
 def _curvature(loaded: LoadedModel, config: SpectralConfig, folder: Path) -> Path:
