@@ -1,5 +1,6 @@
 """The tables of docs/performance.md on training steps, and of docs/learning-rates.md."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -63,9 +64,10 @@ def loading(found: dict[str, Any]) -> str:
 
 
 def learning_rates(found: dict[str, Any]) -> str:
-    """Mean and largest regret of each unit and rate over all cells, and for each mode."""
-    runs = found["runs"]
-    cells = sorted({(run["model"], run["task"], run["mode"]) for run in runs})
+    """Mean and largest regret of each unit and rate over all finished cells, and for each mode."""
+    tried = Counter(map(_cell, found["runs"]))
+    cells = sorted(cell for cell, number in tried.items() if number == max(tried.values()))
+    runs = [run for run in found["runs"] if _cell(run) in cells]
     best = {cell: max(run["score"] for run in runs if _cell(run) == cell) for cell in cells}
     rows = []
     for scaling, rate in dict.fromkeys((run["scaling"], run["rate"]) for run in runs):

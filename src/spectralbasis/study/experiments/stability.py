@@ -9,7 +9,15 @@ import plotly.graph_objects as go
 
 from spectralbasis.comparison.statistics import Interval
 from spectralbasis.study.experiments.claims import conclude
-from spectralbasis.study.experiments.subjects import MINILM, ROBERTA, SMALL_BERT, SMALL_VIT, TINY_VIT, Subject
+from spectralbasis.study.experiments.subjects import (
+    LIMU_BERT,
+    MINILM,
+    ROBERTA,
+    SMALL_BERT,
+    SMALL_VIT,
+    TINY_VIT,
+    Subject,
+)
 from spectralbasis.study.runs import Results, Run
 from spectralbasis.study.statistics import mean_interval, slope_with_interval
 from spectralbasis.study.trajectory_summary import summarise_steps
@@ -42,7 +50,7 @@ class Settings:
 
 PRESETS = {
     "quick": Settings((TINY_VIT,), measured=(0.5, 1.0), seeds=(0,), leading=4),
-    "cpu": Settings((MINILM, SMALL_VIT, SMALL_BERT)),
+    "cpu": Settings((MINILM, SMALL_VIT, SMALL_BERT, LIMU_BERT)),
     "paper": Settings((ROBERTA,), seeds=(0, 1, 2, 3, 4), leading=64, draws=5),
 }
 

@@ -69,6 +69,14 @@ SMALL_BERT = Subject(
     {"steps": 120, "batch_size": 16, "max_length": 48, "train_examples": 4000},
     (1e-4, 5e-4, 3e-3),
 )
+LIMU_BERT = Subject(
+    "LIMU-BERT-X",
+    Run("initialise", {"architecture": "limu-bert-x"}),
+    ("MotionSense",),
+    {"steps": 150, "batch_size": 32, "train_examples": 2048},
+    (1e-4, 5e-4, 3e-3),
+)
+"""A pretrained model of motion sensors: one block of six matrices, applied four times."""
 ROBERTA = Subject(
     "RoBERTa-base", "FacebookAI/roberta-base", GLUE, {**_TEXT, "max_length": 128, "steps": 2000, "bf16": True},
     (1e-5, 1e-4, 5e-4),
