@@ -1,17 +1,23 @@
 """A matrix that exceeds the memory budget is measured in row blocks: the same table, or a sentence."""
 
 import dataclasses
+import json
 import math
+import os
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from spectralbasis.checkpoints import match_matrices, open_checkpoint
-from spectralbasis.comparison import planning
-from spectralbasis.comparison.measuring import MatrixTask, Settings, measure_matrix
+from spectralbasis.comparison import compare, distributing, planning
+from spectralbasis.comparison.measuring import MatrixTask, Outcome, Settings, measure_matrix
 from spectralbasis.comparison.nulls import NULLS, draw_generator
 from spectralbasis.comparison.reading import read_matrix
+from spectralbasis.errors import InputError
 from spectralbasis.linalg import row_source
 from spectralbasis.sizes import parse_size
 from spectralbasis.triplets import matrix_hash
@@ -126,7 +132,7 @@ def small_only(svd):
 @pytest.mark.parametrize("shape", [*SHAPES, (17, 3), (40, 1), (3, 1000)])
 def test_draws_of_row_sources_are_those_of_tensors(null, shape):
     update = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    source = row_source.RowSource(shape, lambda rows: update[rows], update.device)
+    source = row_source.RowSource(shape, lambda rows: update[rows].clone(), update.device)
     one, other = draw_generator(3, "W", 1), draw_generator(3, "W", 1)
     expected, found = NULLS[null](update, one), NULLS[null](source, other)
     drawn = torch.cat([found[rows] for rows in row_source.row_slices(found)])
@@ -183,3 +189,72 @@ def test_equal_matrices_are_left_out(tmp_path):
     before, _ = partners(tmp_path, (300, 200))
     found = measured(before, {"tuned0": before}, Settings(leading=K), budget((300, 200)))
     assert "did not touch it" in found.skipped["tuned0"]
+
+
+def test_compare_takes_a_budget_as_people_write_it(tmp_path):
+    partners(tmp_path, (620, 530))
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("base", "tuned0")]
+    options = {"leading": K, "draws": 2}
+    whole = compare(files[0], files[1:], **options)
+    small = compare(files[0], files[1:], **options, memory_budget=budget((620, 530)), output=tmp_path / "out")
+    exact = ["tuned", "matrix", "k", "metric", "side", "index", "null"]
+    assert small.table[exact].equals(whole.table[exact])
+    np.testing.assert_allclose(small.table["value"], whole.table["value"], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(small.table["null_mean"], whole.table["null_mean"], rtol=1e-6, atol=1e-6)
+    again = compare(files[0], files[1:], **options, memory_budget="8GB", output=tmp_path / "out", resume=True)
+    assert again.table.equals(small.table)
+    with pytest.raises(InputError, match="'much' is no amount of memory"):
+        compare(files[0], files[1:], memory_budget="much")
+    with pytest.raises(InputError, match=r"takes \S+, and the memory budget is 20kB; pass --memory-budget"):
+        compare(files[0], files[1:], **options, memory_budget="20kB")
+
+
+def test_without_a_budget_the_free_memory_is_the_limit(tmp_path, monkeypatch):
+    partners(tmp_path, (620, 530))
+    budgets = []
+    monkeypatch.setattr(distributing, "available_memory", lambda: 2_000_000_000)
+    monkeypatch.setattr(distributing, "measure_matrix", lambda task: budgets.append(task.memory_budget) or Outcome())
+    for given in (None, "5MB"):
+        with pytest.raises(InputError, match="no matrix could be measured"):
+            compare(tmp_path / "base.safetensors", [tmp_path / "tuned0.safetensors"], memory_budget=given)
+    assert budgets == [2_000_000_000, 5_000_000]
+
+
+def test_a_process_stays_within_the_budget(tmp_path):
+    """Of a matrix of real size: the process grows by less than it may, and less than by the matrix itself."""
+    shape, allowed = (6000, 1200), 75_000_000
+    partners(tmp_path, shape)
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("base", "tuned0")]
+    small = write_small_pair(tmp_path)
+    grown = {given: peak_growth(small, files, given, tmp_path) for given in (None, allowed)}
+    assert grown[allowed] < allowed < 3 * 4 * shape[0] * shape[1] < grown[None]
+
+
+def write_small_pair(folder):
+    files = [folder / "small_base.safetensors", folder / "small_tuned.safetensors"]
+    for file in files:
+        save_file({"layer.0.dense.weight": torch.randn(300, 200)}, file)
+    return list(map(str, files))
+
+
+def peak_growth(small, files, memory_budget, folder):
+    """Bytes by which comparing `files` raises the most resident memory of a process that has compared `small`."""
+    code = """
+import json, pathlib, sys
+import spectralbasis as sb
+
+def peak():
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+small, files, budget = json.loads(sys.argv[1])
+sb.compare(small[0], small[1:], leading=8, draws=2, memory_budget=10_000_000)
+before = peak()
+sb.compare(files[0], files[1:], leading=8, draws=2, memory_budget=budget)
+print(peak() - before)
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "SPECTRALBASIS_CACHE": str(folder / f"cache{memory_budget}")}
+    command = [sys.executable, "-c", code, json.dumps([small, files, memory_budget])]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    return int(ran.stdout)

@@ -29,7 +29,7 @@ def scrambled(update: Update, generator: torch.Generator) -> Update:
     row_signs, column_signs = _signs(m, generator, update), _signs(n, generator, update)
 
     def draw(rows: Rows) -> Tensor:
-        return update[order[rows]][:, columns] * row_signs[rows][:, None] * column_signs
+        return update[order[rows]][:, columns].mul_(row_signs[rows][:, None]).mul_(column_signs)
 
     return draw(slice(m)) if isinstance(update, Tensor) else RowSource((m, n), draw, update.device)
 

@@ -20,7 +20,7 @@ class RowSource:
 
     Attributes:
         shape: (m, n).
-        read: gives the rows asked for, (count, n), float32.
+        read: gives the rows asked for, (count, n), float32, in memory of their own, which may be written to.
         device: where they come to lie.
     """
 
@@ -72,17 +72,25 @@ def row_slices(A: MatrixLike, at_least: int = 0) -> Iterator[slice]:
 
 
 def plus(A: MatrixLike, B: MatrixLike) -> MatrixLike:
-    """`A + B` of two matrices of one shape, taken when rows are read unless both are tensors."""
+    """`A + B` of two tensors, or of two row sources of one shape, taken when rows are read."""
     if isinstance(A, Tensor) and isinstance(B, Tensor):
         return A + B
-    return RowSource((A.shape[0], A.shape[1]), lambda rows: A[rows] + B[rows], A.device)
+    one, other = _row_sources(A, B)
+    return RowSource(one.shape, lambda rows: one[rows].add_(other[rows]), one.device)
 
 
 def minus(A: MatrixLike, B: MatrixLike) -> MatrixLike:
     """`A − B`, as `plus`."""
     if isinstance(A, Tensor) and isinstance(B, Tensor):
         return A - B
-    return RowSource((A.shape[0], A.shape[1]), lambda rows: A[rows] - B[rows], A.device)
+    one, other = _row_sources(A, B)
+    return RowSource(one.shape, lambda rows: one[rows].sub_(other[rows]), one.device)
+
+
+def _row_sources(A: MatrixLike, B: MatrixLike) -> tuple[RowSource, RowSource]:
+    if isinstance(A, RowSource) and isinstance(B, RowSource):
+        return A, B
+    raise TypeError("one matrix is in memory and the other is not; take both as tensors, or both as row sources")
 
 
 def equal(A: MatrixLike, B: MatrixLike) -> bool:
