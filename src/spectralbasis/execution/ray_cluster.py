@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Hashable
 from typing import Any
 
@@ -13,6 +14,8 @@ from spectralbasis.execution.executor import Call, Death, Executor, perform
 LOCAL = "local"
 AHEAD = 2
 """Calls under way for each that can run: the next one is there when a worker is free."""
+
+SECONDS_TO_ANSWER = 10
 
 
 class RayCluster(Executor):
@@ -96,9 +99,24 @@ def _connect(address: str) -> tuple[Any, bool]:
         raise InputError("--ray needs the package ray; pip install 'spectralbasis[ray]'") from error
     if ray.is_initialized():
         return ray, False
+    if ":" in address:
+        _check_port(address)
     options: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, ValueError) as error:
-        raise InputError(f"no Ray cluster answers at {address!r} ({error}); start one, or pass --ray local") from error
+        raise _no_cluster(address, error) from error
     return ray, True
+
+
+def _check_port(address: str) -> None:
+    """Raise InputError where nobody listens: Ray itself would try for more than a minute."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> InputError:
+    return InputError(f"no Ray cluster answers at {address!r} ({error}); start one, or pass --ray local")
