@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from spectralbasis.comparison.measuring import MatrixTask, Outcome, measure_matrix
-from spectralbasis.comparison.planning import PROCESS_MEMORY, expected_k, working_memory
+from spectralbasis.comparison.memory import PROCESS_MEMORY, expected_k, working_memory
 from spectralbasis.comparison.sending import Parcel, measure_parcel, with_contents, with_places
 from spectralbasis.execution import Crew, Executor, Failure
 from spectralbasis.execution.machine import available_memory

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from spectralbasis.checkpoints import Matrix
 from spectralbasis.comparison import metrics
+from spectralbasis.comparison.memory import expected_k
 from spectralbasis.comparison.metrics import Key, Measurements, Window
 from spectralbasis.comparison.nulls import NULLS, draw_generator
-from spectralbasis.comparison.planning import expected_k
 from spectralbasis.comparison.reading import check_row_blocks, fits_whole, read_matrix
 from spectralbasis.comparison.rows import Row, SharedRow
 from spectralbasis.comparison.sharing import Frames, Pair, shared_rows, update_directions

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from spectralbasis.checkpoints import Matrix
-from spectralbasis.comparison.planning import row_block_memory, working_memory
+from spectralbasis.comparison.memory import row_block_memory, working_memory
 from spectralbasis.linalg.row_source import MatrixLike, Rows, RowSource, row_slices
 from spectralbasis.sizes import format_size
 

@@ -1,4 +1,4 @@
-"""What a comparison will need, worked out from shapes alone: memory, bytes to read, floating-point operations, time."""
+"""How much memory measuring a matrix takes, worked out from its shape."""
 
 from spectralbasis.linalg import Leading, row_source
 from spectralbasis.linalg.krylov import BLOCK
