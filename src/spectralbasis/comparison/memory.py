@@ -9,9 +9,9 @@ PROCESS_MEMORY = 450_000_000
 """Bytes of an interpreter with torch and this package, before it has read anything."""
 USUAL_LEADING = 64
 """Directions that are reckoned with where their number depends on the spectrum."""
-_BLOCKS = 14
-"""Blocks of rows in float32 that are held at once: of base and tuned as stored and as read, of their difference and
-what becomes of it in a null, of the sum, and the widened one, which counts twice."""
+_BLOCKS = 16
+"""Blocks of rows in float32 that a process grows by: those of base, tuned, update and draw, the widened one, and what
+lies free between them."""
 
 
 def expected_k(leading: Leading, shape: tuple[int, int]) -> int:
@@ -41,7 +41,8 @@ def working_memory(m: int, n: int, k: int, *, trailing: bool = False) -> int:
 def row_block_memory(m: int, n: int, k: int, *, kept: int = 0, trailing: bool = False) -> int:
     """Bytes that measuring one (m, n) matrix in row blocks takes at most, beside what cannot be read by rows.
 
-    The Gram matrix of the smaller side is the largest part; that of a wide matrix comes from blocks of its own size.
+    The Gram matrix of the smaller side is the largest part; that of a wide matrix comes from blocks of its own size,
+    and all its eigenvectors take several more.
 
     Args:
         m: rows.
@@ -53,7 +54,7 @@ def row_block_memory(m: int, n: int, k: int, *, kept: int = 0, trailing: bool = 
     short = min(m, n)
     dimensions = min(short // 2, 6 * k + 20 * BLOCK) + BLOCK
     krylov = FLOAT32 * dimensions * short + 3 * FLOAT64 * dimensions**2
-    gram = FLOAT64 * short**2 * (4 if trailing else 2 if m < n else 1)
+    gram = FLOAT64 * short**2 * (7 if trailing else 2 if m < n else 1)
     blocks = _BLOCKS * FLOAT32 * min(m * n, row_source.BLOCK_ENTRIES)
     return blocks + max(gram, krylov) + (6 * FLOAT64 + kept * FLOAT32) * k * (m + n)
 

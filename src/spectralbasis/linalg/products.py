@@ -95,12 +95,20 @@ def _outer_gram(A: RowSource) -> Tensor:
     m = A.shape[0]
     product = torch.empty(m, m, dtype=torch.float64, device=A.device)
     for rows in row_slices(A, 2 * m * m):
-        held = A[rows]
+        held = _gathered(A, rows)
         for others, block in _row_blocks(A, rows.start):
             part = _wide_product(block, held)
             product[others, rows] = part
             product[rows, others] = part.T
     return product
+
+
+def _gathered(A: RowSource, rows: slice) -> Tensor:
+    """`A[rows]`, read in blocks, so that what reading takes is not as large as the result."""
+    held = torch.empty(rows.stop - rows.start, A.shape[1], device=A.device)
+    for part in row_slices(held):
+        held[part] = A[rows.start + part.start : rows.start + part.stop]
+    return held
 
 
 def _wide_product(A: Tensor, B: Tensor) -> Tensor:
