@@ -25,7 +25,6 @@ CELLS: dict[tuple[str, str], dict[str, Any]] = {
     ("MiniLM", "SST-2"): TEXTS,
     ("small ViT", "digits-parity"): DIGITS,
     ("small ViT", "digits-rotated"): DIGITS,
-    ("MiniLM", "STS-B"): TEXTS,
 }
 MODES: dict[str, dict[str, dict[str, Any]]] = {
     "MiniLM": {
