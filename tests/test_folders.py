@@ -1,6 +1,7 @@
 """Output folders appear whole or not at all."""
 
 import pytest
+from safetensors import SafetensorError
 
 from spectralbasis.errors import InputError
 from spectralbasis.folders import atomic_folder, check_output
@@ -23,6 +24,17 @@ def test_a_failure_leaves_the_old_folder_as_it_was(tmp_path):
         (folder / "file").joinpath("missing").read_text()
     assert (target / "file").read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left"), SafetensorError("IoError(Os { code: 28 }) (os error 28)")]
+)
+def test_a_full_disk_is_a_sentence_and_other_errors_stay_what_they_are(tmp_path, error):
+    with pytest.raises(InputError, match="there is no room for it"), atomic_folder(tmp_path / "folder"):
+        raise error
+    with pytest.raises(SafetensorError, match="header"), atomic_folder(tmp_path / "folder"):
+        raise SafetensorError("header")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_parent_that_is_a_file_is_named(tmp_path):

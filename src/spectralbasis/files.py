@@ -42,11 +42,9 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
             _to_disk(temporary)
             temporary.replace(target)
     except (OSError, SafetensorError) as error:
-        if not _out_of_room(error):
+        if not out_of_room(error):
             raise
-        raise InputError(
-            f"cannot write {target}: there is no room for it; free some, or choose another disk"
-        ) from error
+        raise no_room_for(target) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -57,7 +55,13 @@ def _to_disk(file: Path) -> None:
         os.fsync(opened.fileno())
 
 
-def _out_of_room(error: OSError | SafetensorError) -> bool:
+def no_room_for(target: Path) -> InputError:
+    """The error where a disk is full."""
+    return InputError(f"cannot write {target}: there is no room for it; free some, or choose another disk")
+
+
+def out_of_room(error: OSError | SafetensorError) -> bool:
+    """Whether an error says that a disk, or what a user may have of it, is full."""
     if isinstance(error, OSError):
         return error.errno in _OUT_OF_ROOM
     return any(f"os error {number}" in str(error) for number in _OUT_OF_ROOM)

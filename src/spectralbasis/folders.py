@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from spectralbasis.errors import InputError
+from spectralbasis.files import no_room_for, out_of_room
 from spectralbasis.locks import held, is_held, left_over
 
 
@@ -35,7 +38,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     What a process that was killed left of the same folder is removed too.
 
     Raises:
-        InputError: the parent folder cannot be created or written to, or another process is writing the folder.
+        InputError: the parent folder cannot be created or written to, there is no room, or another process is writing
+            the folder.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,6 +55,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             if path.exists():
                 path.rename(scratch / "old")
             fresh.rename(path)
+    except (OSError, SafetensorError) as error:
+        if not out_of_room(error):
+            raise
+        raise no_room_for(path) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

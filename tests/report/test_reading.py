@@ -3,10 +3,12 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from spectralbasis.errors import InputError
 from spectralbasis.report.results import CURVES, SPECTRA, read_results
+from tests.damage import flipped
 from tests.report import results
 
 
@@ -54,6 +56,19 @@ def test_a_truncated_table_is_an_input_error(folder):
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(InputError, match=r"comparison\.parquet is not a readable Parquet file"):
         read_results(folder)
+
+
+def test_a_turned_bit_in_the_table_is_an_input_error_or_changes_nothing(folder):
+    path, whole = folder / "comparison.parquet", read_results(folder)
+    results.comparison(layers=1, k=4).to_parquet(path, write_page_checksum=True)
+    refused = 0
+    for damaged in flipped(path.read_bytes(), 40):
+        path.write_bytes(damaged)
+        try:
+            pd.testing.assert_frame_equal(read_results(folder).measurements, whole.measurements)
+        except InputError:
+            refused += 1
+    assert refused > 10
 
 
 def test_missing_columns_are_named(folder):

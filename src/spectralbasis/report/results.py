@@ -111,21 +111,33 @@ def _read_json(path: Path, keys: Sequence[str]) -> Mapping[str, Any]:
 
 def _read_rows(path: Path, columns: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
     try:
-        lacking = set(columns) - set(pq.read_schema(path).names)
-        if lacking:
-            raise InputError(f"{path} lacks the columns {', '.join(sorted(lacking))}; {_again(path.parent)}")
-        chosen = [("metric", "in", list(metrics))]
-        table = pq.read_table(path, columns=list(columns), filters=chosen, page_checksum_verification=True)
+        # Batch by batch: read_table with a filter can hang on a damaged file.
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            lacking = set(columns) - set(file.schema_arrow.names)
+            if lacking:
+                raise InputError(f"{path} lacks the columns {', '.join(sorted(lacking))}; {_again(path.parent)}")
+            wanted = pa.array(metrics, pa.string())
+            batches = map(_as_table, file.iter_batches(columns=list(columns)))
+            found = (batch.filter(pc.is_in(batch["metric"].cast(pa.string()), value_set=wanted)) for batch in batches)
+            table = pa.concat_tables(
+                [file.schema_arrow.empty_table().select(columns), *(one.select(columns) for one in found)]
+            )
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"there is no {path}; {_again(path.parent)}") from error
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise InputError(f"{path} is not a readable Parquet file ({error}); {_again(path.parent)}") from error
     names = [name for name in _NAMES if name in columns]
     for name in names:
         position = table.column_names.index(name)
         column = pc.fill_null(table[name].cast(pa.string()), "").dictionary_encode()
         table = table.set_column(position, name, column)
-    return table.to_pandas()
+    return table.replace_schema_metadata(None).to_pandas()  # plain columns need none, and it may be damaged
+
+
+def _as_table(batch: pa.RecordBatch) -> pa.Table:
+    return pa.Table.from_batches([batch])
 
 
 def _again(directory: Path) -> str:

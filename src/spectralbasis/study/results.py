@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path
 from spectralbasis.tuner.optimization import in_modules
 
@@ -149,11 +150,18 @@ def write_tuning_table(folder: Path | str, results: Iterable[TuneResult], note: 
 
 
 def stored(folder: Path) -> dict[str, Any]:
-    """What `tune` left in the tuning.json of its output folder; empty where there is none."""
+    """What `tune` left in the tuning.json of its output folder; empty where there is none.
+
+    Raises:
+        InputError: it is there and cannot be read.
+    """
+    file = folder / TUNING_FILE
     try:
-        content = json.loads((folder / TUNING_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({error}); restore it, or tune again") from error
     return content if isinstance(content, dict) else {}
 
 
