@@ -65,7 +65,7 @@ def test_what_is_quantized_or_adapted_is_read_whole(tmp_path):
     weight = torch.randint(-127, 128, (6, 4), dtype=torch.int8)
     save_file({"a.weight": weight, "a.SCB": torch.rand(6)}, tmp_path / "model.safetensors")
     matrix = logical_matrices(open_checkpoint(tmp_path))[0]["a"]
-    assert matrix.held_bytes == 6 * 4 * 4
+    assert matrix.held_bytes == 4 * (6 * 4 * 4)
     assert torch.equal(matrix.open_rows()(torch.tensor([5, 1])), matrix.read()[[5, 1]])
 
 

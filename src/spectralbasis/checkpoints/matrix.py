@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 
+import torch
 from torch import Tensor
 
 from spectralbasis.checkpoints.checkpoint import Checkpoint
@@ -67,10 +68,15 @@ class Matrix:
 
     @property
     def held_bytes(self) -> int:
-        """What `open_rows` keeps in memory: nothing, or the matrix as it is stored where it cannot be read by rows."""
+        """What `open_rows` takes at most: nothing, or what the matrix does where it cannot be read by rows.
+
+        One that is made of other tensors takes four in float32: itself, and what lies between them and it.
+        """
         if self.cut.holds_rows(self.checkpoint):
             return 0
-        return prod(self.shape) * self.checkpoint.dtype(self.cut.tensor).itemsize
+        transposed = self.checkpoint.holds_rows(self.cut.tensor)
+        entry = self.checkpoint.dtype(self.cut.tensor).itemsize if transposed else 4 * torch.float32.itemsize
+        return prod(self.shape) * entry
 
     def open_rows(self) -> Callable[[Tensor], Tensor]:
         """A function that reads rows by their numbers, (count,) int64 on the CPU, in the stored dtype, (count, in).
