@@ -149,6 +149,17 @@ def test_bad_input_ends_with_1_and_one_paragraph(run, pair, tmp_path):
     assert not (tmp_path / "basis.safetensors").exists()
 
 
+def test_a_plan_is_printed_and_nothing_is_compared(run, pair, tmp_path):
+    code, out, _ = run("compare", *pair, "--leading", 8, "--plan", "-o", tmp_path / "out")
+    assert code == 0
+    assert "4 matrices to compare, 0 skipped" in out
+    assert "48×40" in out
+    assert "this process" in out
+    assert not (tmp_path / "out").exists()
+    code, out, _ = run("compare", *pair, "--leading", 8, "--plan", "--json")
+    assert json.loads(out)["matrices"][0]["shape"] == [48, 40]
+
+
 def test_debug_shows_where_an_error_comes_from(run, tmp_path):
     code, _, err = run("compare", tmp_path / "missing.pt", tmp_path / "missing.pt", "--debug")
     assert code == 1

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         export_merged,
         similarity,
     )
-    from spectralbasis.comparison import Comparison, compare
+    from spectralbasis.comparison import Comparison, compare, plan_comparison
     from spectralbasis.tuner import (
         SpectralConfig,
         SpectralDriftCallback,
@@ -61,6 +61,7 @@ __all__ = [
     "linalg",
     "open_checkpoint",
     "parameter_groups",
+    "plan_comparison",
     "similarity",
 ]
 
@@ -78,7 +79,7 @@ _HOMES = {
         "export_merged",
         "similarity",
     ),
-    "comparison": ("Comparison", "compare"),
+    "comparison": ("Comparison", "compare", "plan_comparison"),
     "tuner": (
         "SpectralConfig",
         "SpectralDriftCallback",

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -128,6 +128,9 @@ def compare(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an earlier run into the folder stopped.")
     ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Compare nothing; say what it will take, and how long on each executor.")
+    ] = False,
     workers: Annotated[int, typer.Option(help="Processes that measure matrices side by side.")] = 1,
     ray: Ray = None,
     memory_budget: Annotated[
@@ -147,7 +150,22 @@ def compare(
     Example: `spectralbasis compare path/to/base path/to/tuned -o comparison --leading 64`
     """
     from spectralbasis.comparison import compare as run
+    from spectralbasis.comparison import plan_comparison
 
+    what: dict[str, Any] = {
+        "leading": leading,
+        "null": None if null == "none" else null,
+        "draws": draws,
+        "include": include or (),
+        "exclude": exclude or (),
+        "trailing": trailing,
+        "memory_budget": memory_budget,
+        "ray": ray,
+    }
+    if plan:
+        planned = plan_comparison(base, tuned, **what, workers=workers if workers > 1 else None)
+        tables.show_result(planned, tables.plan_table, as_json)
+        return
     if resume and output is None:
         raise InputError("--resume needs the folder of the run to go on with: add -o DIR")
     kept = "nothing is kept without -o DIR" if output is None else "what was measured is kept: go on with --resume"
@@ -155,19 +173,12 @@ def compare(
         result = run(
             base,
             tuned,
-            leading=leading,
-            null=None if null == "none" else null,
-            draws=draws,
+            **what,
             tasks=label or None,
             seed=seed,
             tolerance=tolerance,
-            include=include or (),
-            exclude=exclude or (),
             device=device,
-            trailing=trailing,
             workers=workers,
-            ray=ray,
-            memory_budget=memory_budget,
             output=output,
             resume=resume,
             progress=_draws_bars(),

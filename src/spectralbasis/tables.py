@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 PIPE_WIDTH = 160
 
 
-def show(table: Table) -> None:
+def show(table: Table | Group) -> None:
     """Print a table on stdout, as wide as the terminal, or wide enough for all of it in a file or pipe."""
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
 
 
-def show_result(result: Mapping[str, Any], table: Callable[[Mapping[str, Any]], Table], as_json: bool) -> None:
+def show_result(result: Mapping[str, Any], table: Callable[[Mapping[str, Any]], Table | Group], as_json: bool) -> None:
     """Print a command's result on stdout, as JSON or as a table."""
     if as_json:
         print(json.dumps(result, indent=2))
@@ -83,6 +83,34 @@ def findings_table(summary: Mapping[str, Any]) -> Table:
     notes = [f"{m}: {summary[m]['note']}" for m in ("stability", "coverage") if summary[m].get("note")]
     table.caption = escape("\n".join(notes))
     return table
+
+
+def plan_table(plan: Mapping[str, Any]) -> Group:
+    """What a comparison will take: its matrices by shape, its steps, and how long it is on each executor."""
+    count = sum(one["count"] for one in plan["matrices"])
+    matrices = _table(
+        f"{count} matrices to compare, {plan['skipped']} skipped; {plan['read_bytes'] / 1e9:.3g} GB to read",
+        ["shape", "matrices", "k", "solver", "seconds each", "memory of a worker"],
+    )
+    for one in plan["matrices"]:
+        m, n = one["shape"]
+        cells = (f"{m}×{n}", str(one["count"]), str(one["k"]), one["solver"])
+        matrices.add_row(*cells, f"{one['seconds']:.3g}", f"{one['memory_bytes'] / 1e9:.3g} GB")
+    steps = _table(f"{plan['operations']:.3g} floating-point operations", ["step", "operations", "time of one worker"])
+    for name, step in plan["steps"].items():
+        steps.add_row(name, f"{step['operations']:.3g}", duration(step["seconds"]))
+    executors = _table("expected time", ["where", "time"])
+    for one in plan["executors"]:
+        executors.add_row(escape(one["name"]), duration(one["seconds"]))
+    return Group(matrices, "", steps, "", executors)
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it, with about three digits."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def similarity_table(result: Mapping[str, Any]) -> Table:

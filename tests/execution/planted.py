@@ -68,4 +68,4 @@ def count(file: Path) -> int:
 
 
 def _folder(parcel: Parcel) -> Path:
-    return parcel.evidence[0][0].checkpoint._path.parent
+    return parcel.evidence[0][0].checkpoint.path.parent

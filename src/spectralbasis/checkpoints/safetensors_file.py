@@ -50,6 +50,9 @@ class _Entry:
 class SafetensorsFile(Checkpoint):
     """Reads the header once, when opened; each read takes the tensor's own bytes, and the file does not stay mapped.
 
+    Attributes:
+        path: the file.
+
     Raises:
         InputError: the file is missing, cut short or no safetensors file.
     """
@@ -57,7 +60,7 @@ class SafetensorsFile(Checkpoint):
     def __init__(self, path: Path, source: str, config: Mapping[str, Any]) -> None:
         self.source = source
         self.config = config
-        self._path = path
+        self.path = path
         try:
             self._entries = _read_header(path)
         except (SafetensorError, OSError, ValueError, OverflowError, KeyError, TypeError) as error:
@@ -87,29 +90,29 @@ class SafetensorsFile(Checkpoint):
 
     def take_rows(self, name: str, rows: Tensor, width: int) -> Tensor:
         entry = self._known(name)
-        return take_rows(self._path, entry.start, rows, width, entry.dtype)
+        return take_rows(self.path, entry.start, rows, width, entry.dtype)
 
     def holds_rows(self, name: str) -> bool:
         return name in self._entries
 
     def alone(self, name: str) -> "SafetensorsFile":
         found = copy(self)
-        found._path = self._path.absolute()
+        found.path = self.path.absolute()
         found._entries = {name: self._entries[name]}
         found.config = {}
         return found
 
     def evidence(self, name: str) -> str:
         entry = self._entries[name]
-        return sample(self._path, entry.start, prod(entry.shape) * entry.dtype.itemsize)
+        return sample(self.path, entry.start, prod(entry.shape) * entry.dtype.itemsize)
 
     def _read(self, name: str, offset: int, shape: tuple[int, ...]) -> Tensor:
-        return read_tensor(self._path, offset, shape, self._known(name).dtype)
+        return read_tensor(self.path, offset, shape, self._known(name).dtype)
 
     def _known(self, name: str) -> _Entry:
         entry = self._entries[name]
         if entry.named not in _DTYPES:
-            raise InputError(f"{name} of {self._path} has the type {entry.named}, which torch cannot represent")
+            raise InputError(f"{name} of {self.path} has the type {entry.named}, which torch cannot represent")
         return entry
 
 

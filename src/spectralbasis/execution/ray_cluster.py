@@ -37,8 +37,13 @@ class RayCluster(Executor):
         self._under_way: list[Any] = []
 
     @property
+    def workers(self) -> int:
+        """How many calls can run at once."""
+        return max(1, int(self._ray.cluster_resources().get(self._kind, 0)))
+
+    @property
     def slots(self) -> int:
-        return max(1, AHEAD * int(self._ray.cluster_resources().get(self._kind, 0)))
+        return AHEAD * self.workers
 
     def start(self, call: Call) -> Hashable:
         memory = min(call.memory, self._largest_node()) or None
