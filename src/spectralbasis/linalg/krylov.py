@@ -42,7 +42,7 @@ def leading_right_space(A: Factor, k: int, tolerance: float) -> Tensor | None:
     n = A.shape[1]
     most = min(n // 2, 6 * k + 20 * BLOCK)
     scale = max(largest_modulus(A), torch.finfo(torch.float32).tiny)
-    Q = torch.empty(n, most + BLOCK, device=A.device)
+    Q = torch.empty(n, most + BLOCK, dtype=torch.float32, device=A.device)
     start = torch.randn(n, BLOCK, generator=torch.Generator().manual_seed(0))
     Q[:, :BLOCK] = torch.linalg.qr(start.to(Q))[0]
     T = torch.zeros(most, most, dtype=torch.float64)

@@ -16,7 +16,7 @@ def times(A: Factor, X: Tensor) -> Tensor:
         return transposed_times(A.T, X)
     product = X.new_empty(A.shape[0], X.shape[1])
     for rows, block in _row_blocks(A):
-        torch.mm(block, X, out=product[rows])
+        product[rows] = block @ X
     return product
 
 
@@ -37,7 +37,7 @@ def times_and_back(A: Factor, X: Tensor) -> tuple[Tensor, Tensor]:
         return product, times(A.T, product)
     there, back = X.new_empty(A.shape[0], X.shape[1]), X.new_zeros(A.shape[1], X.shape[1])
     for rows, block in _row_blocks(A):
-        torch.mm(block, X, out=there[rows])
+        there[rows] = block @ X
         back.addmm_(block.T, there[rows])
     return there, back
 
@@ -53,7 +53,7 @@ def back_and_forth(A: Factor, X: Tensor, scale: float) -> Tensor:
         product.div_(scale)
         result = X.new_empty(A.shape[1], X.shape[1])
         for rows in row_slices(A.T):
-            torch.mm(A.T[rows], product, out=result[rows])
+            result[rows] = A.T[rows] @ product
         return result.div_(scale)
     product = X.new_zeros(A.shape[1], X.shape[1])
     for rows in row_slices(A):
@@ -105,7 +105,7 @@ def _outer_gram(A: RowSource) -> Tensor:
 
 def _gathered(A: RowSource, rows: slice) -> Tensor:
     """`A[rows]`, read in blocks, so that what reading takes is not as large as the result."""
-    held = torch.empty(rows.stop - rows.start, A.shape[1], device=A.device)
+    held = torch.empty(rows.stop - rows.start, A.shape[1], dtype=A.dtype, device=A.device)
     for part in row_slices(held):
         held[part] = A[rows.start + part.start : rows.start + part.stop]
     return held
