@@ -102,6 +102,18 @@ def memory(found: dict[str, Any]) -> str:
     return f"{table(heads, [_memory_row(row, floor) for row in found['rows']])}\n\n{note}\n"
 
 
+def large_matrices(found: dict[str, Any]) -> str:
+    """Memory and time of a matrix that is measured whole and in row blocks, and how far the tables differ."""
+    heads = ["matrix", "in float32", "whole", "budget", "in row blocks", "whole, processor time", "in row blocks"]
+    heads += ["solver", "sine at most", "values differ by", "means of draws"]
+    note = (
+        f"Memory is what a process has of its own above that of one that compares a small matrix "
+        f"({_size(found['floor'])}). k = {found['settings']['k']}, {found['settings']['draws']} draws of the scrambled "
+        f"null, files in bfloat16. Hashes are equal. {machine(found)} {versions(found)}"
+    )
+    return f"{table(heads, [_large_row(row) for row in found['rows']])}\n\n{note}\n"
+
+
 def scaling(found: dict[str, Any]) -> str:
     """Times over counts and the fitted exponents."""
     rows = []
@@ -153,6 +165,23 @@ def _solver_goal(one: dict[str, Any], tolerance: float) -> list[str]:
         met(ratio >= 1 and OURS in accurate),
         "" if over_dense is None else f"{over_dense:.1f}",
         met(over_dense >= OVER_DENSE) if asked and over_dense is not None else "",
+    ]
+
+
+def _large_row(row: dict[str, Any]) -> list[str]:
+    whole, blocks, differences = row["whole"], row["blocks"], row["largest_difference"]
+    assert row["same_hashes"]
+    return [
+        _shape(row),
+        _size(4 * row["shape"][0] * row["shape"][1]),
+        _size(whole["peak_bytes"]),
+        _size(row["budget"]),
+        _size(blocks["peak_bytes"]),
+        _seconds(whole["processor_seconds"]),
+        _seconds(blocks["processor_seconds"]),
+        blocks["solver"],
+        f"{blocks['bound']:.0e}",
+        *(f"{differences[name]:.0e}" for name in ("value", "null_mean")),
     ]
 
 

@@ -64,6 +64,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "whole_pair": ("whole_pair", performance.whole_pair),
     "whole_pair_goals": ("whole_pair", performance.whole_pair_goals),
     "memory": ("memory", performance.memory),
+    "large_matrices": ("large_matrices", performance.large_matrices),
     "scaling": ("scaling", performance.scaling),
     "step_times_float32": ("steps", step_tables.step_times("float32")),
     "step_times_bfloat16": ("steps", step_tables.step_times("bfloat16")),
