@@ -81,24 +81,29 @@ def write_checkpoint(folder: Path, layers: int, width: int) -> Path:
 
 def layer_bytes(width: int) -> int:
     """Bytes of one layer's weights."""
-    return BYTES * sum(m * n for m, n in _shapes(width).values())
+    return BYTES * sum(m * n for m, n in shapes(width).values())
 
 
 def _layer(width: int, *, tuned: bool) -> dict[str, Tensor]:
     """One layer's weights, the same at each call; those of the finetuned model have an update."""
     generator = torch.Generator().manual_seed(0)
-    return {name: _weights(m, n, tuned, generator) for name, (m, n) in _shapes(width).items()}
+    return {name: _weights(m, n, tuned, generator) for name, (m, n) in shapes(width).items()}
 
 
 def _weights(m: int, n: int, tuned: bool, generator: torch.Generator) -> Tensor:
-    """Independent entries and a head of 128 directions."""
-    head = torch.randn(m, 128, generator=generator) * torch.arange(1, 129) ** -0.7
-    W = torch.randn(m, n, generator=generator) + 3 * head @ torch.randn(128, n, generator=generator)
+    W = weights(m, n, generator)
     update = torch.randn(m, n, generator=generator)
     return (W + STEP * tuned * update).bfloat16()
 
 
-def _shapes(width: int) -> dict[str, tuple[int, int]]:
+def weights(m: int, n: int, generator: torch.Generator) -> Tensor:
+    """Independent entries and a head of 128 directions, (m, n)."""
+    head = torch.randn(m, 128, generator=generator) * torch.arange(1, 129) ** -0.7
+    return torch.randn(m, n, generator=generator) + 3 * head @ torch.randn(128, n, generator=generator)
+
+
+def shapes(width: int) -> dict[str, tuple[int, int]]:
+    """The matrices of one layer of a Llama of this width."""
     inner = width * 43 // 16
     attention = {f"self_attn.{name}_proj": (width, width) for name in "qkvo"}
     return attention | {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}

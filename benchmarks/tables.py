@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bank_tables, performance, step_tables
+from benchmarks import bank_tables, performance, scale_tables, step_tables
 from benchmarks.markdown import table, versions
 from benchmarks.results import FOLDER, read
 
@@ -66,6 +66,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "memory": ("memory", performance.memory),
     "large_matrices": ("large_matrices", performance.large_matrices),
     "scaling": ("scaling", performance.scaling),
+    "plan_checked": ("planning", scale_tables.checked),
+    "plan_assumptions": ("planning", scale_tables.assumptions),
+    "plan_large": ("planning", scale_tables.large),
     "step_times_float32": ("steps", step_tables.step_times("float32")),
     "step_times_bfloat16": ("steps", step_tables.step_times("bfloat16")),
     "step_memory": ("steps", step_tables.step_memory),
