@@ -3,7 +3,7 @@ BIN := .venv/bin
 # An editable install, so that the tests see the working tree; every version comes from constraints.txt.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check docs wheel-check clean
 
 demo: .venv/installed
 	$(BIN)/spectralbasis quickstart --output quickstart
@@ -19,6 +19,11 @@ check: .venv/installed-dev
 docs: .venv/installed-docs
 	$(BIN)/python -m typer spectralbasis.cli utils docs --name spectralbasis --output docs/reference/command-line.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+wheel-check: .venv/installed-dev
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m tools.wheel_check
 
 .venv/created:
 	$(PYTHON) -m venv .venv

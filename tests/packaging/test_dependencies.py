@@ -1,0 +1,80 @@
+"""What the package brings with it is pinned, listed, and under licences that go with its own."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from collections import Counter
+from importlib.metadata import version
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+from tools.dependencies import PAGE, ROOT, Dependency, page, pins, runtime_dependencies
+
+import spectralbasis as sb
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+@pytest.fixture(scope="module")
+def dependencies():
+    return runtime_dependencies()
+
+
+def test_all_that_is_required_is_found(dependencies):
+    required = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
+    assert required <= {one.name for one in dependencies}
+
+
+def test_every_licence_is_known_and_goes_with_ours(dependencies):
+    assert [one for one in dependencies if not one.is_compatible] == []
+
+
+@pytest.mark.parametrize(
+    ("licence", "compatible"),
+    [
+        ("Apache-2.0 AND MIT", True),
+        ("MPL-2.0", True),
+        ("LGPL-2.1-or-later", True),
+        ("GNU Lesser General Public License v3 (LGPLv3)", True),
+        ("GPL-3.0-only", False),
+        ("GNU General Public License v2 (GPLv2)", False),
+        ("AGPL-3.0", False),
+        ("", False),
+    ],
+)
+def test_licences_are_judged(licence, compatible):
+    assert Dependency("one", "1", licence).is_compatible is compatible
+
+
+def test_every_runtime_package_is_pinned_once_at_the_version_that_is_tested(dependencies):
+    pinned = dict(pins())
+    assert [name for name, count in Counter(name for name, _ in pins()).items() if count > 1] == []
+    assert [one.name for one in dependencies if one.name not in pinned] == []
+    assert {one.name: one.version for one in dependencies if Version(one.version).public != pinned[one.name]} == {}
+
+
+def test_pins_satisfy_what_the_project_asks_for():
+    pinned = dict(pins())
+    optional = [text for texts in PROJECT["optional-dependencies"].values() for text in texts]
+    for text in [*PROJECT["dependencies"], *optional]:
+        need = Requirement(text)
+        assert need.specifier.contains(pinned[canonicalize_name(need.name)]), text
+
+
+def test_installed_packages_fit_each_other():
+    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the page is made with Python 3.11")
+def test_the_page_lists_what_is_there(dependencies):
+    assert PAGE.read_text() == page(dependencies), "run python -m tools.dependencies"
+
+
+def test_the_version_is_semantic_and_the_changelog_speaks_of_it():
+    assert re.fullmatch(r"\d+\.\d+\.\d+(?:-[0-9A-Za-z.]+)?", sb.__version__)
+    assert version("spectralbasis") == sb.__version__
+    assert re.search(rf"^## {re.escape(sb.__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)

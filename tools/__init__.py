@@ -1,0 +1,1 @@
+"""What maintainers run: checks of packages and dependencies."""
