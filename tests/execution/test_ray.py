@@ -175,6 +175,14 @@ def test_runs_of_a_study_go_side_by_side(cluster, tmp_path):
         assert [store.results.get(run).result["total"] for run in runs] == [1, 11]
 
 
+def test_a_plan_reckons_with_the_cores_of_the_cluster(cluster, files):
+    plan = sb.plan_comparison(files[0], [files[1]], leading=8, ray=cluster.address)
+    here, _, there = plan["executors"]
+    cores = int(ray.cluster_resources()["CPU"])
+    assert (there["name"], there["slots"]) == (f"Ray at {cluster.address}, {cores} cores", cores)
+    assert there["seconds"] < here["seconds"]
+
+
 def test_a_cluster_that_is_not_there_is_a_sentence(files):
     ray.shutdown()
     with pytest.raises(sb.InputError, match=r"no Ray cluster answers at '127\.0\.0\.1:1'"):

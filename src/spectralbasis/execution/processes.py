@@ -5,6 +5,7 @@ import signal
 from collections.abc import Hashable
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
+from pickle import PicklingError
 from typing import Any, cast
 
 import torch
@@ -34,7 +35,6 @@ class Processes(Executor):
         self._threads = threads
         self._idle = [_Worker(threads) for _ in range(count)]
         self._busy: dict[Connection, _Worker] = {}
-        self._settled: list[tuple[Hashable, Any]] = []
 
     @property
     def slots(self) -> int:
@@ -129,5 +129,5 @@ def _serve(connection: Connection, threads: int) -> None:
             result = perform(*connection.recv())
             try:
                 connection.send((result,))
-            except (TypeError, AttributeError, ValueError) as error:  # pickling
+            except (PicklingError, AttributeError, TypeError, ValueError) as error:
                 connection.send((Failure(f"its result cannot be sent ({error})"),))

@@ -14,7 +14,6 @@ from spectralbasis.execution.executor import Call, Death, Executor, perform
 LOCAL = "local"
 AHEAD = 2
 """Calls under way for each that can run: the next one is there when a worker is free."""
-
 SECONDS_TO_ANSWER = 10
 
 
@@ -96,7 +95,7 @@ def _last_line(error: Exception) -> str:
 
 
 def _connect(address: str) -> tuple[Any, bool]:
-    """The Ray module, connected to a cluster, and whether the connection is ours to end."""
+    """The Ray module, connected to a cluster, and whether the connection is ours to end; no figures of use are sent."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
