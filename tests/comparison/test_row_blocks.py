@@ -191,12 +191,14 @@ def test_equal_matrices_are_left_out(tmp_path):
     assert "did not touch it" in found.skipped["tuned0"]
 
 
-def test_compare_takes_a_budget_as_people_write_it(tmp_path):
+def test_compare_takes_a_budget_as_people_write_it(tmp_path, caplog):
     partners(tmp_path, (620, 530))
     files = [str(tmp_path / f"{name}.safetensors") for name in ("base", "tuned0")]
     options = {"leading": K, "draws": 2}
     whole = compare(files[0], files[1:], **options)
+    assert "row blocks" not in caplog.text
     small = compare(files[0], files[1:], **options, memory_budget=budget((620, 530)), output=tmp_path / "out")
+    assert "layer.0.dense takes more than the memory budget" in caplog.text
     exact = ["tuned", "matrix", "k", "metric", "side", "index", "null"]
     assert small.table[exact].equals(whole.table[exact])
     np.testing.assert_allclose(small.table["value"], whole.table["value"], rtol=1e-6, atol=1e-6)

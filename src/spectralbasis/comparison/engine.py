@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from spectralbasis.comparison.distributing import affordable_workers, free_memory, measured
+from spectralbasis.comparison.distributing import affordable_workers, announce_row_blocks, free_memory, measured
 from spectralbasis.comparison.measuring import UNCHANGED, MatrixTask, Outcome, Settings
 from spectralbasis.comparison.pairing import Pairing, open_pairs
 from spectralbasis.comparison.result import Comparison
@@ -119,6 +119,7 @@ class _Run:
             workers = affordable_workers(workers, (self._task(name, store, budget) for name in names))
         if ray is None and budget is None:
             budget = free_memory(self.settings.device) // workers
+        announce_row_blocks(self._task(name, store, budget) for name in names)
         tasks = (self._task(name, store, budget) for name in names)
         with open_executor(workers, ray, threads=1, gpu=self.settings.device.startswith("cuda")) as executor:
             outcomes = measured(tasks, executor)

@@ -105,6 +105,12 @@ class MatrixTask:
     known_pairs: Mapping[Pair, str]
     memory_budget: int | None = None
 
+    @property
+    def in_row_blocks(self) -> bool:
+        """Whether the matrix takes more than the budget when it is measured whole."""
+        shape, settings = self.before.shape, self.settings
+        return not fits_whole(shape, expected_k(settings.leading, shape), settings.trailing, self.memory_budget)
+
 
 @dataclass
 class Outcome:
@@ -140,9 +146,7 @@ class _Work:
     def __init__(self, task: MatrixTask) -> None:
         self.task = task
         self.settings = task.settings
-        k = expected_k(self.settings.leading, task.before.shape)
-        self.by_rows = not fits_whole(task.before.shape, k, self.settings.trailing, task.memory_budget)
-        self._check_room(k)
+        self._check_room(expected_k(self.settings.leading, task.before.shape))
         self.W0 = self._read(task.before, task.base_source)
         self.base_hash = matrix_hash(self.W0)
         self.outcome = Outcome()
@@ -196,13 +200,13 @@ class _Work:
     def _check_room(self, k: int) -> None:
         """Raise ValueError where not even row blocks fit the budget."""
         budget, partners = self.task.memory_budget, self.task.partners.values()
-        if self.by_rows and budget is not None:
+        if self.task.in_row_blocks and budget is not None:
             kept = len(partners) * (1 + self.settings.draws) if len(partners) > 1 else 0
             largest = max(partners, key=lambda partner: partner.held_bytes)
             check_row_blocks((self.task.before, largest), k, kept, self.settings.trailing, budget)
 
     def _read(self, matrix: Matrix, where: str) -> MatrixLike:
-        return read_matrix(matrix, self.settings.device, self.by_rows, where)
+        return read_matrix(matrix, self.settings.device, self.task.in_row_blocks, where)
 
     def _tuned(self, label: str) -> MatrixLike:
         return self._read(self.task.partners[label], label)
