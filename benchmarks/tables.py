@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bank_tables, performance, scale_tables, step_tables
+from benchmarks import bank_tables, fault_tables, performance, scale_tables, step_tables
 from benchmarks.markdown import table, versions
 from benchmarks.results import FOLDER, read
 
@@ -78,6 +78,15 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "bank_throughput": ("bank", bank_tables.throughput),
     "bank_memory": ("bank", bank_tables.memory),
     "bank_sizes": ("bank", bank_tables.sizes),
+    "faults_totals": ("faults", fault_tables.totals),
+    "faults_killed": ("faults", fault_tables.faults("killed")),
+    "faults_interrupted": ("faults", fault_tables.faults("Ctrl-C")),
+    "faults_full": ("faults", fault_tables.faults("full disk")),
+    "faults_read_only": ("faults", fault_tables.faults("read-only")),
+    "faults_writers": ("faults", fault_tables.faults("two writers")),
+    "faults_damaged": ("faults", fault_tables.faults("damaged")),
+    "faults_memory": ("faults", fault_tables.faults("memory")),
+    "faults_clock": ("faults", fault_tables.faults("clock")),
 }
 """Name of a table → the benchmark that it shows, and what makes it."""
 

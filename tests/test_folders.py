@@ -63,8 +63,9 @@ def test_a_second_writer_is_refused_while_the_first_is_at_work(tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "folder.other"]
 
 
-@pytest.mark.parametrize("parts", [("new",), ("new", "old")])
+@pytest.mark.parametrize("parts", [(), ("new",), ("new", "old")])
 def test_what_a_killed_process_left_is_removed_and_what_it_had_moved_away_is_put_back(tmp_path, parts):
+    (tmp_path / ".folder.abcd_123").mkdir()
     for part in parts:
         (tmp_path / ".folder.abcd_123" / part).mkdir(parents=True)
         (tmp_path / ".folder.abcd_123" / part / "file").write_text(part)

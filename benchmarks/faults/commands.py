@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 from spectralbasis.cli import main
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+WARNING = " UserWarning: "
 DEADLINE = 300.0
 """Seconds after which a command that still runs is taken to hang."""
 
@@ -31,9 +33,11 @@ class Ended:
 
     @property
     def told(self) -> str:
-        """The last line that a person reads, or the one that says that nobody foresaw this."""
+        """What a person is told: the last line, unless an earlier one warns or says that nobody foresaw this."""
         lines = [line.strip() for line in self.stderr.splitlines() if line.strip()]
-        return next((line for line in lines if line.startswith("unexpected ")), lines[-1] if lines else "")
+        warned = [line.partition(WARNING)[2] for line in lines if WARNING in line]
+        unforeseen = [line for line in lines if line.startswith("unexpected ")]
+        return [*lines[-1:], *warned, *unforeseen][-1] if lines else ""
 
     @property
     def traceback(self) -> bool:
@@ -82,6 +86,7 @@ def _become(
         os.dup2(write, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
         os.environ.update({**ENVIRONMENT, **environment})
+        warnings.resetwarnings()
         sys.argv = ["spectralbasis", *map(str, arguments)]
         if before is not None:
             before()

@@ -79,7 +79,7 @@ def _killed(command: Command, room: Path, how: Callable[[Path], dict[str, Any]])
         lost.append(f"{command.keeps} of the run before")
     after = command.call(out, *command.again)
     lost += [f"left over: {name}" for name in litter(room)]
-    if after.code:
+    if after.code and not command.is_whole(out):
         yield Trial(replace(after, code=ended.code), "refused", "; ".join(lost))
     else:
         yield Trial(ended, "as undisturbed" if command.is_whole(out) else "other values", "; ".join(lost))
@@ -156,8 +156,9 @@ def _stored(out: Path) -> set[str]:
 
 
 def litter(room: Path) -> list[str]:
-    """Hidden files and folders that a killed process left and the next did not clear away."""
-    return sorted(f"{file.name.split('.')[1]}…" for place in (room, room / "out") for file in place.glob(".*"))
+    """Hidden files, and folders that hold something, that a killed process left and the next did not clear away."""
+    hidden = [file for place in (room, room / "out") for file in place.glob(".*")]
+    return sorted(f"{file.name.split('.')[1]}…" for file in hidden if file.is_file() or any(file.iterdir()))
 
 
 def comparison(bench: Bench) -> Command:

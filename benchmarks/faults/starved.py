@@ -24,7 +24,7 @@ from spectralbasis.study.runs import store
 MEMORY, CLOCK = "memory", "clock"
 LARGE = 4000
 ROOM = 140 << 20
-"""Bytes that a process may take beyond what it has when it begins: less than what comparing two matrices of that side takes."""
+"""Bytes that a process may take beyond what it has when it begins: less than comparing such matrices takes."""
 
 
 def matrix_is_too_large(bench: Bench, wanted: int) -> Iterator[Trial]:

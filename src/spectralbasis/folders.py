@@ -49,7 +49,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         with held(scratch):
             fresh = scratch / "new"
-            fresh.mkdir()
+            fresh.mkdir(parents=True)  # another may have cleared it away before it was locked
             _clear(path, scratch)
             yield fresh
             if path.exists():
@@ -66,8 +66,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def _clear(path: Path, ours: Path) -> None:
     """Remove what killed processes left of a folder; a living one, which holds its lock, is not disturbed."""
     for left in left_over(path):
-        # One that was made this moment is not locked yet, and nothing is in it.
-        if left == ours or not any((left / part).is_dir() for part in ("new", "old")):
+        if left == ours:
             continue
         if is_held(left):
             raise InputError(f"another command is writing {path}; wait for it, or name another folder")

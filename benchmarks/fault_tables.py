@@ -1,0 +1,48 @@
+"""The tables of docs/reliability.md: what was tried, what was lost, what a person was told, and where it ended."""
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.markdown import table, versions
+
+MESSAGES = 2
+OUTCOMES = {
+    "as undisturbed": "as undisturbed:",
+    "refused": "refused with a sentence:",
+    "other values": "unnoticed, with other values:",
+}
+
+
+def faults(group: str) -> Callable[[dict[str, Any]], str]:
+    """The cases of one kind of fault."""
+
+    def make(found: dict[str, Any]) -> str:
+        rows = [row for row in found["rows"] if row["group"] == group]
+        heads = ["what happened", "tries", "exit code", "lost", "tracebacks", "it ended", "the last line that was told"]
+        return table(heads, [_row(row) for row in rows]) + "\n"
+
+    return make
+
+
+def totals(found: dict[str, Any]) -> str:
+    """How many faults were tried and what they cost, as a sentence."""
+    rows = found["rows"]
+    tries = sum(row["trials"] for row in rows)
+    lost = sum(bool(row["lost"]) for row in rows)
+    shown = sum(row["tracebacks"] for row in rows)
+    return (
+        f"{tries} tries of {len(rows)} faults: in {lost} of the faults something finished was lost, and {shown} tries "
+        f"showed a traceback or an unforeseen error. {versions(found, 'transformers', 'peft')}\n"
+    )
+
+
+def _row(row: dict[str, Any]) -> list[str]:
+    again = "" if row["again"] is None else f", then given again{' with ' + row['again'] if row['again'] else ''}"
+    ended = [f"{OUTCOMES[name]} {count}" for name, count in sorted(row["outcomes"].items())]
+    told = [f"`{message.replace('|', '&#124;').replace('`', '')}`" for message in row["told"][:MESSAGES]]
+    codes = [str(code) for code in row["exit_codes"]]
+    lost = "; ".join(row["lost"]) or "nothing"
+    return [
+        f"{row['name']}{again}", str(row["trials"]), ", ".join(codes), lost, str(row["tracebacks"]),
+        ", ".join(ended), "<br>".join(told),
+    ]  # fmt: skip
