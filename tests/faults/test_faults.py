@@ -1,7 +1,6 @@
-"""The command line survives what machines do: a few tries of the faults that `python -m benchmarks.faults` tries at length."""
+"""The command line survives what machines do: a few tries of what `python -m benchmarks.faults` tries at length."""
 
 import pytest
-
 from benchmarks.faults.bench import Bench
 from benchmarks.faults.case import complaints
 from benchmarks.faults.cases import CASES
