@@ -12,7 +12,7 @@ from spectralbasis.comparison import measuring, plan_comparison, planning
 from spectralbasis.comparison.measuring import Settings
 from spectralbasis.comparison.operations import operations, total
 from spectralbasis.comparison.planning import make_group, seconds_on
-from spectralbasis.comparison.rates import Rates, calibrate
+from spectralbasis.comparison.rates import Rates, calibrate, read_rate
 from tests.comparison.pairs import random_updates
 
 KINDS = ("read", "pass", "product64", "thin64", "thin32", "tridiagonal", "dense")
@@ -83,6 +83,13 @@ def test_a_calibration_finds_rates_of_this_machine():
     assert rates.rate("read", 1) == math.inf
     assert 1e8 < rates.rate("product64", 1500) < 1e14
     assert rates.rate("product64", 1500) > rates.rate("tridiagonal", 1500)
+
+
+def test_a_disk_is_as_fast_as_its_file_is_read(tmp_path):
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(1000))
+    ticks = iter([10.0, 10.5])
+    assert read_rate(file, lambda: next(ticks)) == 2000
 
 
 @pytest.fixture
