@@ -1,4 +1,4 @@
-"""Making PEFT know the method "SPECTRAL"; done when the package is imported.
+"""Making PEFT know the method "SPECTRAL"; done when this package and PEFT are imported, see `peft_import`.
 
 `peft.PeftModel.from_pretrained` can only open a spectral adapter after `import spectralbasis`.
 """
