@@ -118,7 +118,7 @@ class _Run:
         if ray is None and workers > 1:
             workers = affordable_workers(workers, (self._task(name, store, budget) for name in names))
         if ray is None and budget is None:
-            budget = free_memory(self.settings.device) // workers
+            budget = free_memory(self.settings.device) // max(workers, 1)
         announce_row_blocks(self._task(name, store, budget) for name in names)
         tasks = (self._task(name, store, budget) for name in names)
         with open_executor(workers, ray, threads=1, gpu=self.settings.device.startswith("cuda")) as executor:
