@@ -28,7 +28,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for left in left_over(target, target.suffix):
-            if not is_held(left):
+            if is_held(left) is False:
                 left.unlink(missing_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
     except OSError as error:

@@ -66,9 +66,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def _clear(path: Path, ours: Path) -> None:
     """Remove what killed processes left of a folder; a living one, which holds its lock, is not disturbed."""
     for left in left_over(path):
-        if left == ours:
+        if left == ours or (state := is_held(left)) is None:
             continue
-        if is_held(left):
+        if state:
             raise InputError(f"another command is writing {path}; wait for it, or name another folder")
         if (left / "old").is_dir() and not path.exists():
             (left / "old").rename(path)

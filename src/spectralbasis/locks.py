@@ -16,8 +16,11 @@ except ImportError:  # Windows
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Hold the lock of a file or folder that exists; where the system has no locks, nothing is held."""
-    handle = _lock(path)
+    """Hold the lock of a file or folder that exists; where another holds it or there are no locks, hold nothing."""
+    try:
+        handle = _lock(path)
+    except BlockingIOError:
+        handle = None
     try:
         yield
     finally:
@@ -25,17 +28,24 @@ def held(path: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def is_held(path: Path) -> bool:
-    """Whether a living process holds the lock of a file or folder; True where that cannot be told."""
-    handle = _lock(path)
+def is_held(path: Path) -> bool | None:
+    """Whether a living process holds the lock of a file or folder; None where that cannot be told."""
+    try:
+        handle = _lock(path)
+    except BlockingIOError:
+        return True
     if handle is None:
-        return path.exists()
+        return None
     os.close(handle)
     return False
 
 
 def _lock(path: Path) -> int | None:
-    """The handle that holds the lock; None where another holds it, or there are no locks here."""
+    """The handle that holds a lock; None where there is no such path, or the file system has no locks.
+
+    Raises:
+        BlockingIOError: another holds it.
+    """
     if fcntl is None:
         return None
     try:
@@ -44,6 +54,9 @@ def _lock(path: Path) -> int | None:
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise
     except OSError:
         os.close(handle)
         return None
