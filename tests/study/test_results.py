@@ -1,0 +1,26 @@
+"""What `tune` leaves beside a model is read back, or refused where it is damaged."""
+
+import pytest
+
+from spectralbasis.errors import InputError
+from spectralbasis.study.results import stored, stored_settings
+
+
+def test_what_was_stored_is_read(tmp_path):
+    (tmp_path / "tuning.json").write_text('{"settings": {"max_length": 32}}')
+    assert stored_settings(tmp_path) == {"max_length": 32}
+
+
+@pytest.mark.parametrize("content", [None, "[1]", '{"settings": 3}'])
+def test_other_folders_have_no_settings(tmp_path, content):
+    if content is not None:
+        (tmp_path / "tuning.json").write_text(content)
+    assert stored_settings(tmp_path) == {}
+    assert stored(tmp_path / "absent") == {}
+
+
+@pytest.mark.parametrize("content", [b"", b'{"settings": {"max_le', b"\xff\xfe{}"])
+def test_a_damaged_file_is_named(tmp_path, content):
+    (tmp_path / "tuning.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"tuning\.json cannot be read"):
+        stored(tmp_path)
