@@ -167,10 +167,11 @@ def test_a_thousand_matrices_never_queue_up(cluster, tmp_path, monkeypatch):
     assert max(under_way) <= 4
 
 
-def test_runs_of_a_study_go_side_by_side(cluster, tmp_path):
+def test_runs_of_a_study_go_side_by_side(cluster, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     base = Run("tests.study.runs.planted:act", {"value": 1}, 0, {})
     runs = [Run("tests.study.runs.planted:act", {"value": 10 * i}, 0, {"base": base}) for i in range(2)]
-    with RunStore(tmp_path) as store:
+    with RunStore(Path("study")) as store:
         run_all(lambda _: runs, store, data=None, ray=cluster.address)
         assert [store.results.get(run).result["total"] for run in runs] == [1, 11]
 

@@ -78,6 +78,7 @@ class _Runner:
         self.store = store
         self.data = data
         self.watcher = watcher
+        self.artefacts = store.folder.absolute() / ARTEFACTS  # workers may run in another folder
         self.crew: Crew[Run] = Crew(executor)
 
     def go(self) -> None:
@@ -130,7 +131,7 @@ class _Runner:
         return self.store.results.get(run) is not None and self._folder(run).is_dir()
 
     def _folder(self, run: Run) -> Path:
-        return self.store.folder / ARTEFACTS / run.key
+        return self.artefacts / run.key
 
     def _record(self, run: Run, done: "_Done | Failure") -> None:
         if isinstance(done, Failure):
@@ -146,7 +147,7 @@ class _Runner:
         """Remove the folders of runs that no wanted run needs."""
         needed = {need.key for run in with_needs(wanted) for need in run.needs.values()}
         busy = {run.key for run in self.crew.keys}
-        for folder in (self.store.folder / ARTEFACTS).glob("*"):
+        for folder in self.artefacts.glob("*"):
             if folder.name not in needed | busy and not folder.name.startswith("."):
                 shutil.rmtree(folder, ignore_errors=True)
 
