@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/spectralbasis quickstart --output quickstart
 
 test: .venv/installed-dev check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
