@@ -10,10 +10,13 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
-# Imported here, so that a process forked from this one finds it there.
 from spectralbasis.cli import main
+
+for part in ("comparison", "report", "study.conduct", "study.actions.tuning", "study.experiments.stability"):
+    import_module(f"spectralbasis.{part}")  # so that a process forked from this one finds it there
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 WARNING = " UserWarning: "

@@ -111,12 +111,13 @@ def _watch(out: Path, last: int = 0) -> Callable[[], None]:
     def begin() -> None:
         append = os.O_CREAT | os.O_WRONLY | os.O_APPEND
         operations, finished = (os.open(out.parent / name, append) for name in ("operations", "finished"))
+        places = str(out), str(out.with_name(f".{out.name}."))
         done = 0
 
         def hear(event: str, arguments: tuple[Any, ...]) -> None:
             nonlocal done
             ours = event.partition(".")[0] in WATCHED and event not in ("os.listdir", "os.scandir")
-            if ours and any(isinstance(one, str | Path) and out.name in str(one) for one in arguments):
+            if ours and any(isinstance(one, str | Path) and str(one).startswith(places) for one in arguments):
                 done += 1
                 os.write(operations, b".")
                 if done == last:
