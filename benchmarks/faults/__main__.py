@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.faults.bench import Bench
 from benchmarks.faults.case import complaints, summary
@@ -17,7 +18,8 @@ from benchmarks.results import environment, parse_arguments, read, write
 
 def main() -> None:
     arguments = parse_arguments(__doc__, only="")
-    rows = {} if not arguments.only else {(row["group"], row["name"]): row for row in read("faults")["rows"]}
+    if not arguments.only:
+        write("faults", {"rows": [], **environment()})
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
         for case in CASES:
@@ -25,15 +27,18 @@ def main() -> None:
                 continue
             started = time.perf_counter()
             trials = list(case.trials(bench, case.many))
-            rows[case.group, case.name] = summary(case, trials)
-            print(
-                f"{case.group}: {case.name}: {len(trials)} tries, {time.perf_counter() - started:.0f} s",
-                file=sys.stderr,
-            )
+            seconds = time.perf_counter() - started
+            print(f"{case.group}: {case.name}: {len(trials)} tries, {seconds:.0f} s", file=sys.stderr)
             for complaint in complaints(case, trials):
                 print(f"  {complaint}", file=sys.stderr)
-            order = [(case.group, case.name) for case in CASES]
-            write("faults", {"rows": [rows[key] for key in order if key in rows], **environment()})
+            keep(summary(case, trials))
+
+
+def keep(row: dict[str, Any]) -> None:
+    """Put a case's row among those of the others, in the order of the cases."""
+    rows = {(one["group"], one["name"]): one for one in [*read("faults")["rows"], row]}
+    order = [(case.group, case.name) for case in CASES]
+    write("faults", {"rows": [rows[key] for key in order if key in rows], **environment()})
 
 
 if __name__ == "__main__":
