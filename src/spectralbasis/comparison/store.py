@@ -79,8 +79,6 @@ class Store:
                 f"{self.path} has format {found[0]}, this version reads up to {FORMAT_VERSION}; update spectralbasis, "
                 "or leave out --resume to start again"
             )
-        with self._connection:
-            self._connection.execute("INSERT OR REPLACE INTO settings VALUES ('format', ?)", (str(FORMAT_VERSION),))
 
     def _check_settings(self, settings: dict[str, str]) -> None:
         known = dict(self._connection.execute("SELECT name, value FROM settings"))
@@ -91,7 +89,8 @@ class Store:
                     "resume with the same settings, or leave out --resume to start again"
                 )
         with self._connection:
-            self._connection.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", settings.items())
+            now = {"format": str(FORMAT_VERSION), **settings}
+            self._connection.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", now.items())
 
     def contents(self, matrix: str) -> dict[str, str]:
         """Label → content hash of the pairs of this matrix that were measured."""
