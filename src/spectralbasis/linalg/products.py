@@ -95,12 +95,17 @@ def _outer_gram(A: RowSource) -> Tensor:
     m = A.shape[0]
     product = torch.empty(m, m, dtype=torch.float64, device=A.device)
     for rows in row_slices(A, 2 * m * m):
-        held = _gathered(A, rows)
-        for others, block in _row_blocks(A, rows.start):
-            part = _wide_product(block, held)
-            product[others, rows] = part
-            product[rows, others] = part.T
+        _set_outer_gram(product, A, rows)
     return product
+
+
+def _set_outer_gram(product: Tensor, A: RowSource, rows: slice) -> None:
+    """Set what is still missing of `A Aᵀ` in some rows and the same columns, where those before are done."""
+    held = _gathered(A, rows)
+    for others, block in _row_blocks(A, rows.start):
+        part = _wide_product(block, held)
+        product[others, rows] = part
+        product[rows, others] = part.T
 
 
 def _gathered(A: RowSource, rows: slice) -> Tensor:
