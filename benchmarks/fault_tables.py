@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.markdown import table, versions
 
-MESSAGES = 2
+MESSAGES, LONGEST = 2, 200
 OUTCOMES = {
     "as undisturbed": "as undisturbed:",
     "refused": "refused with a sentence:",
@@ -39,10 +39,16 @@ def totals(found: dict[str, Any]) -> str:
 def _row(row: dict[str, Any]) -> list[str]:
     again = "" if row["again"] is None else f", then given again{' with ' + row['again'] if row['again'] else ''}"
     ended = [f"{OUTCOMES[name]} {count}" for name, count in sorted(row["outcomes"].items())]
-    told = [f"`{message.replace('|', '&#124;').replace('`', '')}`" for message in row["told"][:MESSAGES]]
+    told = [f"`{_short(message)}`" for message in row["told"][:MESSAGES]]
     codes = [str(code) for code in row["exit_codes"]]
     lost = "; ".join(row["lost"]) or "nothing"
     return [
         f"{row['name']}{again}", str(row["trials"]), ", ".join(codes), lost, str(row["tracebacks"]),
         ", ".join(ended), "<br>".join(told),
     ]  # fmt: skip
+
+
+def _short(message: str) -> str:
+    """A message as a cell of a table can hold it."""
+    plain = message.replace("|", "/").replace("`", "")
+    return plain if len(plain) <= LONGEST else f"{plain[:LONGEST]}…"
