@@ -122,9 +122,9 @@ def _part(view: pd.DataFrame | None, lineage: str, task: str) -> pd.DataFrame:
 
 
 TEXTS = {
-    STABILITY: ("more data, more stable", "keeps its leading directions better"),
-    EXCESS: ("more data, more held", "avoids more of the rotation that a scrambled update would bring"),
-    NORM: ("more data, farther", "moves farther"),
+    STABILITY: ("more data, more stable", "better it keeps its leading directions"),
+    EXCESS: ("more data, more held", "more it avoids of the rotation that a scrambled update would bring"),
+    NORM: ("more data, farther", "farther it moves"),
 }
 
 
@@ -132,7 +132,7 @@ def _claim(lineage: str, task: str, move: str, view: str, value: str, rows: pd.D
     name, does = TEXTS[value]
     return conclude(
         f"{lineage} to {task}, {view}: {name}",
-        f"The more data {lineage} was pretrained on, the more it {does} when it is finetuned on {task} ({move}), "
+        f"The more data {lineage} was pretrained on, the {does} when it is finetuned on {task} ({move}), "
         f"{view}.",
         _slope(rows, value),
         unit=UNITS[value],
