@@ -104,7 +104,15 @@ def memory(found: dict[str, Any]) -> str:
 
 def large_matrices(found: dict[str, Any]) -> str:
     """Memory and time of a matrix that is measured whole and in row blocks, and how far the tables differ."""
-    heads = ["matrix", "in float32", "whole", "budget", "in row blocks", "whole, processor time", "in row blocks"]
+    heads = [
+        "matrix",
+        "in float32",
+        "memory, whole",
+        "budget",
+        "in row blocks",
+        "processor time, whole",
+        "in row blocks",
+    ]
     heads += ["solver", "sine at most", "values differ by", "means of draws"]
     note = (
         f"Memory is what a process has of its own above that of one that compares a small matrix "
