@@ -32,7 +32,7 @@ FIGURES = ("value", "null_mean", "null_std")
 
 
 def main() -> None:
-    arguments = parse_arguments(__doc__, shapes="8192x2048,2048x8192,16384x4096")
+    arguments = parse_arguments(__doc__, shapes="8192x2048,2048x8192,16384x4096,4096x16384")
     found = earlier(NAME) or {"settings": {"draws": DRAWS, "k": K}, "rows": [], **environment()}
     found.setdefault("floor", run((256, 128), None)["peak_anonymous_bytes"])
     for text in arguments.shapes.split(","):
