@@ -2,8 +2,9 @@
 
 import multiprocessing
 import signal
-from collections.abc import Hashable
-from contextlib import suppress
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pickle import PicklingError
 from typing import Any, cast
@@ -82,7 +83,8 @@ class _Worker:
         context = multiprocessing.get_context(START_METHOD)
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, threads))  # type: ignore[attr-defined]
-        self.process.start()
+        with _born_deaf_to_interrupts():
+            self.process.start()
         theirs.close()
         self.ready = False
         self._calls = 0
@@ -131,3 +133,20 @@ def _serve(connection: Connection, threads: int) -> None:
                 connection.send((result,))
             except (PicklingError, AttributeError, TypeError, ValueError) as error:
                 connection.send((Failure(f"its result cannot be sent ({error})"),))
+
+
+@contextmanager
+def _born_deaf_to_interrupts() -> Iterator[None]:
+    """Block Ctrl-C in processes that are started here, which would answer it with a traceback while they import.
+
+    One that is pressed meanwhile reaches this process afterwards.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # which unblocks them when it is started
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
