@@ -49,7 +49,7 @@ JOBS = ("--jobs", "2")
 CASES = (
     Case(GROUP, "compare, once", pressed(comparison, COMPARE, 1), 2, None, "--resume"),
     Case(GROUP, "compare, twice", pressed(comparison, COMPARE, 2), 2, 1, "--resume"),
-    Case(GROUP, "compare with two workers, once", pressed(comparison, COMPARE, 1, *WORKERS), 3, None, "--resume"),
+    Case(GROUP, "compare with two workers, once", pressed(comparison, COMPARE, 1, *WORKERS), 3, 2, "--resume"),
     Case(GROUP, "compare with two workers, twice", pressed(comparison, COMPARE, 2, *WORKERS), 3, None, "--resume"),
     Case(GROUP, "tune, once", pressed(tuning, TUNE, 1), 1),
     Case(GROUP, "study with two jobs, once", pressed(study, STUDY, 1, *JOBS), 1),
