@@ -5,7 +5,7 @@ import pytest
 from spectralbasis.errors import InputError
 from spectralbasis.study import METHODS, MethodOptions, load_model
 from spectralbasis.study.methods import Setup, check_options, find_method
-from spectralbasis.study.results import ParameterCounts
+from spectralbasis.study.training.results import ParameterCounts
 from tests.study.examples import bright_side_task, save_image_model
 
 HEAD = 2 * 16 + 2

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 
 from spectralbasis.files import atomic_path
 from spectralbasis.report.study_page import FIGURES, RESULTS, cell
-from spectralbasis.study.results import library_versions, write_json
+from spectralbasis.study.training.results import library_versions, write_json
 from spectralbasis.study.verdicts import Claim, Findings
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from spectralbasis.study.actions.diagnosing import diagnose
 from spectralbasis.study.actions.tuning import tune
-from spectralbasis.study.architectures import find_architecture, random_model
+from spectralbasis.study.models.architectures import find_architecture, random_model
 from spectralbasis.study.runs import Run, Site
 
 SETTINGS = {"task": "digits-parity", "examples": 100, "probe_examples": 150, "power_laws": False}

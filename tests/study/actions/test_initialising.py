@@ -7,11 +7,11 @@ from safetensors.torch import load_file
 from spectralbasis.errors import InputError
 from spectralbasis.study import load_model, load_task, tune
 from spectralbasis.study.actions.initialisation import initialise
-from spectralbasis.study.architectures import ARCHITECTURES
+from spectralbasis.study.models.architectures import ARCHITECTURES
 from spectralbasis.study.runs import Run, Site
 from tests.study.examples import bright_side_task, save_image_model, save_text_model, write_sst2
-from tests.study.test_corpora import WORDS, words, write_archive
-from tests.study.test_signal_tasks import write_motionsense
+from tests.study.tasks.test_corpora import WORDS, words, write_archive
+from tests.study.tasks.test_signals import write_motionsense
 
 
 def initialised(folder, architecture, seed=0, data=None):

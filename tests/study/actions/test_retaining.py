@@ -5,7 +5,7 @@ from safetensors.torch import load_file, save_file
 
 from spectralbasis.study.actions.retaining import retention
 from spectralbasis.study.actions.tuning import tune
-from spectralbasis.study.architectures import find_architecture, random_model
+from spectralbasis.study.models.architectures import find_architecture, random_model
 from spectralbasis.study.runs import Run, Site
 
 SETTINGS = {"task": "digits-parity", "second_task": "digits"}

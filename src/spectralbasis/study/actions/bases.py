@@ -11,7 +11,7 @@ from spectralbasis.study.actions.heads import with_trained_head
 from spectralbasis.study.actions.inputs import halved_task, model_of
 from spectralbasis.study.methods import BASIS_FILE
 from spectralbasis.study.methods.spectral import calibration_batches
-from spectralbasis.study.models import LoadedModel
+from spectralbasis.study.models.loading import LoadedModel
 from spectralbasis.study.runs import Outcome, Run, Site
 from spectralbasis.tuner import SpectralConfig
 from spectralbasis.tuner.curvature import curvature_basis

@@ -10,7 +10,7 @@ from spectralbasis.study.actions.bases import backbone_layers
 from spectralbasis.study.actions.heads import with_trained_head
 from spectralbasis.study.actions.inputs import halved_task, model_of
 from spectralbasis.study.methods import BASIS_FILE
-from spectralbasis.study.models import LoadedModel
+from spectralbasis.study.models.loading import LoadedModel
 from spectralbasis.study.runs import Outcome, Run, Site
 from spectralbasis.tuner.coverage import gradient_coverage as coverage_of
 

@@ -9,11 +9,11 @@ from datasets import Dataset
 
 from spectralbasis.checkpoints import logical_matrices, open_checkpoint
 from spectralbasis.study.actions.inputs import halved_task, model_of
-from spectralbasis.study.activations import Floats, layer_activations, linear_cka, linear_probe, svcca
-from spectralbasis.study.arrays import LABEL
-from spectralbasis.study.models import LoadedModel, load_model
-from spectralbasis.study.power_laws import is_available, power_law_exponents
+from spectralbasis.study.measures.activations import Floats, layer_activations, linear_cka, linear_probe, svcca
+from spectralbasis.study.measures.power_laws import is_available, power_law_exponents
+from spectralbasis.study.models.loading import LoadedModel, load_model
 from spectralbasis.study.runs import Outcome, Run, Site
+from spectralbasis.study.tasks.arrays import LABEL
 
 Rows = Iterator[dict[str, Any]]
 

@@ -4,9 +4,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from spectralbasis.study.models import LoadedModel, load_model
-from spectralbasis.study.tasks import Task
-from spectralbasis.study.training import tune
+from spectralbasis.study.models.loading import LoadedModel, load_model
+from spectralbasis.study.tasks.task import Task
+from spectralbasis.study.training.tuning import tune
 
 
 def with_trained_head(model: str, task: Task, *, steps: int, max_length: int, seed: int, **options: Any) -> LoadedModel:

@@ -7,13 +7,13 @@ from typing import Any
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PretrainedConfig
 
 from spectralbasis.errors import InputError
-from spectralbasis.study.architectures import find_architecture, random_model
-from spectralbasis.study.data_folders import folder_of
-from spectralbasis.study.limu_bert import read_released
 from spectralbasis.study.messages import quiet_transformers
-from spectralbasis.study.preprocessing import image_collator, load_tokenizer
+from spectralbasis.study.models.architectures import find_architecture, random_model
+from spectralbasis.study.models.limu_bert import read_released
+from spectralbasis.study.models.preprocessing import image_collator, load_tokenizer
+from spectralbasis.study.models.sources import UNREADABLE, resolve_source, unreadable
 from spectralbasis.study.runs import Outcome, Run, Site
-from spectralbasis.study.sources import UNREADABLE, resolve_source, unreadable
+from spectralbasis.study.tasks.data_folders import folder_of
 
 RELEASED: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "limu-bert-x": ("limu_bert/x/weights/limu_bert_x.pt", read_released)

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from spectralbasis.study.data_folders import folder_of
 from spectralbasis.study.runs import Run, Site
-from spectralbasis.study.tasks import Task, load_task
+from spectralbasis.study.tasks.data_folders import folder_of
+from spectralbasis.study.tasks.task import Task, load_task
 
 SPLIT_SEED = 0
 

@@ -7,10 +7,10 @@ from typing import Any
 from peft import PeftModel
 
 from spectralbasis.study.actions.inputs import halved_task, model_of
-from spectralbasis.study.evaluation import attach_adapter, score_task
-from spectralbasis.study.models import LoadedModel, load_model
+from spectralbasis.study.models.loading import LoadedModel, load_model
 from spectralbasis.study.runs import Outcome, Run, Site
-from spectralbasis.study.tasks import Task
+from spectralbasis.study.tasks.task import Task
+from spectralbasis.study.training.evaluation import attach_adapter, score_task
 
 
 def retention(run: Run, site: Site) -> Outcome:

@@ -6,12 +6,12 @@ from typing import Any
 
 from spectralbasis.checkpoints import logical_matrices, open_checkpoint
 from spectralbasis.study.actions.inputs import halved_task, model_of
+from spectralbasis.study.measures.trajectories import TrajectoryCallback
 from spectralbasis.study.methods import BASIS_FILE, METHODS
-from spectralbasis.study.penalties import UpdatePenalty
-from spectralbasis.study.results import TuneResult
 from spectralbasis.study.runs import Outcome, Run, Site
-from spectralbasis.study.training import tune as tune_model
-from spectralbasis.study.trajectories import TrajectoryCallback
+from spectralbasis.study.training.penalties import UpdatePenalty
+from spectralbasis.study.training.results import TuneResult
+from spectralbasis.study.training.tuning import tune as tune_model
 
 OWN_SETTINGS = ("model", "task", "measure", "penalty")
 

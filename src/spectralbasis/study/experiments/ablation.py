@@ -13,8 +13,8 @@ from spectralbasis.study.experiments.arms import COEFFICIENTS, Arm, Contest, Nee
 from spectralbasis.study.experiments.claims import conclude
 from spectralbasis.study.experiments.contrasts import Contrast, conclude_family
 from spectralbasis.study.experiments.subjects import MINILM_BRIEF, ROBERTA, SMALL_VIT, TINY_VIT, Subject
+from spectralbasis.study.measures.statistics import mean_interval, rank_correlation_with_p
 from spectralbasis.study.runs import Results, Run
-from spectralbasis.study.statistics import mean_interval, rank_correlation_with_p
 from spectralbasis.study.verdicts import Claim, Findings
 
 QUESTION = (

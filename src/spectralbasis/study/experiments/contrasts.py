@@ -8,7 +8,7 @@ import pandas as pd
 
 from spectralbasis.comparison.statistics import Interval
 from spectralbasis.study.experiments.claims import conclude
-from spectralbasis.study.statistics import holm, paired_comparison
+from spectralbasis.study.measures.statistics import holm, paired_comparison
 from spectralbasis.study.verdicts import Claim
 
 LEVEL = 0.05

@@ -11,9 +11,9 @@ import plotly.graph_objects as go
 from spectralbasis.study.experiments import stability
 from spectralbasis.study.experiments.claims import conclude
 from spectralbasis.study.experiments.subjects import Subject
+from spectralbasis.study.measures.statistics import mean_interval, rank_correlation_with_p
+from spectralbasis.study.measures.trajectory_summary import summarise_steps
 from spectralbasis.study.runs import Record, Results, Run
-from spectralbasis.study.statistics import mean_interval, rank_correlation_with_p
-from spectralbasis.study.trajectory_summary import summarise_steps
 from spectralbasis.study.verdicts import Claim, Findings
 
 QUESTION = (

@@ -10,8 +10,8 @@ import plotly.graph_objects as go
 from spectralbasis.study.experiments.arms import COEFFICIENTS, Arm, Contest
 from spectralbasis.study.experiments.contrasts import Contrast, compare_pairs, conclude_family, differences
 from spectralbasis.study.experiments.subjects import MINILM_BRIEF, ROBERTA, SMALL_BERT, TINY_VIT, Subject
+from spectralbasis.study.measures.statistics import holm
 from spectralbasis.study.runs import Results, Run
-from spectralbasis.study.statistics import holm
 from spectralbasis.study.verdicts import Findings
 
 QUESTION = (

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from spectralbasis.study.experiments.subjects import Subject
+from spectralbasis.study.measures.statistics import interpolate_at
+from spectralbasis.study.measures.trajectory_summary import NOISE, halvings, summarise_steps
 from spectralbasis.study.runs import Results, Run
-from spectralbasis.study.statistics import interpolate_at
-from spectralbasis.study.trajectory_summary import NOISE, halvings, summarise_steps
 
 SHIFT, CHANGE = "distribution shift", "task change"
 STABILITY, EXCESS, NORM = "overlap", "held", "norm"

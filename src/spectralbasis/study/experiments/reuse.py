@@ -11,8 +11,8 @@ from spectralbasis.comparison.statistics import Interval
 from spectralbasis.study.experiments.arms import COEFFICIENTS
 from spectralbasis.study.experiments.claims import conclude
 from spectralbasis.study.experiments.subjects import MINILM, ROBERTA, SMALL_VIT, TINY_VIT, Subject
+from spectralbasis.study.measures.statistics import holm, paired_comparison
 from spectralbasis.study.runs import Results, Run
-from spectralbasis.study.statistics import holm, paired_comparison
 from spectralbasis.study.verdicts import Claim, Findings
 
 QUESTION = (

@@ -23,8 +23,8 @@ from spectralbasis.study.experiments.lineages import (
     at_last_step,
     measured_steps,
 )
+from spectralbasis.study.measures.statistics import jonckheere, slope_with_interval
 from spectralbasis.study.runs import Results, Run
-from spectralbasis.study.statistics import jonckheere, slope_with_interval
 from spectralbasis.study.verdicts import Claim, Findings
 
 QUESTION = (

@@ -26,8 +26,8 @@ from spectralbasis.study.experiments.lineages import (
     at_last_step,
     measured_steps,
 )
+from spectralbasis.study.measures.statistics import paired_comparison
 from spectralbasis.study.runs import Results, Run
-from spectralbasis.study.statistics import paired_comparison
 from spectralbasis.study.verdicts import Claim, Findings
 
 QUESTION = (

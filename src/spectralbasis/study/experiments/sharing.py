@@ -12,9 +12,9 @@ from spectralbasis.comparison.statistics import Interval, pair_interval
 from spectralbasis.study.experiments import stability
 from spectralbasis.study.experiments.claims import conclude
 from spectralbasis.study.experiments.subjects import Subject
+from spectralbasis.study.measures.statistics import mean_interval
+from spectralbasis.study.measures.trajectory_summary import NOISE, halvings
 from spectralbasis.study.runs import Record, Results, Run
-from spectralbasis.study.statistics import mean_interval
-from spectralbasis.study.trajectory_summary import NOISE, halvings
 from spectralbasis.study.verdicts import Claim, Findings
 
 QUESTION = (

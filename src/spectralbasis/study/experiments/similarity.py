@@ -11,13 +11,13 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from spectralbasis.comparison.statistics import Interval
-from spectralbasis.study.correlations import mantel_correlation
 from spectralbasis.study.experiments import sharing
 from spectralbasis.study.experiments.arms import COEFFICIENTS
 from spectralbasis.study.experiments.claims import conclude
 from spectralbasis.study.experiments.subjects import MINILM, ROBERTA, TINY_VIT, Subject
+from spectralbasis.study.measures.correlations import mantel_correlation
+from spectralbasis.study.measures.statistics import jackknife_interval
 from spectralbasis.study.runs import Results, Run
-from spectralbasis.study.statistics import jackknife_interval
 from spectralbasis.study.verdicts import Claim, Findings
 
 QUESTION = (

@@ -18,9 +18,9 @@ from spectralbasis.study.experiments.subjects import (
     TINY_VIT,
     Subject,
 )
+from spectralbasis.study.measures.statistics import mean_interval, slope_with_interval
+from spectralbasis.study.measures.trajectory_summary import summarise_steps
 from spectralbasis.study.runs import Results, Run
-from spectralbasis.study.statistics import mean_interval, slope_with_interval
-from spectralbasis.study.trajectory_summary import summarise_steps
 from spectralbasis.study.verdicts import Claim, Findings
 
 QUESTION = (

@@ -12,8 +12,8 @@ from torch import nn
 from spectralbasis.errors import InputError
 from spectralbasis.study.methods.method import Setup
 from spectralbasis.study.methods.plain import train_head_and
-from spectralbasis.study.results import TUNING_FILE, stored
-from spectralbasis.study.tensor_files import TRAINED_FILE, copy_tensors, read_tensors
+from spectralbasis.study.training.results import TUNING_FILE, stored
+from spectralbasis.study.training.tensor_files import TRAINED_FILE, copy_tensors, read_tensors
 
 NAME = "task"
 CONFIGS = {"houlsby": "DoubleSeqBnConfig", "parallel": "ParBnConfig"}

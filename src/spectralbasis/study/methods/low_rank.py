@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from spectralbasis.study.methods.method import Setup
 from spectralbasis.study.methods.options import MethodOptions
-from spectralbasis.study.models import LoadedModel
+from spectralbasis.study.models.loading import LoadedModel
 
 Prepare = Callable[[Setup], nn.Module]
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from spectralbasis.study.methods.options import MethodOptions
-from spectralbasis.study.models import LoadedModel
+from spectralbasis.study.models.loading import LoadedModel
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from spectralbasis.errors import InputError
 from spectralbasis.study.methods.low_rank import everywhere
 from spectralbasis.study.methods.method import Setup
-from spectralbasis.study.models import LoadedModel
+from spectralbasis.study.models.loading import LoadedModel
 from spectralbasis.tuner import SpectralConfig
 from spectralbasis.tuner.calibration import calibrate, plan_ranks
 from spectralbasis.tuner.curvature import curvature_basis

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 from spectralbasis.execution import Crew, Executor, Failure, open_executor
 from spectralbasis.execution.executor import describe, out_of_memory
 from spectralbasis.study.actions import find_action
-from spectralbasis.study.results import library_versions
 from spectralbasis.study.runs.run import Outcome, Results, Run, Site, with_needs
 from spectralbasis.study.runs.store import RunStore
+from spectralbasis.study.training.results import library_versions
 
 ARTEFACTS = "artefacts"
 

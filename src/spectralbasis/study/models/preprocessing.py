@@ -1,0 +1,71 @@
+"""How a model wants its inputs: its tokenizer, or its image size and normalisation, read from where the model is."""
+
+import torch
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.image_processing_base import ImageProcessingMixin
+
+from spectralbasis.errors import InputError
+from spectralbasis.study.models.collators import Collator, ImageCollator, SignalCollator, TextCollator
+from spectralbasis.study.models.sources import UNREADABLE, unreadable
+from spectralbasis.study.tasks.masking import MaskingCollator
+from spectralbasis.study.tasks.task import Task
+
+
+def load_collator(place: str, config: PretrainedConfig, task: Task, max_length: int) -> Collator:
+    """What turns the task's rows into inputs of the model at `place`; sets the config's padding token.
+
+    Raises:
+        InputError: the tokenizer cannot be read, or `max_length` is more than the model can read.
+    """
+    if task.modality == "image":
+        return image_collator(place, config)
+    if task.modality == "signal":
+        return SignalCollator()
+    return _text_collator(place, config, task, max_length)
+
+
+def _text_collator(place: str, config: PretrainedConfig, task: Task, max_length: int) -> TextCollator | MaskingCollator:
+    tokenizer = load_tokenizer(place)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    config.pad_token_id = tokenizer.pad_token_id
+    longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", max_length))
+    if not 1 <= max_length <= longest:
+        raise InputError(
+            f"max_length={max_length} for {place}, which reads up to {longest} tokens; pass 1 to {longest}"
+        )
+    if task.kind == "masked_language":
+        return MaskingCollator(tokenizer, max_length)
+    dtype = torch.float32 if task.kind == "regression" else torch.long
+    return TextCollator(tokenizer, task.inputs, max_length, dtype)
+
+
+def load_tokenizer(place: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except UNREADABLE as error:
+        raise unreadable(place, "tokenizer", error) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        # What transformers 5 makes of a folder without one: every word would be unknown.
+        raise InputError(f"the tokenizer in {place} cannot be read: it has no words; save the tokenizer there too")
+    return tokenizer
+
+
+def image_collator(place: str, config: PretrainedConfig) -> ImageCollator:
+    """What fits images to a model: its image size and channels, and mean and deviation of its training, else 0.5."""
+    try:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(place)
+    except OSError:
+        settings = {}
+    size = getattr(config, "image_size", None)
+    return ImageCollator(
+        size=(size, size) if isinstance(size, int) else size and tuple(size),
+        channels=getattr(config, "num_channels", 3),
+        mean=tuple(settings.get("image_mean", (0.5,))),
+        std=tuple(settings.get("image_std", (0.5,))),
+    )

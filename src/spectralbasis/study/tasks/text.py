@@ -1,0 +1,200 @@
+"""GLUE's tasks, from folders of its original TSV files or from the Hugging Face hub."""
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+from datasets import ClassLabel, Dataset, Features, Value
+
+from spectralbasis.errors import InputError
+from spectralbasis.study.messages import first_line
+from spectralbasis.study.tasks.arrays import LABEL
+from spectralbasis.study.tasks.task import Task, register_task
+
+HUB_DATASET = "nyu-mll/glue"
+
+
+@dataclass(frozen=True)
+class GlueTask:
+    """How one GLUE task is laid out: its inputs, named as on the hub, and where its original files keep them.
+
+    `columns` and `label_column` are names in the header, or positions where the file has none. A label stands in the
+    file by its name or by its number; `label_names` are in the order of the numbers on the hub.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    columns: tuple[str, ...] | tuple[int, ...]
+    label_column: str | int
+    label_names: tuple[str, ...]
+    metrics: tuple[str, ...] = ("accuracy",)
+    headline: str = "accuracy"
+    kind: Literal["classification", "regression"] = "classification"
+    evaluation_file: str = "dev.tsv"
+    hub_split: str = "validation"
+
+    @property
+    def hub_config(self) -> str:
+        return self.name.lower().replace("-", "")
+
+    @property
+    def features(self) -> Features:
+        label = Value("float32") if self.kind == "regression" else ClassLabel(names=list(self.label_names))
+        return Features({**{column: Value("string") for column in self.inputs}, LABEL: label})
+
+    def parse_label(self, text: str) -> float | int:
+        """The number that stands for the label `text` of the original file; raises ValueError for any other text."""
+        if self.kind == "regression":
+            return float(text)
+        if text in self.label_names:
+            return self.label_names.index(text)
+        number = int(text)
+        if number not in range(len(self.label_names)):
+            raise ValueError(text)
+        return number
+
+
+PAIR = ("sentence1", "sentence2")
+ENTAILMENT = ("entailment", "not_entailment")
+PARAPHRASE = ("not_equivalent", "equivalent")
+STRINGS = ("#1 String", "#2 String")
+QUESTIONS = ("question1", "question2")
+INFERENCE = ("entailment", "neutral", "contradiction")
+CORRELATIONS = ("pearson_spearman", "pearson", "spearman")
+
+GLUE_TASKS = (
+    GlueTask("RTE", PAIR, PAIR, "label", ENTAILMENT),
+    GlueTask("MRPC", PAIR, STRINGS, "Quality", PARAPHRASE, metrics=("accuracy", "f1")),
+    GlueTask("CoLA", ("sentence",), (3,), 1, ("unacceptable", "acceptable"), ("matthews", "accuracy"), "matthews"),
+    GlueTask("STS-B", PAIR, PAIR, "score", ("similarity",), CORRELATIONS, "pearson_spearman", kind="regression"),
+    GlueTask("SST-2", ("sentence",), ("sentence",), "label", ("negative", "positive")),
+    GlueTask("QNLI", ("question", "sentence"), ("question", "sentence"), "label", ENTAILMENT),
+    GlueTask("QQP", QUESTIONS, QUESTIONS, "is_duplicate", ("not_duplicate", "duplicate"), metrics=("accuracy", "f1")),
+    GlueTask(
+        "MNLI",
+        ("premise", "hypothesis"),
+        PAIR,
+        "gold_label",
+        INFERENCE,
+        evaluation_file="dev_matched.tsv",
+        hub_split="validation_matched",
+    ),
+    GlueTask("WNLI", PAIR, PAIR, "label", ("not_entailment", "entailment")),
+)
+
+
+def load_glue(glue: GlueTask, data: Path | None) -> Task:
+    """Load a GLUE task from its folder of TSV files, or from the hub where `data` is None.
+
+    Raises:
+        InputError: a file or column is missing, a row cannot be read, or the hub cannot be reached.
+    """
+    train, evaluation = _from_hub(glue) if data is None else _from_folder(glue, data)
+    return Task(
+        name=glue.name,
+        modality="text",
+        kind=glue.kind,
+        inputs=glue.inputs,
+        label_names=glue.label_names,
+        train=train,
+        evaluation=evaluation,
+        metrics=glue.metrics,
+        headline=glue.headline,
+        evaluation_split=glue.hub_split if data is None else Path(glue.evaluation_file).stem,
+    )
+
+
+def _from_hub(glue: GlueTask) -> tuple[Dataset, Dataset]:
+    try:
+        splits = datasets.load_dataset(HUB_DATASET, glue.hub_config)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{glue.name} cannot be loaded from {HUB_DATASET} on the Hugging Face hub ({first_line(error)}); "
+            f"go online, or pass --data with a folder that holds {glue.name}/train.tsv"
+        ) from error
+    columns = [*glue.inputs, LABEL]
+    return splits["train"].select_columns(columns), splits[glue.hub_split].select_columns(columns)
+
+
+def _from_folder(glue: GlueTask, data: Path) -> tuple[Dataset, Dataset]:
+    folder = _find_folder(glue, data)
+    return _read_split(glue, folder / "train.tsv"), _read_split(glue, folder / glue.evaluation_file)
+
+
+def _find_folder(glue: GlueTask, data: Path) -> Path:
+    """The first of DATA/RTE, DATA/glue/RTE and DATA itself that holds train.tsv, whatever the case of the names."""
+    nested = [folder for parent in _children(data, "glue") for folder in _children(parent, glue.name)]
+    for place in (*_children(data, glue.name), *nested, data):
+        if (place / "train.tsv").is_file():
+            return place
+    raise InputError(
+        f"no {glue.name} in {data}: looked for train.tsv in {data / glue.name}, {data / 'glue' / glue.name} "
+        f"and {data}; pass --data with a folder that holds {glue.name}/train.tsv"
+    )
+
+
+def _children(folder: Path, name: str) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(child for child in folder.iterdir() if child.name.lower() == name.lower())
+
+
+def _read_split(glue: GlueTask, file: Path) -> Dataset:
+    if not file.is_file():
+        raise InputError(f"{glue.name} lacks {file.name}: looked for {file}; copy the original GLUE file there")
+    columns: dict[str, list[Any]] = {name: [] for name in (*glue.inputs, LABEL)}
+    for line, *texts, label in _rows(glue, file):
+        for name, text in zip(glue.inputs, texts, strict=True):
+            columns[name].append(text)
+        columns[LABEL].append(_label(glue, file, line, label))
+    if not columns[LABEL]:
+        raise InputError(f"{file} holds no examples; copy the original GLUE file there")
+    return Dataset.from_dict(columns, features=glue.features)
+
+
+def _rows(glue: GlueTask, file: Path) -> Iterator[tuple[Any, ...]]:
+    """The line number, the inputs and the label of each row; quotes are text, as the original files mean them."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as handle:
+            reader = csv.reader(handle, delimiter="\t", quoting=csv.QUOTE_NONE)
+            wanted = _positions(glue, file, reader)
+            for row in reader:
+                if len(row) <= max(wanted):
+                    raise InputError(
+                        f"{file}, line {reader.line_num}: {len(row)} columns where {max(wanted) + 1} or more "
+                        "were expected; separate the columns by tabs"
+                    )
+                yield reader.line_num, *(row[position] for position in wanted)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{file} cannot be read as tab-separated UTF-8 text: {error}") from error
+
+
+def _positions(glue: GlueTask, file: Path, reader: Iterator[list[str]]) -> list[int]:
+    """Positions of the inputs and of the label, from the header where the file has one."""
+    names = (*glue.columns, glue.label_column)
+    if all(isinstance(name, int) for name in names):
+        return [int(name) for name in names]
+    header = next(reader, [])
+    missing = [name for name in names if name not in header]
+    if missing:
+        raise InputError(
+            f"{file} has no column {missing[0]!r}; its columns are {', '.join(header) or 'none'}, "
+            f"and {glue.name} needs {', '.join(str(name) for name in names)}"
+        )
+    return [header.index(str(name)) for name in names]
+
+
+def _label(glue: GlueTask, file: Path, line: int, text: str) -> float | int:
+    try:
+        return glue.parse_label(text)
+    except ValueError as error:
+        expected = "a number" if glue.kind == "regression" else " or ".join(glue.label_names)
+        raise InputError(f"{file}, line {line}: the label is {text!r} where {expected} was expected") from error
+
+
+for _glue in GLUE_TASKS:
+    register_task(_glue.name, partial(load_glue, _glue))

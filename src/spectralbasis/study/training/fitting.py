@@ -1,0 +1,150 @@
+"""The training loop: transformers' Trainer with two learning rates, a warm-up and a progress bar."""
+
+import math
+import tempfile
+import warnings
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    get_linear_schedule_with_warmup,
+)
+
+from spectralbasis.errors import InputError
+from spectralbasis.execution import native_bf16
+from spectralbasis.progress import track
+from spectralbasis.study.models.loading import LoadedModel
+from spectralbasis.tuner.optimization import parameter_groups
+
+WARM_UP = 0.1
+EPOCHS = 3.0
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How to train: AdamW, without weight decay, with a linear schedule whose first tenth is warm-up.
+
+    Either `steps` or `epochs` is set, or neither for three epochs. `learning_rate` is for the backbone's trained
+    parameters. Raises InputError for values that cannot be.
+    """
+
+    learning_rate: float
+    head_learning_rate: float
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 32
+    max_length: int = 64
+    seed: int = 0
+    train_examples: int | None = None
+    bf16: bool = False
+
+    @property
+    def precision(self) -> str:
+        """Of the products in training: "bf16" where it was asked for and is native, else "float32"."""
+        return "bf16" if self.bf16 and native_bf16() else "float32"
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise InputError(f"both steps={self.steps} and epochs={self.epochs:g} were given; give one of them")
+        for name in ("steps", "epochs", "batch_size", "learning_rate", "head_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise InputError(f"{name}={value} was given; expected a number above 0")
+
+    def total_steps(self, examples: int) -> int:
+        """Number of optimizer steps for so many training examples."""
+        if self.steps is not None:
+            return self.steps
+        return math.ceil((self.epochs or EPOCHS) * math.ceil(examples / self.batch_size))
+
+
+def fit(
+    model: nn.Module,
+    loaded: LoadedModel,
+    settings: TrainingSettings,
+    *,
+    description: str,
+    progress: bool,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> float:
+    """Train what is trainable in `model`, which a method made from `loaded`, in place; returns the seconds it took.
+
+    Raises:
+        InputError: the loss became infinite or NaN.
+    """
+    if settings.bf16 and settings.precision != "bf16":
+        warnings.warn(
+            "bf16 was asked for, but this processor would have to emulate it, which is slower; training in float32",
+            stacklevel=2,
+        )
+    examples = loaded.task.train
+    steps = settings.total_steps(len(examples))
+    groups = parameter_groups(
+        model,
+        learning_rate=settings.learning_rate,
+        head_learning_rate=settings.head_learning_rate,
+        head=loaded.head,
+    )
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(WARM_UP * steps), steps)
+    bar = cast(Generator[int, None, None], track(range(steps), description, total=steps, enabled=progress))
+    with tempfile.TemporaryDirectory() as scratch, closing(bar):
+        trainer = Trainer(
+            model=model,
+            args=_arguments(scratch, steps, settings),
+            train_dataset=examples,
+            data_collator=loaded.collator,
+            optimizers=(optimizer, schedule),
+            callbacks=[*callbacks, _Ticks(bar)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        measured = trainer.train().metrics
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else `model` would go on in bf16
+    if not math.isfinite(measured["train_loss"]):
+        raise InputError(
+            f"training diverged: the loss is {measured['train_loss']}; "
+            f"pass a learning rate below {settings.learning_rate:g}"
+        )
+    return float(measured["train_runtime"])
+
+
+def _arguments(scratch: str, steps: int, settings: TrainingSettings) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=scratch,
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        seed=settings.seed,
+        bf16=settings.precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        save_strategy="no",
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+class _Ticks(TrainerCallback):
+    """Moves a progress bar on with every step."""
+
+    def __init__(self, bar: Iterator[int]) -> None:
+        self.bar = bar
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        next(self.bar)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        next(self.bar, None)
