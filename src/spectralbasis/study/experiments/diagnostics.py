@@ -43,7 +43,7 @@ class Settings:
 
 PRESETS = {
     "quick": Settings(stability.PRESETS["quick"], examples=200, probe_examples=200, power_laws=False),
-    "cpu": Settings(stability.PRESETS["cpu"]),
+    "cpu": Settings(stability.SEVERAL_TASKS),
     "paper": Settings(stability.PRESETS["paper"], examples=4000, probe_examples=4000),
 }
 

@@ -65,7 +65,7 @@ class Settings:
 
 PRESETS = {
     "quick": Settings(replace(stability.PRESETS["quick"], seeds=(0, 1)), rates=(1,)),
-    "cpu": Settings(stability.PRESETS["cpu"], draws=2),
+    "cpu": Settings(stability.SEVERAL_TASKS, draws=2),
     "paper": Settings(stability.PRESETS["paper"], draws=5),
 }
 
