@@ -67,6 +67,16 @@ def out_of_room(error: OSError | SafetensorError) -> bool:
     return any(f"os error {number}" in str(error) for number in _OUT_OF_ROOM)
 
 
+def came_of_no_room(error: BaseException) -> bool:
+    """Whether an error, or one that it came of, says that a disk is full."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError | SafetensorError) and out_of_room(link):
+            return True
+        link = link.__cause__ or link.__context__
+    return False
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

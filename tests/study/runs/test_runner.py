@@ -95,6 +95,18 @@ def test_a_run_that_fails_fails_alone(tmp_path, more, reason):
     assert results.get(good).result["total"] == 3
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_full_disk_is_no_fault_of_a_run(tmp_path, jobs):
+    full = tmp_path / "full"
+    full.touch()
+    first, second = planted(1), planted(2, full=str(full))
+    with pytest.raises(InputError, match="what was finished is kept, so give the same command again"):
+        do(tmp_path / "study", first, second, jobs=jobs)
+    full.unlink()
+    results = do(tmp_path / "study", first, second, jobs=jobs)
+    assert [results.get(run).result["total"] for run in (first, second)] == [1, 2]
+
+
 def test_failed_runs_are_tried_again_only_when_asked(tmp_path):
     calls = tmp_path / "calls"
     bad = planted(1, calls, refuses="no")

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from spectralbasis.errors import InputError
 from spectralbasis.execution import Crew, Executor, Failure, open_executor
 from spectralbasis.execution.executor import describe, out_of_memory
+from spectralbasis.files import came_of_no_room
 from spectralbasis.study.actions import find_action
 from spectralbasis.study.runs.run import Outcome, Results, Run, Site, with_needs
 from spectralbasis.study.runs.store import RunStore
@@ -34,12 +36,16 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True)
 class _Done:
-    """What a worker sends back: an outcome or an error, never an exception that might not travel."""
+    """What a worker sends back: an outcome or an error, never an exception that might not travel.
+
+    `no_room` says that the disk was full, which is no fault of the run.
+    """
 
     outcome: Outcome | None
     error: str
     seconds: float
     versions: Mapping[str, Any]
+    no_room: bool = False
 
 
 def run_all(
@@ -62,7 +68,7 @@ def run_all(
         watcher: hears of the progress.
 
     Raises:
-        InputError: the store cannot be written, or jobs is below 1.
+        InputError: the store cannot be written, the disk is full, or jobs is below 1.
     """
     with open_executor(jobs, ray) as executor:
         _Runner(plan, store, data, executor, watcher).go()
@@ -136,6 +142,8 @@ class _Runner:
     def _record(self, run: Run, done: "_Done | Failure") -> None:
         if isinstance(done, Failure):
             done = _Done(None, done.reason, 0.0, library_versions())
+        if done.no_room:
+            raise InputError(f"{run}: {done.error}; what was finished is kept, so give the same command again")
         if done.outcome is None:
             self.store.put_error(run, done.error, done.seconds, done.versions)
         else:
@@ -155,19 +163,25 @@ class _Runner:
 def perform(run: Run, folder: Path, data: Path | None, needs: Mapping[str, Path]) -> _Done:
     """Do one run; its folder appears whole, when it has succeeded. Runs in a worker."""
     started = time.monotonic()
+    try:
+        outcome = _make(run, folder, data, needs)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        seconds = time.monotonic() - started
+        return _Done(None, describe(error), seconds, _made_with(), came_of_no_room(error))
+    return _Done(outcome, "", time.monotonic() - started, _made_with())
+
+
+def _make(run: Run, folder: Path, data: Path | None, needs: Mapping[str, Path]) -> Outcome:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent, ignore_cleanup_errors=True) as scratch:
         fresh = Path(scratch) / "new"
         fresh.mkdir()
-        try:
-            outcome = find_action(run.action)(run, Site(data, fresh, needs))
-        except Exception as error:
-            if out_of_memory(error):
-                raise
-            return _Done(None, describe(error), time.monotonic() - started, _made_with())
+        outcome = find_action(run.action)(run, Site(data, fresh, needs))
         shutil.rmtree(folder, ignore_errors=True)
         fresh.rename(folder)
-    return _Done(outcome, "", time.monotonic() - started, _made_with())
+    return outcome
 
 
 def _made_with() -> dict[str, Any]:
