@@ -100,7 +100,7 @@ def test_a_full_disk_is_no_fault_of_a_run(tmp_path, jobs):
     full = tmp_path / "full"
     full.touch()
     first, second = planted(1), planted(2, full=str(full))
-    with pytest.raises(InputError, match="what was finished is kept, so give the same command again"):
+    with pytest.raises(InputError, match=r"is full, .* give the same command again: what was finished is kept"):
         do(tmp_path / "study", first, second, jobs=jobs)
     full.unlink()
     results = do(tmp_path / "study", first, second, jobs=jobs)
