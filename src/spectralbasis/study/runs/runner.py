@@ -144,8 +144,8 @@ class _Runner:
             done = _Done(None, done.reason, 0.0, library_versions())
         if done.no_room:
             raise InputError(
-                f"the disk of {self.artefacts.parent} is full, {run} found no room; free some and give the same command "
-                "again: what was finished is kept"
+                f"the disk of {self.artefacts.parent} is full, {run} found no room; free some and give the same "
+                "command again: what was finished is kept"
             )
         if done.outcome is None:
             self.store.put_error(run, done.error, done.seconds, done.versions)
