@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from spectralbasis.errors import InputError
-from spectralbasis.locks import held, is_held, left_over
+from spectralbasis.locks import left_over, quiet, shared
 
 _OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -27,26 +27,33 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for left in left_over(target, target.suffix):
-            if is_held(left) is False:
+        with quiet(target.parent) as nobody_writes:
+            for left in left_over(target, target.suffix) if nobody_writes else ():
                 left.unlink(missing_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
     except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror}; choose a folder that you may write to") from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        with held(temporary):
+        raise _unwritable(target, error) from error
+    with shared(target.parent):
+        try:
+            handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
+        except OSError as error:
+            raise _unwritable(target, error) from error
+        os.close(handle)
+        temporary = Path(name)
+        try:
             yield temporary
             temporary.chmod(0o666 & ~_umask())
             _to_disk(temporary)
             temporary.replace(target)
-    except (OSError, SafetensorError) as error:
-        if not out_of_room(error):
-            raise
-        raise no_room_for(target) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        except (OSError, SafetensorError) as error:
+            if not out_of_room(error):
+                raise
+            raise no_room_for(target) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _unwritable(target: Path, error: OSError) -> InputError:
+    return InputError(f"cannot write {target}: {error.strerror}; choose a folder that you may write to")
 
 
 def _to_disk(file: Path) -> None:

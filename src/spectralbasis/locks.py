@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,10 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+
+TRIES, PAUSE = 10, 0.005
+"""How often, and with which pause in seconds, a shared lock is asked for while somebody clears a folder."""
 
 
 @contextmanager
@@ -61,6 +66,39 @@ def _lock(path: Path) -> int | None:
         os.close(handle)
         return None
     return handle
+
+
+@contextmanager
+def shared(folder: Path) -> Iterator[None]:
+    """Keep `is_quiet` of a folder false meanwhile, for as many as ask; where there are no locks, do nothing."""
+    handle = None
+    if fcntl is not None:
+        handle = os.open(folder, os.O_RDONLY)
+        for _ in range(TRIES):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                break
+            except OSError:
+                time.sleep(PAUSE)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+@contextmanager
+def quiet(folder: Path) -> Iterator[bool]:
+    """Whether nobody holds the lock of a folder, shared or alone; nobody gets it meanwhile."""
+    try:
+        handle = _lock(folder)
+    except BlockingIOError:
+        handle = None
+    try:
+        yield handle is not None
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def left_over(target: Path, suffix: str = "") -> Iterator[Path]:
