@@ -55,3 +55,15 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
         temporary.write_text("whole again")
     assert target.read_text() == "whole again"
     assert sorted(tmp_path.iterdir()) == sorted([target, other])
+
+
+def test_a_temporary_file_that_a_library_replaced_is_still_its_writers(tmp_path):
+    target = tmp_path / "result.txt"
+    with atomic_path(target) as first:
+        first.unlink()
+        first.write_text("first")
+        with atomic_path(target) as second:
+            second.write_text("second")
+        assert first.read_text() == "first"
+    assert target.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [target]

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from spectralbasis.errors import InputError
-from spectralbasis.locks import left_over, quiet, shared
+from spectralbasis.locks import held, left_over, shared
 
 _OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -27,7 +27,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with quiet(target.parent) as nobody_writes:
+        with held(target.parent) as nobody_writes:
             for left in left_over(target, target.suffix) if nobody_writes else ():
                 left.unlink(missing_ok=True)
     except OSError as error:

@@ -2,9 +2,8 @@
 
 import os
 import re
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,15 @@ except ImportError:  # Windows
     fcntl = None
 
 
-TRIES, PAUSE = 10, 0.005
-"""How often, and with which pause in seconds, a shared lock is asked for while somebody clears a folder."""
-
-
 @contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Hold the lock of a file or folder that exists; where another holds it or there are no locks, hold nothing."""
+def held(path: Path) -> Iterator[bool]:
+    """Hold the lock of a file or folder that exists, and say whether; not where another holds it or there are none."""
     try:
         handle = _lock(path)
     except BlockingIOError:
         handle = None
     try:
-        yield
+        yield handle is not None
     finally:
         if handle is not None:
             os.close(handle)
@@ -70,35 +65,14 @@ def _lock(path: Path) -> int | None:
 
 @contextmanager
 def shared(folder: Path) -> Iterator[None]:
-    """Keep `is_quiet` of a folder false meanwhile, for as many as ask; where there are no locks, do nothing."""
-    handle = None
-    if fcntl is not None:
-        handle = os.open(folder, os.O_RDONLY)
-        for _ in range(TRIES):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                break
-            except OSError:
-                time.sleep(PAUSE)
-    try:
+    """Hold the lock of a folder together with others, once nobody holds it alone; not where there are none."""
+    with ExitStack() as held_open:
+        if fcntl is not None:
+            with suppress(OSError):
+                handle = os.open(folder, os.O_RDONLY)
+                held_open.callback(os.close, handle)
+                fcntl.flock(handle, fcntl.LOCK_SH)
         yield
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
-@contextmanager
-def quiet(folder: Path) -> Iterator[bool]:
-    """Whether nobody holds the lock of a folder, shared or alone; nobody gets it meanwhile."""
-    try:
-        handle = _lock(folder)
-    except BlockingIOError:
-        handle = None
-    try:
-        yield handle is not None
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 def left_over(target: Path, suffix: str = "") -> Iterator[Path]:

@@ -29,6 +29,11 @@ def show_result(result: Mapping[str, Any], table: Callable[[Mapping[str, Any]], 
         show(table(result))
 
 
+def show_report(page: Path, as_json: bool) -> None:
+    """Print where a report lies, on stdout."""
+    print(json.dumps({"report": str(page)}) if as_json else page)
+
+
 def basis_facts(basis: "SpectralBasis", file: Path) -> dict[str, Any]:
     """What a person or a script wants to know of a computed basis."""
     matrices = {

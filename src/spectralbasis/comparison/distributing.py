@@ -17,7 +17,7 @@ Tasks = Iterable[MatrixTask]
 
 
 def measured(tasks: Tasks, executor: Executor) -> Iterator[tuple[MatrixTask, Outcome]]:
-    """Each task with what came of it, as they come; a task is made when there is room for it.
+    """Each task with what came of it, as they come; a task is packed when there is room for it.
 
     A task goes out with the places of its matrices. Once a worker has not seen the files, all go out with numbers.
     """

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +115,13 @@ class _Run:
     def measure(self, store: Store, workers: int, ray: str | None, budget: int | None, progress: bool) -> None:
         """Measure every pair that the store does not hold yet; the driver alone writes the store."""
         names = list(self.pairing.bases)
+        tasks = [self._task(name, store, budget) for name in names]
         if ray is None and workers > 1:
-            workers = affordable_workers(workers, (self._task(name, store, budget) for name in names))
+            workers = affordable_workers(workers, tasks)
         if ray is None and budget is None:
             budget = free_memory(self.settings.device) // max(workers, 1)
-        announce_row_blocks(self._task(name, store, budget) for name in names)
-        tasks = (self._task(name, store, budget) for name in names)
+            tasks = [replace(task, memory_budget=budget) for task in tasks]
+        announce_row_blocks(tasks)
         with open_executor(workers, ray, threads=1, gpu=self.settings.device.startswith("cuda")) as executor:
             outcomes = measured(tasks, executor)
             for task, outcome in track(outcomes, "comparing", total=len(names), enabled=progress):

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 
+from spectralbasis.comparison.memory import FLOAT32
 from spectralbasis.comparison.sharing import UPDATE_DIRECTIONS
 from spectralbasis.linalg.krylov import BLOCK
 from spectralbasis.linalg.svd import gram_pays, krylov_pays
@@ -19,7 +20,6 @@ KINDS = {
     "tridiagonal": "reductions of Gram matrices to tridiagonal form",
     "dense": "full singular value decompositions in float64",
 }
-FLOAT32 = 4
 PASSES_OF_A_PAIR = 12
 """How often a float32 matrix is passed through for each partner: finite values, equality, hash, difference, norms."""
 PASSES_OF_A_DRAW = 8

@@ -6,11 +6,10 @@ from typing import Annotated
 import typer
 
 from spectralbasis import tables
+from spectralbasis.commands.options import AsJson, Overwrite
 from spectralbasis.errors import InputError
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="A new folder.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left there.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def export(
