@@ -7,11 +7,12 @@ import pytest
 from safetensors.torch import save_file
 
 from spectralbasis import SpectralBasis, cli
+from spectralbasis.commands import COMMANDS
 from spectralbasis.comparison import engine
 from spectralbasis.version import __version__
 from tests.comparison.pairs import random_updates
 
-COMMANDS = ("quickstart", "basis", "compare", "tune", "evaluate", "export", "combine", "similarity", "report")
+NAMES = [command.__name__ for command in COMMANDS]
 
 
 @pytest.fixture
@@ -38,12 +39,13 @@ def pair(tmp_path):
     return tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_with_an_example(run, command):
+@pytest.mark.parametrize("command", NAMES)
+def test_every_command_has_help_with_an_example_and_prints_json(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0
     assert f"spectralbasis {command}" in " ".join(out.split())
     assert "Example:" in out
+    assert "--json" in out
 
 
 def test_version(run):
@@ -110,6 +112,8 @@ def test_report_is_made_again_from_the_results(run, pair, tmp_path):
     (tmp_path / "out" / "index.html").unlink()
     code, out, _ = run("report", tmp_path / "out")
     assert (code, out.strip()) == (0, str(tmp_path / "out" / "index.html"))
+    _, out, _ = run("report", tmp_path / "out", "--json")
+    assert json.loads(out) == {"report": str(tmp_path / "out" / "index.html")}
 
 
 @pytest.mark.parametrize(
