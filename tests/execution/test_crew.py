@@ -20,7 +20,7 @@ class Scripted(Executor):
         self._slots = slots
 
     @property
-    def slots(self) -> int:
+    def workers(self) -> int:
         return self._slots
 
     def start(self, call: Call) -> int:

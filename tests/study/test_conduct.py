@@ -87,8 +87,8 @@ def test_wrong_arguments_are_named(tmp_path, arguments, message):
 
 def test_time_left_is_the_typical_time_of_each_action():
     timings = [Timing("tune", 60), Timing("tune", 120), Timing("tune", 600), Timing("compare", 30)]
-    assert time_left(["tune", "tune"], timings, jobs=1) == "about 4 min"
-    assert time_left(["tune", "tune"], timings, jobs=2) == "about 2 min"
-    assert time_left(["tune"] * 60, timings, jobs=1) == "about 2.0 h"
-    assert time_left(["unheard"], timings, jobs=1) == "about 2 min"
-    assert time_left(["tune"], [], jobs=1) == "an unknown time"
+    assert time_left(["tune", "tune"], timings, at_once=1) == "about 4 min"
+    assert time_left(["tune", "tune"], timings, at_once=2) == "about 2 min"
+    assert time_left(["tune"] * 60, timings, at_once=1) == "about 2.0 h"
+    assert time_left(["unheard"], timings, at_once=1) == "about 2 min"
+    assert time_left(["tune"], [], at_once=1) == "an unknown time"

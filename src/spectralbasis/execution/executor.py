@@ -51,8 +51,13 @@ class Executor(ABC):
 
     @property
     @abstractmethod
+    def workers(self) -> int:
+        """How many calls can run at once."""
+
+    @property
     def slots(self) -> int:
         """How many calls may be under way: few more than can run at once, so that memory stays bounded."""
+        return self.workers
 
     @abstractmethod
     def start(self, call: Call) -> Hashable:

@@ -16,7 +16,7 @@ class Here(Executor):
         self._started = 0
 
     @property
-    def slots(self) -> int:
+    def workers(self) -> int:
         return 1
 
     def start(self, call: Call) -> int:

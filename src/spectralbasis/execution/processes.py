@@ -38,7 +38,7 @@ class Processes(Executor):
         self._busy: dict[Connection, _Worker] = {}
 
     @property
-    def slots(self) -> int:
+    def workers(self) -> int:
         return self._count
 
     def start(self, call: Call) -> Hashable:

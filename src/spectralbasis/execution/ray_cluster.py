@@ -37,7 +37,6 @@ class RayCluster(Executor):
 
     @property
     def workers(self) -> int:
-        """How many calls can run at once."""
         return max(1, int(self._ray.cluster_resources().get(self._kind, 0)))
 
     @property

@@ -68,7 +68,7 @@ def study(
             store.forget_errors()
         try:
             if not analyse_only:
-                with _Progress(store, jobs, progress) as watcher:
+                with _Progress(store, progress) as watcher:
                     place = None if data is None else Path(data).absolute()
                     run_all(plan, store, data=place, jobs=jobs, ray=ray, watcher=watcher)
         finally:
@@ -103,9 +103,8 @@ def _part(name: str, experiment: Experiment, settings: Any, store: RunStore) -> 
 class _Progress:
     """A bar where stderr is a terminal, else a line for every finished run."""
 
-    def __init__(self, store: RunStore, jobs: int, enabled: bool) -> None:
+    def __init__(self, store: RunStore, enabled: bool) -> None:
         self.store = store
-        self.jobs = jobs
         self.enabled = enabled
         self.console = Console(stderr=True, soft_wrap=True, highlight=False)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -114,11 +113,11 @@ class _Progress:
         self.done, self.missing = 0, 0
         self.left = ""
 
-    def planned(self, missing: Iterable[Run], done: int) -> None:
+    def planned(self, missing: Iterable[Run], done: int, at_once: int) -> None:
         """See `Watcher`."""
         actions = [run.action for run in missing]
         self.done, self.missing = done, len(actions)
-        self.left = time_left(actions, self.store.timings, self.jobs)
+        self.left = time_left(actions, self.store.timings, at_once)
         self.bar.update(self.task, completed=done, total=done + len(actions), description=f"runs, {self.left} to go")
 
     def finished(self, run: Run, seconds: float, error: str | None) -> None:
@@ -139,7 +138,7 @@ class _Progress:
         self.bar.stop()
 
 
-def time_left(actions: Sequence[str], timings: Sequence[Timing], jobs: int) -> str:
+def time_left(actions: Sequence[str], timings: Sequence[Timing], at_once: int) -> str:
     """About how long the missing runs will take, by the median of earlier ones of the same action."""
     known: dict[str, list[float]] = {}
     for timing in timings:
@@ -148,5 +147,5 @@ def time_left(actions: Sequence[str], timings: Sequence[Timing], jobs: int) -> s
         return "an unknown time"
     typical = {action: statistics.median(seconds) for action, seconds in known.items()}
     unknown = statistics.median(timing.seconds for timing in timings)
-    minutes = sum(typical.get(action, unknown) for action in actions) / jobs / 60
+    minutes = sum(typical.get(action, unknown) for action in actions) / at_once / 60
     return f"about {minutes / 60:.1f} h" if minutes >= 90 else f"about {minutes:.0f} min"

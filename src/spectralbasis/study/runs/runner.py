@@ -30,8 +30,8 @@ class Watcher(Protocol):
     def finished(self, run: Run, seconds: float, error: str | None) -> None:
         """A run is done, or failed for the reason given."""
 
-    def planned(self, missing: Iterable[Run], done: int) -> None:
-        """So many runs are done, and these are not; called whenever the plan changes."""
+    def planned(self, missing: Iterable[Run], done: int, at_once: int) -> None:
+        """So many runs are done, and these are not, of which so many go at once; called whenever the plan changes."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class _Runner:
             visit(run, folder_is_needed=False)
         if self.watcher:
             done = sum(results.get(run) is not None for run in set(with_needs(wanted)))
-            self.watcher.planned(missing, done)
+            self.watcher.planned(missing, done, self.crew.executor.workers)
         self._clear(wanted)
         return missing
 
