@@ -152,12 +152,13 @@ def test_a_thousand_matrices_never_queue_up(cluster, tmp_path, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     base = {f"layers.{i}.w.weight": torch.randn(10, 8, generator=generator) for i in range(1000)}
     tuned = {name: W + 0.1 * torch.randn(10, 8, generator=generator) for name, W in base.items()}
-    under_way = []
+    under_way, slots = [], []
     start = RayCluster.start
 
     def counted(executor, call):
         ticket = start(executor, call)
-        under_way.append(len(executor._under_way) - executor.slots)
+        under_way.append(len(executor._under_way))
+        slots.append(executor.slots)
         return ticket
 
     monkeypatch.setattr(RayCluster, "start", counted)
@@ -165,7 +166,7 @@ def test_a_thousand_matrices_never_queue_up(cluster, tmp_path, monkeypatch):
     found = sb.compare(base, [tuned], ray=cluster.address, **options).table
     assert_same(found, sb.compare(base, [tuned], **options).table)
     assert len(under_way) == 1000
-    assert max(under_way) <= 0
+    assert max(under_way) <= max(slots) < 100  # a node that Ray takes for dead meanwhile leaves fewer slots, not calls
 
 
 def test_runs_of_a_study_go_side_by_side(cluster, tmp_path, monkeypatch):

@@ -9,9 +9,9 @@ PROCESS_MEMORY = 450_000_000
 """Bytes of an interpreter with torch and this package, before it has read anything."""
 USUAL_LEADING = 64
 """Directions that are reckoned with where their number depends on the spectrum."""
-_BLOCKS = 16
+_BLOCKS = 24
 """Blocks of rows in float32 that a process grows by: those of base, tuned, update and draw, the widened one, and what
-lies free between them."""
+lies free between them, of which allocators leave more or less (20 were seen)."""
 
 
 def expected_k(leading: Leading, shape: tuple[int, int]) -> int:
