@@ -8,44 +8,76 @@ import torch
 from peft import LoraConfig, PsoftConfig, TinyLoraConfig, VeraConfig, get_peft_model
 from peft.config import PeftConfig
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from spectralbasis import SpectralConfig
 
-SIZES = {
-    "MiniLM": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
-    "BERT-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
-}
-"""Architectures by the model whose size they have."""
+
+def _bert(width: int, layers: int, vocabulary: int = 30522) -> BertConfig:
+    """An encoder of the usual proportions, without dropout."""
+    return BertConfig(
+        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, intermediate_size=4 * width,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+
+
+SIZES: dict[str, PretrainedConfig] = {
+    "MiniLM": _bert(384, 6),
+    "BERT-base": _bert(768, 12),
+    "RoBERTa-base": _bert(768, 12, 50265),
+    "Llama-1B": LlamaConfig(
+        vocab_size=128256, hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
+        intermediate_size=8192, pad_token_id=0, dtype="bfloat16",
+    ),
+}  # fmt: skip
+"""Architectures by the model whose size they have; encoders have weights in float32, the decoder in bfloat16."""
 BUDGET = 0.002
 """Share of the parameters that the core trains."""
 SHARED = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
 
 
-def fresh_model(size: str) -> BertForSequenceClassification:
-    """A classifier of this size with random weights, always the same ones, without dropout."""
+def fresh_model(size: str, device: str = "cpu") -> PreTrainedModel:
+    """A classifier of this size with random weights, always the same ones; those of all layers are equal.
+
+    So that a basis is computed once for all layers; the time of a step does not depend on the weights' values.
+    """
     torch.manual_seed(0)
-    config = BertConfig(**SIZES[size], hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    return BertForSequenceClassification(config).train()
+    with torch.device(device):
+        model = AutoModelForSequenceClassification.from_config(SIZES[size])
+    first, *rest = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    for layer in rest:
+        layer.load_state_dict(first.state_dict())
+    return model.train()
 
 
-def floor(model: BertForSequenceClassification) -> nn.Module:
+def head_of(model: nn.Module) -> nn.Module:
+    """The linear layer that classifies."""
+    return model.score if hasattr(model, "score") else model.classifier
+
+
+def floor(model: PreTrainedModel) -> nn.Module:
     """The frozen base: gradients flow to the embeddings' output, nothing but the head is trained."""
     model.requires_grad_(False)
-    model.classifier.requires_grad_(True)
+    head_of(model).requires_grad_(True)
     model.enable_input_require_grads()
     return model
 
 
-def full(model: BertForSequenceClassification) -> nn.Module:
+def full(model: PreTrainedModel) -> nn.Module:
     """Full finetuning."""
     return model
 
 
-def peft(make_config: Callable[[nn.Module], PeftConfig]) -> Callable[[BertForSequenceClassification], nn.Module]:
+def peft(make_config: Callable[[nn.Module], PeftConfig]) -> Callable[[PreTrainedModel], nn.Module]:
     """A PEFT method on all linear layers, gradients flowing to the embeddings' output as with every other method."""
 
-    def build(model: BertForSequenceClassification) -> nn.Module:
+    def build(model: PreTrainedModel) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             adapted = get_peft_model(model, make_config(model))
@@ -57,14 +89,13 @@ def peft(make_config: Callable[[nn.Module], PeftConfig]) -> Callable[[BertForSeq
 
 def core_size(model: nn.Module) -> int:
     """k of the core that our budget buys, for the method that has the same core."""
-    linear = [
-        module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "classifier" not in name
-    ]
+    head = head_of(model)
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
     return int((BUDGET * sum(p.numel() for p in model.parameters()) / len(linear)) ** 0.5)
 
 
 FLOOR, LORA, DIAGONAL, CORE = "floor", "LoRA r=8", "diagonal k=64", f"core at {BUDGET:.1%}"
-METHODS: dict[str, Callable[[BertForSequenceClassification], nn.Module]] = {
+METHODS: dict[str, Callable[[PreTrainedModel], nn.Module]] = {
     FLOOR: floor,
     DIAGONAL: peft(lambda model: SpectralConfig(**SHARED, coefficients="diagonal", leading=64)),
     CORE: peft(lambda model: SpectralConfig(**SHARED, coefficients="core", budget=BUDGET)),

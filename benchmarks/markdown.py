@@ -20,7 +20,8 @@ def versions(found: dict[str, Any], *packages: str) -> str:
 def machine(found: dict[str, Any]) -> str:
     """The machine that times were measured on, as a sentence."""
     threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
-    return f"{found['processor']}, {threads} of {found['cores']} cores."
+    accelerator = f"{found['device']}; " if "device" in found else ""
+    return f"{accelerator}{found['processor']}, {threads} of {found['cores']} cores."
 
 
 def met(reached: bool) -> str:

@@ -21,10 +21,12 @@ def parse_arguments(description: str | None, **defaults: Any) -> argparse.Namesp
     return parser.parse_args()
 
 
-def environment() -> dict[str, Any]:
-    """The machine and the versions that a figure was measured with."""
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """The machine and the versions that a figure was measured with; an accelerator by its name."""
     packages = ("spectralbasis", "torch", "numpy", "scipy", "transformers", "peft")
+    accelerator = {} if device == "cpu" else {"device": torch.cuda.get_device_name(device)}
     return {
+        **accelerator,
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -48,7 +50,7 @@ def read(name: str) -> dict[str, Any]:
     return json.loads((FOLDER / f"{name}.json").read_text())
 
 
-def earlier(name: str) -> dict[str, Any]:
+def earlier(name: str, device: str = "cpu") -> dict[str, Any]:
     """What earlier parts of a run left, so that later parts can be added; empty where there is nothing.
 
     Raises:
@@ -57,7 +59,7 @@ def earlier(name: str) -> dict[str, Any]:
     if not (FOLDER / f"{name}.json").exists():
         return {}
     found = read(name)
-    changed = [key for key, value in environment().items() if found.get(key) != value]
+    changed = [key for key, value in environment(device).items() if found.get(key) != value]
     if changed:
         raise SystemExit(
             f"{FOLDER / name}.json was measured with other {', '.join(changed)}; move it away to measure all anew"

@@ -73,6 +73,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step_times_bfloat16": ("steps", step_tables.step_times("bfloat16")),
     "step_memory": ("steps", step_tables.step_memory),
     "step_goals": ("steps", step_tables.step_goals),
+    "step_times_gpu": ("steps_gpu", step_tables.step_times("bfloat16")),
+    "step_memory_gpu": ("steps_gpu", step_tables.step_memory),
     "loading": ("loading", step_tables.loading),
     "learning_rates": ("learning_rates", step_tables.learning_rates),
     "bank_throughput": ("bank", bank_tables.throughput),
