@@ -8,6 +8,7 @@ import pytest
 from spectralbasis.basis import SpectralBasis
 from spectralbasis.errors import InputError
 from spectralbasis.study.actions import find_action
+from spectralbasis.study.actions.coverage import QUANTITIES
 from spectralbasis.study.runs import Outcome, Run, Site
 from tests.study.examples import save_image_model
 
@@ -83,18 +84,23 @@ def test_an_unknown_kind_of_basis_is_refused(tmp_path, model):
         perform(Run("basis", {"kind": "best", "leading": 3}), tmp_path / "basis")
 
 
-def test_gradient_coverage_is_far_larger_in_the_tasks_own_curvature_than_in_a_random_basis(tmp_path, model):
+def test_gradients_and_their_noise_are_far_more_in_the_tasks_own_curvature_than_in_a_random_basis(tmp_path, model):
     curvature = {"kind": "curvature", "tasks": ["digits-parity"], "model": str(model), "leading": 4, "head_steps": 20}
     perform(Run("basis", curvature), tmp_path / "basis")
+    tuned = {**DIGITS, "task": "digits-parity", "method": "full"}
+    perform(Run("tune", {"model": str(model), **tuned, "learning_rate": 1e-3}), tmp_path / "tuned")
     settings = {
         "model": str(model), "task": "digits-parity", "bases": ["pretrained", "random", "minor", "own"], "k": [2, 4],
         "head_steps": 20, "examples": 64,
     }  # fmt: skip
-    outcome = perform(Run("gradient_coverage", settings), tmp_path / "run", own=tmp_path / "basis")
+    needs = {"own": tmp_path / "basis", "tuned": tmp_path / "tuned"}
+    outcome = perform(Run("gradient_coverage", settings), tmp_path / "run", **needs)
     table = outcome.measurements
     assert isinstance(table, pd.DataFrame)
-    assert len(table) == 4 * 2 * 2
-    assert table["value"].between(0, 1).all()
+    assert len(table) == 4 * 2 * 2 * len(QUANTITIES)
+    assert table[table["quantity"] != "signal"]["value"].between(0, 1).all()
     assert outcome.result["own core"] > 3 * outcome.result["random core"]
-    wide = table[table["metric"] == "core"].pivot(index="basis", columns="k", values="value")
-    assert (wide[4] >= wide[2]).all()
+    wide = table[table["form"] == "core"].pivot(index=["basis", "quantity"], columns="k", values="value")
+    shares = wide.drop("signal", level="quantity")
+    assert (shares[4] >= shares[2]).all()
+    assert wide.loc[("own", "noise"), 4] > 3 * wide.loc[("random", "noise"), 4]

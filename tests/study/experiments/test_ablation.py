@@ -50,9 +50,10 @@ def planted(gains: dict[str, float], coverage: dict[str, float]) -> Results:
 def shares(part: ablation.Part, coverage: dict[str, float]) -> pd.DataFrame:
     return pd.DataFrame(
         [
-            {"basis": basis, "k": cell.k, "metric": cell.mode, "value": coverage.get(basis, 0.001), "null_mean": 0.001}
+            {"basis": basis, "k": cell.k, "form": cell.mode, "quantity": quantity, "value": coverage.get(basis, 0.001)}
             for cell in part.cells
             for basis in cell.bases
+            for quantity in ablation.QUANTITIES
         ]
     )
 

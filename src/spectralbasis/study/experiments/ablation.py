@@ -91,7 +91,7 @@ class Part:
         if basis == "scratch":
             checkpoint = self._scratch(task)
         else:
-            checkpoint = self.subject.tune(rest[0], 0, method="full", learning_rate=self.subject.learning_rates[-1])
+            checkpoint = self._tuned(rest[0], self.subject.learning_rates[-1])
         return Run("basis", {"kind": "checkpoint", "leading": leading}, 0, {"checkpoint": checkpoint})
 
     def _curvature(self, basis: str, task: str, leading: int) -> Run:
@@ -101,6 +101,10 @@ class Part:
         return Run(
             "basis", {"kind": "curvature", "tasks": tasks, "leading": leading, **self._on()}, 0, self.subject.needs()
         )
+
+    def _tuned(self, task: str, learning_rate: float) -> Run:
+        """Full finetuning to a task."""
+        return self.subject.tune(task, 0, method="full", learning_rate=learning_rate)
 
     def _scratch(self, task: str) -> Run:
         """The subject's twin, trained on the task from other random weights than those that pretraining began with."""
@@ -116,12 +120,13 @@ class Part:
         return {**named, **kept, "head_steps": self.head_steps}
 
     def coverage(self, task: str) -> Run:
-        """The run that measures how much of the task's gradient each basis holds."""
+        """The run that measures how much of the task's gradient each basis holds, and of what else."""
         bases = list(dict.fromkeys(basis for cell in self.cells for basis in cell.bases))
         files = {basis: self.basis(basis, task) for basis in bases if basis not in MADE}
         ks = sorted({cell.k for cell in self.cells})
         settings = {"task": task, "bases": bases, "k": ks, "examples": self.held_out, **self._on()}
-        return Run("gradient_coverage", settings, 0, {**self.subject.needs(), **files})
+        tuned = self._tuned(task, self.subject.learning_rates[len(self.subject.learning_rates) // 2])
+        return Run("gradient_coverage", settings, 0, {**self.subject.needs(), **files, "tuned": tuned})
 
 
 @dataclass(frozen=True)
@@ -207,6 +212,20 @@ CONTRASTS = tuple(
     )
 )
 PAIRED = ("subject", "cell", "task", "seed")
+QUANTITIES = {
+    "coverage": "Gradient coverage",
+    "noise": "Share of single examples' gradients",
+    "signal": "Signal to noise",
+    "update": "Share of full finetuning's update",
+    "after": "Gradient coverage after full finetuning",
+}
+"""Column of `gradient_facts` → title of its table; see the action `gradient_coverage`."""
+PREDICTORS = {
+    "coverage": ("gradient coverage", "that hold more of the task's gradient before training"),
+    "signal": ("signal to noise", "whose coefficients' gradients tell more over their noise before training"),
+    "update": ("update coverage", "that hold more of what full finetuning changes"),
+}
+"""Quantity → its name, and what it is to have more of it."""
 
 
 def plan(settings: Settings, results: Results) -> list[Run]:
@@ -228,18 +247,15 @@ def analyse(settings: Settings, results: Results) -> Findings:
         ignore_index=True,
     )
     planned = sum(part.contest(cell).size for part, cell in _cells(settings))
-    shares = coverage_shares(settings, results)
-    both = scores.merge(shares, how="inner", on=["subject", "cell", "task", "arm"])
-    compared = [
-        one for one in CONTRASTS if any({one.better, one.worse} <= {*cell.bases} for _, cell in _cells(settings))
-    ]
-    claims = [*conclude_family(compared, scores, "arm", PAIRED), coverage_predicts(both)]
+    facts = gradient_facts(settings, results)
+    both = scores.merge(facts, how="inner", on=["subject", "cell", "task", "arm"])
+    predicted = [quantity_predicts(both, quantity) for quantity in PREDICTORS]
+    claims = [*conclude_family(_contrasts(settings), scores, "arm", PAIRED), *predicted]
     note = f"{len(scores)} of {planned} runs that count are finished; rates were chosen on other examples than these."
     if scores.empty:
         return Findings(claims, note=note)
     tables = {"Scores": _by_basis(scores, "score"), "Learning rates": _by_basis(scores, "learning_rate")}
-    if len(shares):
-        tables["Gradient coverage"] = _by_basis(shares, "coverage")
+    tables |= {title: _by_basis(facts, quantity) for quantity, title in QUANTITIES.items() if len(facts)}
     return Findings(claims, tables, {"Scores over the number of coefficients": sweep(scores)}, note)
 
 
@@ -249,11 +265,10 @@ def _contrasts(settings: Settings) -> list[Contrast]:
     return [one for one in CONTRASTS if any({one.better, one.worse} <= bases for bases in tried)]
 
 
-def coverage_shares(settings: Settings, results: Results) -> pd.DataFrame:
-    """Gradient coverage in each cell: `subject, cell, task, arm, coverage`.
+def gradient_facts(settings: Settings, results: Results) -> pd.DataFrame:
+    """What each cell's coefficients hold before training: `subject, cell, task, arm`, and the `QUANTITIES`.
 
-    Of a diagonal, that of the diagonal; of a core that of the core. Bands and sparse entries have no figure of their
-    own, and are left out.
+    Bands and sparse entries have no figure of their own, and are left out.
     """
     rows = []
     for part, cell in _cells(settings):
@@ -261,25 +276,26 @@ def coverage_shares(settings: Settings, results: Results) -> pd.DataFrame:
             record = results.get(part.coverage(task))
             table = pd.DataFrame() if record is None else record.measurements
             if len(table):
-                here = table[(table["k"] == cell.k) & (table["metric"] == cell.mode)]
+                here = table[(table["k"] == cell.k) & (table["form"] == cell.mode) & table["basis"].isin(cell.bases)]
                 labels = {"subject": part.subject.name, "cell": cell.name, "task": task}
-                rows += [{**labels, "arm": row.basis, "coverage": row.value} for row in here.itertuples()]
-    return pd.DataFrame(rows, columns=["subject", "cell", "task", "arm", "coverage"])
+                wide = here.pivot(index="basis", columns="quantity", values="value")
+                rows += [{**labels, "arm": arm, **values} for arm, values in wide.to_dict("index").items()]
+    return pd.DataFrame(rows, columns=["subject", "cell", "task", "arm", *QUANTITIES])
 
 
-def coverage_predicts(both: pd.DataFrame) -> Claim:
-    """The claim that bases which hold more of the gradient score higher, by rank correlation within cells and tasks."""
+def quantity_predicts(both: pd.DataFrame, quantity: str) -> Claim:
+    """The claim that bases which hold more of something score higher, by rank correlation within cells and tasks."""
     correlations, units = [], []
-    means = both.groupby(["subject", "cell", "task", "arm"], as_index=False)[["score", "coverage"]].mean()
+    means = both.groupby(["subject", "cell", "task", "arm"], as_index=False)[["score", quantity]].mean().dropna()
     for (subject, _, task), rows in means.groupby(["subject", "cell", "task"]):
         if len(rows) > 2 and rows["score"].nunique() > 1:
-            correlations.append(rank_correlation_with_p(rows["coverage"], rows["score"]).rho)
+            correlations.append(rank_correlation_with_p(rows[quantity], rows["score"]).rho)
             units.append(f"{subject} / {task}")
     found = mean_interval(correlations, np.array(units)) if correlations else Interval(*[float("nan")] * 4)
+    name, more = PREDICTORS[quantity]
     return conclude(
-        "gradient coverage predicts scores",
-        "Of bases with equally many coefficients, those that hold more of the task's gradient before training score "
-        "higher after it.",
+        f"{name} predicts scores",
+        f"Of bases with equally many coefficients, those {more} score higher after it.",
         found,
         unit="rank correlation",
         would_change="A mean rank correlation whose interval over tasks lies wholly below zero, or no longer above.",
