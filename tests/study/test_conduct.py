@@ -6,6 +6,7 @@ import pytest
 
 from spectralbasis.errors import InputError
 from spectralbasis.report import write_study_report
+from spectralbasis.report.study_page import devices_used
 from spectralbasis.study import conduct
 from spectralbasis.study.conduct import study, time_left
 from spectralbasis.study.runs.store import DATABASE, Timing
@@ -43,8 +44,18 @@ def test_an_unfinished_study_says_so(tmp_path):
 
 def test_failures_are_listed_with_their_reason(tmp_path):
     part = study("planted", preset="cpu", output=tmp_path, progress=False)["experiments"]["planted"]
-    assert list(part["failed"].values()) == ["no such <task>"]
+    ((run, reason),) = part["failed"].items()
+    assert reason == "no such <task>"
+    assert run.startswith("tests.study.runs.planted:act no such <task>, value 9, seed 0 (")
     assert "no such \\<task\\>" in (tmp_path / "planted.md").read_text()
+
+
+def test_pages_say_on_which_devices_runs_were_done(tmp_path):
+    content = study("planted", preset="quick", output=tmp_path, progress=False)
+    assert list(content["experiments"]["planted"]["devices"].values()) == [5]
+    assert "5 of 5 runs, 0.0 hours of computing on " in (tmp_path / "planted.md").read_text()
+    assert devices_used({"cpu": 3, "GPU <1>": 2}) == " on cpu (3 runs) and GPU <1> (2 runs)"
+    assert devices_used({}) == ""
 
 
 def test_pages_hold_names_as_text(tmp_path):

@@ -1,6 +1,7 @@
 """The HTML page of a study: every claim with its verdict, and the tables and figures that show why."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,13 @@ def cell(value: Any) -> str:
     return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.4g}"
 
 
+def devices_used(devices: Mapping[str, int]) -> str:
+    """Where the finished runs were done, as the end of a sentence."""
+    if len(devices) < 2:
+        return "".join(f" on {name}" for name in devices)
+    return " on " + " and ".join(f"{name} ({number} runs)" for name, number in devices.items())
+
+
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
@@ -68,7 +76,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["cell"] = cell
+    environment.globals |= {"cell": cell, "devices_used": devices_used}
     return environment.get_template("study_page.html")
 
 

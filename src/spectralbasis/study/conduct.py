@@ -1,6 +1,7 @@
 """Conducting a study: the runs of its experiments, then what they show, as files."""
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,9 @@ def _part(name: str, experiment: Experiment, settings: Any, store: RunStore) -> 
         question=experiment.QUESTION,
         planned=len(runs),
         finished=len(finished),
-        failed={str(run): error for run in runs if (error := results.error(run)) is not None},
+        failed={f"{run} ({run.key})": error for run in runs if (error := results.error(run)) is not None},
         seconds=sum(record.seconds for record in finished),
+        devices=Counter(str(record.versions.get("device", "cpu")) for record in finished),
         findings=experiment.analyse(settings, results),
     )
 

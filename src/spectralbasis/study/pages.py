@@ -13,14 +13,17 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from spectralbasis.files import atomic_path
-from spectralbasis.report.study_page import FIGURES, RESULTS, cell
+from spectralbasis.report.study_page import FIGURES, RESULTS, cell, devices_used
 from spectralbasis.study.training.results import library_versions, write_json
 from spectralbasis.study.verdicts import Claim, Findings
 
 
 @dataclass(frozen=True)
 class Part:
-    """One experiment of a study: how much of it is done, and what that shows; `failed` is run → reason."""
+    """One experiment of a study: how much of it is done, and what that shows.
+
+    `failed` is run → reason, `devices` is the name of a device → how many of the finished runs it did.
+    """
 
     name: str
     question: str
@@ -28,6 +31,7 @@ class Part:
     finished: int
     failed: Mapping[str, str]
     seconds: float
+    devices: Mapping[str, int]
     findings: Findings
 
     def to_dict(self) -> dict[str, Any]:
@@ -38,6 +42,7 @@ class Part:
             "finished": self.finished,
             "failed": dict(self.failed),
             "seconds": round(self.seconds, 1),
+            "devices": dict(self.devices),
             "claims": [claim.to_dict() for claim in self.findings.claims],
             "tables": {title: _split(table) for title, table in self.findings.tables.items()},
             "note": self.findings.note,
@@ -74,6 +79,7 @@ def page(part: Part, content: Mapping[str, Any]) -> str:
         f"# {part.name.capitalize()}",
         part.question,
         f"{part.finished} of {part.planned} runs, {part.seconds / 3600:.1f} hours of computing"
+        + devices_used(part.devices)
         + (f", {len(part.failed)} failed" if part.failed else "")
         + f". Made by `{command}` at commit {content['commit']}.",
         findings.note,

@@ -41,8 +41,12 @@ class Run:
         return hash(self.key)
 
     def __str__(self) -> str:
-        words = [self.action, *(str(value) for value in self.settings.values() if isinstance(value, str))]
-        return f"{' '.join(words)}, seed {self.seed}"
+        """The action, its settings that are words, those that are numbers by their names, and the seed."""
+        words = [value for value in self.settings.values() if isinstance(value, str)]
+        numbers = [
+            f"{name} {value:g}" for name, value in self.settings.items() if isinstance(value, int | float) and value
+        ]
+        return f"{' '.join([self.action, *words])}, {', '.join([*numbers, f'seed {self.seed}'])}"
 
 
 def with_needs(runs: Iterable[Run]) -> Iterator[Run]:
