@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as Pillow
 from transformers import AutoConfig, AutoModelForImageClassification, BertTokenizerFast
 
 from spectralbasis.study import Task
+from spectralbasis.study.tasks.hub_images import HubImages
 from tests.models import tiny
 
 WORDS = ("the", "film", "is", "good", "bad", "a", "plane", "takes", "off", "not", "very", '"')
@@ -46,6 +49,28 @@ def write_sst2(folder: Path, repeats: int = 16) -> Path:
     for name, examples in (("train", rows * repeats), ("dev", rows * 5)):
         write_tsv(folder / "SST-2" / f"{name}.tsv", [("sentence", "label"), *examples])
     return folder
+
+
+def save_hub_images(parent: Path, which: HubImages) -> Path:
+    """Dark and bright images of several sizes, as `parent`/FOLDER in the layout of the repository on the hub."""
+    generator = np.random.default_rng(0)
+    features = Features(
+        {which.image: Image(), which.label: ClassLabel(names=["dark", "bright"]), "more": Value("int64")}
+    )
+    folder = parent / which.folder / (which.config or "data")
+    folder.mkdir(parents=True)
+    for split, count in (("train", 24), ("test", 12)):
+        labels = [number % 2 for number in range(count)]
+        images = [
+            Pillow.fromarray(generator.integers(128 * label, 128 + 127 * label, (9 + number % 3, 12, 3), np.uint8))
+            for number, label in enumerate(labels)
+        ]
+        rows = {which.image: images, which.label: labels, "more": labels}
+        Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    lines = [f"  - split: {split}\n    path: {folder.name}/{split}-*" for split in ("train", "test")]
+    config = "\n".join([f"- config_name: {which.config or 'default'}", "  data_files:", *lines])
+    (folder.parent / "README.md").write_text(f"---\nconfigs:\n{config}\n---\n")
+    return folder.parent
 
 
 def bright_side_task(examples: int = 96, classes: int = 2) -> Task:

@@ -5,17 +5,29 @@ from pathlib import Path
 import pytest
 
 from spectralbasis.study import load_task, task_names
-from spectralbasis.study.tasks.data_folders import FOLDERS, folder_of
+from spectralbasis.study.tasks.data_folders import FOLDERS, ON_HUB, folder_of
+from spectralbasis.study.tasks.hub_images import HUB_IMAGES
 from spectralbasis.study.tasks.task import same_name
 
 
 @pytest.mark.parametrize(
     ("name", "folder"),
-    [("SST-2", "glue"), ("sst2", "glue"), ("fashion_mnist", "fashion_mnist"), ("CIFAR-10", "cifar10_jpg"),
+    [("fashion_mnist", "fashion_mnist"), ("FashionMNIST", "fashion_mnist"), ("CIFAR-10", "cifar10_jpg"),
      ("Shakespeare", "wikitext2_shakespeare"), ("novels", "english_novels"), ("motionsense", "motionsense")],
 )  # fmt: skip
 def test_a_task_has_one_folder_however_it_is_spelt(name, folder):
     assert folder_of(name, Path("data")) == Path("data") / folder
+
+
+@pytest.mark.parametrize(("name", "folder"), [("SST-2", "glue"), ("sst2", "glue"), ("Pets", "oxford-iiit-pet")])
+def test_what_the_hub_has_is_taken_from_there_where_its_folder_is_absent(tmp_path, name, folder):
+    assert folder_of(name, tmp_path) is None
+    (tmp_path / folder).mkdir()
+    assert folder_of(name, tmp_path) == tmp_path / folder
+
+
+def test_every_set_of_images_has_its_folder():
+    assert all(FOLDERS[which.folder] == (which.name,) and which.folder in ON_HUB for which in HUB_IMAGES)
 
 
 def test_bundled_tasks_and_those_from_the_hub_have_none():

@@ -63,7 +63,9 @@ def shared_curvature(models: Sequence[LoadedModel], leading: int) -> SpectralBas
     """
     first = models[0].model
     for other in models[1:]:
-        setattr(other.model, other.model.base_model_prefix, first.base_model)
+        for name, part in first.named_children():
+            if name not in models[0].head:
+                setattr(other.model, name, part)
 
     def loss(_: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         inputs = {name: value for name, value in batch.items() if name != WHICH}

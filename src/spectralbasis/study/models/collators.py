@@ -41,8 +41,9 @@ class TextCollator:
 class ImageCollator:
     """Scales pixels to [0, 1], fits images to the model's size and channels, and normalises them.
 
-    `size` is (height, width), or None to keep each image's own; `mean` and `std` are one number for each channel, or
-    one for all.
+    Images are arrays (channels, height, width), floats in [0, 1] or uint8, or such as Pillow decodes, which become
+    colour. `size` is (height, width), or None to keep each image's own; `mean` and `std` are one number for each
+    channel, or one for all.
     """
 
     size: tuple[int, int] | None
@@ -52,9 +53,9 @@ class ImageCollator:
     label_dtype: torch.dtype = torch.long
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        pixels = torch.from_numpy(np.stack([row[IMAGE] for row in rows]))
-        values = pixels.float() if pixels.is_floating_point() else pixels.float() / 255
-        values = self._fit(values)
+        images = [_pixels(row[IMAGE]) for row in rows]
+        alike = len({image.shape for image in images}) == 1
+        values = self._fit(torch.stack(images)) if alike else torch.cat([self._fit(image[None]) for image in images])
         normalised = (values - _per_channel(self.mean)) / _per_channel(self.std)
         return {"pixel_values": normalised, "labels": _labels(rows, self.label_dtype)}
 
@@ -90,6 +91,13 @@ class SignalCollator:
 
 
 Collator = TextCollator | MaskingCollator | ImageCollator | SignalCollator
+
+
+def _pixels(image: Any) -> Tensor:
+    """An image as (channels, height, width) in [0, 1]."""
+    array = image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    pixels = torch.tensor(array)
+    return pixels.float() if pixels.is_floating_point() else pixels.float() / 255
 
 
 def _per_channel(values: tuple[float, ...]) -> Tensor:

@@ -128,11 +128,11 @@ def _load_weights(place: str, config: PretrainedConfig, task: Task) -> tuple[Pre
 
 
 def _beside_backbone(model: PreTrainedModel) -> tuple[str, ...]:
-    return tuple(
-        name
-        for name, child in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in child.parameters())
-    )
+    """The parts that are no backbone; of a model that does not name its backbone as transformers do, the last part."""
+    parts = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
+    if model.base_model_prefix not in parts:
+        return tuple(parts[-1:])
+    return tuple(name for name in parts if name != model.base_model_prefix)
 
 
 def _poolers(place: str, model: PreTrainedModel, unusable: Sequence[str]) -> tuple[str, ...]:

@@ -1,5 +1,8 @@
 """How a model wants its inputs: its tokenizer, or its image size and normalisation, read from where the model is."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
@@ -62,10 +65,20 @@ def image_collator(place: str, config: PretrainedConfig) -> ImageCollator:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(place)
     except OSError:
         settings = {}
-    size = getattr(config, "image_size", None)
+    reads = getattr(config, "vision_config", config)  # models of texts and images describe each part apart
     return ImageCollator(
-        size=(size, size) if isinstance(size, int) else size and tuple(size),
-        channels=getattr(config, "num_channels", 3),
+        size=_size_of(getattr(reads, "image_size", None) or settings.get("crop_size") or settings.get("size")),
+        channels=getattr(reads, "num_channels", 3),
         mean=tuple(settings.get("image_mean", (0.5,))),
         std=tuple(settings.get("image_std", (0.5,))),
     )
+
+
+def _size_of(found: Any) -> tuple[int, int] | None:
+    """(height, width) from a number, a pair, or what an image processor writes; None where it is not told."""
+    if isinstance(found, Mapping):
+        side = found.get("shortest_edge")
+        found = (found.get("height", side), found.get("width", side))
+    if isinstance(found, int):
+        return found, found
+    return (found[0], found[1]) if found and None not in found else None

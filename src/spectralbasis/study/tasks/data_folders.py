@@ -14,17 +14,26 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "motionsense": ("MotionSense",),
     "english_novels": ("novels",),
     "wikitext2_shakespeare": ("Shakespeare", "WikiText-2"),
+    "cifar100": ("CIFAR-100",),
+    "svhn": ("SVHN",),
+    "dtd": ("DTD",),
+    "eurosat": ("EuroSAT",),
+    "resisc45": ("RESISC45",),
+    "oxford-iiit-pet": ("Pets",),
 }
+ON_HUB = ("glue", "cifar100", "svhn", "dtd", "eurosat", "resisc45", "oxford-iiit-pet")
+"""Folders whose tasks come from the hub where they are absent."""
 
 
 def folder_of(task_name: str, data: Path | None) -> Path | None:
     """The folder for `load_task`, where `data` holds those of all tasks.
 
-    None for a task that has no folder there, such as the bundled digits, and where `data` is None.
+    None for a task that has no folder there, such as the bundled digits or one that the hub has, and where `data` is
+    None.
     """
     for folder, names in FOLDERS.items():
         if data is not None and any(same_name(task_name, name) for name in names):
-            return data / folder
+            return None if folder in ON_HUB and not (data / folder).is_dir() else data / folder
     return None
 
 
