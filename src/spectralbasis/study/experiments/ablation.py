@@ -12,7 +12,7 @@ from spectralbasis.comparison.statistics import Interval
 from spectralbasis.study.experiments.arms import COEFFICIENTS, Arm, Contest, Needs, needs_nothing
 from spectralbasis.study.experiments.claims import conclude
 from spectralbasis.study.experiments.contrasts import Contrast, conclude_family
-from spectralbasis.study.experiments.subjects import MINILM_BRIEF, ROBERTA, SMALL_VIT, TINY_VIT, Subject
+from spectralbasis.study.experiments.subjects import MINILM_BRIEF, ROBERTA, SMALL_VIT, TINY_VIT, VIT_B16, Subject
 from spectralbasis.study.measures.statistics import mean_interval, rank_correlation_with_p
 from spectralbasis.study.runs import Results, Run
 from spectralbasis.study.verdicts import Claim, Findings
@@ -188,6 +188,15 @@ PRESETS = {
                 ),
                 ("SST-2",),
                 (0, 1, 2, 3, 4),
+            ),
+            Part(
+                VIT_B16,
+                (
+                    Cell("core", 58, (1e-3, 4e-3, 1e-2), ALL_BASES),
+                    Cell("diagonal", 256, (1e-2, 5e-2, 1e-1), ALL_BASES),
+                    Cell("core", 16, (1e-3, 4e-3, 1e-2), FOUR_BASES),
+                ),
+                ("CIFAR-100", "SVHN"),
             ),
         )
     ),

@@ -9,7 +9,15 @@ import plotly.graph_objects as go
 
 from spectralbasis.study.experiments.arms import COEFFICIENTS, Arm, Contest
 from spectralbasis.study.experiments.contrasts import Contrast, compare_pairs, conclude_family, differences
-from spectralbasis.study.experiments.subjects import MINILM_BRIEF, ROBERTA, SMALL_BERT, TINY_VIT, Subject
+from spectralbasis.study.experiments.subjects import (
+    DEBERTA,
+    MINILM_BRIEF,
+    ROBERTA,
+    SMALL_BERT,
+    TINY_VIT,
+    VIT_B16,
+    Subject,
+)
 from spectralbasis.study.measures.statistics import holm
 from spectralbasis.study.runs import Results, Run
 from spectralbasis.study.verdicts import Findings
@@ -128,6 +136,8 @@ PRESETS = {
         (
             Contest(ROBERTA, LARGE_ARMS, ("SST-2", "MRPC"), (0, 1, 2, 3, 4)),
             Contest(ROBERTA, FURTHER_ARMS, ("SST-2",), (0, 1, 2)),
+            Contest(DEBERTA, LARGE_ARMS, ("SST-2", "MRPC")),
+            Contest(VIT_B16, LARGE_ARMS, ("CIFAR-100", "SVHN")),
         ),
         (("diagonal", "lora r=1"), ("core k=58", "lora r=8"), ("sparse", "lora r=8")),
         Contest(replace(ROBERTA, tasks=("SST-2", "MRPC")), LARGE_ARMS, ("SST-2", "MRPC")),

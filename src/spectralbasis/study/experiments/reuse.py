@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from spectralbasis.comparison.statistics import Interval
 from spectralbasis.study.experiments.arms import COEFFICIENTS
 from spectralbasis.study.experiments.claims import conclude
-from spectralbasis.study.experiments.subjects import MINILM, ROBERTA, SMALL_VIT, TINY_VIT, Subject
+from spectralbasis.study.experiments.subjects import ROBERTA, SMALL_VIT, TINY_VIT, VIT_B16, Subject
 from spectralbasis.study.measures.statistics import holm, paired_comparison
 from spectralbasis.study.runs import Results, Run
 from spectralbasis.study.verdicts import Claim, Findings
@@ -57,7 +57,7 @@ PRESETS = {
         seeds=(0,),
     ),
     "cpu": Settings((SMALL_VIT,)),
-    "paper": Settings((ROBERTA, MINILM)),
+    "paper": Settings((ROBERTA, VIT_B16)),
 }
 
 ARM = ["model", "first", "second", "seed"]

@@ -14,7 +14,7 @@ from spectralbasis.comparison.statistics import Interval
 from spectralbasis.study.experiments import sharing
 from spectralbasis.study.experiments.arms import COEFFICIENTS
 from spectralbasis.study.experiments.claims import conclude
-from spectralbasis.study.experiments.subjects import MINILM, ROBERTA, TINY_VIT, Subject
+from spectralbasis.study.experiments.subjects import MINILM, ROBERTA, TINY_VIT, VIT_B16, Subject
 from spectralbasis.study.measures.correlations import mantel_correlation
 from spectralbasis.study.measures.statistics import jackknife_interval
 from spectralbasis.study.runs import Results, Run
@@ -46,9 +46,9 @@ class Settings:
     steps: int = 40
 
 
-def _of(preset: str, subject: Subject, **finetuning: Any) -> sharing.Settings:
+def _of(preset: str, *subjects: Subject, **finetuning: Any) -> sharing.Settings:
     settings = sharing.PRESETS[preset]
-    return replace(settings, finetuning=replace(settings.finetuning, subjects=(subject,), **finetuning), rates=(1,))
+    return replace(settings, finetuning=replace(settings.finetuning, subjects=subjects, **finetuning), rates=(1,))
 
 
 PRESETS = {
@@ -58,7 +58,7 @@ PRESETS = {
         steps=4,
     ),
     "cpu": Settings(_of("cpu", MINILM), {**CORE, "batch_size": 16}),
-    "paper": Settings(_of("paper", ROBERTA), steps=200),
+    "paper": Settings(_of("paper", ROBERTA, VIT_B16), steps=200),
 }
 
 PREDICTORS = {

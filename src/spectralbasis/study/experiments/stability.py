@@ -10,9 +10,9 @@ import plotly.graph_objects as go
 from spectralbasis.comparison.statistics import Interval
 from spectralbasis.study.experiments.claims import conclude
 from spectralbasis.study.experiments.subjects import (
+    LARGE,
     LIMU_BERT,
     MINILM,
-    ROBERTA,
     SMALL_BERT,
     SMALL_VIT,
     TINY_VIT,
@@ -54,7 +54,7 @@ SEVERAL_TASKS = Settings((MINILM, SMALL_VIT, SMALL_BERT))
 PRESETS = {
     "quick": Settings((TINY_VIT,), measured=(0.5, 1.0), seeds=(0,), leading=4),
     "cpu": replace(SEVERAL_TASKS, subjects=(*SEVERAL_TASKS.subjects, LIMU_BERT)),
-    "paper": Settings((ROBERTA,), seeds=(0, 1, 2, 3, 4), leading=64, draws=5),
+    "paper": Settings(LARGE, seeds=(0, 1, 2, 3, 4), leading=64, draws=5),
 }
 
 RUN = ["model", "task", "learning_rate", "seed"]

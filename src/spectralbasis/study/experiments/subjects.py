@@ -81,6 +81,24 @@ ROBERTA = Subject(
     "RoBERTa-base", "FacebookAI/roberta-base", GLUE, {**_TEXT, "max_length": 128, "steps": 2000, "bf16": True},
     (1e-5, 1e-4, 5e-4),
 )  # fmt: skip
+ROBERTA_LARGE = replace(
+    ROBERTA, name="RoBERTa-large", model="FacebookAI/roberta-large", learning_rates=(5e-6, 5e-5, 2e-4)
+)
+DEBERTA = replace(ROBERTA, name="DeBERTa-v3-base", model="microsoft/deberta-v3-base")
+MULTIBERTS = tuple(
+    replace(ROBERTA, name=f"MultiBERT {seed}", model=f"google/multiberts-seed_{seed}", tasks=("RTE", "MRPC", "SST-2"))
+    for seed in range(5)
+)
+"""One architecture, pretrained five times on the same text from other weights (Sellam et al., arXiv 2106.16163)."""
+VIT_B16 = Subject(
+    "ViT-B/16 (ImageNet-21k)", "google/vit-base-patch16-224-in21k", ("CIFAR-100", "SVHN", "DTD", "EuroSAT", "Pets"),
+    {"batch_size": 64, "steps": 2000, "bf16": True}, (1e-5, 1e-4, 5e-4),
+)  # fmt: skip
+DEIT = replace(VIT_B16, name="DeiT-B/16", model="facebook/deit-base-distilled-patch16-224")
+CLIP = replace(VIT_B16, name="CLIP ViT-B/32", model="openai/clip-vit-base-patch32")
+"""Its image part alone."""
+LARGE = (ROBERTA, ROBERTA_LARGE, DEBERTA, *MULTIBERTS, VIT_B16, DEIT, CLIP)
+"""From the hub; they want a GPU."""
 TINY_VIT = Subject(
     "tiny ViT (digits)",
     pretrained("vit-tiny", "digits", steps=60, batch_size=64, learning_rate=3e-3),

@@ -102,6 +102,7 @@ def _load_config(place: str, task: Task) -> PretrainedConfig:
         raise InputError(
             f"{place} is a {config.model_type} model, which does not {work}; the task {task.name} needs one that does"
         )
+    config.architectures = []  # else a kind with several classes gets the checkpoint's, such as one for inference alone
     return config
 
 
