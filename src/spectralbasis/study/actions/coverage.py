@@ -13,6 +13,7 @@ from spectralbasis.study.measures.gradients import FORMS, Directions, GradientNo
 from spectralbasis.study.methods import BASIS_FILE
 from spectralbasis.study.models.loading import LoadedModel, load_model
 from spectralbasis.study.runs import Outcome, Run, Site
+from spectralbasis.study.tasks.arrays import batches
 from spectralbasis.triplets import DEFAULT_TOLERANCE
 from spectralbasis.tuner import SpectralConfig
 from spectralbasis.tuner.coverage import haar_coverage, mean_gradients
@@ -105,6 +106,4 @@ def _chance(form: str, k: int, matrix: Tensor) -> float:
 def _held_out(loaded: LoadedModel, examples: int, size: int) -> Iterator[dict[str, Tensor]]:
     held_out = loaded.task.selection
     assert held_out is not None
-    count = min(examples, len(held_out))
-    for start in range(0, count, size):
-        yield loaded.collator([held_out[row] for row in range(start, min(start + size, count))])
+    return map(loaded.collator, batches(held_out.select(range(min(examples, len(held_out)))), size))

@@ -13,7 +13,7 @@ from spectralbasis.study.measures.activations import Floats, layer_activations, 
 from spectralbasis.study.measures.power_laws import is_available, power_law_exponents
 from spectralbasis.study.models.loading import LoadedModel, load_model
 from spectralbasis.study.runs import Outcome, Run, Site
-from spectralbasis.study.tasks.arrays import LABEL
+from spectralbasis.study.tasks.arrays import LABEL, batches
 
 Rows = Iterator[dict[str, Any]]
 
@@ -72,7 +72,7 @@ def _row(layer: int, metric: str, value: float, matrix: str = "") -> dict[str, A
 def _rows_of(examples: Dataset, most: int, seed: int) -> list[dict[str, Any]]:
     """A sample of the examples, drawn by the seed, or all where there are no more."""
     chosen = np.random.default_rng(seed).permutation(len(examples))[:most]
-    return [examples[int(row)] for row in chosen]
+    return [row for rows in batches(examples.select(chosen), 64) for row in rows]
 
 
 def _labels(rows: Sequence[dict[str, Any]]) -> Floats:

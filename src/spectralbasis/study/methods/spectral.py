@@ -11,6 +11,7 @@ from spectralbasis.errors import InputError
 from spectralbasis.study.methods.low_rank import everywhere
 from spectralbasis.study.methods.method import Setup
 from spectralbasis.study.models.loading import LoadedModel
+from spectralbasis.study.tasks.arrays import batches
 from spectralbasis.tuner import SpectralConfig
 from spectralbasis.tuner.calibration import calibrate, plan_ranks
 from spectralbasis.tuner.curvature import curvature_basis
@@ -56,9 +57,7 @@ def svft(setup: Setup) -> nn.Module:
 def calibration_batches(loaded: LoadedModel) -> Iterator[dict[str, Tensor]]:
     """A fixed sample of the task's training examples, with the head as it is."""
     examples = loaded.task.subsample(min(CALIBRATION_EXAMPLES, len(loaded.task.train)), seed=0).train
-    for start in range(0, len(examples), CALIBRATION_BATCH):
-        stop = min(start + CALIBRATION_BATCH, len(examples))
-        yield loaded.collator([examples[row] for row in range(start, stop)])
+    return map(loaded.collator, batches(examples, CALIBRATION_BATCH))
 
 
 def _curvature(loaded: LoadedModel, config: SpectralConfig, folder: Path) -> Path:

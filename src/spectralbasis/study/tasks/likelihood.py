@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from spectralbasis.progress import track
+from spectralbasis.study.tasks.arrays import batches
 from spectralbasis.study.tasks.masking import IGNORED, MaskingCollator
 
 METRICS = ("log_likelihood", "perplexity", "accuracy")
@@ -26,9 +27,8 @@ def masked_token_scores(
     model.eval()
     device = next(model.parameters()).device
     total, hits, tokens = 0.0, 0, 0
-    starts = range(0, len(examples), BATCH_SIZE)
-    for start in track(starts, "evaluating", total=len(starts), enabled=progress):
-        rows = [examples[row] for row in range(start, min(start + BATCH_SIZE, len(examples)))]
+    count = math.ceil(len(examples) / BATCH_SIZE)
+    for rows in track(batches(examples, BATCH_SIZE), "evaluating", total=count, enabled=progress):
         batch = {name: tensor.to(device) for name, tensor in collator(rows).items()}
         labels = batch.pop("labels")
         hidden = labels != IGNORED

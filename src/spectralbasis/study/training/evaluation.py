@@ -1,5 +1,6 @@
 """Scoring a model on a task's evaluation split, and reading a tuned one back to do so."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from spectralbasis.study.messages import first_line
 from spectralbasis.study.models.collators import Collator
 from spectralbasis.study.models.loading import LoadedModel, load_model
 from spectralbasis.study.models.sources import UNREADABLE
+from spectralbasis.study.tasks.arrays import batches
 from spectralbasis.study.tasks.likelihood import masked_token_scores
 from spectralbasis.study.tasks.masking import MaskingCollator
 from spectralbasis.study.tasks.metrics import score
@@ -113,9 +115,9 @@ def predict(
     model.eval()
     device = next(model.parameters()).device
     outputs, references = [], []
-    starts = range(0, len(examples), BATCH_SIZE)
-    for start in track(starts, "evaluating", total=len(starts), enabled=progress):
-        batch = collator([examples[row] for row in range(start, min(start + BATCH_SIZE, len(examples)))])
+    total = math.ceil(len(examples) / BATCH_SIZE)
+    for rows in track(batches(examples, BATCH_SIZE), "evaluating", total=total, enabled=progress):
+        batch = collator(rows)
         references.append(batch.pop("labels").numpy())
         logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
         outputs.append(logits.float().cpu().numpy())
