@@ -88,7 +88,9 @@ def test_bf16_trains_otherwise_and_scores_in_float32(tmp_path, monkeypatch, mode
         bf16: tune(model, task="sst2", data=data, output=tmp_path / str(bf16), bf16=bf16, method="full", **SHORT)
         for bf16 in (False, True)
     }
-    plain, half = (load_file(tmp_path / name / "model.safetensors") for name in ("False", "True"))
+    tune(model, task="sst2", data=data, output=tmp_path / "again", method="full", **SHORT)
+    plain, half, again = (load_file(tmp_path / name / "model.safetensors") for name in ("False", "True", "again"))
+    assert all(torch.equal(again[name], plain[name]) for name in plain)
     assert {tensor.dtype for tensor in half.values()} == {torch.float32}
     assert any(not torch.equal(plain[name], half[name]) for name in plain)
     assert evaluate(tmp_path / "True", task="sst2", data=data, progress=False).score == results[True].score

@@ -1,10 +1,11 @@
 """The training loop: transformers' Trainer with two learning rates, a warm-up and a progress bar."""
 
 import math
+import os
 import tempfile
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ from spectralbasis.tuner.optimization import parameter_groups
 
 WARM_UP = 0.1
 EPOCHS = 3.0
+_PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def fit(
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(WARM_UP * steps), steps)
     bar = cast(Generator[int, None, None], track(range(steps), description, total=steps, enabled=progress))
-    with tempfile.TemporaryDirectory() as scratch, closing(bar):
+    with tempfile.TemporaryDirectory() as scratch, closing(bar), _own_precision():
         trainer = Trainer(
             model=model,
             args=_arguments(scratch, steps, settings),
@@ -116,6 +118,18 @@ def fit(
             f"pass a learning rate below {settings.learning_rate:g}"
         )
     return float(measured["train_runtime"])
+
+
+@contextmanager
+def _own_precision() -> Iterator[None]:
+    """Without the precision of an earlier training in this process, which transformers leaves in the environment."""
+    kept = os.environ.pop(_PRECISION, None)
+    try:
+        yield
+    finally:
+        os.environ.pop(_PRECISION, None)
+        if kept is not None:
+            os.environ[_PRECISION] = kept
 
 
 def _arguments(scratch: str, steps: int, settings: TrainingSettings) -> TrainingArguments:
