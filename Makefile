@@ -3,12 +3,16 @@ BIN := .venv/bin
 # An editable install, so that the tests see the working tree; every version comes from constraints.txt.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test check docs wheel-check clean
+.PHONY: demo test check pytest docs wheel-check clean
 
 demo: .venv/installed
 	$(BIN)/spectralbasis quickstart --output quickstart
 
-test: .venv/installed-dev check
+# Side by side, for mypy takes one core.
+test: .venv/installed-dev
+	$(MAKE) --jobs=2 check pytest
+
+pytest: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 check: .venv/installed-dev

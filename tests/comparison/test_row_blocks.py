@@ -30,7 +30,7 @@ K = 8
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of a few rows, so that small matrices take many."""
-    monkeypatch.setattr(row_source, "BLOCK_ENTRIES", 9_000)
+    monkeypatch.setattr(row_source, "BLOCK_ENTRIES", 8_000)
 
 
 def partners(folder, shape, count=1, dtype=torch.float32, size=0.3):

@@ -25,7 +25,7 @@ def test_every_kind_of_run_works_on_models_and_data_in_the_layouts_of_the_hub(tm
     found = json.loads(ended.stdout.splitlines()[-1])
     assert found["failed"] == {}
     assert {subject.model for subject in LARGE if not subject.name.startswith("MultiBERT")} < set(found["models"])
-    assert found["done"] > 80
+    assert found["done"] > 60
 
 
 def test_all_models_and_tasks_of_the_preset_are_known():
