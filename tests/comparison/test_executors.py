@@ -115,6 +115,7 @@ def test_ctrl_c_keeps_what_was_measured_and_says_how_to_go_on(tmp_path, workers,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what a shell starts with & ignores it
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     store = tmp_path / "out" / "store.sqlite"
