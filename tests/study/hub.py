@@ -87,8 +87,11 @@ def _sentence_pieces(folder: Path) -> None:
 
 
 def _pixels(key: str, size: Any) -> Callable[[Path], None]:
-    settings = {key: size, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    return lambda folder: (folder / "preprocessor_config.json").write_text(json.dumps(settings)) and None
+    def save(folder: Path) -> None:
+        settings = {key: size, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+
+    return save
 
 
 def save_data(folder: Path) -> None:

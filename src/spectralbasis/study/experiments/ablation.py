@@ -254,7 +254,7 @@ def analyse(settings: Settings, results: Results) -> Findings:
     scores = pd.concat(
         [part.contest(cell).scores(results).assign(cell=cell.name) for part, cell in _cells(settings)],
         ignore_index=True,
-    )
+    ).infer_objects()  # what is not begun has columns without a type
     planned = sum(part.contest(cell).size for part, cell in _cells(settings))
     facts = gradient_facts(settings, results)
     both = scores.merge(facts, how="inner", on=["subject", "cell", "task", "arm"])
@@ -285,10 +285,10 @@ def gradient_facts(settings: Settings, results: Results) -> pd.DataFrame:
             record = results.get(part.coverage(task))
             table = pd.DataFrame() if record is None else record.measurements
             if len(table):
-                here = table[(table["k"] == cell.k) & (table["form"] == cell.mode) & table["basis"].isin(cell.bases)]
+                here = table[(table["k"] == cell.k) & (table["form"] == cell.mode)]
                 labels = {"subject": part.subject.name, "cell": cell.name, "task": task}
-                wide = here.pivot(index="basis", columns="quantity", values="value")
-                rows += [{**labels, "arm": arm, **values} for arm, values in wide.to_dict("index").items()]
+                wide = here.pivot(index="basis", columns="quantity", values="value").to_dict("index")
+                rows += [{**labels, "arm": arm, **wide[arm]} for arm in cell.bases if arm in wide]
     return pd.DataFrame(rows, columns=["subject", "cell", "task", "arm", *QUANTITIES])
 
 

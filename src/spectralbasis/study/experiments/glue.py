@@ -166,7 +166,7 @@ def _remembered(settings: Settings, results: Results) -> Iterator[tuple[dict[str
 
 def analyse(settings: Settings, results: Results) -> Findings:
     """Scores by arm and task, paired comparisons with full finetuning and LoRA, and the frontier."""
-    scores = pd.concat([contest.scores(results) for contest in settings.contests], ignore_index=True)
+    scores = pd.concat([contest.scores(results) for contest in settings.contests], ignore_index=True).infer_objects()
     planned = sum(contest.size for contest in settings.contests)
     forgotten = forgetting(settings, results)
     claims = conclude_family(_contrasts(settings), scores, "arm", PAIRED)

@@ -37,9 +37,14 @@ class GradientNoise:
     """
 
     def __init__(self, directions: Directions) -> None:
+        def zeros() -> dict[str, Tensor]:
+            return {
+                name: U.new_zeros(U.shape[1], V.shape[1], dtype=torch.float64) for name, (U, V) in directions.items()
+            }
+
         self._directions = directions
-        self._sums: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-        self._squares: dict[str, Tensor] = {}
+        self._sums = zeros(), zeros()
+        self._squares = zeros()
         self._energy = 0.0
         self._examples = 0
 
@@ -50,8 +55,8 @@ class GradientNoise:
         self._energy += _energy(gradients)
         for name, gradient in gradients.items():
             C = _coefficients(gradient, *self._directions[name]).double()
-            half[name] = half[name].add_(C) if name in half else C.clone()
-            self._squares[name] = self._squares[name].add_(C.square()) if name in self._squares else C.square()
+            half[name] += C
+            self._squares[name] += C.square()
 
     def shares(self, k: int) -> dict[str, float]:
         """The share of `Σ ‖∂L_i/∂W‖_F²` over examples i and matrices that the first k directions hold, by form."""
@@ -71,13 +76,11 @@ class GradientNoise:
         first, second = self._sums
         halves = (self._examples + 1) // 2, self._examples // 2
         found: dict[str, list[Tensor]] = {form: [] for form in FORMS}
-        for name in first.keys() & second.keys():
-            squares = self._squares[name] / self._examples
-            ratios = (first[name] / halves[0]) * (second[name] / halves[1]) / squares
+        for name, squares in self._squares.items():
+            ratios = (first[name] / halves[0]) * (second[name] / halves[1]) / (squares / self._examples)
             for form, part in _by_form(ratios, k):
                 found[form].append(part[part.isfinite()])
-        means = {form: torch.cat(parts) for form, parts in found.items() if parts}
-        return {form: float(means[form].mean()) if form in means and len(means[form]) else nan for form in FORMS}
+        return {form: float(torch.cat(parts).mean()) for form, parts in found.items()}
 
 
 def _coefficients(M: Tensor, U: Tensor, V: Tensor) -> Tensor:

@@ -41,12 +41,16 @@ class Run:
         return hash(self.key)
 
     def __str__(self) -> str:
-        """The action, its settings that are words, those that are numbers by their names, and the seed."""
-        words = [value for value in self.settings.values() if isinstance(value, str)]
-        numbers = [
-            f"{name} {value:g}" for name, value in self.settings.items() if isinstance(value, int | float) and value
-        ]
-        return f"{' '.join([self.action, *words])}, {', '.join([*numbers, f'seed {self.seed}'])}"
+        """The action and settings: words as they are, numbers by their names, what is switched on by its name; the seed."""
+        words, others = [self.action], []
+        for name, value in self.settings.items():
+            if isinstance(value, str):
+                words.append(value)
+            elif value is True:
+                others.append(name)
+            elif isinstance(value, int | float) and value:
+                others.append(f"{name} {value:g}")
+        return ", ".join([" ".join(words), *others, f"seed {self.seed}"])
 
 
 def with_needs(runs: Iterable[Run]) -> Iterator[Run]:

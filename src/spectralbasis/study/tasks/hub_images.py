@@ -55,8 +55,7 @@ def load_hub_images(which: HubImages, data: Path | None) -> Task:
     """
     if find_spec("PIL") is None:
         raise InputError(f"{which.name} has encoded images, which Pillow decodes; pip install 'spectralbasis[images]'")
-    nested = None if data is None else data / which.folder
-    place = which.repository if data is None else str(nested if nested is not None and nested.is_dir() else data)
+    place = which.repository if data is None else str(_copy_in(data, which))
     try:
         splits = datasets.load_dataset(place, which.config)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -75,6 +74,11 @@ def load_hub_images(which: HubImages, data: Path | None) -> Task:
         evaluation=test,
         evaluation_split="test",
     )
+
+
+def _copy_in(data: Path, which: HubImages) -> Path:
+    nested = data / which.folder
+    return nested if nested.is_dir() else data
 
 
 def _columns(which: HubImages, place: str, splits: datasets.DatasetDict, split: str) -> Dataset:
