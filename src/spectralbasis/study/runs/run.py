@@ -41,7 +41,7 @@ class Run:
         return hash(self.key)
 
     def __str__(self) -> str:
-        """The action and settings: words as they are, numbers by their names, what is switched on by its name; the seed."""
+        """The action and settings, words as they are and numbers by their names, and the seed."""
         words, others = [self.action], []
         for name, value in self.settings.items():
             if isinstance(value, str):
