@@ -60,8 +60,8 @@ def test_everything_is_planned_in_the_order_of_preference():
     alone = replace(SETTINGS, forgetting=None)
     plan = glue.plan(alone, planted(0.8, 0.8))
     methods = [run.settings["method"] for run in plan]
-    assert {"full", "head", "bitfit", "lora", "psoft", "spectral"} == set(methods[:48])
-    assert methods.index("dora") > max(i for i, name in enumerate(methods) if name == "psoft")
+    assert {"full", "head", "bitfit", "lora", "psoft", "spectral"} == set(methods[: methods.index("dora")])
+    assert "psoft" not in methods[methods.index("dora") :]
     assert {"adapterfusion", "houlsby", "subspace", "svft", "fourierft", "vera"} <= set(methods)
     fusion = next(run for run in plan if run.settings["method"] == "adapterfusion")
     assert {run.settings["task"] for role, run in fusion.needs.items()} == {*glue.MINILM_BRIEF.tasks} - {

@@ -1,4 +1,4 @@
-"""Ways to tune that are compared: each chooses among as many learning rates, on other examples than it is scored on."""
+"""Ways to tune that are compared: all choose learning rates by one rule, on other examples than they are scored on."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +14,8 @@ from spectralbasis.study.runs import Results, Run
 Needs = Callable[[Subject, str], Mapping[str, Run]]
 COEFFICIENTS = {"method": "spectral", "scaling": "absolute"}
 """Settings of all arms that train spectral coefficients; their learning rates are meant in this unit."""
+FURTHER_RATES = 3
+"""How many rates an arm may try beyond those it begins with, as long as the best is the first or the last."""
 COLUMNS = ("subject", "arm", "task", "seed", "learning_rate", "score", "backbone", "head", "model", "seconds_per_step",
            "adapter_bytes")  # fmt: skip
 
@@ -30,7 +32,8 @@ class Arm:
     Args:
         name: in tables.
         settings: of `tune`: the method and its options.
-        learning_rates: among which it may choose.
+        learning_rates: among which it chooses, from small to large; while the best is the first or the last, the next
+            of the series is tried too.
         needs: what it needs for a subject and a task, such as a basis.
     """
 
@@ -68,7 +71,7 @@ class Contest:
 
     def plan(self, results: Results) -> list[Run]:
         """All trials of learning rates, then the runs that count of those arms whose rate is known."""
-        trials = [run for arm in self.arms for run in self._trials(arm)]
+        trials = [run for arm in self.arms for run in self._trials(arm, results)]
         return trials + [run for _, run in self.counted(results)]
 
     def counted(self, results: Results) -> Iterator[tuple[dict[str, Any], Run]]:
@@ -86,15 +89,29 @@ class Contest:
 
         A task on which every rate failed, such as one whose data are absent, has no say.
         """
-        if len(arm.learning_rates) == 1:
-            return arm.learning_rates[0]
-        found = np.array(
-            [[_selection_score(run, results) for run in self._at(arm, rate)] for rate in arm.learning_rates]
-        )
+        return self._best(arm, self.tried_rates(arm, results), results)
+
+    def tried_rates(self, arm: Arm, results: Results) -> tuple[float, ...]:
+        """The arm's rates, from small to large, and up to `FURTHER_RATES` more while the best is at an end."""
+        rates = arm.learning_rates
+        while 1 < len(rates) < len(arm.learning_rates) + FURTHER_RATES:
+            best = self._best(arm, rates, results)
+            if best == rates[-1]:
+                rates = (*rates, _next_rate(rates[-2], best))
+            elif best == rates[0]:
+                rates = (_next_rate(rates[1], best), *rates)
+            else:
+                break
+        return rates
+
+    def _best(self, arm: Arm, rates: tuple[float, ...], results: Results) -> float | None:
+        if len(rates) == 1:
+            return rates[0]
+        found = np.array([[_selection_score(run, results) for run in self._at(arm, rate)] for rate in rates])
         usable = found[:, np.isfinite(found).any(axis=0)]
         if np.isnan(found).any() or not usable.size:
             return None
-        return arm.learning_rates[int(usable.mean(axis=1).argmax())]
+        return rates[int(usable.mean(axis=1).argmax())]
 
     def scores(self, results: Results) -> pd.DataFrame:
         """A row, with the columns `COLUMNS`, for each finished run that counts."""
@@ -105,14 +122,18 @@ class Contest:
                 rows.append({**labels, **_facts(record.result)})
         return pd.DataFrame(rows, columns=list(COLUMNS))
 
-    def _trials(self, arm: Arm) -> list[Run]:
+    def _trials(self, arm: Arm, results: Results) -> list[Run]:
         """None where there is nothing to choose."""
-        if len(arm.learning_rates) == 1:
-            return []
-        return [run for rate in arm.learning_rates for run in self._at(arm, rate)]
+        rates = self.tried_rates(arm, results)
+        return [run for rate in rates for run in self._at(arm, rate)] if len(rates) > 1 else []
 
     def _at(self, arm: Arm, rate: float) -> list[Run]:
         return [arm.run(self.subject, task, rate, self.seeds[0]) for task in self.selection_tasks]
+
+
+def _next_rate(before: float, last: float) -> float:
+    """The next of a geometric series, with one digit, as rates are written."""
+    return float(f"{last * last / before:.0e}")
 
 
 def _selection_score(run: Run, results: Results) -> float:
