@@ -67,12 +67,14 @@ def test_bases_that_differ():
     assert found["pretrained against scratch"] == "supported"
     assert found["curvature against pretrained"] == "contradicted"
     assert found["curvature of another task against pretrained"] == "supported"
+    assert found["pretrained equals random"] == "contradicted"
     assert found["gradient coverage predicts scores"] == "supported"
 
 
 def test_bases_that_do_not_differ_and_gradients_that_do():
     found = verdicts(ablation.analyse(SETTINGS, planted({}, GAINS)))
-    assert set(found.values()) == {"undecided"}
+    assert {verdict for name, verdict in found.items() if " equals " in name} == {"supported"}
+    assert {verdict for name, verdict in found.items() if " equals " not in name} == {"undecided"}
 
 
 def test_gradients_that_mislead():

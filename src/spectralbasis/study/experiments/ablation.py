@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from spectralbasis.comparison.statistics import Interval
 from spectralbasis.study.experiments.arms import COEFFICIENTS, Arm, Contest, Needs, needs_nothing
 from spectralbasis.study.experiments.claims import conclude
-from spectralbasis.study.experiments.contrasts import Contrast, conclude_family
+from spectralbasis.study.experiments.contrasts import Contrast, conclude_equality, conclude_family
 from spectralbasis.study.experiments.subjects import MINILM_BRIEF, ROBERTA, SMALL_VIT, TINY_VIT, VIT_B16, Subject
 from spectralbasis.study.measures.statistics import mean_interval, rank_correlation_with_p
 from spectralbasis.study.runs import Results, Run
@@ -221,6 +221,8 @@ CONTRASTS = tuple(
     )
 )
 PAIRED = ("subject", "cell", "task", "seed")
+EQUAL_WITHIN = 0.01
+"""Mean scores that differ by less count as equal: about the standard error of a dev set of a thousand examples."""
 QUANTITIES = {
     "coverage": "Gradient coverage",
     "noise": "Share of single examples' gradients",
@@ -259,7 +261,9 @@ def analyse(settings: Settings, results: Results) -> Findings:
     facts = gradient_facts(settings, results)
     both = scores.merge(facts, how="inner", on=["subject", "cell", "task", "arm"])
     predicted = [quantity_predicts(both, quantity) for quantity in PREDICTORS]
-    claims = [*conclude_family(_contrasts(settings), scores, "arm", PAIRED), *predicted]
+    contrasts = _contrasts(settings)
+    equal = conclude_equality(contrasts, scores, "arm", PAIRED, EQUAL_WITHIN)
+    claims = [*conclude_family(contrasts, scores, "arm", PAIRED), *equal, *predicted]
     note = f"{len(scores)} of {planned} runs that count are finished; rates were chosen on other examples than these."
     if scores.empty:
         return Findings(claims, note=note)

@@ -1,6 +1,7 @@
 """From an interval to a claim."""
 
 import math
+from dataclasses import replace
 
 from spectralbasis.comparison.statistics import Interval, verdict_of
 from spectralbasis.study.verdicts import Claim
@@ -12,6 +13,24 @@ def conclude(name: str, text: str, found: Interval, *, unit: str, would_change: 
     Without finished runs, or with an interval that a single group cannot give, it is undecided.
     """
     verdict = verdict_of(found.low, found.high) if runs and not math.isnan(found.low) else "undecided"
+    return _claim(name, text, verdict, found, unit, would_change, runs)
+
+
+def conclude_equal(name: str, text: str, found: Interval, *, within: float, unit: str, runs: int) -> Claim:
+    """The claim that an effect is smaller than `within`, either way, as equivalence is tested (Schuirmann, 1987).
+
+    Supported where the whole interval is within, contradicted where it is wholly without, undecided where it is not
+    known or crosses a limit. At 95 %, that is a level of 2.5 % for each side; the p-value, which speaks of no effect at
+    all, is left out.
+    """
+    inside = found.low > -within and found.high < within
+    outside = found.low > within or found.high < -within
+    verdict = "supported" if inside else "contradicted" if outside else "undecided"
+    change = f"An interval of the difference that leaves the range from -{within:g} to +{within:g}."
+    return _claim(name, text, verdict, replace(found, p_value=math.nan), unit, change, runs)
+
+
+def _claim(name: str, text: str, verdict: str, found: Interval, unit: str, would_change: str, runs: int) -> Claim:
     return Claim(
         name=name,
         text=text,

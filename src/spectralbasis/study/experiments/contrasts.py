@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from spectralbasis.comparison.statistics import Interval
-from spectralbasis.study.experiments.claims import conclude
+from spectralbasis.study.experiments.claims import conclude, conclude_equal
 from spectralbasis.study.measures.statistics import holm, paired_comparison
 from spectralbasis.study.verdicts import Claim
 
@@ -72,6 +72,20 @@ def conclude_family(
         _conclude(contrast, interval, float(p), len(pair), unit)
         for contrast, interval, p, pair in zip(contrasts, found, adjusted, pairs, strict=True)
     ]
+
+
+def conclude_equality(
+    contrasts: Sequence[Contrast], scores: pd.DataFrame, column: str, by: Sequence[str], within: float
+) -> list[Claim]:
+    """For each contrast, the claim that its arms' mean scores differ by less than `within`; see `conclude_equal`."""
+    claims = []
+    for one in contrasts:
+        pairs = differences(scores, column, one.better, one.worse, by)
+        name = f"{one.better} equals {one.worse}"
+        text = f"The mean scores of `{one.better}` and `{one.worse}` differ by less than {within:g}."
+        found = compare_pairs(pairs)
+        claims.append(conclude_equal(name, text, found, within=within, unit="score", runs=2 * len(pairs)))
+    return claims
 
 
 def _conclude(contrast: Contrast, found: Interval, p: float, pairs: int, unit: str) -> Claim:
