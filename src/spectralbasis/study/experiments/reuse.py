@@ -35,7 +35,7 @@ class Settings:
             large and cost the first task little.
         rate: which of a subject's learning rates the first finetuning takes, by number.
         leading: directions of the core.
-        adapter: settings of the second tuning.
+        adapter: settings of the second tuning; its learning rate is the one that `ablation` chose for such a core.
         seeds: of both.
     """
 
@@ -44,7 +44,7 @@ class Settings:
     rate: int = 1
     leading: int = 16
     adapter: Mapping[str, Any] = field(
-        default_factory=lambda: {**COEFFICIENTS, "coefficients": "core", "leading": 16, "learning_rate": 5e-3}
+        default_factory=lambda: {**COEFFICIENTS, "coefficients": "core", "leading": 16, "learning_rate": 3e-2}
     )
     seeds: tuple[int, ...] = (0, 1, 2)
 
@@ -53,7 +53,7 @@ PRESETS = {
     "quick": Settings(
         (replace(TINY_VIT, tasks=("digits-parity", "digits-rotated")),),
         leading=4,
-        adapter={**COEFFICIENTS, "coefficients": "core", "leading": 4, "learning_rate": 5e-3},
+        adapter={**COEFFICIENTS, "coefficients": "core", "leading": 4, "learning_rate": 3e-2},
         seeds=(0,),
     ),
     "cpu": Settings((SMALL_VIT,)),
