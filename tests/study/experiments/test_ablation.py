@@ -1,5 +1,6 @@
 """Verdicts on bases follow what was planted."""
 
+import math
 from dataclasses import replace
 
 import pandas as pd
@@ -11,6 +12,12 @@ from tests.study.experiments.planted import conducted, verdicts
 
 WHOLE = ablation.PRESETS["cpu"]
 SETTINGS = ablation.Settings(tuple(replace(part, cells=part.cells[:2]) for part in WHOLE.parts))
+
+
+FACTS = {
+    "seconds_per_step": 0.1, "parameters_backbone": 100, "parameters_head": 10, "parameters_model": 1000,
+    "adapter_bytes": 10,
+}  # fmt: skip
 
 
 def basis_of(run: Run) -> str:
@@ -33,10 +40,7 @@ def planted(gains: dict[str, float], coverage: dict[str, float]) -> Results:
         if run.action == "gradient_coverage":
             return {}
         score = 0.7 + gains.get(basis_of(run), 0.0) + 0.001 * run.seed * len(run.settings["task"])
-        return {
-            "score": score, "selection_score": score, "seconds_per_step": 0.1, "parameters_backbone": 100,
-            "parameters_head": 10, "parameters_model": 1000, "adapter_bytes": 10,
-        }  # fmt: skip
+        return {**FACTS, "score": score, "selection_score": score}
 
     known = conducted(lambda found: ablation.plan(SETTINGS, found), tuned)
     records = {
@@ -81,6 +85,19 @@ def test_gradients_that_mislead():
     against = {basis: 0.1 - GAINS.get(basis, 0.0) for basis in ablation.ALL_BASES}
     found = verdicts(ablation.analyse(SETTINGS, planted(GAINS, against)))
     assert found["gradient coverage predicts scores"] == "contradicted"
+
+
+@pytest.mark.parametrize(("best", "verdict"), [(1e-2, "supported"), (3e-1, "contradicted"), (3e-2, "undecided")])
+def test_the_rates_of_curvature_and_of_random_directions_are_compared(best, verdict):
+    def tuned(run: Run) -> dict[str, float]:
+        if run.action == "gradient_coverage":
+            return {}
+        wanted = best if basis_of(run) == "curvature" else 3e-2
+        score = 0.7 - 0.1 * abs(math.log(run.settings["learning_rate"] / wanted))
+        return {**FACTS, "score": score, "selection_score": score}
+
+    known = conducted(lambda found: ablation.plan(WHOLE, found), tuned)
+    assert verdicts(ablation.analyse(WHOLE, known))["curvature takes smaller rates"] == verdict
 
 
 def test_a_cell_compares_equal_numbers_with_equally_many_rates():

@@ -13,7 +13,7 @@ from spectralbasis.study.experiments.arms import COEFFICIENTS, Arm, Contest, Nee
 from spectralbasis.study.experiments.claims import conclude
 from spectralbasis.study.experiments.contrasts import Contrast, conclude_equality, conclude_family
 from spectralbasis.study.experiments.subjects import MINILM_BRIEF, ROBERTA, SMALL_VIT, TINY_VIT, VIT_B16, Subject
-from spectralbasis.study.measures.statistics import mean_interval, rank_correlation_with_p
+from spectralbasis.study.measures.statistics import mean_interval, paired_comparison, rank_correlation_with_p
 from spectralbasis.study.runs import Results, Run
 from spectralbasis.study.verdicts import Claim, Findings
 
@@ -262,8 +262,9 @@ def analyse(settings: Settings, results: Results) -> Findings:
     both = scores.merge(facts, how="inner", on=["subject", "cell", "task", "arm"])
     predicted = [quantity_predicts(both, quantity) for quantity in PREDICTORS]
     contrasts = _contrasts(settings)
-    equal = conclude_equality(contrasts, scores, "arm", PAIRED, EQUAL_WITHIN)
-    claims = [*conclude_family(contrasts, scores, "arm", PAIRED), *equal, *predicted]
+    of_weights = [one for one in contrasts if {one.better, one.worse} <= set(MADE)]
+    equal = conclude_equality(of_weights, scores, "arm", PAIRED, EQUAL_WITHIN)
+    claims = [*conclude_family(contrasts, scores, "arm", PAIRED), *equal, *predicted, rates_fall(scores)]
     note = f"{len(scores)} of {planned} runs that count are finished; rates were chosen on other examples than these."
     if scores.empty:
         return Findings(claims, note=note)
@@ -313,6 +314,21 @@ def quantity_predicts(both: pd.DataFrame, quantity: str) -> Claim:
         unit="rank correlation",
         would_change="A mean rank correlation whose interval over tasks lies wholly below zero, or no longer above.",
         runs=len(both),
+    )
+
+
+def rates_fall(scores: pd.DataFrame) -> Claim:
+    """The claim that arms on the task's curvature choose smaller rates than those on random directions, by cells."""
+    rates = scores.pivot_table(index=["subject", "cell"], columns="arm", values="learning_rate")
+    both = rates.reindex(columns=["random", "curvature"]).dropna()
+    return conclude(
+        "curvature takes smaller rates",
+        "Coefficients on directions of the task's curvature settle at smaller learning rates than on random directions "
+        "(asked after the scores were seen).",
+        paired_comparison(np.log10(both["random"]), np.log10(both["curvature"])),
+        unit="decades of the rate",
+        would_change="An interval over cells that reaches zero.",
+        runs=int(scores["arm"].isin(both.columns).sum()),
     )
 
 
