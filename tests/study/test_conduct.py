@@ -1,6 +1,7 @@
 """A study does its experiments' runs, goes on where it was stopped, and writes what they show."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -9,6 +10,7 @@ from spectralbasis.report import write_study_report
 from spectralbasis.report.study_page import devices_used
 from spectralbasis.study import conduct
 from spectralbasis.study.conduct import study, time_left
+from spectralbasis.study.runs import Run
 from spectralbasis.study.runs.store import DATABASE, Timing
 from tests.study import planted_experiment
 
@@ -96,10 +98,20 @@ def test_wrong_arguments_are_named(tmp_path, arguments, message):
         study("planted", output=tmp_path, progress=False, **arguments)
 
 
-def test_time_left_is_the_typical_time_of_each_action():
-    timings = [Timing("tune", 60), Timing("tune", 120), Timing("tune", 600), Timing("compare", 30)]
-    assert time_left(["tune", "tune"], timings, at_once=1) == "about 4 min"
-    assert time_left(["tune", "tune"], timings, at_once=2) == "about 2 min"
-    assert time_left(["tune"] * 60, timings, at_once=1) == "about 2.0 h"
-    assert time_left(["unheard"], timings, at_once=1) == "about 2 min"
-    assert time_left(["tune"], [], at_once=1) == "an unknown time"
+def test_time_left_is_that_of_the_most_similar_runs():
+    def timing(seconds: float, **settings: str) -> Timing:
+        return Timing(Run("tune", settings).kind, seconds)
+
+    large = [timing(seconds, model="large", task="RTE", method="full") for seconds in (600, 1200, 6000)]
+    timings = [*large, timing(300, model="large", task="RTE", method="lora"), timing(60, model="small", task="RTE")]
+
+    def left(runs: int = 1, at_once: int = 1, action: str = "tune", **settings: Any) -> str:
+        return time_left([Run(action, settings)] * runs, timings, at_once)
+
+    assert left(method="full", task="RTE", model="large", rate=0.1) == "about 20 min"
+    assert left(runs=2, at_once=4, method="full", task="RTE", model="large") == "about 10 min"
+    assert left(runs=12, model="large", task="RTE", method="lora") == "about 60 min"
+    assert left(runs=60, model="large", task="RTE", method="lora") == "about 5.0 h"
+    assert left(model="large", task="CoLA", method="lora") == "about 15 min"
+    assert left(model="tiny") == left(action="compare") == "about 10 min"
+    assert time_left([Run("tune", {})], [], at_once=1) == "an unknown time"

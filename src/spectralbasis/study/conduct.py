@@ -3,6 +3,7 @@
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +118,10 @@ class _Progress:
 
     def planned(self, missing: Iterable[Run], done: int, at_once: int) -> None:
         """See `Watcher`."""
-        actions = [run.action for run in missing]
-        self.done, self.missing = done, len(actions)
-        self.left = time_left(actions, self.store.timings, at_once)
-        self.bar.update(self.task, completed=done, total=done + len(actions), description=f"runs, {self.left} to go")
+        runs = list(missing)
+        self.done, self.missing = done, len(runs)
+        self.left = time_left(runs, self.store.timings, at_once)
+        self.bar.update(self.task, completed=done, total=done + len(runs), description=f"runs, {self.left} to go")
 
     def finished(self, run: Run, seconds: float, error: str | None) -> None:
         """See `Watcher`."""
@@ -140,14 +141,18 @@ class _Progress:
         self.bar.stop()
 
 
-def time_left(actions: Sequence[str], timings: Sequence[Timing], at_once: int) -> str:
-    """About how long the missing runs will take, by the median of earlier ones of the same action."""
-    known: dict[str, list[float]] = {}
+def time_left(missing: Sequence[Run], timings: Sequence[Timing], at_once: int) -> str:
+    """About how long the missing runs will take, each by the median of the earlier ones that are most like it."""
+    known: dict[tuple[str, ...], list[float]] = {}
     for timing in timings:
-        known.setdefault(timing.action, []).append(timing.seconds)
+        for length in range(len(timing.kind) + 1):
+            known.setdefault(timing.kind[:length], []).append(timing.seconds)
     if not known:
         return "an unknown time"
-    typical = {action: statistics.median(seconds) for action, seconds in known.items()}
-    unknown = statistics.median(timing.seconds for timing in timings)
-    minutes = sum(typical.get(action, unknown) for action in actions) / at_once / 60
+
+    @cache
+    def typical(kind: tuple[str, ...]) -> float:
+        return statistics.median(known[kind]) if kind in known else typical(kind[:-1])
+
+    minutes = sum(typical(run.kind) for run in missing) / at_once / 60
     return f"about {minutes / 60:.1f} h" if minutes >= 90 else f"about {minutes:.0f} min"

@@ -34,6 +34,13 @@ class Run:
         content = json.dumps([self.action, self.settings, self.seed, needs], sort_keys=True, allow_nan=False)
         return hashlib.sha256(content.encode()).hexdigest()[:24]
 
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """The action, the model, the task and all other settings that are words, from the general to the special."""
+        words = {name: value for name, value in self.settings.items() if isinstance(value, str)}
+        order = sorted(words, key=lambda name: (name != "model", name != "task", name))
+        return (self.action, *(words[name] for name in order))
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Run) and self.key == other.key
 

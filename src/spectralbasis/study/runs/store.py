@@ -36,9 +36,9 @@ _INSERT_CHECKSUM = "INSERT OR REPLACE INTO checksums VALUES (?, ?)"
 
 @dataclass(frozen=True)
 class Timing:
-    """How long one run took: its action and its seconds."""
+    """How long one run took: its kind, see `Run.kind`, and its seconds."""
 
-    action: str
+    kind: tuple[str, ...]
     seconds: float
 
 
@@ -95,7 +95,7 @@ class RunStore:
         )
         self._errors.pop(run.key, None)
         self._records[run.key] = record
-        self.timings.append(Timing(run.action, seconds))
+        self.timings.append(Timing(run.kind, seconds))
 
     def put_error(self, run: Run, error: str, seconds: float, versions: Mapping[str, Any]) -> None:
         """Record a run that failed."""
@@ -176,8 +176,8 @@ class RunStore:
 
     def _read(self) -> None:
         self._forget_damaged()
-        columns = "key, action, result, error, seconds, versions, seed, measurements"
-        for key, action, result, error, seconds, versions, seed, blob in self._connection.execute(
+        columns = "key, action, settings, result, error, seconds, versions, seed, measurements"
+        for key, action, settings, result, error, seconds, versions, seed, blob in self._connection.execute(
             f"SELECT {columns} FROM runs"
         ):
             if error is not None:
@@ -185,7 +185,7 @@ class RunStore:
                 continue
             table = pd.DataFrame() if blob is None else pd.read_parquet(io.BytesIO(blob))
             self._records[key] = Record(json.loads(result), table, seconds, json.loads(versions), seed)
-            self.timings.append(Timing(action, seconds))
+            self.timings.append(Timing(Run(action, json.loads(settings)).kind, seconds))
 
     def _forget_damaged(self) -> None:
         """Drop the runs whose rows have not their checksum; rows of earlier versions have none."""
