@@ -12,7 +12,7 @@ from spectralbasis.comparison.statistics import Interval
 from spectralbasis.study.experiments.arms import COEFFICIENTS, Arm, Contest, Needs, needs_nothing
 from spectralbasis.study.experiments.claims import conclude
 from spectralbasis.study.experiments.contrasts import Contrast, conclude_equality, conclude_family
-from spectralbasis.study.experiments.subjects import MINILM_BRIEF, ROBERTA, SMALL_VIT, TINY_VIT, VIT_B16, Subject
+from spectralbasis.study.experiments.subjects import MINILM_LONGER, ROBERTA, SMALL_VIT, TINY_VIT, VIT_B16, Subject
 from spectralbasis.study.measures.statistics import mean_interval, paired_comparison, rank_correlation_with_p
 from spectralbasis.study.runs import Results, Run
 from spectralbasis.study.verdicts import Claim, Findings
@@ -172,7 +172,7 @@ PRESETS = {
     "cpu": Settings(
         (
             Part(VIT, VIT_CELLS, ("USPS", "CIFAR-10")),
-            Part(replace(MINILM_BRIEF, tasks=("SST-2", "MRPC")), TEXT_CELLS, ("SST-2",)),
+            Part(replace(MINILM_LONGER, tasks=("SST-2", "MRPC")), TEXT_CELLS, ("SST-2",)),
         )
     ),
     "paper": Settings(

@@ -11,7 +11,7 @@ from spectralbasis.study.experiments.arms import COEFFICIENTS, Arm, Contest
 from spectralbasis.study.experiments.contrasts import Contrast, compare_pairs, conclude_family, differences
 from spectralbasis.study.experiments.subjects import (
     DEBERTA,
-    MINILM_BRIEF,
+    MINILM_LONGER,
     ROBERTA,
     SMALL_BERT,
     TINY_VIT,
@@ -126,8 +126,8 @@ PRESETS = {
     "quick": Settings((Contest(TINY_VIT, TINY_ARMS, TINY_VIT.tasks[:1], (0, 1)),), (("diagonal", "lora r=1"),)),
     "cpu": Settings(
         (
-            Contest(MINILM_BRIEF, CORE_ARMS, ("SST-2", "MRPC")),
-            Contest(MINILM_BRIEF, FURTHER_ARMS, ("SST-2",), (0,)),
+            Contest(MINILM_LONGER, CORE_ARMS, ("SST-2", "MRPC")),
+            Contest(MINILM_LONGER, FURTHER_ARMS, ("SST-2",), (0,)),
         ),
         (("diagonal", "lora r=1"), ("core k=35", "lora r=8"), ("sparse", "lora r=8")),
         Contest(SMALL_BERT, NARROW_ARMS, ("Shakespeare", "SST-2")),

@@ -14,7 +14,7 @@ from spectralbasis.comparison.statistics import Interval
 from spectralbasis.study.experiments import sharing
 from spectralbasis.study.experiments.arms import COEFFICIENTS
 from spectralbasis.study.experiments.claims import conclude
-from spectralbasis.study.experiments.subjects import MINILM, ROBERTA, TINY_VIT, VIT_B16, Subject
+from spectralbasis.study.experiments.subjects import MINILM, MINILM_LONGER, ROBERTA, TINY_VIT, VIT_B16, Subject
 from spectralbasis.study.measures.correlations import mantel_correlation
 from spectralbasis.study.measures.statistics import jackknife_interval
 from spectralbasis.study.runs import Results, Run
@@ -27,7 +27,7 @@ QUESTION = (
 
 Floats = NDArray[np.float64]
 LEVEL = 0.05
-CORE = {**COEFFICIENTS, "coefficients": "core", "leading": 16, "learning_rate": 5e-3}
+CORE = {**COEFFICIENTS, "coefficients": "core", "leading": 16, "learning_rate": 1e-2}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ PRESETS = {
         {**COEFFICIENTS, "coefficients": "diagonal", "leading": 8, "learning_rate": 2e-2},
         steps=4,
     ),
-    "cpu": Settings(_of("cpu", MINILM), {**CORE, "batch_size": 16}),
+    "cpu": Settings(_of("cpu", MINILM), {**CORE, **MINILM_LONGER.settings}),
     "paper": Settings(_of("paper", ROBERTA, VIT_B16), steps=200),
 }
 
