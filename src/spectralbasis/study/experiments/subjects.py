@@ -52,7 +52,7 @@ MINILM = Subject(
     "MiniLM", "minilm", GLUE, {**_TEXT, "steps": 120, "train_examples": 2048, "bf16": True}, (3e-5, 2e-4, 1e-3)
 )
 MINILM_LONGER = replace(MINILM, settings={**MINILM.settings, "batch_size": 16, "steps": 360, "train_examples": 2400})
-"""Where scores are compared: in 120 steps no method gets beyond chance on RTE and MRPC. Some three minutes on a core."""
+"""Where scores are compared: in 120 steps no method gets beyond chance on RTE and MRPC. About 3 minutes on a core."""
 SMALL_VIT = Subject(
     "ViT (Fashion-MNIST)",
     pretrained("vit-small", "Fashion-MNIST", steps=800, batch_size=64, learning_rate=1e-3),
