@@ -28,9 +28,9 @@ def dense_reference(x, C, U, V, W, bias):
 
 def apply(kind, form, x, C, U, V, W, bias):
     if kind == "beside the base":
-        return FactoredUpdate.apply(linear(x, W, bias), x, C, U, V, form)
-    S = torch.linalg.vector_norm(W @ V, dim=0) if kind in ("input", "output") else None
-    return LinearUpdate.apply(x, W, bias, C, U, V, S, form)[:2]
+        return FactoredUpdate.apply(linear(x, W, bias), x, C, torch.cat((U, V)), form)
+    inverse = 1 / torch.linalg.vector_norm(W @ V, dim=0) if kind in ("input", "output") else None
+    return LinearUpdate.apply(x, W, bias, C, torch.cat((U, V)), inverse, form)[:2]
 
 
 @pytest.fixture(params=["beside the base", "factored", "formed", "input", "output"])
@@ -92,7 +92,8 @@ def test_per_example_gradients_with_torch_func(kind, form):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_products_keep_full_precision_coefficients(form, dtype):
     x, C, U, V, W, bias = tensors(form, (3, 4))
-    output, _ = FactoredUpdate.apply(linear(x, W, bias).to(dtype), x.to(dtype), C.float(), U.float(), V.float(), form)
+    directions = torch.cat((U, V)).float()
+    output, _ = FactoredUpdate.apply(linear(x, W, bias).to(dtype), x.to(dtype), C.float(), directions, form)
     assert output.dtype == dtype
     grad = torch.autograd.grad(output.float().sum(), C)[0]
     wanted = torch.autograd.grad(dense_reference(x, C, U, V, W, bias).sum(), C)[0]

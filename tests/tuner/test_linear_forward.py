@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from spectralbasis import SpectralConfig
 from spectralbasis.tuner import function
 from spectralbasis.tuner import linear as linear_module
 from tests.tuner.cases import CASES
@@ -21,7 +25,7 @@ def calls(monkeypatch):
         class Spy:
             @staticmethod
             def apply(*args, function=function, name=name):
-                seen.append((name, name == "LinearUpdate" and args[6] is not None))
+                seen.append((name, name == "LinearUpdate" and args[5] is not None))
                 return function.apply(*args)
 
         monkeypatch.setattr(linear_module, name, Spy)
@@ -109,3 +113,38 @@ def test_second_derivatives_under_autocast_see_the_coefficients_in_the_weight():
         (grad_x,) = torch.autograd.grad((output.float() ** 2).sum(), x, create_graph=True)
         found.append(torch.autograd.grad(grad_x.square().sum(), layer.spectral_coefficients["default"])[0])
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0.05 * float(found[0].abs().max()))
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations, but for those that only view their input or fill nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if isinstance(t, torch.Tensor)}
+        made = {
+            t.untyped_storage().data_ptr() for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.numel()
+        }
+        self.count += not made <= given
+        return output
+
+
+@pytest.mark.parametrize("coefficients", ["diagonal", "core"])
+def test_a_step_under_autocast_takes_fewer_operations_than_that_of_lora(coefficients):
+    """On an accelerator a step of small batches takes as long as its operations are many."""
+    counts = []
+    for config in (
+        SpectralConfig(target_modules=["0", "1"], coefficients=coefficients, leading=4),
+        LoraConfig(target_modules=["0", "1"], r=4),
+    ):
+        model = get_peft_model(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), config)
+        for _ in range(2):  # the first step finds what later ones have
+            with Operations() as seen, torch.autocast("cpu", torch.bfloat16):
+                loss = model(torch.randn(MANY, 32, requires_grad=True)).float().sum()
+            with seen:
+                loss.backward()
+        counts.append(seen.count)
+    assert counts[0] < counts[1]

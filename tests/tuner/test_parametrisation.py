@@ -89,7 +89,7 @@ def test_gradients_reach_the_stored_numbers(coefficients, scales):
     U, V = (torch.linalg.qr(torch.randn(size, K, dtype=torch.float64))[0] for size in (6, 7))
 
     def output(stored):
-        return FactoredUpdate.apply(base, x, parametrised(stored), U, V, parametrised.form)[0]
+        return FactoredUpdate.apply(base, x, parametrised(stored), torch.cat((U, V)), parametrised.form)[0]
 
     expected = base + x @ (U @ dense(parametrised, stored) @ V.T).T
     torch.testing.assert_close(output(stored), expected)

@@ -25,24 +25,25 @@ Directions = Callable[[str, Tensor, int, str], tuple[Tensor, Tensor]]
 
 
 class Factors(nn.Module):
-    """U (m, k) and V (n, k), columns orthonormal: buffers that move with the model and are never saved.
+    """U (m, k) and V (n, k), columns orthonormal: one buffer that moves with the model and is never saved.
 
     Adapters of one layer on one basis share one object; an adapter of fewer directions uses the first columns.
 
     Attributes:
+        directions: U above V, (m + n, k).
+        outputs: m.
         source: what the basis is; equal ones are interchangeable.
     """
 
-    U: Tensor
-    V: Tensor
+    directions: Tensor
 
     def __init__(self, U: Tensor, V: Tensor, source: str) -> None:
         super().__init__()
-        # Copies, so that memory layout and with it every rounding is the same wherever the directions came from.
-        self.register_buffer("U", U.clone(memory_format=torch.contiguous_format), persistent=False)
-        self.register_buffer("V", V.clone(memory_format=torch.contiguous_format), persistent=False)
+        # A copy, so that memory layout and with it every rounding is the same wherever the directions came from.
+        self.register_buffer("directions", torch.cat((U, V)), persistent=False)
+        self.outputs = len(U)
         self.source = source
-        self._singular: tuple[tuple[Any, ...], Tensor | None] | None = None
+        self._inverse: tuple[tuple[Any, ...], Tensor | None] | None = None
         draws = np.random.Generator(np.random.Philox(1))
         self._left_probe = _uniform(draws, PROBES, U.shape[0]) @ U.double().cpu()
         self._right_probe = _uniform(draws, PROBES, V.shape[0]) @ V.double().cpu()
@@ -50,11 +51,15 @@ class Factors(nn.Module):
     @property
     def k(self) -> int:
         """Number of directions."""
-        return self.U.shape[1]
+        return self.directions.shape[1]
 
     def first(self, k: int) -> tuple[Tensor, Tensor]:
         """The first k columns of U and V, as views."""
-        return self.U[:, :k], self.V[:, :k]
+        return self.directions[: self.outputs, :k], self.directions[self.outputs :, :k]
+
+    def stacked(self, k: int) -> Tensor:
+        """The first k columns of U above those of V, (m + n, k), as a view: what is cast at once."""
+        return self.directions if k == self.k else self.directions[:, :k]
 
     def probe(self, form: str, k: int) -> list[float]:
         """`PROBES` numbers `rᵀ U R Vᵀ s` of order 1, fixed pseudo-random r, R, s: they move when directions change.
@@ -68,20 +73,22 @@ class Factors(nn.Module):
         left = FORMS[form].left_factor(self._left_probe[:, :k], R)
         return [round(value, 6) for value in (left * self._right_probe[:, :k]).sum(1).tolist()]
 
-    def singular_values(self, W: Tensor, k: int) -> Tensor | None:
-        """σ (k,), if the first k columns of U and V are singular vectors of `W`, else None; found once for a weight.
+    def inverse_values(self, W: Tensor, k: int, dtype: torch.dtype) -> Tensor | None:
+        """1/σ (k,), if the first k columns of U and V are singular vectors of `W`, else None; found once for a weight.
 
         Args:
             W: a weight, (m, n).
             k: number of directions.
+            dtype: of the result.
         """
         if torch.compiler.is_compiling():
             return None
         version = None if W.is_inference() else W._version
-        state = (W.data_ptr(), version, W.dtype, W.device, k)
-        if self._singular is None or self._singular[0] != state:
-            self._singular = state, values_of_singular_vectors(W.detach(), *self.first(k))
-        return self._singular[1]
+        state = (W.data_ptr(), version, W.dtype, W.device, k, dtype)
+        if self._inverse is None or self._inverse[0] != state:
+            S = values_of_singular_vectors(W.detach(), *self.first(k))
+            self._inverse = state, None if S is None else S.reciprocal().to(dtype)
+        return self._inverse[1]
 
     def extra_repr(self) -> str:
         return f"k={self.k}, source={self.source!r}"

@@ -4,13 +4,42 @@ The functions return `x V` beside the output: as an output it may be saved by `s
 and is differentiated through, so that second derivatives are right as well.
 """
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from spectralbasis.tuner.forms import FORMS
+
+
+class _Positional(inspect.Signature):
+    """The signature of a function that is given all its arguments by position, so that there is nothing to bind.
+
+    torch binds those of `forward` in each call, and as `inspect` does it that takes longer than a small layer.
+    """
+
+    def bind(self, *args: Any, **kwargs: Any) -> "_Bound":  # type: ignore[override]
+        """The arguments as they are."""
+        return _Bound(args, kwargs)
+
+
+class _Bound(NamedTuple):
+    """What torch asks of bound arguments."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def apply_defaults(self) -> None:
+        """There are none."""
+
+
+def _positional(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, with such a signature."""
+    forward.__signature__ = _Positional()  # type: ignore[attr-defined]
+    return forward
 
 
 class FactoredUpdate(torch.autograd.Function):
@@ -20,8 +49,7 @@ class FactoredUpdate(torch.autograd.Function):
         base_output: (..., m), whose dtype the output has.
         x: (..., n); the products are computed in its dtype.
         C: coefficients in the shape of `form`.
-        U: (m, k), frozen.
-        V: (n, k), frozen.
+        directions: U (m, k) above V (n, k), so that one operation casts both; frozen.
         form: a key of `FORMS`.
 
     Returns:
@@ -31,30 +59,33 @@ class FactoredUpdate(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(base_output: Tensor, x: Tensor, C: Tensor, U: Tensor, V: Tensor, form: str) -> tuple[Tensor, Tensor]:
-        Z = x.reshape(-1, x.shape[-1]) @ V.to(x.dtype)
-        return _add_product(base_output, FORMS[form].multiply(Z, C.to(x.dtype)), U.to(x.dtype).T), Z
+    @_positional
+    def forward(base_output: Tensor, x: Tensor, C: Tensor, directions: Tensor, form: str) -> tuple[Tensor, Tensor]:
+        U, V = _split(directions.to(x.dtype), base_output.shape[-1])
+        Z = x.reshape(-1, x.shape[-1]) @ V
+        return _add_product(base_output, FORMS[form].multiply(Z, C.to(x.dtype)), U.T), Z
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, x, C, U, V, ctx.form = inputs
-        ctx.save_for_backward(output[1], C, U, V)
+        _, x, C, directions, ctx.form = inputs
+        ctx.save_for_backward(output[1], C, directions)
         ctx.x_shape = x.shape
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_output, grad_Z = grads
-        Z, C, U, V = ctx.saved_tensors
+        Z, C, directions = ctx.saved_tensors
+        U, V = _split(directions.to(Z.dtype), len(directions) - ctx.x_shape[-1])
         _, needs_x, needs_C, *_ = ctx.needs_input_grad
         grad_x, grad_C = None, None
         if grad_output is not None and (needs_x or needs_C):
-            G = grad_output.reshape(-1, grad_output.shape[-1]).to(Z.dtype) @ U.to(Z.dtype)
+            G = grad_output.reshape(-1, grad_output.shape[-1]).to(Z.dtype) @ U
             grad_C = FORMS[ctx.form].gradient(G, Z, C.dtype) if needs_C else None
             grad_Z = _add(FORMS[ctx.form].multiply_transposed(G, C.to(Z.dtype)) if needs_x else None, grad_Z)
         if grad_Z is not None and needs_x:
-            grad_x = (grad_Z @ V.to(Z.dtype).T).reshape(ctx.x_shape)
-        return grad_output, grad_x, grad_C, None, None, None
+            grad_x = (grad_Z @ V.T).reshape(ctx.x_shape)
+        return grad_output, grad_x, grad_C, None, None
 
 
 class LinearUpdate(torch.autograd.Function):
@@ -73,9 +104,8 @@ class LinearUpdate(torch.autograd.Function):
         W: (m, n), frozen; formed in its own dtype.
         bias: (m,) or None.
         C: coefficients in the shape of `form`.
-        U: (m, k), frozen.
-        V: (n, k), frozen.
-        S: σ (k,), where U and V are singular vectors of W; else None.
+        directions: U (m, k) above V (n, k), so that one operation casts both; frozen.
+        inverse: 1/σ (k,) in the dtype of x, where U and V are singular vectors of W; else None.
         form: a key of `FORMS`.
 
     Returns:
@@ -86,11 +116,12 @@ class LinearUpdate(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @_positional
     def forward(
-        x: Tensor, W: Tensor, bias: Tensor | None, C: Tensor, U: Tensor, V: Tensor, S: Tensor | None, form: str
+        x: Tensor, W: Tensor, bias: Tensor | None, C: Tensor, directions: Tensor, inverse: Tensor | None, form: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         flat = x.reshape(-1, x.shape[-1])
-        update = _Update(W, C, U, V, S, form, x.dtype)
+        update = _Update(W, C, directions, inverse, form, x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             y, Z = _forward(flat, bias if bias is None else bias.to(x.dtype), update)
         kept = x.new_empty(0) if x.dtype == W.dtype else update.multiplied()
@@ -98,20 +129,20 @@ class LinearUpdate(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, W, _, C, U, V, S, ctx.form = inputs
+        x, W, _, C, directions, inverse, ctx.form = inputs
         _, Z, kept = output
         ctx.mark_non_differentiable(kept)
-        ctx.save_for_backward(Z, W, C, U, V, S, kept)
-        ctx.formed = cheapest(len(Z), *W.shape, singular=S is not None) == "formed"
+        ctx.save_for_backward(Z, W, C, directions, inverse, kept)
+        ctx.formed = cheapest(len(Z), *W.shape, singular=inverse is not None) == "formed"
         ctx.x_shape = x.shape
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_output, grad_Z, _ = grads
-        Z, W, C, U, V, S, kept = ctx.saved_tensors
+        Z, W, C, directions, inverse, kept = ctx.saved_tensors
         needs_x, _, needs_bias, needs_C, *_ = ctx.needs_input_grad
-        update = _Update(W, C, U, V, S, ctx.form, Z.dtype)
+        update = _Update(W, C, directions, inverse, ctx.form, Z.dtype)
         if Z.dtype != W.dtype and not torch.is_grad_enabled():  # a second derivative has to see C in the weight
             update.keep(kept, formed=ctx.formed)
         grad_x, grad_bias, grad_C = None, None, None
@@ -124,19 +155,19 @@ class LinearUpdate(torch.autograd.Function):
             grad_x = _add(grad_x, grad_Z @ update.V.T)
         if grad_x is not None:
             grad_x = grad_x.reshape(ctx.x_shape)
-        return grad_x, None, grad_bias, grad_C, None, None, None, None
+        return grad_x, None, grad_bias, grad_C, None, None, None
 
 
 class _Update:
-    """The tensors of one update in the dtype of its tokens."""
+    """The tensors of one update in the dtype of its tokens, which 1/σ has already."""
 
     def __init__(
-        self, W: Tensor, C: Tensor, U: Tensor, V: Tensor, S: Tensor | None, form: str, dtype: torch.dtype
+        self, W: Tensor, C: Tensor, directions: Tensor, inverse: Tensor | None, form: str, dtype: torch.dtype
     ) -> None:
-        self.stored = W, C, U, V
+        self.stored = W, C, directions
         self.dtype = dtype
-        self.C, self.U, self.V = C.to(dtype), U.to(dtype), V.to(dtype)
-        self.inverse = None if S is None else S.reciprocal().to(dtype)
+        self.C, self.inverse = C.to(dtype), inverse
+        self.U, self.V = _split(directions.to(dtype), len(W))
         self.form = FORMS[form]
         self.weights: dict[str, Tensor] = {}
 
@@ -164,7 +195,8 @@ class _Update:
     def formed(self) -> Tensor:
         """`W + U C Vᵀ`, rounded once."""
         if not self.weights:
-            W, C, U, V = self.stored
+            W, C, directions = self.stored
+            U, V = _split(directions, len(W))
             self.weights["formed"] = torch.addmm(W, self.form.left_factor(U, C), V.T).to(self.dtype)
         return self.weights["formed"]
 
@@ -228,6 +260,12 @@ def cheapest(tokens: int, outputs: int, inputs: int, *, singular: bool, formed: 
     for way, cost in ways[1:]:  # torch.compile cannot follow `min` with a key
         best, least = (way, cost) if cost < least else (best, least)
     return best
+
+
+def _split(directions: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
+    """U and V."""
+    U, V = directions.split((outputs, len(directions) - outputs))
+    return U, V
 
 
 def _add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -124,9 +124,13 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
 
     def terms(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, str]:
         """C, U (m, k), V (n, k) and the form of C of one adapter."""
+        C, form = self.coefficients(adapter_name)
+        return C, *self.factors(adapter_name).first(len(C)), form
+
+    def coefficients(self, adapter_name: str) -> tuple[Tensor, str]:
+        """C and its form of one adapter."""
         parametrisation = self.parametrisation(adapter_name)
-        C = parametrisation(self.spectral_coefficients[adapter_name])
-        return C, *self.factors(adapter_name).first(parametrisation.k), parametrisation.form
+        return parametrisation(self.spectral_coefficients[adapter_name]), parametrisation.form
 
     def set_weighted(self, adapter_name: str, adapters: Sequence[str], weights: Sequence[float]) -> None:
         """Set the numbers of an adapter so that its C is the weighted sum of those that this layer has of others."""

@@ -37,13 +37,15 @@ class Linear(SpectralLayer):
         """The base layer's output plus `x ΔWᵀ` of the adapters `active`."""
         x = _autocast(x) if active else x
         if len(active) == 1 and not args and not kwargs and self._is_plain(x):
-            C, U, V, form = self.terms(active[0])
             base = cast(nn.Linear, self.base_layer)
-            S = self.factors(active[0]).singular_values(base.weight, len(C))
-            return LinearUpdate.apply(x, base.weight, base.bias, C, U, V, S, form)[0]
+            C, form = self.coefficients(active[0])
+            factors = self.factors(active[0])
+            inverse = factors.inverse_values(base.weight, len(C), x.dtype)
+            return LinearUpdate.apply(x, base.weight, base.bias, C, factors.stacked(len(C)), inverse, form)[0]
         output = self.base_layer(x, *args, **kwargs)
         for name in active:
-            output, _ = FactoredUpdate.apply(output, x, *self.terms(name))
+            C, form = self.coefficients(name)
+            output, _ = FactoredUpdate.apply(output, x, C, self.factors(name).stacked(len(C)), form)
         return output
 
     def project(self, x: Tensor, U: Tensor, V: Tensor) -> Tensor:
