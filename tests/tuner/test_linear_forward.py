@@ -116,7 +116,7 @@ def test_second_derivatives_under_autocast_see_the_coefficients_in_the_weight():
 
 
 class Operations(TorchDispatchMode):
-    """Counts operations, but for those that only view their input or fill nothing."""
+    """Counts operations, but for those that only view their input or make an empty tensor."""
 
     def __init__(self):
         super().__init__()

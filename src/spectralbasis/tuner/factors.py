@@ -59,7 +59,7 @@ class Factors(nn.Module):
 
     def stacked(self, k: int) -> Tensor:
         """The first k columns of U above those of V, (m + n, k), as a view: what is cast at once."""
-        return self.directions if k == self.k else self.directions[:, :k]
+        return self.directions[:, :k]
 
     def probe(self, form: str, k: int) -> list[float]:
         """`PROBES` numbers `rᵀ U R Vᵀ s` of order 1, fixed pseudo-random r, R, s: they move when directions change.
