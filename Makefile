@@ -38,7 +38,7 @@ wheel-check: .venv/installed-dev
 	touch $@
 
 .venv/installed-dev: .venv/created pyproject.toml constraints.txt
-	$(INSTALL) '.[baselines,dev,images,integrations,minilm,ray,sentencepiece]'
+	$(INSTALL) '.[baselines,dev,diagnostics,images,integrations,minilm,ray,sentencepiece]'
 	touch $@ .venv/installed
 
 .venv/installed-docs: .venv/created pyproject.toml constraints.txt

@@ -1,13 +1,13 @@
-"""The action `diagnose` on a small model and on itself."""
+"""The actions `diagnose` and `power_laws` on a small model and on itself."""
 
 import pytest
 
-from spectralbasis.study.actions.diagnosing import diagnose
+from spectralbasis.study.actions.diagnosing import diagnose, power_laws
 from spectralbasis.study.actions.tuning import tune
 from spectralbasis.study.models.architectures import find_architecture, random_model
 from spectralbasis.study.runs import Run, Site
 
-SETTINGS = {"task": "digits-parity", "examples": 100, "probe_examples": 150, "power_laws": False}
+SETTINGS = {"task": "digits-parity", "examples": 100, "probe_examples": 150}
 
 
 @pytest.fixture(scope="module")
@@ -36,3 +36,15 @@ def test_a_model_and_itself(folders, tmp_path):
     assert result["cka"] == pytest.approx(1)
     assert result["svcca"] == pytest.approx(1)
     assert result["probe_before"] == result["probe_after"]
+
+
+def test_power_laws_before_and_after(folders, tmp_path):
+    pytest.importorskip("weightwatcher")
+    needs = {"model": folders / "base", "tuned": folders / "tuned"}
+    found = power_laws(Run("power_laws", {"task": "digits-parity"}), Site(None, tmp_path, needs))
+    exponents = found.measurements.pivot(index=["layer", "matrix"], columns="metric", values="value")
+    assert set(exponents.index.get_level_values("layer")) == {-1, 0, 1}
+    assert (exponents > 1).all(axis=None)
+    assert (exponents["power_law_before"] != exponents["power_law_after"]).all()
+    assert found.result["power_law_before"] == pytest.approx(exponents["power_law_before"].mean())
+    assert found.result["weightwatcher"]

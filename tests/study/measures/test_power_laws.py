@@ -40,5 +40,5 @@ def test_layers_are_found_by_name(monkeypatch):
 
 def test_without_the_package_it_says_what_to_do(monkeypatch):
     monkeypatch.setattr(power_laws, "is_available", lambda: False)
-    with pytest.raises(InputError, match="pip install weightwatcher"):
+    with pytest.raises(InputError, match="diagnostics"):
         power_laws.power_law_exponents(tiny("bert"), set())

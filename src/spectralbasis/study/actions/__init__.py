@@ -11,6 +11,7 @@ ACTIONS = {
     "diagnose": "spectralbasis.study.actions.diagnosing:diagnose",
     "gradient_coverage": "spectralbasis.study.actions.coverage:gradient_coverage",
     "initialise": "spectralbasis.study.actions.initialisation:initialise",
+    "power_laws": "spectralbasis.study.actions.diagnosing:power_laws",
     "retention": "spectralbasis.study.actions.retaining:retention",
     "similarity": "spectralbasis.study.actions.similarity:similarity",
     "tune": "spectralbasis.study.actions.tuning:tune",

@@ -1,6 +1,7 @@
-"""The action `diagnose`: what the field looks at beside singular vectors, before and after finetuning."""
+"""The actions `diagnose` and `power_laws`: what the field looks at beside singular vectors, before and after tuning."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from datasets import Dataset
 from spectralbasis.checkpoints import logical_matrices, open_checkpoint
 from spectralbasis.study.actions.inputs import halved_task, model_of
 from spectralbasis.study.measures.activations import Floats, layer_activations, linear_cka, linear_probe, svcca
-from spectralbasis.study.measures.power_laws import is_available, power_law_exponents
+from spectralbasis.study.measures.power_laws import power_law_exponents
 from spectralbasis.study.models.loading import LoadedModel, load_model
 from spectralbasis.study.runs import Outcome, Run, Site
 from spectralbasis.study.tasks.arrays import LABEL, batches
@@ -22,21 +23,40 @@ def diagnose(run: Run, site: Site) -> Outcome:
     """Compare the activations of a model before and after full finetuning, and what probes read off each layer.
 
     The needs are `tuned`, a whole model, and `model`, what it was before, unless that is a setting. The settings are
-    `task`, `examples` (of the reporting half, at most), `probe_examples` (of the training examples, at most),
-    `max_length`, and `power_laws`, which measures nothing where `weightwatcher` is not installed.
+    `task`, `examples` (of the reporting half, at most), `probe_examples` (of the training examples, at most) and
+    `max_length`.
 
     Returns:
-        Rows `layer, matrix, metric, value`. For each layer from 0, and −1 for the embeddings, `cka` and `svcca` between
-        before and after; for tasks with labels `probe_before` and `probe_after`, accuracy or Pearson's correlation. For
-        each matrix `power_law_before` and `power_law_after`.
+        Rows `layer, matrix, metric, value`, where `matrix` is empty. For each layer from 0, and −1 for the embeddings,
+        `cka` and `svcca` between before and after; for tasks with labels `probe_before` and `probe_after`, accuracy or
+        Pearson's correlation.
     """
-    settings, task = run.settings, halved_task(run.settings["task"], site)
-    length = settings.get("max_length", 64)
+    return _outcome(_activations(*_before_and_after(run, site), run.settings, run.seed))
+
+
+def power_laws(run: Run, site: Site) -> Outcome:
+    """Fit the power-law exponents of a model's matrices before and after full finetuning.
+
+    The needs are those of `diagnose`, the settings `task` and `max_length`.
+
+    Returns:
+        Rows `layer, matrix, metric, value`: for each matrix `power_law_before` and `power_law_after`. Its result also
+        names the version of `weightwatcher`.
+
+    Raises:
+        InputError: `weightwatcher` is not installed.
+    """
+    found = _outcome(_power_laws(*_before_and_after(run, site)))
+    return Outcome({**found.result, "weightwatcher": version("weightwatcher")}, found.measurements)
+
+
+def _before_and_after(run: Run, site: Site) -> tuple[LoadedModel, LoadedModel]:
+    task, length = halved_task(run.settings["task"], site), run.settings.get("max_length", 64)
     before = load_model(model_of(run, site), task, seed=run.seed, max_length=length)
-    after = load_model(site.needs["tuned"], task, head="stored", max_length=length)
-    rows = [*_activations(before, after, settings, run.seed)]
-    if settings.get("power_laws") and is_available():
-        rows += _power_laws(before, after)
+    return before, load_model(site.needs["tuned"], task, head="stored", max_length=length)
+
+
+def _outcome(rows: Iterable[dict[str, Any]]) -> Outcome:
     table = pd.DataFrame(rows, columns=["layer", "matrix", "metric", "value"])
     means = table.groupby("metric")["value"].mean()
     return Outcome({str(metric): float(value) for metric, value in means.items()}, table)

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from spectralbasis.study.experiments import stability
 from spectralbasis.study.experiments.claims import conclude
-from spectralbasis.study.experiments.subjects import Subject
+from spectralbasis.study.measures.power_laws import is_available
 from spectralbasis.study.measures.statistics import mean_interval, rank_correlation_with_p
 from spectralbasis.study.measures.trajectory_summary import summarise_steps
 from spectralbasis.study.runs import Record, Results, Run
@@ -31,18 +31,16 @@ class Settings:
         rate: which of a subject's learning rates, by number.
         examples: held-out examples whose activations are compared.
         probe_examples: training examples of the probes.
-        power_laws: fit them, where `weightwatcher` is installed.
     """
 
     finetuning: stability.Settings
     rate: int = 1
     examples: int = 1000
     probe_examples: int = 1000
-    power_laws: bool = True
 
 
 PRESETS = {
-    "quick": Settings(stability.PRESETS["quick"], examples=200, probe_examples=200, power_laws=False),
+    "quick": Settings(stability.PRESETS["quick"], examples=200, probe_examples=200),
     "cpu": Settings(stability.SEVERAL_TASKS),
     "paper": Settings(stability.PRESETS["paper"], examples=4000, probe_examples=4000),
 }
@@ -55,37 +53,49 @@ STORIES = {
     "power-law shift": "relative change of the exponents of the layer's spectra, against the same rotation",
 }
 
+NO_FITS = " No power laws were fitted: they need weightwatcher (pip install 'spectralbasis[diagnostics]')."
+
 
 def plan(settings: Settings, results: Results) -> list[Run]:
-    """A diagnosis of each finetuned model."""
-    return [run for _, _, run in _diagnoses(settings)]
+    """A diagnosis of each finetuned model; power laws where they are known or `weightwatcher` can fit them."""
+    return [
+        run
+        for look in _looks(settings)
+        for run in (look.diagnosis, look.power_laws)
+        if run.action != "power_laws" or is_available() or results.get(run)
+    ]
 
 
-def _diagnoses(settings: Settings) -> Iterator[tuple[dict[str, Any], Run, Run]]:
-    """What tells it apart, the finetuning, and the diagnosis."""
+@dataclass(frozen=True)
+class _Look:
+    """At one finetuned model: what tells it apart, its finetuning, and what is measured of it."""
+
+    labels: dict[str, Any]
+    tuned: Run
+    diagnosis: Run
+    power_laws: Run
+
+
+def _looks(settings: Settings) -> Iterator[_Look]:
     finetuning = settings.finetuning
     for seed in finetuning.seeds:
         for subject in finetuning.subjects:
             for task in subject.tasks:
                 tuned = stability.finetuning(finetuning, subject, task, subject.learning_rates[settings.rate], seed)
                 labels = dict(zip(RUN, (subject.name, task, seed), strict=True))
-                yield labels, tuned, _diagnosis(settings, subject, task, tuned)
-
-
-def _diagnosis(settings: Settings, subject: Subject, task: str, tuned: Run) -> Run:
-    wanted = {
-        "task": task, "examples": settings.examples, "probe_examples": settings.probe_examples,
-        "max_length": subject.settings.get("max_length", 64), "power_laws": settings.power_laws,
-    }  # fmt: skip
-    return Run("diagnose", {**subject.named(), **wanted}, tuned.seed, {**subject.needs(), "tuned": tuned})
+                needs = {**subject.needs(), "tuned": tuned}
+                read = {**subject.named(), "task": task, "max_length": subject.settings.get("max_length", 64)}
+                samples = {"examples": settings.examples, "probe_examples": settings.probe_examples}
+                diagnosis = Run("diagnose", {**read, **samples}, seed, needs)
+                yield _Look(labels, tuned, diagnosis, Run("power_laws", read, seed, needs))
 
 
 def analyse(settings: Settings, results: Results) -> Findings:
     """Rank correlations over the layers of each model, averaged over models and tasks."""
     layers = [
-        _by_layer(found, tuned_record).assign(**labels)
-        for labels, tuned, run in _diagnoses(settings)
-        if (found := results.get(run)) and (tuned_record := results.get(tuned))
+        _by_layer(found, tuned, results.get(look.power_laws)).assign(**look.labels)
+        for look in _looks(settings)
+        if (found := results.get(look.diagnosis)) and (tuned := results.get(look.tuned))
     ]
     if not layers:
         return Findings(_claims(pd.DataFrame(columns=[*RUN, *STORIES])), note="No run is finished yet.")
@@ -103,11 +113,12 @@ def analyse(settings: Settings, results: Results) -> Findings:
         {"Activations and singular vectors": _figure(table)},
         f"{len(layers)} finished runs. Each correlation is Spearman's, over the layers of one finetuned model; "
         "intervals are Student's t over models and tasks, whose seeds were averaged. A layer's activations also carry "
-        "what the layers before it did, so that a trend over depth alone makes some correlation.",
+        "what the layers before it did, so that a trend over depth alone makes some correlation."
+        + ("" if table["power-law shift"].notna().any() else NO_FITS),
     )
 
 
-def _by_layer(found: Record, tuned: Record) -> pd.DataFrame:
+def _by_layer(found: Record, tuned: Record, fits: Record | None) -> pd.DataFrame:
     """What each numbered layer shows, beside the final rotation of its matrices."""
     measured = tuned.measurements
     last = measured[(measured["step"] == measured["step"].max()) & (measured["layer"] >= 0)]
@@ -119,16 +130,14 @@ def _by_layer(found: Record, tuned: Record) -> pd.DataFrame:
     table["activation change (CKA)"] = 1 - table["cka"]
     table["activation change (SVCCA)"] = 1 - table["svcca"]
     table["probe gain"] = table["probe_after"] - table["probe_before"]
-    table["power-law shift"] = _power_law_shift(found.measurements)
+    table["power-law shift"] = _power_law_shift(fits.measurements) if fits and len(fits.measurements) else np.nan
     return table.reset_index()
 
 
-def _power_law_shift(rows: pd.DataFrame) -> pd.Series:
-    """Mean relative change of the exponents, by layer; empty where none were fitted."""
-    fits = rows[rows["metric"].str.startswith("power_law")]
+def _power_law_shift(fits: pd.DataFrame) -> pd.Series:
+    """Mean relative change of the exponents, by layer."""
     exponents = fits.set_index(["layer", "matrix", "metric"])["value"].unstack("metric")
-    if exponents.empty:
-        return pd.Series(dtype=float)
+    exponents = exponents.reindex(columns=["power_law_before", "power_law_after"])
     shift = (exponents["power_law_after"] / exponents["power_law_before"] - 1).abs()
     return shift.groupby("layer").mean()
 

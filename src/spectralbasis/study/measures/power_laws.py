@@ -1,5 +1,6 @@
 """Power-law exponents of weight matrices, through the package `weightwatcher` where it is installed."""
 
+from contextlib import redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -21,7 +22,7 @@ def power_law_exponents(model: nn.Module, matrices: set[str]) -> dict[str, float
 
     Args:
         model: its layers are read as they are.
-        matrices: names of matrices to fit; each fit takes most of a second.
+        matrices: names of matrices to fit.
 
     Returns:
         Matrices that the package finds no fit for are absent.
@@ -30,11 +31,12 @@ def power_law_exponents(model: nn.Module, matrices: set[str]) -> dict[str, float
         InputError: the package is not installed.
     """
     if not is_available():
-        raise InputError("power-law exponents need the package weightwatcher: pip install weightwatcher, or leave them")
-    watcher = import_module("weightwatcher").WeightWatcher(model=model)
-    layers = _rows(watcher.describe())
-    wanted = [int(row.layer_id) for row in layers if matrix_name(str(row.longname)) in matrices]
-    found = watcher.analyze(layers=wanted) if wanted else pd.DataFrame()
+        raise InputError("power-law exponents need the package weightwatcher: pip install 'spectralbasis[diagnostics]'")
+    with redirect_stdout(None):  # it prints where it has few eigenvalues to fit
+        watcher = import_module("weightwatcher").WeightWatcher(model=model)
+        layers = _rows(watcher.describe())
+        wanted = [int(row.layer_id) for row in layers if matrix_name(str(row.longname)) in matrices]
+        found = watcher.analyze(layers=wanted) if wanted else pd.DataFrame()
     return {matrix_name(str(row.longname)): float(row.alpha) for row in _rows(found) if row.alpha > 0}
 
 
