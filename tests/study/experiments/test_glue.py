@@ -11,12 +11,13 @@ from tests.study.experiments.planted import conducted, verdicts
 SETTINGS = glue.PRESETS["cpu"]
 FORGOTTEN = {"spectral": 0.1, "lora": 0.1, "full": 0.4}
 COUNTS = {"spectral": 14_000, "lora": 42_000, "full": 22_000_000}
+PRECISIONS = ("bf16", "bf16", "float32")
 
 
 def planted(spectral: float, lora: float, spread: float = 0.0) -> Results:
     """Scores of spectral arms and of all others; tasks differ more than methods do."""
 
-    def tuned(run: Run) -> dict[str, float]:
+    def tuned(run: Run) -> dict[str, object]:
         if run.action == "retention":
             tuned_by = run.needs["adapter"].settings["method"]
             return {"before": -3.0, "after": -3.0 - FORGOTTEN.get(tuned_by, 0.5) - 0.001 * run.needs["adapter"].seed}
@@ -28,7 +29,7 @@ def planted(spectral: float, lora: float, spread: float = 0.0) -> Results:
         return {
             "score": level + noise + 0.001 * run.seed, "selection_score": level, "seconds_per_step": 0.5,
             "parameters_backbone": COUNTS.get(method, 0), "parameters_head": 770, "parameters_model": 22_000_000,
-            "adapter_bytes": 1000,
+            "adapter_bytes": 1000, "precision": PRECISIONS[run.seed],
         }  # fmt: skip
 
     return conducted(lambda known: glue.plan(SETTINGS, known), tuned)
@@ -54,6 +55,13 @@ def test_no_worse_than_lora_with_more_numbers(spectral, lora, spread, verdict):
     shown = findings.tables["Against full finetuning"].set_index("arm")
     assert shown.loc["lora r=1", "difference"] == pytest.approx(0)
     assert shown.loc["diagonal", "difference"] == pytest.approx(spectral - lora - spread / 5, abs=1e-9)
+
+
+def test_costs_say_what_they_were_measured_in():
+    shown = glue.analyse(SETTINGS, planted(0.8, 0.8)).tables["Numbers, time and bytes"].set_index("arm")
+    assert shown.loc["lora r=1", "precision"] == "bf16, float32"
+    assert shown.loc["dora", "precision"] == "bf16"
+    assert shown.loc["dora", "adapter_bytes"] == 1000
 
 
 def test_everything_is_planned_in_the_order_of_preference():

@@ -17,7 +17,7 @@ COEFFICIENTS = {"method": "spectral", "scaling": "absolute"}
 FURTHER_RATES = 3
 """How many rates an arm may try beyond those it begins with, as long as the best is the first or the last."""
 COLUMNS = ("subject", "arm", "task", "seed", "learning_rate", "score", "backbone", "head", "model", "seconds_per_step",
-           "adapter_bytes")  # fmt: skip
+           "precision", "adapter_bytes")  # fmt: skip
 
 
 def needs_nothing(subject: Subject, task: str) -> Mapping[str, Run]:
@@ -147,4 +147,5 @@ def _selection_score(run: Run, results: Results) -> float:
 def _facts(result: Mapping[str, Any]) -> dict[str, Any]:
     named = {"backbone": "parameters_backbone", "head": "parameters_head", "model": "parameters_model"}
     same = ("score", "seconds_per_step", "adapter_bytes")
-    return {**{name: result[key] for name, key in named.items()}, **{name: result[name] for name in same}}
+    facts = {**{name: result[key] for name, key in named.items()}, **{name: result[name] for name in same}}
+    return facts | {"precision": result.get("precision", "")}  # rows of earlier versions name none

@@ -261,8 +261,11 @@ def _by_task(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def _costs(scores: pd.DataFrame) -> pd.DataFrame:
-    costs = ["backbone", "head", "model", "seconds_per_step", "adapter_bytes"]
-    means = scores.groupby(["subject", "arm"], sort=False)[costs].mean().reset_index()
+    """Means over runs; their precision too, as a processor without bf16 trains in float32, at another speed."""
+    groups = scores.groupby(["subject", "arm"], sort=False)
+    means = groups[["backbone", "head", "model", "seconds_per_step"]].mean()
+    precision = groups["precision"].agg(lambda found: ", ".join(sorted({*found} - {""})))
+    means = means.assign(precision=precision, adapter_bytes=groups["adapter_bytes"].mean()).reset_index()
     for part in ("backbone", "head"):
         means[f"share_{part}"] = means[part] / means["model"]
     return means.drop(columns="model")
