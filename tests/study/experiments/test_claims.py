@@ -1,10 +1,10 @@
-"""From intervals to verdicts on equality."""
+"""From intervals to verdicts on equality, and what a family makes of its claims."""
 
 import math
 
 import pytest
 
-from spectralbasis.study.experiments.claims import conclude_equal
+from spectralbasis.study.experiments.claims import as_family, conclude, conclude_equal
 from spectralbasis.study.measures.statistics import Interval
 
 
@@ -25,3 +25,17 @@ def test_equality_needs_the_whole_interval_inside(low, high, verdict):
     claim = conclude_equal("a equals b", "They differ by less.", found, within=0.01, unit="score", runs=12)
     assert claim.verdict == verdict
     assert math.isnan(claim.p_value)
+
+
+def test_a_family_keeps_verdicts_that_its_size_does_not_explain():
+    def claim(name, p_value):
+        found = Interval(1.0, 0.1, 1.9, p_value)
+        return conclude(name, "One is above the other.", found, unit="score", would_change="Other numbers.", runs=12)
+
+    single = [claim("clear", 0.004), claim("close", 0.03), claim("close too", 0.04), claim("untested", math.nan)]
+    assert {one.verdict for one in single} == {"supported"}
+    family = {one.name: one for one in as_family(iter(single))}
+    assert [one.p_value for one in family.values()][:3] == pytest.approx([0.012, 0.06, 0.06])
+    assert {name: one.verdict for name, one in family.items()} == {
+        "clear": "supported", "close": "undecided", "close too": "undecided", "untested": "undecided",
+    }  # fmt: skip

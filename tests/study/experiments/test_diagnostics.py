@@ -1,5 +1,6 @@
 """Whether the stories agree follows what was planted layer by layer."""
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -13,34 +14,46 @@ SETTINGS = diagnostics.PRESETS["cpu"]
 LAYERS = range(6)
 
 
-def trajectory(run):
+def by_depth(task, layer):
+    return layer
+
+
+def by_task(task, layer):
+    """Every task turns other layers."""
+    return int(np.random.default_rng(sum(map(ord, task))).permutation(len(LAYERS))[layer])
+
+
+def trajectory(task, turned):
     rows = [
         (step, f"{layer}.dense", layer, "dense", metric, "both", value, 0.5, 0.0)
         for step in (1, 2)
         for layer in LAYERS
         for metric, value in {
-            "subspace_overlap": 1 - 0.01 * (layer + 1), "coverage_core": 0.1, "coverage_diagonal": 0.1,
+            "subspace_overlap": 1 - 0.01 * (turned(task, layer) + 1), "coverage_core": 0.1, "coverage_diagonal": 0.1,
             "update_norm_relative": 0.1, "wedin_bound": 1.0,
         }.items()
     ]  # fmt: skip
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def planted(direction):
+def planted(direction, turned=by_depth):
+    """Stories that follow what is turned, or go against it."""
+
     def measurements(run):
+        task = run.settings.get("task", "")
         values = {
-            "diagnose": lambda layer: {
-                "cka": 0.9 - direction * 0.05 * layer, "svcca": 0.9 - 0.03 * (layer * 5 % 6),
-                "probe_before": 0.5, "probe_after": 0.5 + direction * 0.01 * layer,
+            "diagnose": lambda rank: {
+                "cka": 0.9 - direction * 0.05 * rank, "svcca": 0.9 - 0.03 * (rank * 5 % 6),
+                "probe_before": 0.5, "probe_after": 0.5 + direction * 0.01 * rank,
             },
-            "power_laws": lambda layer: {"power_law_before": 3.0, "power_law_after": 3.0 + 0.1 * layer},
+            "power_laws": lambda rank: {"power_law_before": 3.0, "power_law_after": 3.0 + 0.1 * rank},
         }.get(run.action)  # fmt: skip
         if values is None:
-            return trajectory(run)
+            return trajectory(task, turned)
         return pd.DataFrame(
             {"layer": layer, "matrix": f"{layer}.dense", "metric": metric, "value": value}
             for layer in LAYERS
-            for metric, value in values(layer).items()
+            for metric, value in values(turned(task, layer)).items()
         )
 
     runs = with_needs(diagnostics.plan(SETTINGS, Results({})))
@@ -65,6 +78,22 @@ def test_stories(direction, expected, package):
     assert claims["activation change (CKA) follows rotation"] == pytest.approx(direction)
     assert abs(claims["activation change (SVCCA) follows rotation"]) < 0.99
     assert len(findings.tables["Layers"]) == 3 * len(LAYERS)
+    # Every task turns the same layers: the stories may follow the layers alone.
+    assert claims["probe gain follows the task's own rotation"] == 0
+    assert found["probe gain follows the task's own rotation"] == "undecided"
+
+
+@pytest.mark.parametrize(("direction", "expected"), [(1, "supported"), (-1, "contradicted")])
+def test_stories_of_the_task_alone(direction, expected, package):
+    package(True)
+    findings = diagnostics.analyse(SETTINGS, planted(direction, by_task))
+    assert verdicts(findings)["probe gain follows the task's own rotation"] == expected
+    own = findings.tables["Rank correlations over layers"].set_index("task")["probe gain"]
+    beyond = findings.tables["More than with other tasks' rotation"].set_index("task")["probe gain"]
+    ranks = {task: [by_task(task, layer) for layer in LAYERS] for task in ("RTE", "MRPC", "CoLA", "STS-B", "SST-2")}
+    others = [np.corrcoef(ranks["RTE"], ranks[task])[0, 1] for task in ranks if task != "RTE"]
+    assert own["RTE"] == pytest.approx(direction)
+    assert beyond["RTE"] == pytest.approx(direction * (1 - np.mean(others)))
 
 
 def test_without_the_package_the_other_stories_are_told(package):

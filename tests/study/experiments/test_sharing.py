@@ -45,7 +45,8 @@ def test_tasks_that_share():
     assert claims["MiniLM: unrelated tasks share"].effect == pytest.approx(2, abs=0.05)
     assert claims["MiniLM: unrelated tasks turn alike"].verdict == "supported"
     assert claims["MiniLM: seeds share more than tasks"].verdict == "supported"
-    assert claims["MiniLM: seeds share more than tasks"].p_value == pytest.approx(2e-3)
+    # Two-sided, and by Holm's method the largest of three models' alike.
+    assert claims["MiniLM: seeds share more than tasks"].p_value == pytest.approx(3 * 2e-3)
 
 
 def test_sharing_that_stability_explains_is_no_common_turn():

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from spectralbasis.comparison.statistics import Interval
 from spectralbasis.study.experiments.arms import COEFFICIENTS, Arm, Contest, Needs, needs_nothing
-from spectralbasis.study.experiments.claims import conclude
+from spectralbasis.study.experiments.claims import as_family, conclude
 from spectralbasis.study.experiments.contrasts import Contrast, conclude_equality, conclude_family
 from spectralbasis.study.experiments.subjects import MINILM_LONGER, ROBERTA, SMALL_VIT, TINY_VIT, VIT_B16, Subject
 from spectralbasis.study.measures.statistics import mean_interval, paired_comparison, rank_correlation_with_p
@@ -260,11 +260,11 @@ def analyse(settings: Settings, results: Results) -> Findings:
     planned = sum(part.contest(cell).size for part, cell in _cells(settings))
     facts = gradient_facts(settings, results)
     both = scores.merge(facts, how="inner", on=["subject", "cell", "task", "arm"])
-    predicted = [quantity_predicts(both, quantity) for quantity in PREDICTORS]
+    reasons = as_family([*(quantity_predicts(both, quantity) for quantity in PREDICTORS), rates_fall(scores)])
     contrasts = _contrasts(settings)
     of_weights = [one for one in contrasts if {one.better, one.worse} <= set(MADE)]
     equal = conclude_equality(of_weights, scores, "arm", PAIRED, EQUAL_WITHIN)
-    claims = [*conclude_family(contrasts, scores, "arm", PAIRED), *equal, *predicted, rates_fall(scores)]
+    claims = [*conclude_family(contrasts, scores, "arm", PAIRED), *equal, *reasons]
     note = f"{len(scores)} of {planned} runs that count are finished; rates were chosen on other examples than these."
     if scores.empty:
         return Findings(claims, note=note)

@@ -1,10 +1,14 @@
-"""From an interval to a claim."""
+"""From intervals to claims, and to families of claims."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 from spectralbasis.comparison.statistics import Interval, verdict_of
+from spectralbasis.study.measures.statistics import holm
 from spectralbasis.study.verdicts import Claim
+
+LEVEL = 0.05
 
 
 def conclude(name: str, text: str, found: Interval, *, unit: str, would_change: str, runs: int) -> Claim:
@@ -28,6 +32,16 @@ def conclude_equal(name: str, text: str, found: Interval, *, within: float, unit
     verdict = "supported" if inside else "contradicted" if outside else "undecided"
     change = f"An interval of the difference that leaves the range from -{within:g} to +{within:g}."
     return _claim(name, text, verdict, replace(found, p_value=math.nan), unit, change, runs)
+
+
+def as_family(claims: Iterable[Claim]) -> list[Claim]:
+    """Claims that ask one question in several ways, with Holm's p-values; a verdict needs one below 0.05."""
+    given = list(claims)
+    adjusted = [float(p) for p in holm([claim.p_value for claim in given])]
+    return [
+        replace(claim, p_value=p, verdict=claim.verdict if p < LEVEL else "undecided")
+        for claim, p in zip(given, adjusted, strict=True)
+    ]
 
 
 def _claim(name: str, text: str, verdict: str, found: Interval, unit: str, would_change: str, runs: int) -> Claim:

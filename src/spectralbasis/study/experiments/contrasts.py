@@ -7,11 +7,9 @@ import numpy as np
 import pandas as pd
 
 from spectralbasis.comparison.statistics import Interval
-from spectralbasis.study.experiments.claims import conclude, conclude_equal
-from spectralbasis.study.measures.statistics import holm, paired_comparison
+from spectralbasis.study.experiments.claims import as_family, conclude, conclude_equal
+from spectralbasis.study.measures.statistics import paired_comparison
 from spectralbasis.study.verdicts import Claim
-
-LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -65,12 +63,10 @@ def conclude_family(
         Claims whose p-values are adjusted; those that are not below 0.05 then are undecided, except that a margin is
         judged by the interval alone.
     """
-    pairs = [differences(scores, column, one.better, one.worse, by) for one in contrasts]
-    found = [compare_pairs(pair) for pair in pairs]
-    adjusted = holm([interval.p_value for interval in found])
+    claims = [_conclude(one, differences(scores, column, one.better, one.worse, by), unit) for one in contrasts]
     return [
-        _conclude(contrast, interval, float(p), len(pair), unit)
-        for contrast, interval, p, pair in zip(contrasts, found, adjusted, pairs, strict=True)
+        replace(judged, verdict=claim.verdict) if contrast.margin else judged
+        for contrast, claim, judged in zip(contrasts, claims, as_family(claims), strict=True)
     ]
 
 
@@ -88,12 +84,10 @@ def conclude_equality(
     return claims
 
 
-def _conclude(contrast: Contrast, found: Interval, p: float, pairs: int, unit: str) -> Claim:
-    shifted = Interval(found.estimate, found.low + contrast.margin, found.high + contrast.margin, p)
+def _conclude(contrast: Contrast, pairs: pd.DataFrame, unit: str) -> Claim:
+    found = compare_pairs(pairs)
+    shifted = replace(found, low=found.low + contrast.margin, high=found.high + contrast.margin)
     judged = conclude(
-        contrast.name, contrast.text, shifted, unit=unit, would_change=contrast.would_change, runs=2 * pairs
+        contrast.name, contrast.text, shifted, unit=unit, would_change=contrast.would_change, runs=2 * len(pairs)
     )
-    claim = replace(judged, low=found.low, high=found.high)
-    if contrast.margin == 0 and not p < LEVEL:
-        return replace(claim, verdict="undecided")
-    return claim
+    return replace(judged, low=found.low, high=found.high)

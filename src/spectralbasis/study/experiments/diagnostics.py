@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from spectralbasis.study.experiments import stability
-from spectralbasis.study.experiments.claims import conclude
+from spectralbasis.study.experiments.claims import as_family, conclude
 from spectralbasis.study.measures.power_laws import is_available
 from spectralbasis.study.measures.statistics import mean_interval, rank_correlation_with_p
 from spectralbasis.study.measures.trajectory_summary import summarise_steps
@@ -46,6 +46,7 @@ PRESETS = {
 }
 
 RUN = ["model", "task", "seed"]
+OWN, BEYOND = "own", "beyond"
 STORIES = {
     "activation change (CKA)": "1 − CKA before and after, against the rotation of the layer's matrices",
     "activation change (SVCCA)": "1 − SVCCA before and after, against the rotation of the layer's matrices",
@@ -98,7 +99,7 @@ def analyse(settings: Settings, results: Results) -> Findings:
         if (found := results.get(look.diagnosis)) and (tuned := results.get(look.tuned))
     ]
     if not layers:
-        return Findings(_claims(pd.DataFrame(columns=[*RUN, *STORIES])), note="No run is finished yet.")
+        return Findings(_claims(_correlations(pd.DataFrame(columns=RUN))), note="No run is finished yet.")
     table = pd.concat(layers, ignore_index=True)
     correlations = _correlations(table)
     numbers = [name for name in table.columns if name not in (*RUN, "layer")]
@@ -106,14 +107,14 @@ def analyse(settings: Settings, results: Results) -> Findings:
         _claims(correlations),
         {
             "Layers": table.groupby(["model", "layer"], sort=False)[numbers].mean().reset_index(),
-            "Rank correlations over layers": correlations.groupby(["model", "task"], sort=False)[list(STORIES)]
-            .mean()
-            .reset_index(),
+            "Rank correlations over layers": _by_task(correlations, OWN),
+            "More than with other tasks' rotation": _by_task(correlations, BEYOND),
         },
         {"Activations and singular vectors": _figure(table)},
         f"{len(layers)} finished runs. Each correlation is Spearman's, over the layers of one finetuned model; "
         "intervals are Student's t over models and tasks, whose seeds were averaged. A layer's activations also carry "
-        "what the layers before it did, so that a trend over depth alone makes some correlation."
+        "what the layers before it did, so that a trend over depth alone makes some correlation: the rotation of the "
+        "same layers under the model's other tasks, at the same seed, is the control."
         + ("" if table["power-law shift"].notna().any() else NO_FITS),
     )
 
@@ -143,28 +144,55 @@ def _power_law_shift(fits: pd.DataFrame) -> pd.Series:
 
 
 def _correlations(table: pd.DataFrame) -> pd.DataFrame:
-    """Of each run, over its layers."""
-    rows = [
-        dict(zip(RUN, key, strict=True))
-        | {story: rank_correlation_with_p(layers["rotation"], layers[story]).rho for story in STORIES}
-        for key, layers in table.groupby(RUN, sort=False)
-    ]
-    return pd.DataFrame(rows)
+    """Of each run and story, over layers: with its rotation, and how much more than with that of its other tasks."""
+    rows = []
+    for (model, seed), runs in table.groupby(["model", "seed"], sort=False):
+        rotations = runs.pivot(index="layer", columns="task", values="rotation")
+        for task, layers in runs.groupby("task", sort=False):
+            for story in STORIES:
+                told = layers.set_index("layer")[story].reindex(rotations.index)
+                rhos = pd.Series({other: rank_correlation_with_p(rotations[other], told).rho for other in rotations})
+                beyond = rhos[task] - rhos.drop(task).mean()
+                rows.append(
+                    {"model": model, "task": task, "seed": seed, "story": story, OWN: rhos[task], BEYOND: beyond}
+                )
+    return pd.DataFrame(rows, columns=[*RUN, "story", OWN, BEYOND])
 
 
 def _claims(correlations: pd.DataFrame) -> list[Claim]:
-    units = correlations["model"].astype(str) + " / " + correlations["task"].astype(str)
-    return [
-        conclude(
+    return as_family(_claim(correlations, story, column) for column in (OWN, BEYOND) for story in STORIES)
+
+
+def _claim(correlations: pd.DataFrame, story: str, column: str) -> Claim:
+    rows = correlations[correlations["story"] == story]
+    more = f"show more {story.split(' (')[0]}: {STORIES[story]}"
+    name, text, change = {
+        OWN: (
             f"{story} follows rotation",
-            f"Layers whose leading directions turn more show more {story.split(' (')[0]}: {about}.",
-            mean_interval(correlations[story].astype(float), units),
-            unit="Spearman's rho over layers",
-            would_change="Correlations around zero, or negative ones: then the two tell different stories.",
-            runs=int(correlations[story].notna().sum()),
-        )
-        for story, about in STORIES.items()
-    ]
+            f"Layers whose leading directions turn more {more}.",
+            "Correlations around zero, or negative ones: then the two tell different stories.",
+        ),
+        BEYOND: (
+            f"{story} follows the task's own rotation",
+            f"Layers whose leading directions turn more under a task than under the model's other tasks {more} (asked "
+            "after the correlations were seen).",
+            "Other tasks' rotation telling as much: then both follow the layers, such as their depth, not each other.",
+        ),
+    }[column]
+    return conclude(
+        name,
+        text,
+        mean_interval(rows[column].astype(float), rows["model"].astype(str) + " / " + rows["task"].astype(str)),
+        unit="Spearman's rho over layers",
+        would_change=change,
+        runs=int(rows[column].notna().sum()),
+    )
+
+
+def _by_task(correlations: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Means over seeds, a column for each story."""
+    wide = correlations.pivot_table(index=["model", "task"], columns="story", values=column, sort=False)
+    return wide.reindex(columns=list(STORIES)).reset_index()
 
 
 def _figure(table: pd.DataFrame) -> go.Figure:

@@ -9,9 +9,9 @@ import plotly.graph_objects as go
 
 from spectralbasis.comparison.statistics import Interval
 from spectralbasis.study.experiments.arms import COEFFICIENTS
-from spectralbasis.study.experiments.claims import conclude
+from spectralbasis.study.experiments.claims import as_family, conclude
 from spectralbasis.study.experiments.subjects import ROBERTA, SMALL_VIT, TINY_VIT, VIT_B16, Subject
-from spectralbasis.study.measures.statistics import holm, paired_comparison
+from spectralbasis.study.measures.statistics import paired_comparison
 from spectralbasis.study.runs import Results, Run
 from spectralbasis.study.verdicts import Claim, Findings
 
@@ -159,24 +159,19 @@ CONTRASTS = (
 
 
 def _claims(table: pd.DataFrame) -> list[Claim]:
-    """With Holm's p-values over all contrasts; verdicts need p < 0.05 after that."""
-    found = [_difference(table, contrast) for contrast in CONTRASTS]
-    adjusted = holm([interval.p_value for interval, _ in found])
-    claims = []
-    for contrast, (interval, pairs), p_value in zip(CONTRASTS, found, adjusted, strict=True):
-        claim = conclude(
-            f"{contrast.way}, against {contrast.other}: {contrast.column}",
-            contrast.text,
-            replace(interval, p_value=float(p_value)),
-            unit="score",
-            would_change="More pairs of tasks, or another strength of the penalty.",
-            runs=2 * pairs,
-        )
-        claims.append(claim if p_value < LEVEL else replace(claim, verdict="undecided"))
-    return claims
+    return as_family(_claim(table, contrast) for contrast in CONTRASTS)
 
 
-LEVEL = 0.05
+def _claim(table: pd.DataFrame, contrast: _Contrast) -> Claim:
+    interval, pairs = _difference(table, contrast)
+    return conclude(
+        f"{contrast.way}, against {contrast.other}: {contrast.column}",
+        contrast.text,
+        interval,
+        unit="score",
+        would_change="More pairs of tasks, or another strength of the penalty.",
+        runs=2 * pairs,
+    )
 
 
 def _difference(table: pd.DataFrame, contrast: _Contrast) -> tuple[Interval, int]:

@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from spectralbasis.comparison.statistics import Interval
-from spectralbasis.study.experiments.claims import conclude
+from spectralbasis.study.experiments.claims import as_family, conclude
 from spectralbasis.study.experiments.lineages import (
     BERT,
     EXCESS,
@@ -103,16 +103,18 @@ def analyse(settings: Settings, results: Results) -> Findings:
 
 
 def _claims(settings: Settings, views: Mapping[str, pd.DataFrame]) -> list[Claim]:
-    """Four questions and the distance, for each lineage and move."""
-    asked = [(view, value) for view in ("at equal steps", "at equal ‖ΔW‖") for value in (STABILITY, EXCESS)] + [
-        ("at equal steps", NORM)
-    ]
-    return [
-        _claim(lineage.name, task, move, view, value, _part(views.get(view), lineage.name, task))
-        for lineage in settings.lineages
-        for task, move in lineage.moves.items()
-        for view, value in asked
-    ]
+    """Four claims on stability, a family over all lineages and moves, and one on the distance, another."""
+    moves = [(lineage.name, task, move) for lineage in settings.lineages for task, move in lineage.moves.items()]
+
+    def family(asked: list[tuple[str, str]]) -> list[Claim]:
+        return as_family(
+            _claim(lineage, task, move, view, value, _part(views.get(view), lineage, task))
+            for lineage, task, move in moves
+            for view, value in asked
+        )
+
+    stable = [(view, value) for view in ("at equal steps", "at equal ‖ΔW‖") for value in (STABILITY, EXCESS)]
+    return [*family(stable), *family([("at equal steps", NORM)])]
 
 
 def _part(view: pd.DataFrame | None, lineage: str, task: str) -> pd.DataFrame:

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from spectralbasis.comparison.statistics import Interval
 from spectralbasis.study.experiments import scale
-from spectralbasis.study.experiments.claims import conclude
+from spectralbasis.study.experiments.claims import as_family, conclude
 from spectralbasis.study.experiments.lineages import (
     BERT,
     EXCESS,
@@ -134,10 +134,10 @@ def analyse(settings: Settings, results: Results) -> Findings:
     runs = list(_runs(settings))
     steps, finished = measured_steps(runs, results)
     if not finished:
-        return Findings([_claim(question, []) for question in QUESTIONS], note="No run is finished yet.")
+        return Findings(as_family(_claim(question, []) for question in QUESTIONS), note="No run is finished yet.")
     last = at_last_step(steps, RUN)
     pairs = {question: _pairs(question, steps, last) for question in QUESTIONS}
-    claims = [_claim(question, found) for question, found in pairs.items()]
+    claims = as_family(_claim(question, found) for question, found in pairs.items())
     shown = {"Starts": _means(last), "Pretrained minus other starts": _differences(pairs)}
     note = f"{finished} of {len(runs)} trainings are finished. {NOTE}"
     return Findings(claims, shown, {"Rotation avoided by size of the update": _figure(steps)}, note)

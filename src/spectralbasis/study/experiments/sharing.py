@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from spectralbasis.comparison.statistics import Interval, pair_interval
 from spectralbasis.study.experiments import stability
-from spectralbasis.study.experiments.claims import conclude
+from spectralbasis.study.experiments.claims import as_family, conclude
 from spectralbasis.study.experiments.subjects import Subject
 from spectralbasis.study.measures.statistics import mean_interval
 from spectralbasis.study.measures.trajectory_summary import NOISE, halvings
@@ -104,7 +104,7 @@ def analyse(settings: Settings, results: Results) -> Findings:
     found = [(s, rate, record) for s, rate, run in _comparisons(settings) if (record := results.get(run))]
     tables = [_pairs(subject, rate, record) for subject, rate, record in found]
     pairs = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-    claims = [claim for s in settings.finetuning.subjects for claim in _claims(s, pairs, found)]
+    claims = as_family(claim for s in settings.finetuning.subjects for claim in _claims(s, pairs, found))
     shown = {"Task pairs": _by_task_pair(pairs)} if tables else {}
     return Findings(
         claims,

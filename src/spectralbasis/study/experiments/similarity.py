@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from spectralbasis.comparison.statistics import Interval
 from spectralbasis.study.experiments import sharing
 from spectralbasis.study.experiments.arms import COEFFICIENTS
-from spectralbasis.study.experiments.claims import conclude
+from spectralbasis.study.experiments.claims import as_family, conclude
 from spectralbasis.study.experiments.subjects import MINILM, MINILM_LONGER, ROBERTA, TINY_VIT, VIT_B16, Subject
 from spectralbasis.study.measures.correlations import mantel_correlation
 from spectralbasis.study.measures.statistics import jackknife_interval
@@ -26,7 +26,6 @@ QUESTION = (
 )
 
 Floats = NDArray[np.float64]
-LEVEL = 0.05
 CORE = {**COEFFICIENTS, "coefficients": "core", "leading": 16, "learning_rate": 1e-2}
 
 
@@ -124,7 +123,9 @@ def analyse(settings: Settings, results: Results) -> Findings:
         claims += [_claim(subject, name, found, gains, done) for name, found in likeness.items()]
         tables.append(_table(subject, gains, likeness))
     shown = pd.concat(tables, ignore_index=True)
-    return Findings(claims, {"Pairs of tasks": shown}, {"Likeness and gain": _figure(shown)}, _note(settings))
+    return Findings(
+        as_family(claims), {"Pairs of tasks": shown}, {"Likeness and gain": _figure(shown)}, _note(settings)
+    )
 
 
 def _gains(subject: Subject, arms: _Arms, results: Results) -> Floats | None:
@@ -174,7 +175,7 @@ def _by_target(gains: Floats) -> Floats:
 def _claim(subject: Subject, name: str, likeness: Floats, gains: Floats, runs: int) -> Claim:
     found = mantel_correlation(likeness, _by_target(gains))
     interval = jackknife_interval(found.rho, _without_each(likeness, gains))
-    claim = conclude(
+    return conclude(
         f"{subject.name}: {name} predicts transfer",
         f"Among the tasks of {subject.name}, {PREDICTORS[name]} says how much the adapter of the one helps as a start "
         "for the other.",
@@ -183,7 +184,6 @@ def _claim(subject: Subject, name: str, likeness: Floats, gains: Floats, runs: i
         would_change="A correlation around zero or below, or one that rests on a single task.",
         runs=runs,
     )
-    return claim if found.p_value < LEVEL else replace(claim, verdict="undecided")
 
 
 def _without_each(likeness: Floats, gains: Floats) -> list[float]:

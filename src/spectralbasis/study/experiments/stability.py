@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from spectralbasis.comparison.statistics import Interval
-from spectralbasis.study.experiments.claims import conclude
+from spectralbasis.study.experiments.claims import as_family, conclude
 from spectralbasis.study.experiments.subjects import (
     LARGE,
     LIMU_BERT,
@@ -147,7 +147,7 @@ def _claims(steps: pd.DataFrame, runs: int) -> list[Claim]:
             "diagonal": effect(last["diagonal_gain"], last),
             "size": slope_with_interval(steps["norm"], steps["held"], steps["model"] + " / " + steps["task"]),
         }
-    return [
+    claims = [
         conclude(
             "leading above scrambled",
             "Finetuning turns the leading directions less than scrambled updates of the same size and spectrum do.",
@@ -188,6 +188,7 @@ def _claims(steps: pd.DataFrame, runs: int) -> list[Claim]:
             would_change="A slope of the other sign: only small steps would spare the leading directions.",
         ),
     ]  # fmt: skip
+    return as_family(claims)
 
 
 def _note(settings: Settings, runs: int, steps: pd.DataFrame) -> str:
