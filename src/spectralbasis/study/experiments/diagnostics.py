@@ -165,17 +165,17 @@ def _claims(correlations: pd.DataFrame) -> list[Claim]:
 
 def _claim(correlations: pd.DataFrame, story: str, column: str) -> Claim:
     rows = correlations[correlations["story"] == story]
-    more = f"show more {story.split(' (')[0]}: {STORIES[story]}"
+    quantity, about = story.split(" (")[0], STORIES[story]
     name, text, change = {
         OWN: (
             f"{story} follows rotation",
-            f"Layers whose leading directions turn more {more}.",
+            f"Layers whose leading directions turn more show more {quantity}: {about}.",
             "Correlations around zero, or negative ones: then the two tell different stories.",
         ),
         BEYOND: (
             f"{story} follows the task's own rotation",
-            f"Layers whose leading directions turn more under a task than under the model's other tasks {more} (asked "
-            "after the correlations were seen).",
+            f"How much a task turns a layer says more of its {quantity} than how much the model's other tasks turn it: "
+            f"{about} (asked after the correlations were seen).",
             "Other tasks' rotation telling as much: then both follow the layers, such as their depth, not each other.",
         ),
     }[column]
