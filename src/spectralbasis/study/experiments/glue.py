@@ -79,8 +79,13 @@ CORE_ARMS = (
 )
 """At width 384: the diagonals train 14,208 numbers, LoRA of rank 1 trains 42,240, cores and sparse entries 45,000."""
 
-FURTHER_ARMS = (
+RICH_ARMS = (
     other("lora", (5e-4, 2e-3, 5e-3), "lora r=8", rank=8),
+    other("svft", (1e-2, 3e-2, 1e-1), "svft band", coefficients="band", bandwidth=1, scaling="absolute"),
+)
+"""LoRA with eight times as many numbers, and a band over all directions with as many as LoRA of rank 1."""
+
+FURTHER_ARMS = (
     other("dora", (2e-3, 5e-3, 1.5e-2), rank=1),
     other("pissa", (3e-4, 1e-3, 3e-3), rank=1),
     other("adalora", (1.5e-2, 5e-2, 1.5e-1), rank=1),
@@ -88,7 +93,6 @@ FURTHER_ARMS = (
     other("tinylora", (3e-2, 1e-1, 3e-1), rank=2, dimension=64),
     other("houlsby", (1e-3, 3e-3, 1e-2), rank=2),
     other("parallel", (1e-3, 3e-3, 1e-2), rank=8),
-    other("svft", (1e-2, 3e-2, 1e-1), "svft band", coefficients="band", bandwidth=1, scaling="absolute"),
     other("subspace", (1e-2, 3e-2, 1e-1), dimension=14208),
     Arm("adapterfusion", {"method": "adapterfusion"}, (5e-5, 2e-4, 5e-4), sources),
     other("fourierft", (3e-2,), n_frequency=1000),
@@ -127,19 +131,21 @@ PRESETS = {
     "cpu": Settings(
         (
             Contest(MINILM_LONGER, CORE_ARMS, ("SST-2", "MRPC")),
+            Contest(MINILM_LONGER, RICH_ARMS, ("SST-2", "MRPC")),
             Contest(MINILM_LONGER, FURTHER_ARMS, ("SST-2",), (0,)),
         ),
-        (("diagonal", "lora r=1"), ("core k=35", "lora r=8"), ("sparse", "lora r=8")),
+        (("diagonal", "lora r=1"), ("core k=35", "lora r=8"), ("sparse", "lora r=8"), ("svft band", "lora r=8")),
         Contest(SMALL_BERT, NARROW_ARMS, ("Shakespeare", "SST-2")),
     ),
     "paper": Settings(
         (
             Contest(ROBERTA, LARGE_ARMS, ("SST-2", "MRPC"), (0, 1, 2, 3, 4)),
+            Contest(ROBERTA, RICH_ARMS, ("SST-2", "MRPC"), (0, 1, 2, 3, 4)),
             Contest(ROBERTA, FURTHER_ARMS, ("SST-2",), (0, 1, 2)),
             Contest(DEBERTA, LARGE_ARMS, ("SST-2", "MRPC")),
             Contest(VIT_B16, LARGE_ARMS, ("CIFAR-100", "SVHN")),
         ),
-        (("diagonal", "lora r=1"), ("core k=58", "lora r=8"), ("sparse", "lora r=8")),
+        (("diagonal", "lora r=1"), ("core k=58", "lora r=8"), ("sparse", "lora r=8"), ("svft band", "lora r=8")),
         Contest(replace(ROBERTA, tasks=("SST-2", "MRPC")), LARGE_ARMS, ("SST-2", "MRPC")),
         "WikiText-2",
     ),
