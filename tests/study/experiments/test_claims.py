@@ -39,3 +39,9 @@ def test_a_family_keeps_verdicts_that_its_size_does_not_explain():
     assert {name: one.verdict for name, one in family.items()} == {
         "clear": "supported", "close": "undecided", "close too": "undecided", "untested": "undecided",
     }  # fmt: skip
+
+
+def test_what_rounding_leaves_of_nothing_is_zero():
+    found = Interval(-1e-17, -0.2, 0.2, 1.0)
+    claim = conclude("a above b", "One is above the other.", found, unit="score", would_change="Numbers.", runs=12)
+    assert f"{claim.effect:+g}" == "+0"

@@ -9,6 +9,8 @@ from spectralbasis.study.measures.statistics import holm
 from spectralbasis.study.verdicts import Claim
 
 LEVEL = 0.05
+ROUNDING = 1e-12
+"""Effects below are what rounding leaves of nothing, in any unit used here."""
 
 
 def conclude(name: str, text: str, found: Interval, *, unit: str, would_change: str, runs: int) -> Claim:
@@ -49,7 +51,7 @@ def _claim(name: str, text: str, verdict: str, found: Interval, unit: str, would
         name=name,
         text=text,
         verdict=verdict,
-        effect=found.estimate,
+        effect=0.0 if abs(found.estimate) < ROUNDING else found.estimate,
         low=found.low,
         high=found.high,
         p_value=found.p_value,
