@@ -45,7 +45,7 @@ def test_tasks_that_share():
     assert claims["MiniLM: unrelated tasks share"].effect == pytest.approx(2, abs=0.05)
     assert claims["MiniLM: unrelated tasks turn alike"].verdict == "supported"
     assert claims["MiniLM: seeds share more than tasks"].verdict == "supported"
-    # Two-sided, and by Holm's method the largest of three models' alike.
+    # Two-sided, and one of three alike by Holm's method.
     assert claims["MiniLM: seeds share more than tasks"].p_value == pytest.approx(3 * 2e-3)
 
 
