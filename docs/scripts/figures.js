@@ -14,8 +14,8 @@
     const [experiment, ...title] = place.dataset.figure.split("/");
     const { data, layout } = figures[experiment][title.join("/")];
     const colour = getComputedStyle(document.body).color;
-    const look = { paper_bgcolor: "transparent", plot_bgcolor: "transparent", font: { color: colour }, height: 420, margin: { t: 20 } };
-    Plotly.newPlot(place, data, { ...layout, ...look }, { responsive: true, displaylogo: false });
+    const look = { paper_bgcolor: "transparent", plot_bgcolor: "transparent", font: { color: colour }, margin: { t: 20 } };
+    Plotly.newPlot(place, data, { height: 420, ...layout, ...look }, { responsive: true, displaylogo: false });
   };
 
   Promise.all([

@@ -278,14 +278,18 @@ def _costs(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def frontier(scores: pd.DataFrame) -> go.Figure:
-    """Mean score of the arms that have all tasks, against the numbers trained in the backbone."""
+    """Mean score of the arms that have all tasks, best first, against the numbers trained in the backbone."""
     table = _by_task(scores).merge(_costs(scores), on=["subject", "arm"]).dropna(subset=["mean"])
     figure = go.Figure()
-    for subject, rows in table.groupby("subject", sort=False):
-        figure.add_scatter(
-            x=rows["backbone"].clip(lower=1), y=rows["mean"], text=rows["arm"], name=str(subject),
-            mode="markers+text", textposition="top center",
-        )  # fmt: skip
+    for subject, rows in table.sort_values("mean", ascending=False).groupby("subject", sort=False):
+        for place, (arm, numbers, mean) in enumerate(zip(rows["arm"], rows["backbone"], rows["mean"], strict=True)):
+            # Ten colours, then the next symbol.
+            figure.add_scatter(
+                x=[max(numbers, 1)], y=[mean], name=arm, mode="markers", marker={"size": 9, "symbol": place // 10},
+                legendgroup=subject, legendgrouptitle={"text": subject},
+            )  # fmt: skip
     return figure.update_layout(
-        xaxis={"type": "log", "title": "numbers trained in the backbone"}, yaxis={"title": "mean score over tasks"}
+        xaxis={"type": "log", "title": "numbers trained in the backbone"},
+        yaxis={"title": "mean score over tasks"},
+        height=560,
     )
