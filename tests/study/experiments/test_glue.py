@@ -120,3 +120,13 @@ def test_what_is_left_is_asked_of_the_model_that_was_tuned():
     assert {run.settings["model"] for run in glue.plan(paper, Results({})) if run.action == "retention"} <= {
         "FacebookAI/roberta-base"
     }
+
+
+def test_the_frontier_names_each_arm_with_its_numbers_best_first():
+    findings = glue.analyse(SETTINGS, planted(0.80, 0.75))
+    traces = findings.figures["Score against trained numbers"].data
+    shown = findings.tables["Scores"].set_index("arm")["mean"]
+    assert {trace.name: trace.y[0] for trace in traces} == pytest.approx(shown.to_dict())
+    assert [trace.y[0] for trace in traces] == sorted(shown, reverse=True)
+    assert {trace.name: trace.x[0] for trace in traces}["diagonal"] == COUNTS["spectral"]
+    assert len({(place % 10, trace.marker.symbol) for place, trace in enumerate(traces)}) == len(traces) == len(shown)
