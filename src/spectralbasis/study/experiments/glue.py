@@ -97,7 +97,7 @@ FURTHER_ARMS = (
     Arm("adapterfusion", {"method": "adapterfusion"}, (5e-5, 2e-4, 5e-4), sources),
     other("fourierft", (3e-2,), n_frequency=1000),
 )
-"""FourierFT has one rate and comes last: it takes four times as long as LoRA, for a transform of each weight's size."""
+"""FourierFT has one rate and comes last: a step takes twice LoRA's time, for a transform of each weight's size."""
 
 NARROW_ARMS = (
     other("full", (5e-5, 2e-4, 1e-3)),
