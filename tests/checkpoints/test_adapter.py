@@ -100,7 +100,7 @@ def test_over_a_bare_base(adapter, tmp_path):
 
 
 def test_update_is_of_the_adapters_rank(adapter, tmp_path):
-    pairs, _ = match_matrices(open_checkpoint(tmp_path / "base"), open_checkpoint(adapter))
+    pairs = match_matrices(open_checkpoint(tmp_path / "base"), open_checkpoint(adapter)).pairs
     ranks = {ours.kind: torch.linalg.matrix_rank(theirs.read() - ours.read()).item() for ours, theirs in pairs}
     assert ranks.pop("attention.self.query") == 3
     assert set(ranks.values()) == {0}

@@ -52,7 +52,8 @@ def test_labram_before_and_after_finetuning(tmp_path):
     torch.save({"model": labram(), "epoch": 30}, tmp_path / "finetuned.pth")
 
     base, tuned = (open_checkpoint(tmp_path / name) for name in ("labram-base.pth", "finetuned.pth"))
-    pairs, skipped = match_matrices(base, tuned)
+    found = match_matrices(base, tuned)
+    pairs, skipped = found.pairs, found.skipped
 
     assert len(pairs) == 12 * 6 + 3
     assert set(skipped) == {

@@ -49,7 +49,7 @@ SHAPES = {
 def test_listing_and_matching_read_nothing():
     checkpoint = NamesOnly(SHAPES)
     matrices, _ = logical_matrices(checkpoint)
-    pairs, _ = match_matrices(checkpoint, NamesOnly(SHAPES))
+    pairs = match_matrices(checkpoint, NamesOnly(SHAPES)).pairs
     assert len(matrices) == len(pairs) == 1 + 3 + 1 + 15
     assert checkpoint.read_so_far == []
 

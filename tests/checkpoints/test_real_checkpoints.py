@@ -10,7 +10,8 @@ from spectralbasis.checkpoints import logical_matrices, match_matrices, open_che
 def test_limu_bert_pair(data_dir):
     folder = data_dir / "limu_bert" / "x" / "weights"
     base, tuned = (open_checkpoint(folder / name) for name in ("limu_bert_x.pt", "limu_pretrain.pt"))
-    pairs, skipped = match_matrices(base, tuned)
+    found = match_matrices(base, tuned)
+    pairs, skipped = found.pairs, found.skipped
     assert len(base.names()) == 29
     assert {ours.name for ours, _ in pairs} == {"embed.lin", "attn.proj_q", "attn.proj_k", "attn.proj_v", "proj",
                                                 "pwff.fc1", "pwff.fc2", "linear"}  # fmt: skip

@@ -41,5 +41,6 @@ def arguments(layer):
 @pytest.mark.filterwarnings("ignore:.*weight_norm")
 def test_both_ways_of_storing_match():
     before, after = normalised(nn.Linear(3, 4), 0, True), normalised(nn.Linear(3, 4), 0, False)
-    pairs, skipped = match_matrices(open_checkpoint(before.state_dict()), open_checkpoint(after.state_dict()))
+    found = match_matrices(open_checkpoint(before.state_dict()), open_checkpoint(after.state_dict()))
+    pairs, skipped = found.pairs, found.skipped
     assert ([ours.name for ours, _ in pairs], skipped) == (["layer"], {})

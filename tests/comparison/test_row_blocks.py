@@ -42,7 +42,7 @@ def partners(folder, shape, count=1, dtype=torch.float32, size=0.3):
     for name, W in states.items():
         save_file({"layer.0.dense.weight": W.to(dtype)}, folder / f"{name}.safetensors")
     base, *tuned = (open_checkpoint(folder / f"{name}.safetensors") for name in states)
-    pairs = [match_matrices(base, one)[0][0] for one in tuned]
+    pairs = [match_matrices(base, one).pairs[0] for one in tuned]
     return pairs[0][0], {f"tuned{i}": after for i, (_, after) in enumerate(pairs)}
 
 
@@ -154,7 +154,7 @@ def test_what_cannot_be_read_by_rows_is_held_in_its_stored_dtype(tmp_path):
     for name, tensors in {"base": state, "tuned": changed}.items():
         save_file(tensors, tmp_path / f"{name}.safetensors")
     base, tuned = (open_checkpoint(tmp_path / f"{name}.safetensors") for name in ("base", "tuned"))
-    before, after = next(pair for pair in match_matrices(base, tuned)[0] if pair[0].name == "h.0.mlp.c_fc")
+    before, after = next(pair for pair in match_matrices(base, tuned).pairs if pair[0].name == "h.0.mlp.c_fc")
     assert before.shape == (300, 200)
     settings, held = Settings(leading=K, draws=2), 2 * 2 * 60_000
     whole = measured(before, {"tuned": after}, settings, None).measured["tuned"]

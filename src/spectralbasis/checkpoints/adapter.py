@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spectralbasis.checkpoints.checkpoint import Checkpoint
-from spectralbasis.checkpoints.names import matrix_name
+from spectralbasis.checkpoints.names import Conversions, conversions_of, matrix_name, unambiguous
 from spectralbasis.errors import InputError
 
 Edit = Callable[[Tensor], Tensor]
@@ -41,18 +41,31 @@ class Adapter:
         return found
 
     def find_base_tensor(self, parameter: str) -> str | None:
-        """As `base_tensor`, but None where the base has none: by full name, else without the prefix of a head."""
-        alike = self._base_tensors.get(matrix_name(parameter), ())
-        if parameter in alike:
+        """As `base_tensor`, but None where the base has none under this name or another that means the same."""
+        if parameter in self._base_names:
             return parameter
-        return alike[0] if len(alike) == 1 else None
+        return self._by_stable_name.get(matrix_name(parameter)) or self._by_canonical_name(parameter)
 
     @cached_property
-    def _base_tensors(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for name in self.base.names():
-            found.setdefault(matrix_name(name), []).append(name)
-        return found
+    def _base_names(self) -> frozenset[str]:
+        return frozenset(self.base.names())
+
+    @cached_property
+    def _by_stable_name(self) -> dict[str, str]:
+        return unambiguous({name: matrix_name(name) for name in self.base.names()})
+
+    def _by_canonical_name(self, parameter: str) -> str | None:
+        conversions, tensors = self._conversions
+        canonical = None if conversions is None else conversions.canonical(parameter)
+        return None if canonical is None else tensors.get(canonical)
+
+    @cached_property
+    def _conversions(self) -> tuple[Conversions | None, dict[str, str]]:
+        """The table of the base's architecture, and canonical name → tensor of the base."""
+        found = conversions_of(self.base.config)
+        if found is None:
+            return None, {}
+        return found, unambiguous({name: found.canonical(name) for name in self.base.names()})
 
 
 @dataclass(frozen=True)

@@ -1,69 +1,219 @@
 """Pairing the matrices of two checkpoints: by name, never by position."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 
 from spectralbasis.checkpoints.checkpoint import Checkpoint
+from spectralbasis.checkpoints.fused import Rows
 from spectralbasis.checkpoints.matrix import Matrix
-from spectralbasis.checkpoints.views import logical_matrices
+from spectralbasis.checkpoints.names import (
+    Conversions,
+    conversions_of,
+    kind_of,
+    layer_number,
+    numberless,
+    same_names,
+)
+from spectralbasis.checkpoints.views import Inventory, take_inventory
 from spectralbasis.errors import InputError
+
+Matrices = dict[str, Matrix]
+
+
+@dataclass(frozen=True)
+class Unpaired:
+    """Matrices of one kind that have no partner in the other checkpoint.
+
+    Attributes:
+        side: "base" or "tuned".
+        group: their common name, with `*` for numbers of layers and experts.
+        matrices: how many they are.
+        parameters: how many numbers they hold.
+        share: of the numbers in all matrices of their side that would be measured.
+        reason: why they have no partner.
+    """
+
+    side: str
+    group: str
+    matrices: int
+    parameters: int
+    share: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Matching:
+    """What two checkpoints have in common.
+
+    Attributes:
+        pairs: matrices of base and tuned, in the base's order.
+        skipped: matrix → why it is in no pair.
+        unpaired: what found no partner, or cannot be read, by groups. Embedding tables, heads and what `include` and
+            `exclude` leave out are not counted.
+        share: of the model that the pairs make up: of both sides the smaller one, in (0, 1].
+    """
+
+    pairs: list[tuple[Matrix, Matrix]]
+    skipped: dict[str, str]
+    unpaired: tuple[Unpaired, ...] = ()
+    share: float = 1.0
 
 
 def match_matrices(
     base: Checkpoint, tuned: Checkpoint, include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> tuple[list[tuple[Matrix, Matrix]], dict[str, str]]:
-    """Pairs of the matrices that two checkpoints share, in the base's order, and what is skipped, with the reason.
+) -> Matching:
+    """Pair the matrices that two checkpoints share.
 
-    Where most names of one side carry one more prefix than the other's (`backbone.`, `language_model.model.`), that
-    prefix is ignored. A checkpoint without a config is read with the other's.
+    Names are equal as they stand, by transformers' conversion table of the architecture (which also tells parts of
+    fused weights and of stacks), or but for one more prefix of a whole stack of layers (`backbone.`). A checkpoint
+    without a config is read with the other's.
 
     Raises:
         InputError: no matrix has a partner of the same shape, or `include` names nothing.
     """
-    ours, our_skipped = logical_matrices(base, include, exclude, tuned.config)
-    theirs, their_skipped = logical_matrices(tuned, include, exclude, base.config)
-    partners = _partners(ours, theirs)
-    skipped = {**their_skipped, **our_skipped}
-    pairs = []
-    for name, matrix in ours.items():
-        other = theirs.get(partners.get(name, ""))
+    ours = take_inventory(base, include, exclude, tuned.config)
+    theirs = take_inventory(tuned, include, exclude, base.config)
+    left, right = dict(ours.matrices), dict(theirs.matrices)
+    partners = _partners(left, right, base, tuned)
+    skipped = {**theirs.skipped, **ours.skipped}
+    pairs: list[tuple[Matrix, Matrix]] = []
+    alone: dict[str, dict[str, str]] = {"base": {}, "tuned": {}}
+    for name, matrix in left.items():
+        other = right.get(partners.get(name, ""))
         if other is None:
-            skipped[name] = their_skipped.get(name, f"absent in {tuned.source}")
+            alone["base"][name] = theirs.skipped.get(name, f"absent in {tuned.source}")
         elif other.shape != matrix.shape:
-            skipped[name] = f"shapes differ: {_size(matrix)} in {base.source}, {_size(other)} in {tuned.source}"
+            reason = f"shapes differ: {_size(matrix)} in {base.source}, {_size(other)} in {tuned.source}"
+            alone["base"][name], alone["tuned"][other.name] = reason, reason
         else:
             pairs.append((matrix, other))
     found = set(partners.values())
-    skipped |= {name: our_skipped.get(name, f"absent in {base.source}") for name in theirs if name not in found}
+    alone["tuned"] |= {n: ours.skipped.get(n, f"absent in {base.source}") for n in right if n not in found}
     if not pairs:
-        raise InputError(_nothing_shared(base, ours, tuned, theirs))
-    return pairs, skipped
+        raise InputError(_nothing_shared(base, ours.matrices, tuned, theirs.matrices))
+    sides = {"base": (ours, left), "tuned": (theirs, right)}
+    measured = {"base": [before for before, _ in pairs], "tuned": [after for _, after in pairs]}
+    totals = {
+        side: _parameters(matrices.values()) + sum(one.unreadable.values()) for side, (one, matrices) in sides.items()
+    }
+    unpaired = [
+        group
+        for side, (inventory, matrices) in sides.items()
+        for group in _groups(side, inventory, matrices, alone[side], totals[side])
+    ]
+    share = min(_parameters(measured[side]) / totals[side] for side in sides)
+    return Matching(pairs, {**skipped, **alone["tuned"], **alone["base"]}, tuple(unpaired), share)
 
 
-def _partners(ours: Mapping[str, Matrix], theirs: Mapping[str, Matrix]) -> dict[str, str]:
-    """Base name to tuned name: equal names, or names equal but for one prefix if that explains more of them."""
-    equal = {name: name for name in ours if name in theirs}
-    only_ours = {name: matrix for name, matrix in ours.items() if name not in equal}
-    only_theirs = {name: matrix for name, matrix in theirs.items() if name not in equal}
-    wrapped_tuned = _without_prefix(only_ours, only_theirs)
-    wrapped_base = {long: short for short, long in _without_prefix(only_theirs, only_ours).items()}
-    prefixed = max(wrapped_tuned, wrapped_base, key=len)
-    return equal | prefixed if len(prefixed) > len(equal) else equal
+def _partners(ours: Matrices, theirs: Matrices, base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:
+    """Base name → tuned name. A fused matrix whose parts the other side holds apart is replaced by its parts."""
+    found = {name: name for name in ours if name in theirs}
+    left, right = _without(ours, found), _without(theirs, found.values())
+    if left and right:
+        tables = conversions_of(base.config or tuned.config), conversions_of(tuned.config or base.config)
+        for matrices, names, table in ((ours, left, tables[0]), (theirs, right, tables[1])):
+            _divide(matrices, names, table)
+        left, right = _without(ours, found), _without(theirs, found.values())
+        found |= same_names(left, right, lambda: tables)
+    left, right = _without(ours, found), _without(theirs, found.values())
+    wrapped_tuned = _without_prefix(left, right)
+    wrapped_base = _without_prefix(_without(right, wrapped_tuned.values()), _without(left, wrapped_tuned))
+    return found | wrapped_tuned | {long: short for short, long in wrapped_base.items()}
+
+
+def _without(matrices: Mapping[str, Matrix], names: Iterable[str]) -> Matrices:
+    gone = set(names)
+    return {name: matrix for name, matrix in matrices.items() if name not in gone}
+
+
+def _divide(matrices: Matrices, candidates: Iterable[str], table: Conversions | None) -> None:
+    """Replace whole matrices that transformers divides, such as a fused qkv of an unknown name, by their parts."""
+    for name in list(candidates) if table is not None else ():
+        matrix = matrices[name]
+        parts = table.divided(name) if table is not None else []
+        if matrix.cut.rows is not None or not parts or matrix.shape[0] % len(parts):
+            continue
+        size = matrix.shape[0] // len(parts)
+        del matrices[name]
+        for number, part in enumerate(parts):
+            cut = replace(matrix.cut, rows=Rows(1, number * size, (number + 1) * size))
+            shape = (size, matrix.shape[1])
+            matrices[part] = replace(
+                matrix, name=part, layer=layer_number(part), kind=kind_of(part), shape=shape, cut=cut
+            )
 
 
 def _without_prefix(short: Mapping[str, Matrix], long: Mapping[str, Matrix]) -> dict[str, str]:
-    """Short name to long name under the one prefix that explains the most; a name that fits two prefixes has none."""
+    """Short name → long name, for stacks of layers that one prefix tells apart; a name that fits two prefixes has none.
+
+    A prefix counts only if it explains most of a stack on both sides: a stray suffix is no evidence.
+    """
     candidates = [
         (name[: -len(suffix)], suffix)
         for name, matrix in long.items()
         for suffix in _suffixes(name)
         if suffix in short and short[suffix].shape == matrix.shape
     ]
-    if not candidates:
-        return {}
-    prefix = Counter(prefix for prefix, _ in candidates).most_common(1)[0][0]
     fits = Counter(suffix for _, suffix in candidates)
-    return {suffix: prefix + suffix for found, suffix in candidates if found == prefix and fits[suffix] == 1}
+    certain = [(prefix, suffix) for prefix, suffix in candidates if fits[suffix] == 1]
+    found: dict[str, str] = {}
+    for prefix in dict.fromkeys(prefix for prefix, _ in certain):
+        explained = {suffix for one, suffix in certain if one == prefix}
+        stacks = {stack_of(suffix) for suffix in explained if layer_number(suffix) >= 0}
+        whole = [
+            stack
+            for stack in stacks
+            if _mostly(stack, short, explained)
+            and _mostly(prefix + stack, long, {prefix + suffix for suffix in explained})
+        ]
+        if whole or 2 * len(explained) > max(len(short), len(long)) > 1:
+            inside = {suffix for suffix in explained if not stacks or whole}
+            found |= {suffix: prefix + suffix for suffix in inside}
+    return found
+
+
+def _mostly(stack: str, names: Iterable[str], explained: set[str]) -> bool:
+    """Whether more than half of the names in a stack are explained."""
+    inside = [name for name in names if stack_of(name) == stack]
+    return 2 * sum(name in explained for name in inside) > len(inside)
+
+
+def stack_of(name: str) -> str:
+    """What comes before the first number of a name, such as `visual.blocks`; all of it where there is none."""
+    number = layer_number(name)
+    return name if number < 0 else f".{name}.".partition(f".{number}.")[0].strip(".")
+
+
+def _groups(
+    side: str, inventory: Inventory, matrices: Mapping[str, Matrix], alone: Mapping[str, str], total: int
+) -> list[Unpaired]:
+    """What has no partner or cannot be read, by kinds; a stack that is left over as a whole is one group."""
+    sizes = {name: prod(matrices[name].shape) for name in alone}
+    reasons = dict(alone)
+    for name, size in inventory.unreadable.items():
+        sizes[name], reasons[name] = size, inventory.skipped[name]
+    paired = {stack_of(name) for name in matrices if name not in alone}
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in sizes:
+        stack = stack_of(name)
+        whole = stack not in paired and layer_number(name) >= 0
+        groups.setdefault(
+            (f"{stack}.*".lstrip(".") if whole else numberless(name), _kind_of_reason(reasons[name])), []
+        ).append(name)
+    return [
+        Unpaired(side, group, len(names), held := sum(sizes[name] for name in names), held / total, reasons[names[0]])
+        for (group, _), names in groups.items()
+    ]
+
+
+def _kind_of_reason(reason: str) -> str:
+    return reason.partition(":")[0]
+
+
+def _parameters(matrices: Iterable[Matrix]) -> int:
+    return sum(prod(matrix.shape) for matrix in matrices)
 
 
 def _suffixes(name: str) -> list[str]:

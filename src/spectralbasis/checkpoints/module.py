@@ -35,4 +35,5 @@ class ModuleCheckpoint(TensorCheckpoint):
 
 def _config_of(module: nn.Module) -> Mapping[str, Any]:
     to_dict = getattr(getattr(module, "config", None), "to_dict", None)
-    return to_dict() if callable(to_dict) else {}
+    config = to_dict() if callable(to_dict) else {}
+    return {**config, "architectures": config.get("architectures") or [type(module).__name__]} if config else {}

@@ -1,10 +1,24 @@
-"""Names of matrices: the same for a bare model and for one under a task head."""
+"""Names of matrices: one canonical name, whatever a file, a module, an adapter or a basis calls the weight.
 
-# Attributes under which task models, trainers and PEFT keep the model proper (`base_model_prefix` in transformers).
-# Words that name a part of some model (encoder, backbone, vision_model, language_model) are left out on purpose.
+Two names mean the same matrix if `matrix_name` makes them equal (prefixes of heads, trainers and language models, and
+wrappers, say nothing), or if transformers' own conversion table of the architecture does (`Conversions`). Everything
+that has to find a matrix under another name asks `same_names`.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+# Attributes under which task models, trainers, multimodal models and PEFT keep the model proper (`base_model_prefix` in
+# transformers). Words that name a part of some model (encoder, backbone, vision_model) are left out on purpose.
 HEAD_PREFIXES = frozenset(
     """
-    base_model module model transformer student teacher
+    base_model module model language_model transformer student teacher
     albert audio_spectrogram_transformer beit bert biogpt bit bros camembert canine clip convbert convnext convnextv2
     cvt data2vec_audio data2vec_text data2vec_vision deberta decision_transformer deit dinat dinov2
     dinov2_with_registers dinov3_convnext dinov3_vit distilbert efficientformer efficientnet electra ernie ernie_m esm
@@ -21,13 +35,17 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 # Words that only say "the stack of layers" and tell two matrices of one layer number apart no further.
 _STACKS = frozenset({"encoder", "layer", "layers", "h", "block", "blocks", "stages", "features", "resblocks"})
 _EXPERTS = frozenset({"experts", "input_linear", "output_linear"})
+_LABELS = {2: ("gate", "up"), 3: ("query", "key", "value")}
+"""Names of the parts of a fused weight, by how many there are; the order is that of the rows."""
 
 
 def matrix_name(tensor_name: str) -> str:
     """The stable name for a tensor or module: without `.weight`, wrappers and the prefix of a task head.
 
-    `bert.encoder.layer.0.output.dense.weight` and the module `encoder.layer.0.output.dense` are both
-    `encoder.layer.0.output.dense`.
+    >>> matrix_name("bert.encoder.layer.0.output.dense.weight")
+    'encoder.layer.0.output.dense'
+    >>> matrix_name("model.language_model.layers.0.mlp.up_proj.weight")
+    'layers.0.mlp.up_proj'
     """
     parts = plain_name(tensor_name).split(".")
     while len(parts) > 1 and parts[0] in HEAD_PREFIXES:
@@ -41,6 +59,13 @@ def plain_name(tensor_name: str) -> str:
     if len(parts) > 1 and parts[-1] == "weight":
         return ".".join(parts[:-1])
     return ".".join(parts).removesuffix("_weight") or tensor_name
+
+
+def expert_name(name: str, expert: int) -> str:
+    """The name of one expert's matrix in a stack of this name."""
+    if "experts." in name:
+        return name.replace("experts.", f"experts.{expert}.", 1)
+    return f"{name}.{expert}"
 
 
 def layer_number(name: str) -> int:
@@ -63,5 +88,230 @@ def kind_of(name: str) -> str:
     return ".".join(stack + inner) or ".".join(parts[:number]) or "weight"
 
 
+def numberless(name: str) -> str:
+    """The name with `*` for every number, which all layers and experts share."""
+    return ".".join("*" if _is_number(part) else part for part in name.split("."))
+
+
 def _is_number(part: str) -> bool:
     return part.isascii() and part.isdigit()
+
+
+class Conversions:
+    """How transformers turns the stored names of one architecture into those of its modules, as a table of its own.
+
+    Release 5 has renamings, and converters, which put several stored tensors into one parameter (experts into a stack,
+    gate and up into one weight) or divide one; release 4 has a mapping of regular expressions on each class.
+    """
+
+    def __init__(self, renamings: Sequence[Callable[[str], str]], converters: Sequence[Any] = ()) -> None:
+        self._renamings = renamings
+        self._converters = converters
+
+    def canonical(self, name: str) -> str | None:
+        """The canonical name of a stored tensor, of a module's parameter or of a matrix; the same for the same matrix.
+
+        None where the two sides hold the weight in different arrangements (rows in another order), so that equal names
+        would not mean equal matrices. A canonical name is its own canonical name.
+        """
+        stem, _, label = name.removesuffix(".weight").rpartition(".")
+        if any(label in labels for labels in _LABELS.values()):
+            targets = self.divided(stem)
+            if targets and label in _LABELS.get(len(targets), ()):
+                return targets[_LABELS[len(targets)].index(label)]
+        stored = _stored(name)
+        renamed, converter, source = self._convert(stored)
+        if converter is None:
+            return matrix_name(renamed)
+        target = matrix_name(renamed)
+        match [type(operation).__name__ for operation in converter.operations]:
+            case ["MergeModulelist"]:
+                return _of_expert(stored, renamed, target)
+            case ["MergeModulelist", "Concatenate"]:
+                return _part(_of_expert(stored, renamed, target), converter.source_patterns, source)
+            case ["Concatenate"] if len(converter.source_patterns) > 1 and converter.operations[0].dim == 0:
+                return _part(target, converter.source_patterns, source)
+            case ["Transpose"] if "experts" in target.split("."):
+                return target  # the shapes of a stack tell which way it is stored
+        return None
+
+    def divided(self, name: str) -> list[str]:
+        """The canonical names of the equal parts into which transformers divides the rows of a stored tensor, if so."""
+        renamed, converter, _ = self._convert(_stored(name))
+        if converter is None or [type(operation).__name__ for operation in converter.operations] != ["Chunk"]:
+            return []
+        first, *_ = targets = converter.target_patterns
+        if converter.operations[0].dim != 0 or first not in renamed:
+            return []
+        return [matrix_name(renamed.replace(first, target)) for target in targets]
+
+    def _convert(self, stored: str) -> tuple[str, Any, str | None]:
+        """The parameter's name, and the converter and its pattern that apply, if any."""
+        for rename in self._renamings:
+            stored = rename(stored)
+        for converter in self._converters:
+            renamed, source = converter.rename_source_key(stored)
+            if source is not None:
+                return renamed, converter, source
+        return stored, None, None
+
+
+def _stored(name: str) -> str:
+    """A matrix name as a file would have it, since the table's patterns may end with `.weight`."""
+    return name if name.endswith(("weight", "bias")) else f"{name}.weight"
+
+
+def _of_expert(stored: str, renamed: str, target: str) -> str | None:
+    """The target's name with the number that only the stored name has."""
+    numbers, left = (Counter(part for part in name.split(".") if _is_number(part)) for name in (stored, renamed))
+    lost = list((numbers - left).elements())
+    return expert_name(target, int(lost[0])) if len(lost) == 1 else None
+
+
+def _part(target: str | None, sources: Sequence[str], source: str | None) -> str | None:
+    labels = _LABELS.get(len(sources))
+    return f"{target}.{labels[list(sources).index(source)]}" if target and labels and source in sources else None
+
+
+def same_names(
+    ours: Collection[str],
+    theirs: Collection[str],
+    conversions: Callable[[], tuple[Conversions | None, Conversions | None]] = lambda: (None, None),
+) -> dict[str, str]:
+    """Our name → their name of the same matrix (or tensor); what has no certain partner is left out.
+
+    Args:
+        ours: names of one side.
+        theirs: names of the other side.
+        conversions: the tables of both sides; called where names are left over on both.
+    """
+    known = set(theirs)
+    found = {name: name for name in ours if name in known}
+    for canonical in (lambda: (matrix_name, matrix_name), lambda: tuple(map(_canonical_by, conversions()))):
+        taken = set(found.values())
+        left, right = [name for name in ours if name not in found], [name for name in theirs if name not in taken]
+        if left and right:
+            our_name, their_name = canonical()
+            found |= _unique_partners({name: our_name(name) for name in left}, {n: their_name(n) for n in right})
+    return found
+
+
+def _canonical_by(table: Conversions | None) -> Callable[[str], str | None]:
+    return matrix_name if table is None else table.canonical
+
+
+def _unique_partners(ours: Mapping[str, str | None], theirs: Mapping[str, str | None]) -> dict[str, str]:
+    """Names with one canonical name that no other name of their side has."""
+    partners = unambiguous(theirs)
+    return {name: partners[canonical] for canonical, name in unambiguous(ours).items() if canonical in partners}
+
+
+def unambiguous(canonical: Mapping[str, str | None]) -> dict[str, str]:
+    """From names with their canonical names to canonical names with the one name that each has, if it has one."""
+    count = Counter(canonical.values())
+    return {key: name for name, key in canonical.items() if key is not None and count[key] == 1}
+
+
+def conversions_of(source: Mapping[str, Any] | nn.Module | None) -> Conversions | None:
+    """The table of an architecture; None where transformers does not know the architecture, or renames nothing of it.
+
+    Args:
+        source: a `config.json`, or a model of transformers. A config's model is built without weights, on the meta
+            device, for the table depends on its parts; code that comes with a checkpoint is never run.
+    """
+    if isinstance(source, nn.Module):
+        return _of_module(source)
+    if not source or not isinstance(source.get("model_type"), str):
+        return None
+    try:
+        return _of_config(json.dumps(source, sort_keys=True, default=str))
+    except (TypeError, ValueError, RecursionError):
+        return None
+
+
+@lru_cache(maxsize=16)
+def _of_config(text: str) -> Conversions | None:
+    config: dict[str, Any] = json.loads(text)
+    try:
+        architecture, settings = _architecture(config)
+        if not hasattr(architecture, "_checkpoint_conversion_mapping"):
+            return _of_module(_skeleton(architecture, settings))
+        return _of_patterns(architecture._checkpoint_conversion_mapping)
+    except (
+        Exception
+    ):  # whatever an odd config does to a model's constructor, it only means that names are not converted
+        return None
+
+
+_LARGEST_COUNT = 4096
+"""Layers, experts or heads beyond any model: a config with more is not built."""
+_UNSAFE_KEYS = ("auto_map", "quantization_config", "compression_config", "implementation", "kernel")
+
+
+def _architecture(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The class of transformers that a config names, and its configuration without what would load code."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    settings = CONFIG_MAPPING[config["model_type"]].from_dict(_harmless(config))
+    names = config.get("architectures") or []
+    found = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        found = MODEL_MAPPING[type(settings)]
+    return found, settings
+
+
+def _harmless(config: Any) -> Any:
+    """A config without keys that choose code or weights, and with counts that a model may have.
+
+    Raises:
+        ValueError: a count is beyond any model.
+    """
+    if isinstance(config, list):
+        return [_harmless(value) for value in config[:_LARGEST_COUNT]]
+    if not isinstance(config, dict):
+        return config
+    for key, value in config.items():
+        counts = any(word in key for word in ("layer", "block", "depth", "expert", "stage", "num_heads"))
+        if counts and isinstance(value, int) and value > _LARGEST_COUNT:
+            raise ValueError(f"{key}={value}")
+    return {key: _harmless(value) for key, value in config.items() if not any(word in key for word in _UNSAFE_KEYS)}
+
+
+def _skeleton(architecture: Any, settings: Any) -> nn.Module:
+    import torch
+
+    with torch.device("meta"):
+        return architecture._from_config(settings, attn_implementation="eager")
+
+
+def _of_module(module: nn.Module) -> Conversions | None:
+    model: Any = module.get_base_model() if hasattr(module, "get_base_model") else module  # PEFT's, without its prefix
+    if not hasattr(model, "base_model_prefix"):
+        return None
+    if hasattr(type(model), "_checkpoint_conversion_mapping"):
+        return _of_patterns(type(model)._checkpoint_conversion_mapping)
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+    except ImportError:
+        return None
+    table = get_model_conversion_mapping(model, add_legacy=True)
+    converters = [entry for entry in table if isinstance(entry, WeightConverter)]
+    renamings = [_renaming(entry) for entry in table if not isinstance(entry, WeightConverter)]
+    return Conversions(renamings, converters) if table else None
+
+
+def _renaming(entry: Any) -> Callable[[str], str]:
+    return lambda name: entry.rename_source_key(name)[0]
+
+
+def _of_patterns(patterns: Mapping[str, str]) -> Conversions | None:
+    """Release 4: the first pattern that is found is replaced."""
+
+    def rename(name: str) -> str:
+        replaced = (re.subn(pattern, replacement, name) for pattern, replacement in patterns.items())
+        return next((renamed for renamed, count in replaced if count), name)
+
+    return Conversions([rename]) if patterns else None

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
@@ -10,9 +11,24 @@ from spectralbasis.checkpoints.checkpoint import Checkpoint
 from spectralbasis.checkpoints.fused import split_fused
 from spectralbasis.checkpoints.layout import Layouts, is_expert_stack
 from spectralbasis.checkpoints.matrix import Cut, Matrix
-from spectralbasis.checkpoints.names import kind_of, layer_number, matrix_name, plain_name
+from spectralbasis.checkpoints.names import expert_name, kind_of, layer_number, matrix_name, plain_name
 from spectralbasis.checkpoints.roles import is_weight, left_out_by_default, unreadable
 from spectralbasis.errors import InputError
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The matrices of a checkpoint, and what is none that can be measured.
+
+    Attributes:
+        matrices: by name.
+        skipped: name → why it is not among them.
+        unreadable: name → numbers that are stored of a weight whose values cannot be read, such as a quantized one.
+    """
+
+    matrices: dict[str, Matrix]
+    skipped: dict[str, str]
+    unreadable: dict[str, int]
 
 
 def logical_matrices(
@@ -21,7 +37,18 @@ def logical_matrices(
     exclude: Sequence[str] = (),
     config: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Matrix], dict[str, str]]:
-    """The weight matrices of a checkpoint by name, and what was skipped, with the reason. Reads no data.
+    """The weight matrices of a checkpoint by name, and what was skipped, with the reason; see `take_inventory`."""
+    found = take_inventory(checkpoint, include, exclude, config)
+    return found.matrices, found.skipped
+
+
+def take_inventory(
+    checkpoint: Checkpoint,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    config: Mapping[str, Any] | None = None,
+) -> Inventory:
+    """List the weight matrices of a checkpoint, and what is skipped. Reads no data.
 
     Vectors, norms, biases and buffers are no matrices and are not listed. Embedding tables and task heads are skipped
     unless `include` names them.
@@ -37,13 +64,18 @@ def logical_matrices(
     config = checkpoint.config or config or {}
     matrices: dict[str, Matrix] = {}
     skipped: dict[str, str] = {}
+    unreadable: dict[str, int] = {}
+    tied = checkpoint.tied()
     for matrix, reason in _matrices(checkpoint, config):
         named = _matches(include, matrix)
         if _matches(exclude, matrix):
             reason = "left out by exclude"
         elif include and not named:
             reason = "not named by include"
-        elif reason is None and not named:
+        elif reason is not None:
+            if matrix.cut.tensor not in tied:
+                unreadable[matrix.name] = prod(matrix.shape)
+        elif not named:
             reason = left_out_by_default(checkpoint, matrix.cut.tensor, matrix.name)
         if reason is None:
             matrices[matrix.name] = matrix
@@ -51,7 +83,7 @@ def logical_matrices(
             skipped[matrix.name] = reason
     if include and not matrices:
         raise InputError(_nothing_included(checkpoint, include, skipped))
-    return matrices, skipped
+    return Inventory(matrices, skipped, unreadable)
 
 
 def _matrices(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[tuple[Matrix, str | None]]:
@@ -93,18 +125,12 @@ def _cuts(
     rows, columns = (inner[1], inner[0]) if transposed else (inner[0], inner[1])
     parts = split_fused(tensor, rows, columns, config) if len(inner) == 2 else None
     for expert in experts:
-        label = name if expert is None else _expert_name(name, expert)
+        label = name if expert is None else expert_name(name, expert)
         if parts is None:
             yield label, (rows, columns, *inner[2:]), Cut(tensor, expert, transposed)
             continue
         for part, selected in parts.items():
             yield f"{label}.{part}", (selected.count, columns), Cut(tensor, expert, transposed, selected)
-
-
-def _expert_name(name: str, expert: int) -> str:
-    if "experts." in name:
-        return name.replace("experts.", f"experts.{expert}.", 1)
-    return f"{name}.{expert}"
 
 
 def _matches(patterns: Sequence[str], matrix: Matrix) -> bool:

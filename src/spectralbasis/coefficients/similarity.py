@@ -151,7 +151,7 @@ def _update_grams(
     base: Checkpoint, checkpoints: Sequence[Checkpoint], include: Sequence[str], exclude: Sequence[str]
 ) -> Grams:
     """Inner products of the updates of every matrix that all checkpoints have and some of them change."""
-    matched = [match_matrices(base, one, include, exclude)[0] for one in checkpoints]
+    matched = [match_matrices(base, one, include, exclude).pairs for one in checkpoints]
     partners = [{before.name: after for before, after in pairs} for pairs in matched]
     grams = {}
     for before, _ in matched[0]:

@@ -45,7 +45,8 @@ def open_pairs(base: Any, tuned: Sequence[Any], include: Sequence[str], exclude:
     labels = short_labels([checkpoint.source for checkpoint in checkpoints])
     found = Pairing(opened, dict(zip(labels, checkpoints, strict=True)))
     for label, checkpoint in found.tuned.items():
-        pairs, skipped = match_matrices(opened, checkpoint, include=include, exclude=exclude)
+        matching = match_matrices(opened, checkpoint, include=include, exclude=exclude)
+        pairs, skipped = matching.pairs, matching.skipped
         for name, reason in skipped.items():
             found.skip(label, name, reason)
         for before, after in pairs:
