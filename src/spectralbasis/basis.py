@@ -81,7 +81,8 @@ class SpectralBasis(Mapping[str, Triplets]):
 
         Args:
             source: whatever `open_checkpoint` opens: a path, a hub id, a state dict, a module.
-            leading: a number of directions, a fraction of min(m, n), "mp" or "gd".
+            leading: a number of directions (all of a matrix that has fewer), a fraction of min(m, n), "auto", "mp" or
+                "gd".
             tolerance: largest sine between computed and true leading subspaces.
             include: glob patterns of matrix names to take; empty takes all but embeddings and heads.
             exclude: glob patterns of matrix names to leave out.

@@ -72,7 +72,8 @@ def basis_table(facts: Mapping[str, Any]) -> Table:
 def findings_table(summary: Mapping[str, Any]) -> Table:
     """Stability and coverage, overall and for each checkpoint, beside their null."""
     table = _table(
-        f"{summary['matrices']} matrices compared, {len(summary['skipped'])} skipped; leading = {summary['leading']}",
+        f"{summary['matrices']} matrices compared{_part(summary)}, {len(summary['skipped'])} skipped; "
+        f"leading = {summary['leading']}",
         ["checkpoint", "measure", "value", "null", "effect", "95 % interval", "p", "verdict"],
     )
     findings = dict(summary["per_tuned"])
@@ -86,8 +87,16 @@ def findings_table(summary: Mapping[str, Any]) -> Table:
         sharing = summary["sharing"]
         table.add_row(f"pairs: {sharing['over']}", "sharing", *_finding_cells(sharing))
     notes = [f"{m}: {summary[m]['note']}" for m in ("stability", "coverage") if summary[m].get("note")]
-    table.caption = escape("\n".join(notes))
+    table.caption = escape("\n".join([*summary.get("notes", ()), *notes]))
     return table
+
+
+def _part(summary: Mapping[str, Any]) -> str:
+    """Which part of the model the verdicts are of; empty where it is all of it."""
+    from spectralbasis.checkpoints.matching import share_text
+
+    share = summary.get("measured_share", 1.0)
+    return "" if share == 1 else f" ({share_text(share)} of the model)"
 
 
 def plan_table(plan: Mapping[str, Any]) -> Group:

@@ -120,15 +120,65 @@ def test_matrices_that_cannot_be_measured_are_listed_and_the_others_go_on():
     assert any("48×40" in reason and "7×7" in reason for reason in reasons)
 
 
-def test_a_base_with_nan_and_a_k_too_large_are_listed_too():
+def test_a_base_with_nan_is_listed_and_a_matrix_of_fewer_directions_gives_all_it_has():
     base, tuned = random_updates(3, 0.3)
     names = list(base)
     base[names[0]] = base[names[0]] * float("inf")
-    base[names[1]], tuned[names[1]] = torch.eye(5), 2 * torch.eye(5)
-    skipped = sb.compare(base, [tuned], leading=8).summary()["skipped"]
-    assert len(skipped) == 2
-    assert any("NaN or infinite" in reason for reason in skipped.values())
-    assert any("k=8 exceeds min(m, n)=5" in reason for reason in skipped.values())
+    base[names[1]], tuned[names[1]] = torch.eye(5), torch.eye(5) + 0.1 * torch.randn(5, 5)
+    result = sb.compare(base, [tuned], leading=8)
+    (reason,) = result.summary()["skipped"].values()
+    assert "NaN or infinite" in reason
+    assert result.table.groupby("matrix")["k"].max().to_dict() == {
+        names[1].removesuffix(".weight"): 5,
+        names[2].removesuffix(".weight"): 8,
+    }
+    (note,) = result.summary()["notes"]
+    assert "k=8 exceeds the smaller side of 1 matrix" in note
+
+
+def test_without_leading_k_is_64_or_half_of_the_smaller_side():
+    sizes = {"layer.0.wide": (200, 140), "layer.1.narrow": (50, 9)}
+    base = {f"{name}.weight": torch.randn(size) for name, size in sizes.items()}
+    tuned = {name: W + 0.1 * torch.randn_like(W) for name, W in base.items()}
+    result = sb.compare(base, [tuned], null=None)
+    assert result.table.groupby("matrix")["k"].max().to_dict() == {"layer.0.wide": 64, "layer.1.narrow": 4}
+    assert result.summary()["notes"] == []
+    assert "64, or half of min(m, n) where that is less" in result.summary()["methods"]
+
+
+def test_what_has_no_partner_is_named_in_groups_with_its_share_of_the_model():
+    base = {f"blocks.{i}.proj.weight": torch.randn(8, 8) for i in range(3)} | {"first.weight": torch.randn(8, 16)}
+    tuned = {"first.weight": base["first.weight"] + 0.1, "tower.0.query.weight": torch.randn(4, 4)}
+    summary = sb.compare(base, [tuned], leading=2, draws=1).summary()
+    assert summary["measured_share"] == pytest.approx(128 / (128 + 3 * 64))
+    ours, theirs = summary["unpaired"]
+    expected = {"side": "base", "group": "blocks.*", "matrices": 3, "parameters": 192, "share": pytest.approx(0.6)}
+    assert {key: ours[key] for key in expected} == expected
+    assert (theirs["side"], theirs["group"], theirs["share"]) == ("tuned", "tower.*", pytest.approx(16 / 144))
+    assert "40 % of the model" in summary["notes"][0]
+
+
+def test_equal_pairs_beside_others_that_found_no_partner_are_not_called_the_same_weights():
+    base = {f"layer.{i}.query.weight": torch.randn(16, 16) for i in range(4)} | {"patch.weight": torch.randn(16, 8)}
+    tuned = {f"layers.{i}.q_proj.weight": torch.randn(16, 16) for i in range(4)} | {
+        "patch.weight": base["patch.weight"]
+    }
+    with pytest.raises(sb.InputError, match=r"11 % of the model.*layer\.\* of the base \(4 matrices") as caught:
+        sb.compare(base, [tuned], leading=4)
+    assert "hold the same weights" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("stored", "narrow"), [(torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)])
+def test_a_matrix_that_is_the_rounded_base_is_listed_as_rounding(stored, narrow):
+    base = {f"layer.{i}.dense.weight": torch.randn(24, 16).to(stored) for i in range(3)}
+    tuned = {name: W.to(narrow) for name, W in base.items()}
+    tuned["layer.0.dense.weight"] = (base["layer.0.dense.weight"] + 0.1).to(narrow)
+    summary = sb.compare(base, [tuned], leading=4, draws=1).summary()
+    assert summary["matrices"] == 1
+    assert all(reason.startswith(measuring.ROUNDED) for reason in summary["skipped"].values())
+    assert len(summary["skipped"]) == 2
+    with pytest.raises(sb.InputError, match="same weights but for rounding"):
+        sb.compare(base, [{name: W.to(narrow) for name, W in base.items()}], leading=4)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +188,7 @@ def test_a_base_with_nan_and_a_k_too_large_are_listed_too():
         ({"null": "shuffled"}, "null='shuffled' is unknown; pass one of scrambled, gaussian"),
         ({"draws": 0}, "draws=0 draws nothing"),
         ({"device": "cuda:99"}, "pass device='cpu'"),
-        ({"leading": 41}, r"k=41 exceeds min\(m, n\)=40"),
+        ({"leading": 0}, "leading=0 is no number of directions"),
         ({"include": ["nothing*"]}, "nothing"),
     ],
 )
@@ -152,8 +202,9 @@ def test_where_nothing_could_be_measured_a_matrix_that_was_tried_says_why():
     base, tuned = random_updates(2, 0.3)
     for state in (base, tuned):
         state["embeddings.word_embeddings.weight"] = torch.ones(50, 40)
-    with pytest.raises(sb.InputError, match=r"encoder\.layer\.0\.dense0: k=41 exceeds"):
-        sb.compare(base, [tuned], leading=41)
+    tuned = {name: W * float("nan") for name, W in tuned.items()}
+    with pytest.raises(sb.InputError, match=r"encoder\.layer\.0\.dense0: 1920 of 1920 values"):
+        sb.compare(base, [tuned], leading=8)
 
 
 def test_the_same_weights_twice_is_an_error_not_a_finding():

@@ -65,5 +65,7 @@ def test_counts_and_fractions_resolve_against_the_shorter_side():
     assert resolve_leading(20, W) == 20
     assert resolve_leading(0.25, W) == 5
     assert resolve_leading(0.001, W) == 1
-    with pytest.raises(ValueError, match=r"k=21 exceeds min\(m, n\)=20"):
-        resolve_leading(21, W)
+    assert resolve_leading(21, W) == 20
+    assert resolve_leading("auto", W) == 10
+    assert resolve_leading("auto", torch.empty(300, 129)) == 64
+    assert resolve_leading("auto", torch.empty(1, 7)) == 1

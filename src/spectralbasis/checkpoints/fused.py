@@ -45,6 +45,11 @@ def split_fused(tensor: str, rows: int, columns: int, config: Mapping[str, Any])
     return split(rows, columns, config) if split else None
 
 
+def is_fused(name: str) -> bool:
+    """Whether a weight of this name may be several matrices."""
+    return name.removesuffix(".weight").rpartition(".")[2] in _SPLITS
+
+
 def model_type(config: Mapping[str, Any]) -> str:
     """The family of models that a config names, "" where it names none."""
     name = config.get("model_type")

@@ -186,6 +186,23 @@ def stack_of(name: str) -> str:
     return name if number < 0 else f".{name}.".partition(f".{number}.")[0].strip(".")
 
 
+def describe_unpaired(groups: Sequence[Unpaired], most: int = 6) -> str:
+    """Groups in words: "visual.blocks.* of the base (32 matrices, 24 % of its parameters): absent in tuned"."""
+    shown = [
+        f"{one.group} of the {'base' if one.side == 'base' else 'finetuned checkpoint'} ({one.matrices} "
+        f"{'matrix' if one.matrices == 1 else 'matrices'}, {share_text(one.share)} of its parameters): {one.reason}"
+        for one in sorted(groups, key=lambda one: -one.share)[:most]
+    ]
+    more = [f"and {len(groups) - most} more groups"] if len(groups) > most else []
+    return "; ".join([*shown, *more])
+
+
+def share_text(share: float) -> str:
+    """A share in percent, never rounded to nothing or to all of it."""
+    percent = 100 * share
+    return f"{min(max(percent, 0.1), 99.9):.1f} %" if percent < 1 or 99 < percent < 100 else f"{percent:.0f} %"
+
+
 def _groups(
     side: str, inventory: Inventory, matrices: Mapping[str, Matrix], alone: Mapping[str, str], total: int
 ) -> list[Unpaired]:

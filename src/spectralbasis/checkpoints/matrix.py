@@ -44,6 +44,11 @@ class Cut:
         return checkpoint.take_rows(self.tensor, stored + (self.expert or 0) * height, prod(inner))
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as people write it, `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class Matrix:
     """One logical weight matrix of shape (out, in).
@@ -65,6 +70,11 @@ class Matrix:
     def read(self) -> Tensor:
         """The matrix (out, in) on the CPU, in the stored dtype."""
         return self.cut.read(self.checkpoint)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The stored dtype of the matrix."""
+        return self.checkpoint.dtype(self.cut.tensor)
 
     @property
     def held_bytes(self) -> int:

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from spectralbasis.checkpoints.fused import is_fused
+
 # Attributes under which task models, trainers, multimodal models and PEFT keep the model proper (`base_model_prefix` in
 # transformers). Words that name a part of some model (encoder, backbone, vision_model) are left out on purpose.
 HEAD_PREFIXES = frozenset(
@@ -119,10 +121,13 @@ class Conversions:
             targets = self.divided(stem)
             if targets and label in _LABELS.get(len(targets), ()):
                 return targets[_LABELS[len(targets)].index(label)]
+            if is_fused(stem):
+                whole = self.canonical(stem)
+                return whole and f"{whole}.{label}"
         stored = _stored(name)
         renamed, converter, source = self._convert(stored)
         if converter is None:
-            return matrix_name(renamed)
+            return self._of_stack(name) if renamed == stored else matrix_name(renamed)
         target = matrix_name(renamed)
         match [type(operation).__name__ for operation in converter.operations]:
             case ["MergeModulelist"]:
@@ -134,6 +139,15 @@ class Conversions:
             case ["Transpose"] if "experts" in target.split("."):
                 return target  # the shapes of a stack tell which way it is stored
         return None
+
+    def _of_stack(self, name: str) -> str:
+        """The name of a matrix in a stack of experts, whose own name may be another: `input_linear.3.gate`."""
+        stack, number, part = _around_last_number(matrix_name(name))
+        stored = _stored(stack)
+        renamed, converter, _ = self._convert(stored)
+        if not number or converter is not None or renamed == stored:
+            return matrix_name(name)
+        return ".".join(filter(None, (expert_name(matrix_name(renamed), int(number)), part)))
 
     def divided(self, name: str) -> list[str]:
         """The canonical names of the equal parts into which transformers divides the rows of a stored tensor, if so."""
@@ -161,6 +175,13 @@ def _stored(name: str) -> str:
     return name if name.endswith(("weight", "bias")) else f"{name}.weight"
 
 
+def _around_last_number(name: str) -> tuple[str, str, str]:
+    """What comes before the last number of a name, the number, and what comes after it; empty where there is none."""
+    parts = name.split(".")
+    last = max((i for i, part in enumerate(parts) if _is_number(part)), default=0)
+    return ".".join(parts[:last]), parts[last] if last else "", ".".join(parts[last + 1 :])
+
+
 def _of_expert(stored: str, renamed: str, target: str) -> str | None:
     """The target's name with the number that only the stored name has."""
     numbers, left = (Counter(part for part in name.split(".") if _is_number(part)) for name in (stored, renamed))
@@ -170,7 +191,9 @@ def _of_expert(stored: str, renamed: str, target: str) -> str | None:
 
 def _part(target: str | None, sources: Sequence[str], source: str | None) -> str | None:
     labels = _LABELS.get(len(sources))
-    return f"{target}.{labels[list(sources).index(source)]}" if target and labels and source in sources else None
+    if not target or not labels or source is None:
+        return None
+    return f"{target}.{labels[list(sources).index(source)]}"
 
 
 def same_names(
@@ -287,7 +310,8 @@ def _skeleton(architecture: Any, settings: Any) -> nn.Module:
 
 
 def _of_module(module: nn.Module) -> Conversions | None:
-    model: Any = module.get_base_model() if hasattr(module, "get_base_model") else module  # PEFT's, without its prefix
+    unwrapped: Any = getattr(module, "get_base_model", lambda: module)
+    model = unwrapped()  # a PEFT model's names would have its prefix
     if not hasattr(model, "base_model_prefix"):
         return None
     if hasattr(type(model), "_checkpoint_conversion_mapping"):

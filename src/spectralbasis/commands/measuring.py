@@ -47,7 +47,7 @@ def compare(
     base: Annotated[str, typer.Argument(help="The pretrained checkpoint: folder, file or hub id.")],
     tuned: Annotated[list[str], typer.Argument(help="Checkpoints or adapters finetuned from it.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the table and the report.")] = None,
-    leading: Leading = "64",
+    leading: Leading = "auto",
     null: Annotated[str, typer.Option(help="Null model: scrambled, gaussian or none.")] = "scrambled",
     draws: Annotated[int, typer.Option(min=1, help="Draws of the null per matrix.")] = 5,
     label: Annotated[

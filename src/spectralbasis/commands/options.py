@@ -12,7 +12,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left there.")]
 Model = Annotated[str, typer.Argument(help="Folder, file, or hub id of a model.")]
 Leading = Annotated[
-    str, typer.Option(metavar="K|FRACTION|mp|gd", help="Number of leading directions, and the rule that sets it.")
+    str,
+    typer.Option(
+        metavar="K|FRACTION|auto|mp|gd",
+        help="Number of leading directions, or the rule that sets it; auto: 64, or half of a matrix's smaller side "
+        "where that is less.",
+    ),
 ]
 Tolerance = Annotated[float, typer.Option(help="Largest sine between computed and true leading subspaces.")]
 Include = Annotated[list[str] | None, typer.Option(help="Glob of matrix names to take; may be given again.")]

@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 import torch
 
+from spectralbasis.checkpoints.matching import describe_unpaired, share_text
 from spectralbasis.comparison.distributing import affordable_workers, announce_row_blocks, free_memory, measured
-from spectralbasis.comparison.measuring import UNCHANGED, MatrixTask, Outcome, Settings
+from spectralbasis.comparison.measuring import ROUNDED, UNCHANGED, MatrixTask, Outcome, Settings
 from spectralbasis.comparison.pairing import Pairing, open_pairs
 from spectralbasis.comparison.result import Comparison
 from spectralbasis.comparison.rows import SharedRow, to_frame
@@ -29,7 +30,7 @@ def compare(
     base: Any,
     tuned: Sequence[Any],
     *,
-    leading: Leading = 64,
+    leading: Leading = "auto",
     null: str | None = "scrambled",
     draws: int = 5,
     tasks: Sequence[str] | None = None,
@@ -51,7 +52,8 @@ def compare(
     Args:
         base: the pretrained checkpoint: a path, a hub id, a state dict, a module.
         tuned: one or more checkpoints finetuned from it; PEFT adapter folders are read over `base`.
-        leading: number of leading directions: a whole number, a fraction of min(m, n), "mp" or "gd".
+        leading: number of leading directions: a whole number (all directions of a matrix that has fewer), a fraction
+            of min(m, n), "mp", "gd", or "auto" for 64, or half of min(m, n) where that is less.
         null: "scrambled", "gaussian", or None for no draws (then nothing is tested).
         draws: draws of the null per matrix; 2 are needed for a z-score, 5 or more are sensible.
         tasks: what each of `tuned` was finetuned to, in their order; checkpoints of one task, as of several seeds, are
@@ -156,9 +158,19 @@ class _Run:
 
     def nothing_measured(self) -> str:
         """Why the table is empty, for the person who asked."""
-        base, skipped = self.pairing.base.source, self.pairing.skipped
-        if UNCHANGED in skipped.values():
-            return f"{base} and {', '.join(self.pairing.tuned)} hold the same weights: there is no update to measure"
+        base, skipped, tuned = self.pairing.base.source, self.pairing.skipped, ", ".join(self.pairing.tuned)
+        alone = [group for groups in self.pairing.unpaired.values() for group in groups]
+        pairs = sum(map(len, self.pairing.partners.values()))
+        same = sum(reason == UNCHANGED or reason.startswith(ROUNDED) for reason in skipped.values())
+        if same and same == pairs and not alone:
+            rounded = " but for rounding" if any(reason.startswith(ROUNDED) for reason in skipped.values()) else ""
+            return f"{base} and {tuned} hold the same weights{rounded}: there is no update to measure"
+        if same and same == pairs:
+            part = share_text(min(self.pairing.shares.values()))
+            return (
+                f"what {base} and {tuned} have in common is the same in both, but it is only {part} of the model; "
+                f"not compared: {describe_unpaired(alone)}"
+            )
         # Matrices that were tried say more than embeddings and heads, which nobody asked for.
         tried = [name for name in skipped if name.split(" [")[0] in self.pairing.bases]
         name = next(iter([*tried, *skipped]), "")
@@ -167,8 +179,7 @@ class _Run:
     def summary(self, table: pd.DataFrame, sharing: pd.DataFrame | None, seconds: float) -> dict[str, Any]:
         """The content of `summary.json`."""
         sources = {label: checkpoint.source for label, checkpoint in self.pairing.tuned.items()}
-        base, skipped = self.pairing.base.source, self.pairing.skipped
-        return summarise(table, sharing, self.settings, base, sources, self.tasks, skipped, seconds)
+        return summarise(table, sharing, self.settings, self.pairing, sources, self.tasks, seconds)
 
 
 def _open_store(output: str | Path | None, settings: Settings, resume: bool) -> Store:

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from spectralbasis.checkpoints import Matrix
+from spectralbasis.checkpoints.matrix import dtype_name
 from spectralbasis.comparison import metrics
 from spectralbasis.comparison.memory import expected_k
 from spectralbasis.comparison.metrics import Key, Measurements, Window
@@ -30,10 +31,11 @@ from spectralbasis.linalg import (
     singular_values,
     trailing_vectors,
 )
-from spectralbasis.linalg.row_source import MatrixLike, equal, minus, plus
+from spectralbasis.linalg.row_source import MatrixLike, equal, equal_rounded, minus, plus
 from spectralbasis.triplets import Triplets, compute_triplets_and_values, matrix_hash
 
 UNCHANGED = "the same in both: finetuning did not touch it"
+ROUNDED = "the same in both but for rounding"
 NullValues = dict[Key, list[float]]
 
 
@@ -42,7 +44,7 @@ class Settings:
     """What is measured: the same settings on the same weights give the same rows.
 
     Attributes:
-        leading: number of directions, fraction of min(m, n), "mp" or "gd".
+        leading: number of directions, fraction of min(m, n), "auto", "mp" or "gd".
         null: "scrambled", "gaussian" or None for no draws.
         draws: draws of the null per matrix.
         seed: of the draws and of the bootstrap.
@@ -51,7 +53,7 @@ class Settings:
         trailing: measure the trailing directions too, as many as leading ones.
     """
 
-    leading: Leading = 64
+    leading: Leading = "auto"
     null: str | None = "scrambled"
     draws: int = 5
     seed: int = 0
@@ -172,6 +174,11 @@ class _Work:
         W1 = self._tuned(label)
         if equal(self.W0, W1):
             raise ValueError(UNCHANGED)
+        before, after = self.task.before.dtype, self.task.partners[label].dtype
+        if before != after and (equal_rounded(self.W0, W1, after) or equal_rounded(W1, self.W0, before)):
+            raise ValueError(
+                f"{ROUNDED} (stored as {dtype_name(before)} and {dtype_name(after)}): no update to measure"
+            )
         tuned_hash = matrix_hash(W1)
         content = f"{self.base_hash}-{tuned_hash}"
         known = self.task.known.get(label) == content

@@ -3,12 +3,13 @@
 from spectralbasis.linalg import Leading, row_source
 from spectralbasis.linalg.krylov import BLOCK
 from spectralbasis.linalg.svd import gram_pays, krylov_pays
+from spectralbasis.linalg.thresholds import leading_by_shape
 
 FLOAT32, FLOAT64 = 4, 8
 PROCESS_MEMORY = 450_000_000
 """Bytes of an interpreter with torch and this package, before it has read anything."""
 USUAL_LEADING = 64
-"""Directions that are reckoned with where their number depends on the spectrum."""
+"""k assumed when it depends on the spectrum."""
 _BLOCKS = 24
 """Blocks of rows in float32 that a process grows by: those of base, tuned, update and draw, the widened one, and what
 lies free between them, of which allocators leave more or less (20 were seen)."""
@@ -16,10 +17,8 @@ lies free between them, of which allocators leave more or less (20 were seen).""
 
 def expected_k(leading: Leading, shape: tuple[int, int]) -> int:
     """How many directions a setting means for a matrix of shape (m, n), as far as the shape tells."""
-    short = min(shape)
-    if isinstance(leading, str):
-        return min(USUAL_LEADING, short)
-    return min(leading, short) if isinstance(leading, int) else max(1, round(leading * short))
+    known = leading_by_shape(leading, shape)
+    return min(USUAL_LEADING, *shape) if known is None else known
 
 
 def working_memory(m: int, n: int, k: int, *, trailing: bool = False) -> int:

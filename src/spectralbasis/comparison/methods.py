@@ -9,8 +9,10 @@ import pandas as pd
 from spectralbasis.comparison.measuring import UNCHANGED, Settings
 from spectralbasis.comparison.metrics import INTRUDER_COSINE
 from spectralbasis.comparison.statistics import CONFIDENCE, FALSE_DISCOVERY_RATE, RESAMPLES
+from spectralbasis.linalg.thresholds import AUTO_LEADING
 
 _RULES = {
+    "auto": f"{AUTO_LEADING}, or half of min(m, n) where that is less",
     "mp": "the number of singular values above the Marchenko–Pastur edge of noise fitted to the median one",
     "gd": "the number of singular values above the Gavish–Donoho threshold",
 }
@@ -67,7 +69,8 @@ def _leading(table: pd.DataFrame, settings: Settings) -> str:
     span = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
     windows = "leading and as many trailing" if settings.trailing else "leading"
     if isinstance(settings.leading, int):
-        return f"The {settings.leading} {windows} directions were taken."
+        fewer = "" if counts.min() == settings.leading else f" (all of a matrix that has fewer: {span})"
+        return f"The {settings.leading} {windows} directions were taken{fewer}."
     rule = _RULES.get(str(settings.leading), f"a fraction of {settings.leading} of min(m, n)")
     return f"The number of {windows} directions was set by {rule}: {span}."
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from spectralbasis.checkpoints import Checkpoint, Matrix, match_matrices, open_checkpoint
 from spectralbasis.checkpoints.labels import short_labels
+from spectralbasis.checkpoints.matching import Unpaired
 from spectralbasis.errors import InputError
 
 
@@ -19,6 +20,8 @@ class Pairing:
         bases: name → matrix of the base that has a partner.
         partners: name → label → matrix of the finetuned checkpoint.
         skipped: name, with the label where there are several → why it is not measured.
+        unpaired: label → groups of matrices, of either side, that have no partner or cannot be read.
+        shares: label → share of the model that the pairs make up, in (0, 1].
     """
 
     base: Checkpoint
@@ -26,6 +29,8 @@ class Pairing:
     bases: dict[str, Matrix] = field(default_factory=dict)
     partners: dict[str, dict[str, Matrix]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    unpaired: dict[str, tuple[Unpaired, ...]] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
 
     def skip(self, label: str, name: str, reason: str) -> None:
         """Record why a matrix is not measured."""
@@ -46,10 +51,10 @@ def open_pairs(base: Any, tuned: Sequence[Any], include: Sequence[str], exclude:
     found = Pairing(opened, dict(zip(labels, checkpoints, strict=True)))
     for label, checkpoint in found.tuned.items():
         matching = match_matrices(opened, checkpoint, include=include, exclude=exclude)
-        pairs, skipped = matching.pairs, matching.skipped
-        for name, reason in skipped.items():
+        found.unpaired[label], found.shares[label] = matching.unpaired, matching.share
+        for name, reason in matching.skipped.items():
             found.skip(label, name, reason)
-        for before, after in pairs:
+        for before, after in matching.pairs:
             found.bases[before.name] = before
             found.partners.setdefault(before.name, {})[label] = after
     return found

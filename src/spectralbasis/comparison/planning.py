@@ -91,7 +91,7 @@ def plan_comparison(
     base: Any,
     tuned: Sequence[Any],
     *,
-    leading: Leading = 64,
+    leading: Leading = "auto",
     null: str | None = "scrambled",
     draws: int = 5,
     include: Sequence[str] = (),

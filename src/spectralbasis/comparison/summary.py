@@ -5,13 +5,16 @@ import platform
 import resource
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
 import pandas as pd
 
+from spectralbasis.checkpoints.matching import describe_unpaired, share_text
 from spectralbasis.comparison.measuring import Settings
 from spectralbasis.comparison.methods import methods_paragraph
+from spectralbasis.comparison.pairing import Pairing
 from spectralbasis.comparison.shared_findings import sharing_findings, sharing_methods
 from spectralbasis.comparison.statistics import FALSE_DISCOVERY_RATE, Finding, find, full_k
 from spectralbasis.comparison.trajectory import training_runs, trajectories
@@ -27,10 +30,9 @@ def summarise(
     table: pd.DataFrame,
     sharing: pd.DataFrame | None,
     settings: Settings,
-    base: str,
+    pairing: Pairing,
     tuned: dict[str, str],
     tasks: dict[str, str],
-    skipped: dict[str, str],
     seconds: float,
 ) -> dict[str, Any]:
     """The content of `summary.json`.
@@ -39,15 +41,15 @@ def summarise(
         table: all rows of the comparison.
         sharing: all rows of what finetuned checkpoints share; None where there is one checkpoint.
         settings: what was measured.
-        base: the base, as it was named.
+        pairing: what was compared, what was skipped, and what found no partner.
         tuned: label → source of each finetuned checkpoint.
         tasks: label → task of each, or empty.
-        skipped: matrix → reason.
         seconds: wall-clock time that the comparison took.
     """
     versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
     per_tuned = {str(label): findings(rows, settings.seed) for label, rows in table.groupby("tuned", sort=False)}
     between = _between(table, sharing, per_tuned, tuned, tasks, settings.seed)
+    base, skipped = pairing.base.source, pairing.skipped
     methods = methods_paragraph(table, settings, base, tuned, skipped, versions)
     return {
         "base": base,
@@ -59,6 +61,11 @@ def summarise(
         "tolerance": settings.tolerance,
         "matrices": int(table["matrix"].nunique()),
         "skipped": skipped,
+        "unpaired": [
+            {"tuned": label, **asdict(group)} for label, groups in pairing.unpaired.items() for group in groups
+        ],
+        "measured_share": min(pairing.shares.values()),
+        "notes": _notes(table, settings, pairing),
         **findings(table, settings.seed),
         "per_tuned": per_tuned,
         **between,
@@ -68,6 +75,28 @@ def summarise(
         "seconds": round(seconds, 3),
         "peak_rss_bytes": peak_rss_bytes(),
     }
+
+
+def _notes(table: pd.DataFrame, settings: Settings, pairing: Pairing) -> list[str]:
+    """What a reader of the verdicts has to know before them."""
+    notes = []
+    for label, groups in pairing.unpaired.items():
+        if groups:
+            whom = f" ({label})" if len(pairing.unpaired) > 1 else ""
+            notes.append(
+                f"The verdicts are of {share_text(pairing.shares[label])} of the model{whom}, by parameters of its "
+                f"weight matrices. Not compared: {describe_unpaired(groups)}."
+            )
+    if isinstance(settings.leading, int):
+        counts = table[table["metric"] == "subspace_overlap"].groupby("matrix", sort=False)["k"].max()
+        small = counts[counts < settings.leading].index
+        if len(small):
+            notes.append(
+                f"k={settings.leading} exceeds the smaller side of {len(small)} "
+                f"{'matrix' if len(small) == 1 else 'matrices'} (such as {small[0]}): all their directions were taken, "
+                "and a whole side cannot turn, so its overlap is 1."
+            )
+    return notes
 
 
 def findings(table: pd.DataFrame, seed: int) -> dict[str, dict[str, Any]]:

@@ -96,3 +96,8 @@ def _row_sources(A: MatrixLike, B: MatrixLike) -> tuple[RowSource, RowSource]:
 def equal(A: MatrixLike, B: MatrixLike) -> bool:
     """Whether two matrices hold the same values."""
     return A.shape == B.shape and all(torch.equal(A[rows], B[rows]) for rows in row_slices(A))
+
+
+def equal_rounded(A: MatrixLike, B: MatrixLike, dtype: torch.dtype) -> bool:
+    """Whether the float32 values of B are those of A rounded to a dtype."""
+    return A.shape == B.shape and all(torch.equal(A[rows].to(dtype).float(), B[rows]) for rows in row_slices(A))

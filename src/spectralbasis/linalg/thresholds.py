@@ -13,17 +13,20 @@ from spectralbasis.linalg.row_source import MatrixLike
 from spectralbasis.linalg.svd import singular_values
 
 Leading = int | float | str
-"""A number of directions, a fraction of min(m, n), "mp" (Marchenko–Pastur) or "gd" (Gavish–Donoho)."""
+"""A number of directions, a fraction of min(m, n), "auto" (`AUTO_LEADING`, or half of min(m, n) where that is less),
+"mp" (Marchenko–Pastur) or "gd" (Gavish–Donoho)."""
+AUTO_LEADING = 64
+_RULES = ("auto", "mp", "gd")
 
 
 def parse_leading(text: Leading) -> Leading:
     """A leading setting as typed ("64", "0.1", "mp") or given, checked.
 
     Raises:
-        InputError: it is none of a positive whole number, a fraction below 1, "mp" and "gd".
+        InputError: it is none of a positive whole number, a fraction below 1, "auto", "mp" and "gd".
     """
     value: Leading = text.strip().lower() if isinstance(text, str) else text
-    if isinstance(value, str) and value not in ("mp", "gd"):
+    if isinstance(value, str) and value not in _RULES:
         try:
             value = int(value) if value.isdigit() else float(value)
         except ValueError:
@@ -38,29 +41,36 @@ def parse_leading(text: Leading) -> Leading:
 def _leading_error(value: Leading) -> InputError:
     return InputError(
         f"leading={value!r} is no number of directions; pass a whole number such as 64, "
-        "a fraction of min(m, n) such as 0.1, 'mp' (Marchenko–Pastur edge) or 'gd' (Gavish–Donoho threshold)"
+        "a fraction of min(m, n) such as 0.1, 'auto', 'mp' (Marchenko–Pastur edge) or 'gd' (Gavish–Donoho threshold)"
     )
 
 
 def resolve_leading(leading: Leading, W: MatrixLike) -> int:
     """How many leading directions of `W` (m, n) the setting means, at least 1 and at most min(m, n).
 
+    A whole number beyond min(m, n) means all directions.
+
     Raises:
         InputError: the setting is malformed.
-        ValueError: a whole number exceeds min(m, n).
     """
     leading = parse_leading(leading)
-    short = min(W.shape)
-    if isinstance(leading, int):
-        if leading > short:
-            raise ValueError(f"k={leading} exceeds min(m, n)={short}; pass k<={short} or leading='mp'")
-        return leading
-    if isinstance(leading, float):
-        return max(1, round(leading * short))
+    known = leading_by_shape(leading, (W.shape[0], W.shape[1]))
+    if known is not None:
+        return known
     S = singular_values(W)
     rule = marchenko_pastur_edge if leading == "mp" else gavish_donoho_threshold
     threshold = rule(S, (W.shape[0], W.shape[1]))
     return max(1, int(torch.count_nonzero(threshold < S)))
+
+
+def leading_by_shape(leading: Leading, shape: tuple[int, int]) -> int | None:
+    """`resolve_leading` of a matrix of shape (m, n); None where the rule needs its spectrum."""
+    short = min(shape)
+    if leading == "auto":
+        return min(AUTO_LEADING, max(1, short // 2))
+    if isinstance(leading, str):
+        return None
+    return min(leading, short) if isinstance(leading, int) else max(1, round(leading * short))
 
 
 def marchenko_pastur_edge(S: Tensor, shape: tuple[int, int], scale: float | None = None) -> float:

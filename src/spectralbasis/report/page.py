@@ -9,6 +9,7 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from spectralbasis.checkpoints.matching import share_text
 from spectralbasis.files import atomic_path
 from spectralbasis.report import curves, figures, sentences, sharing, tables, trajectory
 from spectralbasis.report.embed import packed, plotly_text, script_hash, script_json, short_names
@@ -55,7 +56,9 @@ def render(results: Results) -> str:
     return _template().render(
         title=_title(results),
         base=short_names([str(results.summary["base"])])[0],
-        headline=sentences.headline(findings["stability"], findings["coverage"]),
+        headline=sentences.headline(findings["stability"], findings["coverage"], results.summary.get("measured_share")),
+        notes=results.summary.get("notes") or [],
+        unpaired=results.summary.get("unpaired") or [],
         claims=[_claim(claim, findings[claim], results, len(numbers.matrices)) for claim in CLAIMS],
         selections=numbers.selections,
         overlap=curves.OVERLAP,
@@ -101,7 +104,14 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    words = (sentences.amount, sentences.difference, sentences.interval, sentences.p_value, sentences.reading)
+    words = (
+        sentences.amount,
+        sentences.difference,
+        sentences.interval,
+        sentences.p_value,
+        sentences.reading,
+        share_text,
+    )
     environment.globals.update({function.__name__: function for function in words})
     return environment.get_template("page.html")
 

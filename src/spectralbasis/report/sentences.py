@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from spectralbasis.checkpoints.matching import share_text
 from spectralbasis.errors import InputError
 
 Claim = Literal["stability", "coverage"]
@@ -106,12 +107,14 @@ def number(value: Any) -> float | None:
     return converted if math.isfinite(converted) else None
 
 
-def headline(stability: Finding, coverage: Finding) -> str:
-    """The page's first sentence: both verdicts."""
+def headline(stability: Finding, coverage: Finding, share: Any = None) -> str:
+    """The page's first sentence: both verdicts, and their share of the model where that is not all of it."""
     if not (stability.has_null or coverage.has_null):
-        return "No null was drawn, so nothing below can be held against chance."
+        return "No null was drawn, so nothing below can be compared with chance."
+    part = number(share)
+    scope = "" if part is None or part >= 1 else f"Of {share_text(part)} of the model: "
     link = "and" if stability.verdict == coverage.verdict else "but"
-    return f"{_words(stability).headline}, {link} {_words(coverage).headline}."
+    return f"{scope}{_words(stability).headline}, {link} {_words(coverage).headline}."
 
 
 def explain(finding: Finding, scope: str) -> list[str]:

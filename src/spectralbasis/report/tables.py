@@ -147,6 +147,8 @@ def settings(summary: Mapping[str, Any], null: str, matrices: int) -> list[tuple
 
 def leading(rule: Any) -> str:
     """The rule that says how many directions lead."""
+    if rule == "auto":
+        return "64 of each matrix, or half of its smaller side where that is less"
     if rule == "mp":
         return "those above the Marchenko–Pastur edge of each matrix"
     if rule == "gd":
