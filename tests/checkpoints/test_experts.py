@@ -1,10 +1,14 @@
 """Stacked experts are one matrix per expert, with the layout that the model's own forward pass has."""
 
 import torch
+import transformers
+from safetensors.torch import load_file
 from torch import nn
 
 from spectralbasis.checkpoints import logical_matrices, open_checkpoint
 from tests.models import tiny
+
+FIVE = int(transformers.__version__.partition(".")[0]) >= 5
 
 
 def experts_of(model, tmp_path, prefix):
@@ -38,7 +42,8 @@ def test_gpt_oss_alternates_gate_and_up(tmp_path):
     for expert in range(3):
         routing = torch.zeros(4, 3)
         routing[:, expert] = 1
-        expected = module(x, router_indices=torch.full((4, 1), expert), routing_weights=routing)[0]
+        chosen = torch.full((4, 1), expert)
+        expected = module(x[0], chosen, torch.ones(4, 1)) if FIVE else module(x, chosen, routing)[0]
         gate, up, down = (
             matrices[f"{expert}.{name}"].read() for name in ("gate_up_proj.gate", "gate_up_proj.up", "down_proj")
         )
@@ -51,15 +56,22 @@ def test_gpt_oss_alternates_gate_and_up(tmp_path):
 def test_granite(tmp_path):
     model = tiny("granitemoe")
     matrices = experts_of(model, tmp_path, "layers.0.block_sparse_moe.")
-    module = model.layers[0].block_sparse_moe
-    x = torch.randn(3, 5, 32)
-    hidden = module.input_linear(x.reshape(15, 32), [5, 5, 5]).reshape(3, 5, -1)
-    gate, up = hidden.chunk(2, dim=-1)
-    out = module.output_linear(gate.reshape(15, -1), [5, 5, 5]).reshape(3, 5, 32)
+    x = torch.randn(3, 5, 32)  # five tokens for each of three experts
+    expected = granite_experts(model.layers[0].block_sparse_moe, x.reshape(15, 32)).reshape(3, 5, 32)
     for expert in range(3):
-        torch.testing.assert_close(x[expert] @ matrices[f"input_linear.{expert}.gate"].read().T, gate[expert])
-        torch.testing.assert_close(x[expert] @ matrices[f"input_linear.{expert}.up"].read().T, up[expert])
-        torch.testing.assert_close(gate[expert] @ matrices[f"output_linear.{expert}"].read().T, out[expert])
+        gate, up = (matrices[f"input_linear.{expert}.{part}"].read() for part in ("gate", "up"))
+        found = (nn.functional.silu(x[expert] @ gate.T) * (x[expert] @ up.T)) @ matrices[
+            f"output_linear.{expert}"
+        ].read().T
+        torch.testing.assert_close(found, expected[expert], rtol=1e-5, atol=1e-6)
+
+
+def granite_experts(module, x):
+    """What the experts make of 15 tokens, of which each has five."""
+    if FIVE:
+        return module.experts(x, torch.arange(3).repeat_interleave(5)[:, None], torch.ones(15, 1))
+    gate, up = module.input_linear(x, [5, 5, 5]).chunk(2, dim=-1)
+    return module.output_linear(nn.functional.silu(gate) * up, [5, 5, 5])
 
 
 def test_stack_stored_as_out_in():
@@ -72,7 +84,8 @@ def test_stack_stored_as_out_in():
 def test_mixtral_experts_are_plain_layers(tmp_path):
     model = tiny("mixtral")
     matrices = experts_of(model, tmp_path, "layers.0.block_sparse_moe.")
-    assert torch.equal(matrices["experts.2.w3"].read(), model.layers[0].block_sparse_moe.experts[2].w3.weight)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(matrices["experts.2.w3"].read(), stored["layers.0.block_sparse_moe.experts.2.w3.weight"])
     assert matrices["experts.2.w3"].kind == "block_sparse_moe.experts.w3"
     assert matrices["gate"].shape == (3, 32)
 

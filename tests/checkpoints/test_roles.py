@@ -1,7 +1,10 @@
 """What counts as a weight matrix, what is skipped with a reason, and what is passed over in silence."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from spectralbasis.checkpoints import logical_matrices, open_checkpoint
@@ -106,3 +109,25 @@ def test_patch_projection_is_a_matrix():
 
 def test_recurrent_weights_are_matrices():
     assert listed(nn.ModuleDict({"gru": nn.GRU(3, 4)}))[0] == {"gru.weight_ih_l0", "gru.weight_hh_l0"}
+
+
+def test_a_list_of_tables_is_known_by_the_name_of_the_list():
+    matrices, skipped = listed({f"depth.embed_tokens.{i}.weight": torch.ones(7, 3) for i in range(3)} | DENSE)
+    assert matrices == {"layers.0.dense"}
+    assert len(skipped) == 3
+
+
+@pytest.mark.parametrize("where", ["", "text_config"])
+def test_one_row_for_each_word_of_the_vocabulary_is_a_table_or_a_head_whatever_its_name(where, tmp_path):
+    config = {"vocab_size": 17, "hidden_size": 3, "model_type": "unheard"}
+    (tmp_path / "config.json").write_text(json.dumps({where: config} if where else config))
+    save_file({"words.weight": torch.ones(17, 3), **DENSE}, tmp_path / "model.safetensors")
+    matrices, skipped = listed(tmp_path)
+    assert matrices == {"layers.0.dense"}
+    assert "vocabulary" in skipped["words"]
+
+
+def test_a_vocabulary_as_large_as_a_layer_tells_nothing(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 4, "intermediate_size": 4}))
+    save_file(DENSE, tmp_path / "model.safetensors")
+    assert listed(tmp_path)[0] == {"layers.0.dense"}

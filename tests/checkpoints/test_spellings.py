@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 
+from spectralbasis import SpectralConfig
 from spectralbasis.checkpoints import match_matrices, open_checkpoint
 from spectralbasis.checkpoints.names import conversions_of, same_names
 
@@ -168,3 +170,39 @@ def test_two_stacks_may_each_have_a_prefix_of_their_own():
     found = match_matrices(open_checkpoint(base), open_checkpoint(tuned))
     assert len(found.pairs) == 8
     assert all(torch.equal(before.read(), after.read()) for before, after in found.pairs)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets"),
+    [
+        ("ViTForImageClassification", "all-linear"),
+        ("LlavaForConditionalGeneration", r".*(language_model|vision_tower).*\.(q|v)_proj"),
+        ("Qwen2_5_VLForConditionalGeneration", ["q_proj", "qkv", "down_proj"]),
+    ],
+)
+@pytest.mark.parametrize("method", ["lora", "spectral"])
+def test_an_adapter_is_read_over_a_folder_whose_names_are_not_those_of_modules(architecture, targets, method, tmp_path):
+    torch.manual_seed(0)
+    model_type, sizes = MODELS[architecture]
+    settings = transformers.models.auto.configuration_auto.CONFIG_MAPPING[model_type](**sizes)
+    getattr(transformers, architecture)(settings).save_pretrained(tmp_path / "base")
+    model = getattr(transformers, architecture).from_pretrained(tmp_path / "base")
+    config = (
+        LoraConfig(target_modules=targets, r=4, init_lora_weights=False)
+        if method == "lora"
+        else SpectralConfig(target_modules=targets, leading=4, coefficients="core", init_weights=False)
+    )
+    adapted = get_peft_model(model, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = adapted.merge_and_unload()
+
+    base, tuned = open_checkpoint(tmp_path / "base"), open_checkpoint(tmp_path / "adapter", base=tmp_path / "base")
+    truth = match_matrices(base, open_checkpoint(merged))
+    found = match_matrices(base, tuned)
+    expected = {before.name: after.read() for before, after in truth.pairs}
+    changed = 0
+    assert len(found.pairs) == len(truth.pairs)
+    for before, after in found.pairs:
+        torch.testing.assert_close(after.read(), expected[before.name], rtol=1e-5, atol=1e-6)
+        changed += not torch.equal(before.read(), after.read())
+    assert changed >= 4

@@ -1,7 +1,8 @@
 """What a stored tensor is: a weight matrix, or something that only has the shape of one."""
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -52,9 +53,13 @@ def unreadable(checkpoint: Checkpoint, tensor: str, names: Container[str]) -> st
 
 
 def is_embedding_table(checkpoint: Checkpoint, tensor: str) -> bool:
-    """Whether rows of the tensor are looked up: by its module where that is known, else by its name."""
+    """Whether rows of the tensor are looked up: by its module where that is known, else by its name.
+
+    A number at the end is that of a table in a list of tables, which has the name: `audio_embeddings.3.weight`.
+    """
     owner = checkpoint.module_type(tensor)
-    leaf = plain_name(tensor).rpartition(".")[2]
+    parts = plain_name(tensor).split(".")
+    leaf = next((part for part in reversed(parts) if not part.isdigit()), parts[-1])
     convolution = tensor.endswith(".weight") and len(checkpoint.shape(tensor)) > 3
     return (owner is not None and issubclass(owner, nn.Embedding)) or bool(_EMBEDDING.search(leaf) and not convolution)
 
@@ -65,4 +70,24 @@ def left_out_by_default(checkpoint: Checkpoint, tensor: str, name: str) -> str |
         return "embedding table: name it with include to measure it"
     if _HEAD.search(name):
         return "task head: name it with include to measure it"
+    if checkpoint.shape(tensor)[0] in vocabulary_sizes(checkpoint.config):
+        return "one row for each word of the vocabulary, as embeddings and output heads have: include measures it"
     return None
+
+
+def vocabulary_sizes(config: Mapping[str, Any]) -> set[int]:
+    """The sizes of vocabularies that a config names, without those that are also some other size in it."""
+    words: set[int] = set()
+    others: set[int] = set()
+    for key, value in _numbers(config):
+        (words if re.search(r"vocab(ulary)?_size$|^n_vocab$|^n_words$", key) else others).add(value)
+    return words - others
+
+
+def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Every whole number beyond 1 in a config, with its key; configs of towers lie inside."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value)
+        elif isinstance(value, int) and value > 1:
+            yield str(key), value
