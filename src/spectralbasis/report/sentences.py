@@ -112,9 +112,11 @@ def headline(stability: Finding, coverage: Finding, share: Any = None) -> str:
     if not (stability.has_null or coverage.has_null):
         return "No null was drawn, so nothing below can be compared with chance."
     part = number(share)
-    scope = "" if part is None or part >= 1 else f"Of {share_text(part)} of the model: "
     link = "and" if stability.verdict == coverage.verdict else "but"
-    return f"{scope}{_words(stability).headline}, {link} {_words(coverage).headline}."
+    said = f"{_words(stability).headline}, {link} {_words(coverage).headline}."
+    if part is None or part >= 1:
+        return said
+    return f"Of {share_text(part)} of the model: {said[0].lower()}{said[1:]}"
 
 
 def explain(finding: Finding, scope: str) -> list[str]:
