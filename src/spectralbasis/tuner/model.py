@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from spectralbasis.checkpoints import matrix_name
+from spectralbasis.checkpoints.names import conversions_of, same_names
 from spectralbasis.errors import InputError
 from spectralbasis.tuner.allocation import Allocation, count_parameters
 from spectralbasis.tuner.combining import combined_config
@@ -25,6 +27,7 @@ from spectralbasis.tuner.preparation import prepare
 from spectralbasis.tuner.quantization import backend_of
 from spectralbasis.tuner.targets import DEFAULT_TARGETS, all_targets, is_targeted, set_default_targets
 
+_MARK = ".spectral_coefficients"
 _WRAPPED = ("", "base_model.")
 """Where this model may be in the module that is made parallel: that module itself, or in a `PeftModel`."""
 _UNCOUNTED = (
@@ -86,11 +89,16 @@ class SpectralModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SpectralConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """PEFT's key mapping; what it leaves over finds its layer by matrix name, with or without a head's prefix."""
+        """PEFT's key mapping; what it leaves over finds its layer by the names of matrices.
+
+        Raises:
+            InputError: the file has the numbers of some matrices in a stack of experts, and not those of others.
+        """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         held = {key: f"{key}.spectral_coefficients.{adapter_name}.weight" for key in _spectral_layers(model)}
         layers, known = {_name_in_layer(key): stored for key, stored in held.items()}, set(held.values())
-        return {key if key in known else _by_matrix_name(key, layers): value for key, value in remapped.items()}
+        found = {key if key in known else _by_matrix_name(key, layers): value for key, value in remapped.items()}
+        return _by_canonical_name(model, adapter_name, found, held)
 
     def _prepare_adapter_config(self, config: SpectralConfig, model_config: dict[str, Any]) -> SpectralConfig:
         set_default_targets(config, model_config)
@@ -224,6 +232,40 @@ def _innermost(module: nn.Module) -> Any:
 def _by_matrix_name(key: str, layers: dict[tuple[str, int], str]) -> str:
     module, found, _ = key.partition(".spectral_coefficients")
     return layers.get(_name_in_layer(module), key) if found else key
+
+
+def _by_canonical_name(
+    model: nn.Module, adapter_name: str, found: dict[str, Tensor], held: dict[str, str]
+) -> dict[str, Tensor]:
+    """The numbers of matrices that have other names here; those of one stack are put together, in its order."""
+    strange = {matrix_name(key.partition(_MARK)[0]): key for key in found if _MARK in key and key not in held.values()}
+    missing = {key: layer for key, layer in _spectral_layers(model).items() if held[key] not in found}
+    rows = {key: _row_names(layer, key, adapter_name) for key, layer in missing.items()}
+    if not strange or not rows:
+        return found
+    table = conversions_of(model)
+    here = [name for names in rows.values() for name in names]
+    partners = {ours: name for name, ours in same_names(list(strange), here, lambda: (table, table)).items()}
+    for key, names in rows.items():
+        absent = [name for name in names if name not in partners]
+        if names and not absent:
+            pieces = [found.pop(strange[partners[name]]) for name in names]
+            found[held[key]] = pieces[0] if len(pieces) == 1 else torch.cat([piece.flatten() for piece in pieces])
+        elif len(absent) < len(names):
+            raise InputError(
+                f"the adapter has no coefficients of {absent[0]} ({len(absent)} of the {len(names)} matrices of {key} "
+                "are missing), which this model keeps in one parameter; load it under the release of transformers that "
+                "it was made with"
+            )
+    return found
+
+
+def _row_names(layer: SpectralLayer, key: str, adapter_name: str) -> list[str]:
+    """Names of the matrices whose numbers a layer stores for an adapter, in their order."""
+    if adapter_name not in layer.spectral_parametrisations:
+        return []
+    stored = layer.spectral_parametrisations[adapter_name]
+    return [matrix_name(one) for one in (stored.keys if isinstance(stored, Row) else [key])]
 
 
 def _name_in_layer(key: str) -> tuple[str, int]:

@@ -25,14 +25,16 @@ from transformers import PreTrainedModel
 
 from spectralbasis.checkpoints import matrix_name
 from spectralbasis.checkpoints.layout import is_expert_stack
+from spectralbasis.checkpoints.names import conversions_of, same_names
 from spectralbasis.errors import InputError
 from spectralbasis.tuner.allocation import count_parameters
 from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.layer import SpectralLayer
 from spectralbasis.tuner.matrices import Layers
-from spectralbasis.tuner.originals import Target, find_targets
+from spectralbasis.tuner.originals import Target, find_targets, unique_names
 from spectralbasis.tuner.parameters import Held, Slice, held_parameters, parameter_targets, slices
 from spectralbasis.tuner.quantization import backend_of
+from spectralbasis.tuner.record import RECORD
 
 DEFAULT_TARGETS = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 """Model type → what is adapted where `target_modules` is None."""
@@ -87,6 +89,31 @@ def targeted(config: SpectralConfig, model: nn.Module) -> Targeted:
     return Targeted(modules, parameters, former)
 
 
+def align_record(config: SpectralConfig, model: nn.Module) -> None:
+    """Give the record of a config the names that its matrices have in this model.
+
+    An adapter that was made under another release of transformers, or on another class of model, records other names
+    of the same matrices. Stacks of experts among them become `target_parameters`.
+    """
+    recorded = config.ranks or {}
+    stacks = [(one.key, piece.name) for one in held_parameters(model) if _is_matrix(one) for piece in slices(one)]
+    layers = unique_names([key for key, module in model.named_modules() if key and _is_layer(module)])
+    here = {*layers.values(), *(name for _, name in stacks)}
+    unknown = [name for name in recorded if name not in here]
+    if unknown:
+        table = conversions_of(model)
+        names = same_names(unknown, [name for name in here if name not in recorded], lambda: (table, table))
+        for field in RECORD:
+            values = getattr(config, field)
+            if values is not None:
+                setattr(config, field, {names.get(name, name): value for name, value in values.items()})
+    given = tuple(f".{name}" for name in config.target_parameters or ())
+    ranks = config.ranks or {}
+    parameters = _kinds(key for key, name in stacks if name in ranks and not f".{key}".endswith(given))
+    if parameters:
+        config.target_parameters = sorted({*(config.target_parameters or ()), *parameters})
+
+
 def all_targets(config: SpectralConfig, model: nn.Module) -> tuple[list[Target], dict[str, list[Slice]]]:
     """The matrices that a config means, with their original weights; the config is changed as `targeted` says.
 
@@ -96,6 +123,8 @@ def all_targets(config: SpectralConfig, model: nn.Module) -> tuple[list[Target],
     Raises:
         InputError: one has no matrix that coefficients can be put on.
     """
+    if config.bound:
+        align_record(config, model)
     modules, parameters, former = targeted(config, model)
     stacked = [
         replace(target, also=(*target.also, *(key for keys in former.get(target.key, ()) for key in keys)))
