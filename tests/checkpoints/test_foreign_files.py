@@ -267,6 +267,13 @@ def test_a_trainers_output_names_its_last_checkpoint(tmp_path):
     assert open_checkpoint(tmp_path).names() == ("a.weight",)
 
 
+def test_several_files_of_weights_are_asked_about_whatever_lies_beside_them(tmp_path):
+    files(tmp_path, "modules.json", "checkpoint-500/model.safetensors", "model.gguf")
+    for variant in ("fp16", "bf16"):
+        save_file(WEIGHTS, tmp_path / f"model.{variant}.safetensors")
+    assert "several files of weights (model.bf16.safetensors, model.fp16.safetensors)" in refusal(tmp_path)
+
+
 # Names of one tensor of a LoRA file in each convention.
 LORA_NAMES = [
     ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "kohya", "fuse_lora"),
@@ -355,5 +362,5 @@ def test_no_header_of_a_real_checkpoint_is_taken_for_another_kind(tmp_path):
 
 def test_every_kind_is_recognised_by_something():
     for kind in KINDS:
-        assert kind.start or kind.members or kind.files or kind.marks or kind.state
+        assert kind.start or kind.members or kind.files or kind.marks or kind.holds or kind.state
         kind.remedy.format(folder="", name="", parts="", last="")

@@ -54,10 +54,10 @@ def weights_files(folder: Path) -> tuple[Path, ...]:
             return tuple(inside(folder, name) for name in chosen)
         if found:
             raise InputError(
-                recognise_folder(folder)
+                recognise_folder(folder, without_weights=False)
                 or f"{folder} holds several files of weights ({_listed(found)}); pass the right one"
             )
-    raise InputError(recognise_folder(folder) or _nothing_in(folder))
+    raise InputError(recognise_folder(folder, without_weights=True) or _nothing_in(folder))
 
 
 def _shards(folder: Path, names: list[str]) -> list[str]:

@@ -36,7 +36,8 @@ class Foreign:
         members: globs; a zip file that holds a member of such a name is of this kind.
         files: globs of a file's name.
         beside: globs; a file known by its name is of this kind only if its folder holds such a file.
-        marks: globs; a folder without other weights that holds such an entry is of this kind.
+        marks: globs; a folder that holds such an entry is of this kind, unless one file of weights stands for it.
+        holds: globs; a folder that holds such an entry, and no file of weights, is of this kind.
         state: looks at the tensors of what was opened.
     """
 
@@ -47,6 +48,7 @@ class Foreign:
     files: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     marks: tuple[str, ...] = ()
+    holds: tuple[str, ...] = ()
     state: State | None = None
 
     def starts(self, start: bytes) -> bool:
@@ -73,10 +75,15 @@ def refuse_file(path: Path, by_name: bool = True) -> None:
         raise InputError(f"{path} is {found.called}; {_remedy(found, path.parent, path.name)}")
 
 
-def recognise_folder(folder: Path) -> str | None:
-    """What a folder of which no file of weights can be chosen is, and what to do; None where that is not known."""
+def recognise_folder(folder: Path, without_weights: bool) -> str | None:
+    """What a folder is for which no one file of weights stands, and what to do; None where that is not known.
+
+    Args:
+        folder: an existing folder.
+        without_weights: whether it holds no file of weights, rather than several.
+    """
     for kind in KINDS:
-        for glob in kind.marks:
+        for glob in (*kind.marks, *(kind.holds if without_weights else ())):
             mark = next(iter(sorted(folder.glob(glob))), None)
             if mark is not None:
                 return f"{folder} is {kind.called}; {_remedy(kind, mark.parent, mark.name)}"
@@ -207,7 +214,7 @@ KINDS: tuple[Foreign, ...] = (
         "a download that did not finish",
         "download it again",
         files=("*.incomplete", "*.part", "*.crdownload", "*.aria2"),
-        marks=("*.incomplete", ".cache/huggingface/download/*.incomplete"),
+        holds=("*.incomplete", ".cache/huggingface/download/*.incomplete"),
     ),
     # Other libraries' formats.
     Foreign(
@@ -242,21 +249,21 @@ KINDS: tuple[Foreign, ...] = (
         "an Orbax checkpoint of JAX, which is not read",
         _LOAD_AND_SAVE,
         files=("manifest.ocdbt",),
-        marks=("manifest.ocdbt", "*/manifest.ocdbt"),
+        holds=("manifest.ocdbt", "*/manifest.ocdbt"),
     ),
     Foreign(
         "an ONNX graph, which is not read",
         "pass the model that it was exported from",
         start=rb"\x08[\x01-\x20]\x12[\x01-\x7f][ -~]{3}",
         files=("*.onnx", "*.onnx_data", "*.onnx.data"),
-        marks=("onnx/*.onnx",),
+        holds=("onnx/*.onnx",),
     ),
     Foreign(
         "a model of OpenVINO, TensorFlow Lite or Core ML, which is not read",
         "pass the model that it was converted from",
         start=rb"....TFL3",
         files=("openvino_*.bin", "openvino_*.xml", "*.tflite", "*.mlmodel"),
-        marks=("*.mlpackage",),
+        holds=("*.mlpackage",),
     ),
     Foreign(
         "a NumPy file (.npy, .npz, as MLX writes it too), which is not read",
@@ -330,14 +337,14 @@ KINDS: tuple[Foreign, ...] = (
         marks=("model_index.json",),
     ),
     Foreign(
-        "a model of sentence-transformers, whose weights are in subfolders",
+        "a model of sentence-transformers, whose weights are in a subfolder",
         "pass the folder of its transformer ({parts})",
-        marks=("modules.json",),
+        holds=("modules.json",),
     ),
     Foreign(
         "the output folder of a Trainer, which holds checkpoints and no final model",
         "pass its last checkpoint, {last}, or the one that you mean",
-        marks=("checkpoint-[0-9]*",),
+        holds=("checkpoint-[0-9]*",),
     ),
     # Adapters.
     Foreign(
