@@ -57,10 +57,10 @@ def test_empty_folder(tmp_path):
     assert "holds no weights" in refusal(tmp_path)
 
 
-def test_folder_of_checkpoints_suggests_one(tmp_path):
-    (tmp_path / "checkpoint-500").mkdir()
-    save_file(WEIGHTS, tmp_path / "checkpoint-500" / "model.safetensors")
-    assert f"did you mean {tmp_path / 'checkpoint-500'}?" in refusal(tmp_path)
+def test_folder_with_weights_in_a_subfolder_suggests_it(tmp_path):
+    (tmp_path / "final").mkdir()
+    save_file(WEIGHTS, tmp_path / "final" / "model.safetensors")
+    assert f"did you mean {tmp_path / 'final'}?" in refusal(tmp_path)
 
 
 def test_several_candidates_are_listed(tmp_path):
@@ -124,9 +124,18 @@ def test_other_zip_file(tmp_path):
     assert "no readable torch checkpoint" in refusal(tmp_path / "model.pt")
 
 
-def test_other_suffix(tmp_path):
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    assert ".gguf" in refusal(tmp_path / "model.gguf")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_file_with_the_suffix_of_safetensors(tmp_path, zipped):
+    torch.save(WEIGHTS, tmp_path / "model.safetensors", _use_new_zipfile_serialization=zipped)
+    assert "rename it to model.bin" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.weights", "model"])
+def test_other_format(tmp_path, name):
+    (tmp_path / name).write_bytes(b"something else")
+    message = refusal(tmp_path / name)
+    assert "no known format" in message
+    assert "expected .safetensors" in message
 
 
 @pytest.mark.parametrize("saved", [[torch.eye(2)], {"epoch": 3}, {}])
@@ -177,6 +186,29 @@ def test_links_of_the_hub_cache_are_followed(tmp_path):
 def test_index_whose_shard_is_missing(tmp_path):
     write_index(tmp_path, "model-1.safetensors")
     assert "model-1.safetensors, which is missing" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("numbers", [(1,), (1, 3)])
+def test_shards_without_an_index_that_are_not_all_there(tmp_path, numbers):
+    for number in numbers:
+        save_file({f"{number}.weight": torch.eye(2)}, tmp_path / f"model-{number:05}-of-00003.safetensors")
+    save_file(WEIGHTS, tmp_path / "consolidated.safetensors")
+    message = refusal(tmp_path)
+    assert f"{len(numbers)} of 3 shards" in message
+    assert "model-00002-of-00003.safetensors" in message
+
+
+def test_shards_without_an_index_that_hold_one_name_twice(tmp_path):
+    for number in (1, 2):
+        save_file(WEIGHTS, tmp_path / f"model-{number:05}-of-00002.safetensors")
+    message = refusal(tmp_path)
+    assert "both model-00001-of-00002.safetensors and model-00002-of-00002.safetensors hold a.weight" in message
+
+
+def test_two_variants_are_asked_about(tmp_path):
+    for variant in ("fp16", "bf16"):
+        save_file(WEIGHTS, tmp_path / f"model.{variant}.safetensors")
+    assert "model.bf16.safetensors, model.fp16.safetensors" in refusal(tmp_path)
 
 
 def test_index_that_places_a_tensor_wrongly(tmp_path):

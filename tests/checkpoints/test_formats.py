@@ -68,6 +68,60 @@ def index_itself(folder):
     return sharded_safetensors(folder) / "model.safetensors.index.json"
 
 
+def loose_shards(folder):
+    """All shards, without their index, and the same weights once more in one file as Mistral publishes them."""
+    sharded(folder, "model-0000{}-of-00002.safetensors", lambda half, path: save_file(half, one_up(path)))
+    save_file({"other.weight": torch.eye(2)}, folder / "consolidated.safetensors")
+    return folder
+
+
+def loose_torch_shards(folder):
+    sharded(folder, "pytorch_model-0000{}-of-00002.bin", lambda half, path: torch.save(half, one_up(path)))
+    return folder
+
+
+def one_up(path):
+    """Shards that `sharded` counts from 0, counted from 1 as `save_pretrained` does."""
+    return path.with_name(path.name.replace("-00001-", "-00002-").replace("-00000-", "-00001-"))
+
+
+def variant_index(folder):
+    weight_map = sharded(folder, "model.fp16-{}.safetensors", save_file)
+    (folder / "model.safetensors.index.fp16.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def variant_folder(folder):
+    save_file(STATE, folder / "model.fp16.safetensors")
+    return folder
+
+
+def diffusers_folder(folder):
+    save_file(STATE, folder / "diffusion_pytorch_model.safetensors")
+    save_file({"other.weight": torch.eye(2)}, folder / "diffusion_pytorch_model.fp16.safetensors")
+    return folder
+
+
+def mistral_folder(folder):
+    save_file(STATE, folder / "consolidated.safetensors")
+    return folder
+
+
+def safetensors_under_another_suffix(folder):
+    save_file(STATE, folder / "pytorch_model.bin")
+    return folder
+
+
+def torch_file_without_a_suffix(folder):
+    torch.save(STATE, folder / "0123abcd")
+    return folder / "0123abcd"
+
+
+def file_without_a_suffix(folder):
+    save_file(STATE, folder / "0123abcd")
+    return folder / "0123abcd"
+
+
 WAYS = [
     safetensors_file,
     safetensors_folder,
@@ -77,6 +131,15 @@ WAYS = [
     sharded_safetensors,
     sharded_torch,
     index_itself,
+    loose_shards,
+    loose_torch_shards,
+    variant_index,
+    variant_folder,
+    diffusers_folder,
+    mistral_folder,
+    safetensors_under_another_suffix,
+    torch_file_without_a_suffix,
+    file_without_a_suffix,
 ]
 
 

@@ -60,6 +60,39 @@ def test_safetensors_are_asked_for_first(cached, monkeypatch):
     assert not any(pattern.endswith(".bin") for pattern in asked[0])
 
 
+def test_mistrals_own_file_is_taken_where_there_is_no_other(cached, monkeypatch):
+    def snapshot_download(hub_id, allow_patterns, ignore_patterns):
+        if "consolidated*.safetensors" in allow_patterns:
+            assert "consolidated*" not in ignore_patterns
+            save_file(WEIGHTS, cached / "consolidated.safetensors")
+        return str(cached)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert open_checkpoint("org/name").names() == ("a.weight",)
+
+
+def test_a_repository_of_another_format_is_named(cached, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **options: str(cached))
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda hub_id: ["README.md", "model-q4.gguf"])
+    with pytest.raises(InputError, match=r"org/name on the hub.*model-q4\.gguf is a GGUF.*pass the safetensors"):
+        open_checkpoint("org/name")
+
+
+@pytest.mark.parametrize("files", [["README.md"], None])
+def test_a_repository_without_weights(cached, files, monkeypatch):
+    def list_repo_files(hub_id):
+        if files is None:
+            raise ConnectionError
+        return files
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **options: str(cached))
+    monkeypatch.setattr("huggingface_hub.list_repo_files", list_repo_files)
+    with pytest.raises(InputError, match="holds no weights"):
+        open_checkpoint("org/name")
+
+
 def test_a_folder_of_that_name_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "_snapshot", lambda *args: pytest.fail("the hub was asked"))

@@ -11,6 +11,7 @@ from spectralbasis.checkpoints.lora import LORA
 from spectralbasis.errors import InputError
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_TENSORS = ("adapter_model.safetensors", "adapter_model.bin")
 _METHODS: dict[str, AdapterMethod] = {"LORA": LORA}
 _REGISTERED_BY = {"SPECTRAL": "spectralbasis.tuner"}
 """PEFT type → the module that registers it, imported when an adapter of it is met."""
@@ -22,23 +23,30 @@ def register_adapter_method(peft_type: str, method: AdapterMethod) -> None:
 
 
 def open_adapter(
-    folder: Path, source: str, open_source: Callable[[str], Checkpoint], base: Checkpoint | None = None
+    folder: Path,
+    source: str,
+    open_tensors: Callable[[Path], Checkpoint],
+    open_source: Callable[[str], Checkpoint],
+    base: Checkpoint | None = None,
+    file: str | None = None,
 ) -> AdapterCheckpoint:
     """Open an adapter over a base.
 
     Args:
         folder: holds `adapter_config.json`.
         source: how a person named it.
-        open_source: opens the adapter's own tensors, and the base that it names.
+        open_tensors: opens the adapter's own tensors.
+        open_source: opens the base that the adapter names.
         base: None opens the adapter's `base_model_name_or_path`, which may be absolute, relative to the working
             directory or to the adapter, or a hub id.
+        file: name of the adapter's own tensors; None takes safetensors before a pickle.
 
     Raises:
         InputError: the base is not found or is an adapter itself, tensors are missing, or the type is not readable.
     """
     config = read_json(inside(folder, ADAPTER_CONFIG))
     method = _method(folder, config.get("peft_type"))
-    tensors = open_source(str(_tensors_file(folder)))
+    tensors = open_tensors(inside(folder, file) if file else _tensors_file(folder))
     if base is None:
         base = _named_base(folder, config.get("base_model_name_or_path"), open_source)
     return AdapterCheckpoint(Adapter(folder, config, tensors, base), method, source)
@@ -72,7 +80,7 @@ def _method(folder: Path, peft_type: object) -> AdapterMethod:
 
 
 def _tensors_file(folder: Path) -> Path:
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+    for name in ADAPTER_TENSORS:
         if (folder / name).exists():
             return inside(folder, name)
     raise InputError(f"{folder} has {ADAPTER_CONFIG} but no adapter_model.safetensors; save the adapter again")

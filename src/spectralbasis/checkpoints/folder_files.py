@@ -1,45 +1,95 @@
 """Finding files inside a checkpoint's folder, and never outside it."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from spectralbasis.checkpoints.foreign import recognise_folder, recognise_names
 from spectralbasis.errors import InputError
 
-_STANDARD_NAMES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+_STANDARD_NAMES = tuple(
+    name + suffix
+    for name in ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors",
+                 "diffusion_pytorch_model.bin")
+    for suffix in ("", ".index.json")
+)  # fmt: skip
+_STANDARD_STEMS = ("model", "pytorch_model", "diffusion_pytorch_model")
+_PATTERNS = ("*.safetensors.index*.json", "*.safetensors", "*.bin.index*.json", "*.bin", "*.pt", "*.pth", "*.ckpt")
+_NOT_WEIGHTS = (
+    "training_args",
+    "optimizer",
+    "scheduler",
+    "sampler",
+    "scaler",
+    "rng_state",
+    "adapter_model",
+    "common.pt",
 )
-_PATTERNS = ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt")
-_NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "adapter_model")
+_INDEX = re.compile(r".+\.index(\.[\w-]+)?\.json")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 
 
-def weights_file(folder: Path) -> Path:
-    """The file of weights, or the index of its shards, that stands for a folder.
+def is_index(name: str) -> bool:
+    """Whether a file's name is that of the index of shards, of a variant (`.index.fp16.json`) too."""
+    return _INDEX.fullmatch(name) is not None
+
+
+def weights_files(folder: Path) -> tuple[Path, ...]:
+    """The file of weights that stands for a folder, or the index of its shards, or all shards where that is missing.
 
     The names that `save_pretrained` writes come first, safetensors before pickles; then any single file of weights.
 
     Raises:
-        InputError: there is none, or there are several of equal standing.
+        InputError: there is none, there are several of equal standing, or a shard is missing.
     """
     for name in _STANDARD_NAMES:
         if (folder / name).exists():
-            return inside(folder, name)
+            return (inside(folder, name),)
     for pattern in _PATTERNS:
-        found = sorted(path for path in folder.glob(pattern) if not path.name.startswith(_NOT_WEIGHTS))
-        if len(found) == 1:
-            return inside(folder, found[0].name)
+        found = sorted(path.name for path in folder.glob(pattern) if not path.name.startswith(_NOT_WEIGHTS))
+        chosen = _shards(folder, found) or found
+        if len(chosen) == 1 or (chosen and chosen is not found):
+            return tuple(inside(folder, name) for name in chosen)
         if found:
             raise InputError(
-                f"{folder} holds several files of weights ({_listed(path.name for path in found)}); pass the right one"
+                recognise_folder(folder, without_weights=False)
+                or f"{folder} holds several files of weights ({_listed(found)}); pass the right one"
             )
-    raise InputError(_nothing_in(folder))
+    raise InputError(recognise_folder(folder, without_weights=True) or _nothing_in(folder))
+
+
+def _shards(folder: Path, names: list[str]) -> list[str]:
+    """The one set of shards among files, or that of a usual name where there are other files; else nothing.
+
+    Raises:
+        InputError: the set is not complete.
+    """
+    sets: dict[tuple[str, str, str], list[str]] = {}
+    for name in names:
+        if match := _SHARD.fullmatch(name):
+            sets.setdefault((match["stem"], match["count"], match["suffix"]), []).append(name)
+    usual = [key for key in sets if key[0] in _STANDARD_STEMS]
+    alone = list(sets) if sum(map(len, sets.values())) == len(names) else []
+    key = next((keys[0] for keys in (usual, alone) if len(keys) == 1), None)
+    if key is None:
+        return []
+    stem, count, suffix = key
+    expected = (f"{stem}-{number:05}-of-{count}{suffix}" for number in range(1, int(count) + 1))
+    missing = [name for name in expected if name not in sets[key]]
+    if missing:
+        raise InputError(
+            f"{folder} holds {len(sets[key])} of {int(count)} shards and no index; {_listed(missing)} is missing, so "
+            f"download or copy it into the folder"
+        )
+    return sets[key]
 
 
 def _nothing_in(folder: Path) -> str:
+    other = recognise_names(folder, (path.name for path in folder.iterdir() if path.is_file()))
+    if other is not None:
+        return f"{folder} holds no weights that are read: {other}"
     nested = sorted(
         {path.parent for name in (*_STANDARD_NAMES, "adapter_config.json") for path in folder.glob(f"*/{name}")}
     )

@@ -1,14 +1,22 @@
 """Models on the Hugging Face hub, downloaded or taken from the local cache."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from spectralbasis.checkpoints.foreign import recognise_names
 from spectralbasis.errors import InputError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".tar", ".json", ".gguf", ".h5", ".onnx", ".npz")
 _DESCRIPTION = ["*.json", "*.txt", "*.model", "tokenizer*"]
-_SUBFOLDERS = ["*/*", "consolidated*"]
+_SUBFOLDERS = "*/*"
+# What to download, best first, and what not: some models hold each weight once more, under Mistral's names.
+_PREFERRED = (
+    ("*.safetensors", (_SUBFOLDERS, "consolidated*")),
+    ("*.bin", (_SUBFOLDERS, "consolidated*")),
+    ("consolidated*.safetensors", (_SUBFOLDERS,)),
+)
 
 
 def is_hub_id(source: str) -> bool:
@@ -17,24 +25,41 @@ def is_hub_id(source: str) -> bool:
 
 
 def download(hub_id: str) -> Path:
-    """Local folder with the safetensors of a hub model, or with its pickles where it has no safetensors.
+    """Local folder with a hub model's safetensors, its pickles where it has none, or else Mistral's own file.
 
     With `HF_HUB_OFFLINE` set, only the local cache is looked at.
 
     Raises:
-        InputError: the model is unknown, not accessible, or not in the cache while offline.
+        InputError: the model is unknown, not accessible, or not in the cache while offline, or all of its weights are
+            of a kind that is not read.
     """
-    folder = _snapshot(hub_id, [*_DESCRIPTION, "*.safetensors"])
-    if next(folder.glob("*.safetensors"), None) is None:
-        folder = _snapshot(hub_id, [*_DESCRIPTION, "*.bin"])
+    for pattern, ignored in _PREFERRED:
+        folder = _snapshot(hub_id, [*_DESCRIPTION, pattern], ignored)
+        if next(folder.glob(pattern), None) is not None:
+            return folder
+    other = recognise_names(Path(hub_id), _files_on_hub(hub_id))
+    if other is not None:
+        raise InputError(f"{hub_id} on the hub holds no weights that are read: {other}")
     return folder
 
 
-def _snapshot(hub_id: str, patterns: list[str]) -> Path:
+def _files_on_hub(hub_id: str) -> list[str]:
+    """Names of the files in the model's repository, not of those in subfolders; none while offline."""
+    from huggingface_hub import constants, list_repo_files
+
+    if constants.HF_HUB_OFFLINE:
+        return []
+    try:
+        return [name for name in list_repo_files(hub_id) if "/" not in name]
+    except Exception:  # the list only makes a message better; what is wrong with the model was said above
+        return []
+
+
+def _snapshot(hub_id: str, patterns: list[str], ignored: Sequence[str]) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=_SUBFOLDERS))
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=list(ignored)))
     except Exception as error:  # the network stack below differs by version and raises its own kinds
         cause = str(error).strip().partition("\n")[0]
         if constants.HF_HUB_OFFLINE:

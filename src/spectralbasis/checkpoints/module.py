@@ -13,16 +13,10 @@ class ModuleCheckpoint(TensorCheckpoint):
     """The parameters of a module, which also tells the type of layer that each belongs to.
 
     Raises:
-        InputError: the module carries PEFT adapters, so that its parameters are not the weights in effect.
+        InputError: the module has no parameters.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        wrapped = next((name for name, child in module.named_modules() if hasattr(child, "base_layer")), None)
-        if wrapped is not None:
-            raise InputError(
-                f"{type(module).__name__} carries an adapter (at {wrapped}), so its weights are in two parts; "
-                f"pass model.merge_and_unload(), or save the adapter and pass its folder"
-            )
         parameters = dict(module.named_parameters(remove_duplicate=False))
         if not parameters:
             raise InputError(f"{type(module).__name__} has no parameters; expected a model with weights")

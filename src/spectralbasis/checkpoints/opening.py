@@ -1,6 +1,7 @@
 """From whatever a person points at to a checkpoint."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,49 +9,53 @@ from typing import Any
 from torch import Tensor, nn
 
 from spectralbasis.checkpoints.adapter import AdapterCheckpoint
-from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG, open_adapter
+from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG, ADAPTER_TENSORS, open_adapter
 from spectralbasis.checkpoints.checkpoint import Checkpoint
 from spectralbasis.checkpoints.decoded import decoded
-from spectralbasis.checkpoints.folder_files import read_config, weights_file
+from spectralbasis.checkpoints.folder_files import is_index, read_config, weights_files
+from spectralbasis.checkpoints.foreign import refuse_file, refuse_state
 from spectralbasis.checkpoints.hub import download, is_hub_id
 from spectralbasis.checkpoints.installed import installed_folder
 from spectralbasis.checkpoints.llama2c_file import open_llama2c_file
 from spectralbasis.checkpoints.module import ModuleCheckpoint
 from spectralbasis.checkpoints.safetensors_file import SafetensorsFile
-from spectralbasis.checkpoints.sharded import join_shards, read_index
+from spectralbasis.checkpoints.sharded import join_loose_shards, join_shards, read_index
 from spectralbasis.checkpoints.tensors import TensorCheckpoint, find_state
 from spectralbasis.checkpoints.torch_file import open_torch_file
 from spectralbasis.errors import InputError
 
 Source = str | Path | Mapping[str, Tensor] | nn.Module | Checkpoint
 """What `open_checkpoint` opens."""
-_SAFETENSORS = (".safetensors",)
 _LLAMA2C = ".bin"
 _TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+# The length of a header that is below 4 GB, and the header: it starts a file of safetensors, whatever its suffix.
+_SAFETENSORS_START = re.compile(rb"....\0\0\0\0\{", re.DOTALL)
+_TORCH_STARTS = (b"PK\x03\x04", b"\x80\x02")
 
 
 def open_checkpoint(source: Source, base: Source | None = None) -> Checkpoint:
     """Open weights without reading them.
 
     Args:
-        source: a file (safetensors, llama2.c, or a torch pickle, which is never run), a folder (single file, shards,
-            or a PEFT adapter over its base), a hub id (`name` or `organisation/name`, where no such path exists; the
-            only case in which anything is downloaded), a `state_dict`, an `nn.Module`, or an open checkpoint, which is
-            returned as it is.
+        source: a file (safetensors, llama2.c, or a torch pickle, which is never run; an adapter's file of tensors
+            stands for its folder), a folder (single file, shards, or a PEFT adapter over its base), a hub id (`name` or
+            `organisation/name`, where no such path exists; the only case in which anything is downloaded), a
+            `state_dict`, an `nn.Module`, or an open checkpoint, which is returned as it is.
         base: what an adapter is read over, in place of the base that its `base_model_name_or_path` names: the base
             that a person gives is the base. Without meaning where `source` is no adapter. An adapter cannot be another
             one's base, so where `base` is one, `source` is read over the base that it names itself.
 
     Raises:
-        InputError: the source does not exist, is damaged, is unsafe to read or is no checkpoint, or does not fit the
-            base.
+        InputError: the source does not exist, is damaged, is unsafe to read or is no checkpoint, does not fit the
+            base, or is of a kind that is not read (see `foreign.py`), such as the state of an adapter that was not
+            merged.
     """
     if isinstance(source, Checkpoint):
         return source
     if isinstance(source, nn.Module):
-        return decoded(ModuleCheckpoint(source))
+        return _whole(ModuleCheckpoint(source))
     if isinstance(source, Mapping):
-        return decoded(TensorCheckpoint(find_state(source, "state_dict"), "state_dict", {}))
+        return _whole(TensorCheckpoint(find_state(source, "state_dict"), "state_dict", {}))
     if isinstance(source, str | os.PathLike):
         try:
             return _open_path(str(source), base)
@@ -63,36 +68,77 @@ def open_checkpoint(source: Source, base: Source | None = None) -> Checkpoint:
     )
 
 
+def open_tensors(path: Path) -> Checkpoint:
+    """Open one file's tensors as they are stored, which may be an adapter's alone.
+
+    Raises:
+        InputError: the file is damaged, is unsafe to read or is no file of tensors.
+    """
+    refuse_file(path, by_name=False)
+    return _read_file(path, str(path), {})
+
+
 def _open_path(source: str, base: Source | None = None) -> Checkpoint:
     path = installed_folder(source) or Path(source)
     if path.is_dir():
         return _open_folder(path, source, base)
     if path.is_file():
-        return decoded(_open_file(path, source, read_config(path.parent)))
+        if path.name in ADAPTER_TENSORS and (path.parent / ADAPTER_CONFIG).exists():
+            return _open_adapter(path.parent, source, base, path.name)
+        return _whole(_open_file(path, source, read_config(path.parent)))
     if not path.exists() and is_hub_id(source):
         return _open_folder(download(source), source, base)
+    index = path.with_name(f"{path.name}.index")
+    if path.name and index.is_file():  # TensorFlow names a checkpoint by what its files' names have in common
+        refuse_file(index)
     raise InputError(f"{source} does not exist; pass a file, a folder or a hub id such as organisation/name")
 
 
 def _open_folder(folder: Path, source: str, base: Source | None) -> Checkpoint:
     if (folder / ADAPTER_CONFIG).exists():
-        given = None if base is None else open_checkpoint(base)
-        return open_adapter(folder, source, _open_path, None if isinstance(given, AdapterCheckpoint) else given)
-    return decoded(_open_file(weights_file(folder), source, read_config(folder)))
+        return _open_adapter(folder, source, base)
+    config, files = read_config(folder), weights_files(folder)
+    if len(files) == 1:
+        return _whole(_open_file(files[0], source, config))
+    return _whole(join_loose_shards({file: _open_file(file, str(file), config) for file in files}, source, config))
+
+
+def _open_adapter(folder: Path, source: str, base: Source | None, file: str | None = None) -> Checkpoint:
+    given = None if base is None else open_checkpoint(base)
+    over = None if isinstance(given, AdapterCheckpoint) else given
+    return open_adapter(folder, source, open_tensors, _open_path, over, file)
+
+
+def _whole(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with its weights decoded, if these are all that its model is."""
+    refuse_state(checkpoint)
+    return decoded(checkpoint)
 
 
 def _open_file(path: Path, source: str, config: Mapping[str, Any]) -> Checkpoint:
-    if path.name.endswith(".index.json"):
+    refuse_file(path)
+    if is_index(path.name):
         located = read_index(path)
         opened = {shard: _open_file(shard, str(shard), config) for shard in dict.fromkeys(located.values())}
         return join_shards(located, opened, source, config)
-    if path.suffix in _SAFETENSORS:
+    return _read_file(path, source, config)
+
+
+def _read_file(path: Path, source: str, config: Mapping[str, Any]) -> Checkpoint:
+    """One file of tensors, by its first bytes and, where these do not tell, by its suffix."""
+    with path.open("rb") as file:
+        start = file.read(16)
+    if _SAFETENSORS_START.match(start):
         return SafetensorsFile(path, source, config)
     if path.suffix == _LLAMA2C and (found := open_llama2c_file(path, source)):
         return found
-    if path.suffix in _TORCH:
+    if path.suffix == ".safetensors":
+        if start.startswith(_TORCH_STARTS):  # torch.load, too, goes by this suffix
+            raise InputError(f"{path} is a file of torch.save under another suffix; rename it to {path.stem}.bin")
+        return SafetensorsFile(path, source, config)
+    if path.suffix in _TORCH or start.startswith(_TORCH_STARTS):
         return open_torch_file(path, source, config)
     raise InputError(
-        f"{path} has the suffix {path.suffix or '(none)'}, which is not read; "
+        f"{path} is of no known format (its suffix is {path.suffix or 'missing'}, and it starts with {start[:8]!r}); "
         f"expected .safetensors, .pt, .pth, .bin, .ckpt or the .index.json of shards"
     )

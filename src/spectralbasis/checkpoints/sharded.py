@@ -83,3 +83,21 @@ def join_shards(
         if name not in held[path]:
             raise InputError(f"the index of {source} places {name} in {path.name}, which lacks it; download both again")
     return ShardedCheckpoint({name: opened[path] for name, path in located.items()}, source, config)
+
+
+def join_loose_shards(opened: Mapping[Path, Checkpoint], source: str, config: Mapping[str, Any]) -> ShardedCheckpoint:
+    """One checkpoint from all shards of a set whose index is missing.
+
+    Raises:
+        InputError: two shards hold a tensor of one name.
+    """
+    located: dict[str, Path] = {}
+    for path, shard in opened.items():
+        for name in shard.names():
+            if name in located:
+                raise InputError(
+                    f"{source} has no index of its shards, and both {located[name].name} and {path.name} hold {name}; "
+                    f"restore the .index.json from the original checkpoint"
+                )
+            located[name] = path
+    return ShardedCheckpoint({name: opened[path] for name, path in located.items()}, source, config)

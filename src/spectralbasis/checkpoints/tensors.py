@@ -28,13 +28,25 @@ _STATE_KEYS = (
     "encoder",
 )
 _DEEPEST = 4  # a pickle may contain itself, so there is a limit
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_IN_PIECES = frozenset({"DTensor", "ShardedTensor"})
 
 
 class TensorCheckpoint(Checkpoint):
-    """A mapping of names to tensors, shared and not copied."""
+    """A mapping of names to tensors, shared and not copied.
+
+    Raises:
+        InputError: a tensor is spread over processes, so that this one has a part of it.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor], source: str, config: Mapping[str, Any]) -> None:
+        pieces = next((name for name, tensor in tensors.items() if type(tensor).__name__ in _IN_PIECES), None)
+        if pieces is not None:
+            raise InputError(
+                f"{pieces} of {source} is a {type(tensors[pieces]).__name__}, which is spread over processes; gather "
+                f"the state first (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+                f"StateDictOptions(full_state_dict=True)) and pass that"
+            )
         self.source = source
         self.config = config
         self._tensors = dict(tensors)
@@ -79,7 +91,7 @@ def tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def find_state(loaded: object, source: str) -> dict[str, Tensor]:
-    """The `state_dict` inside what a training script saved, without `module.` and `_orig_mod.` prefixes.
+    """The `state_dict` inside what a training script saved, without the prefixes of DDP, FSDP and `torch.compile`.
 
     Raises:
         InputError: no tensors are found, or several mappings hold tensors and none has a usual name.
@@ -126,7 +138,11 @@ def _tensors_of(state: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _WRAPPER_PREFIXES * 2:
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    """The state without prefixes that all names have; `matrix_name` leaves out those inside a name."""
+    while state and (prefix := _common_prefix(state)):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state
+
+
+def _common_prefix(state: Mapping[str, Tensor]) -> str | None:
+    return next((prefix for prefix in _WRAPPER_PREFIXES if all(name.startswith(prefix) for name in state)), None)

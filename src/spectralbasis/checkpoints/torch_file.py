@@ -52,5 +52,5 @@ def _refusal(path: Path, message: str) -> str:
 def _not_torch(path: Path) -> str:
     return (
         f"{path} is no readable torch checkpoint: it is damaged, cut short or of another format; "
-        f"expected a state_dict written by torch.save (TorchScript archives are not read)"
+        f"expected a state_dict written by torch.save"
     )

@@ -13,7 +13,7 @@ from spectralbasis.checkpoints.adapter import AdapterCheckpoint, adapted_name
 from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG
 from spectralbasis.checkpoints.folder_files import inside, read_json
 from spectralbasis.checkpoints.installed import installed_folder
-from spectralbasis.checkpoints.opening import Source
+from spectralbasis.checkpoints.opening import Source, open_tensors
 from spectralbasis.errors import InputError
 from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.forms import FORMS
@@ -72,7 +72,7 @@ def read_spectral_adapter(folder: Path) -> SpectralAdapter:
         raise
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise InputError(f"{folder}: {ADAPTER_CONFIG} cannot be used ({error}); restore it") from error
-    stored = open_checkpoint(inside(folder, "adapter_model.safetensors"))
+    stored = open_tensors(inside(folder, "adapter_model.safetensors"))
     tensors = {name: stored.read(name) for name in stored.names()}
     shapes = {name: config.stored_shape(name) for name in config.ranks or {}}
     return SpectralAdapter(folder, config, stored.names(), *split_tensors(tensors, shapes, str(folder)))
@@ -135,7 +135,7 @@ def named_base(opened: AdapterCheckpoint, given: Source | None) -> str | None:
 
 def other_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Parameter name → shape of what an adapter's file holds besides coefficients; no data is read."""
-    stored = open_checkpoint(inside(folder, "adapter_model.safetensors"))
+    stored = open_tensors(inside(folder, "adapter_model.safetensors"))
     return {adapted_name(name): stored.shape(name) for name in stored.names() if COEFFICIENTS not in name}
 
 
