@@ -29,6 +29,23 @@ class Cut:
             return checkpoint.read_rows(self.tensor, self.rows.start, self.rows.stop).flatten(1)
         else:
             stored = checkpoint.read(self.tensor)
+        return self._rows_of(stored)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The matrix (out, in) in the whole tensor."""
+        return self._rows_of(tensor if self.expert is None else tensor[self.expert])
+
+    def put(self, tensor: Tensor, matrix: Tensor) -> None:
+        """Replace the matrix (out, in) in the whole tensor, in place; the tensor is no convolution's."""
+        stored = tensor if self.expert is None else tensor[self.expert]
+        place = stored.transpose(0, 1) if self.transposed else stored
+        if self.rows is None:
+            place.copy_(matrix)
+        else:
+            blocks = place.unflatten(0, (self.rows.groups, -1))[:, self.rows.start : self.rows.stop]
+            blocks.copy_(matrix.unflatten(0, (self.rows.groups, -1)))
+
+    def _rows_of(self, stored: Tensor) -> Tensor:
         matrix = (stored.transpose(0, 1) if self.transposed else stored).flatten(1)
         return matrix if self.rows is None else self.rows.of(matrix)
 

@@ -189,6 +189,11 @@ def _of_expert(stored: str, renamed: str, target: str) -> str | None:
     return expert_name(target, int(lost[0])) if len(lost) == 1 else None
 
 
+def part_number(label: str) -> int:
+    """Which part of a fused weight a label names, from 0; -1 where it names none."""
+    return next((labels.index(label) for labels in _LABELS.values() if label in labels), -1)
+
+
 def _part(target: str | None, sources: Sequence[str], source: str | None) -> str | None:
     labels = _LABELS.get(len(sources))
     if not target or not labels or source is None:

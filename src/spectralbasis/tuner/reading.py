@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from spectralbasis.checkpoints import Adapter, AdapterMethod, Checkpoint, matrix_name, register_adapter_method
 from spectralbasis.checkpoints.adapter import Edit, adapted_name
+from spectralbasis.checkpoints.matrix import Cut
+from spectralbasis.checkpoints.names import conversions_of, part_number, same_names
+from spectralbasis.checkpoints.views import take_inventory
 from spectralbasis.errors import InputError
 from spectralbasis.triplets import matrix_hash
 from spectralbasis.tuner.config import SpectralConfig
@@ -32,12 +35,14 @@ class SpectralEdit:
         coefficients: name of C among them.
         config: the adapter's, with the hash, the rank and the probes of this matrix only.
         matrix: name of the matrix in the config.
+        span: where its numbers are in the stored tensor; None where they are all of it.
     """
 
     tensors: Checkpoint
     coefficients: str
     config: SpectralConfig
     matrix: str
+    span: tuple[int, int] | None = None
 
     def __call__(self, weight: Tensor) -> Tensor:
         """The tuned tensor in the layout of the base's, in float32 or wider.
@@ -75,7 +80,9 @@ class SpectralEdit:
         """C, U (m, k), V (n, k) and the form of C, all in float32 or wider."""
         prepared = self._prepare(W)
         parametrisation, dtype = prepared.parametrisation, torch.promote_types(W.dtype, torch.float32)
-        C = parametrisation(self.tensors.read(self.coefficients).to(dtype))
+        numbers = self.tensors.read(self.coefficients).to(dtype).flatten()
+        numbers = numbers if self.span is None else numbers[slice(*self.span)]
+        C = parametrisation(numbers.reshape(parametrisation.shape))
         U, V = prepared.directions
         return C, U.to(dtype), V.to(dtype), parametrisation.form
 
@@ -84,22 +91,60 @@ class SpectralEdit:
         return prepare(self.config, [target], W.numel())[self.matrix]
 
 
+@dataclass(frozen=True)
+class StackEdit:
+    """Adds `U C Vᵀ` to matrices within one tensor of the base, such as the experts of a stack.
+
+    Attributes:
+        pieces: where each matrix is in the tensor, and what is done to it.
+    """
+
+    pieces: tuple[tuple[Cut, SpectralEdit], ...]
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """The tuned tensor in the layout of the base's, in float32 or wider; see `SpectralEdit`."""
+        return self.within(0, len(weight))(weight)
+
+    def within(self, start: int, stop: int) -> Edit:
+        """What is done to the experts from `start` to `stop` alone, given these of the stack."""
+        return lambda weight: self._changed(weight, start, stop)
+
+    def check(self, weight: Tensor) -> None:
+        """Raise BaseMismatchError unless the first matrix is the one that the adapter was trained on."""
+        cut, edit = self.pieces[0]
+        edit.check(cut.of(weight))
+
+    def _changed(self, weight: Tensor, start: int, stop: int) -> Tensor:
+        tuned = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        for cut, edit in self.pieces:
+            if cut.expert is None or start <= cut.expert < stop:
+                here = cut if cut.expert is None else replace(cut, expert=cut.expert - start)
+                here.put(tuned, edit(here.of(weight)))
+        return tuned
+
+
 def spectral_edits(adapter: Adapter) -> Mapping[str, Edit]:
     """The edits of a spectral adapter, by tensor of the base.
 
-    The smallest adapted matrix is checked here, so that a wrong base is found before anything is computed.
+    The smallest adapted tensor is checked here, so that a wrong base is found before anything is computed.
 
     Raises:
         BaseMismatchError: the base is not the one that the adapter was trained on.
         InputError: the config is damaged, or does not fit the coefficients or the base.
     """
     config = _config(adapter)
-    edits = {}
+    edits: dict[str, SpectralEdit | StackEdit] = {}
+    inside: dict[str, tuple[str, tuple[int, int] | None]] = {}
     for stored in adapter.tensors.names():
         module, found, _ = adapted_name(stored).partition(_COEFFICIENTS)
-        if found:
-            tensor = adapter.base_tensor(f"{module}.weight")
+        if not found:
+            continue
+        tensor = adapter.find_base_tensor(f"{module}.weight")
+        if tensor is not None:
             edits[tensor] = _edit(adapter, config, module, stored, tensor)
+        else:
+            inside |= {name: (stored, span) for name, span in _matrices(adapter, config, module, stored).items()}
+    edits |= _edits_inside(adapter, config, inside)
     if edits:
         smallest = min(edits, key=lambda tensor: prod(adapter.base.shape(tensor)))
         edits[smallest].check(adapter.base.read(smallest))
@@ -110,16 +155,15 @@ def check_layers_alone(config: SpectralConfig, folder: Path) -> None:
     """Raise InputError for an adapter of parameters, whose numbers are of several matrices in one tensor."""
     if config.target_parameters:
         raise InputError(
-            f"{folder} adapts stacks of experts, target_parameters={sorted(config.target_parameters)}, which PEFT "
-            "alone reads; for the tuned model's weights: PeftModel.from_pretrained(base, folder).merge_and_unload()"
+            f"{folder} adapts stacks of experts, target_parameters={sorted(config.target_parameters)}, whose "
+            "coefficients are read with their model alone; compare updates instead (of='updates', --of updates), or "
+            "merge it: spectralbasis export ADAPTER --to merged"
         )
 
 
 def _config(adapter: Adapter) -> SpectralConfig:
     try:
-        config = SpectralConfig.from_pretrained(str(adapter.folder))
-        check_layers_alone(config, adapter.folder)
-        return config
+        return SpectralConfig.from_pretrained(str(adapter.folder))
     except InputError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -127,33 +171,101 @@ def _config(adapter: Adapter) -> SpectralConfig:
 
 
 def _edit(adapter: Adapter, config: SpectralConfig, module: str, stored: str, tensor: str) -> SpectralEdit:
-    name, own = _own_config(adapter, config, module)
-    k, weight = (own.ranks or {})[name], adapter.base.shape(tensor)
+    name = module if module in (config.base_hashes or {}) else matrix_name(module)
+    found = _edit_of(adapter, config, name, stored)
+    k, weight = (found.config.ranks or {})[name], adapter.base.shape(tensor)
     if adapter.base.dtype(tensor) not in DENSE_DTYPES or len(weight) < 2 or k > min(weight[0], prod(weight[1:])):
         raise InputError(
             f"{adapter.folder}: {name} cannot have {k} singular directions in {adapter.base.source}, where it is "
             f"{'×'.join(map(str, weight))} of {adapter.base.dtype(tensor)}; give the base that it was trained on"
         )
-    if adapter.tensors.shape(stored) != own.stored_shape(name):
+    shape, expected = adapter.tensors.shape(stored), found.config.stored_shape(name)
+    if shape not in (expected, (prod(expected),)):
         raise InputError(
-            f"{adapter.folder}: {name} has coefficients of shape {adapter.tensors.shape(stored)}, but "
+            f"{adapter.folder}: {name} has coefficients of shape {shape}, but "
             f"adapter_config.json says {config.coefficients} with k={k}; the two files are not of one adapter"
         )
-    return SpectralEdit(adapter.tensors, stored, own, name)
+    return found
 
 
-def _own_config(adapter: Adapter, config: SpectralConfig, module: str) -> tuple[str, SpectralConfig]:
-    """Name of a module's matrix, and the config with the record of this matrix only."""
+def _edit_of(
+    adapter: Adapter, config: SpectralConfig, name: str, stored: str, span: tuple[int, int] | None = None
+) -> SpectralEdit:
+    """What is done to one matrix, with the record of this matrix only."""
     record = {field: getattr(config, field) for field in RECORD if getattr(config, field) is not None}
-    hashes = config.base_hashes or {}
-    name = module if module in hashes else matrix_name(module)
-    if name not in hashes:
+    if name not in (config.base_hashes or {}):
         raise InputError(
             f"{adapter.folder}: adapter_config.json has no base_hashes, ranks and probes for {name}, so nothing tells "
             f"which weights the coefficients belong to; save the adapter again"
         )
     own: dict[str, Any] = {field: {name: values[name]} for field, values in record.items()}
-    return name, replace(config, **own)
+    return SpectralEdit(adapter.tensors, stored, replace(config, **own), name, span)
+
+
+def _matrices(adapter: Adapter, config: SpectralConfig, module: str, stored: str) -> dict[str, tuple[int, int] | None]:
+    """Matrix → where its numbers are in a stored tensor; None where they are all of it.
+
+    The numbers of all matrices in one parameter are stored in a row, by expert and then by part. Which parameter of
+    the module it is, only the length of the row tells.
+    """
+    plain = matrix_name(module)
+    if plain in (config.base_hashes or {}):
+        return {plain: None}
+    groups: dict[str, dict[tuple[int, ...], str]] = {}
+    for name in config.base_hashes or {}:
+        if name.startswith(f"{plain}."):
+            parameter, order = _place_in_stack(name.removeprefix(f"{plain}."))
+            groups.setdefault(parameter, {})[order] = name
+    length = prod(adapter.tensors.shape(stored))
+    rows = [[names[order] for order in sorted(names)] for names in groups.values()]
+    fitting = [row for row in rows if sum(prod(config.stored_shape(name)) for name in row) == length]
+    if len(fitting) != 1:
+        raise InputError(
+            f"{adapter.folder}: {stored} holds {length} coefficients, and adapter_config.json does not tell of which "
+            f"matrices they are; load the adapter with PEFT and merge it: model.merge_and_unload()"
+        )
+    spans: dict[str, tuple[int, int] | None] = {}
+    start = 0
+    for name in fitting[0]:
+        stop = start + prod(config.stored_shape(name))
+        spans[name] = start, stop
+        start = stop
+    return spans
+
+
+def _place_in_stack(rest: str) -> tuple[str, tuple[int, ...]]:
+    """The parameter, and the numbers of expert and part, of `3.gate_up_proj.up` or `input_linear.3.up`."""
+    numbers = [int(part) for part in rest.split(".") if part.isdigit()]
+    words = [part for part in rest.split(".") if not part.isdigit()]
+    part = part_number(words[-1]) if len(words) > 1 else -1
+    return words[0], (*numbers, part)
+
+
+def _edits_inside(
+    adapter: Adapter, config: SpectralConfig, wanted: Mapping[str, tuple[str, tuple[int, int] | None]]
+) -> dict[str, SpectralEdit | StackEdit]:
+    """The edits of matrices that are parts of tensors of the base, or that the base has one by one."""
+    if not wanted:
+        return {}
+    held = take_inventory(adapter.base).matrices
+    table = conversions_of(adapter.base.config)
+    names = same_names(list(wanted), list(held), lambda: (table, table))
+    absent = [name for name in wanted if name not in names]
+    if absent:
+        raise InputError(
+            f"the adapter in {adapter.folder} adapts {absent[0]} ({len(absent)} of {len(wanted)} matrices of its "
+            f"stacks), which its base {adapter.base.source} does not have; give the model that it was trained on"
+        )
+    pieces: dict[str, list[tuple[Cut, SpectralEdit]]] = {}
+    for name, (stored, span) in wanted.items():
+        cut = held[names[name]].cut
+        pieces.setdefault(cut.tensor, []).append((cut, _edit_of(adapter, config, name, stored, span)))
+    return {tensor: StackEdit(tuple(sorted(found, key=_order))) for tensor, found in pieces.items()}
+
+
+def _order(piece: tuple[Cut, SpectralEdit]) -> tuple[int, int]:
+    cut = piece[0]
+    return cut.expert or 0, cut.rows.start if cut.rows else 0
 
 
 register_adapter_method(METHOD, AdapterMethod(prefix="spectral_", edits=spectral_edits))
