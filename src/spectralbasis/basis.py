@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,19 @@ class SpectralBasis(Mapping[str, Triplets]):
             raise InputError(_nothing_found(checkpoint, skipped))
         return cls(found, source=checkpoint.source, leading=leading, skipped=skipped)
 
+    def name_of(self, base_hash: str) -> str | None:
+        """The name under which the basis has the triplets of the matrix with this content; None where it has none.
+
+        A file and a module may call one matrix by two names; see `matrix_hash`.
+        """
+        return self._names_by_hash.get(base_hash)
+
+    @cached_property
+    def _names_by_hash(self) -> dict[str, str]:
+        held = self._triplets
+        hashes = held.hashes() if isinstance(held, _StoredTriplets) else {n: one.base_hash for n, one in held.items()}
+        return {base_hash: name for name, base_hash in hashes.items()}
+
     def save(self, file: str | Path) -> Path:
         """Write one safetensors file; certificates, hashes and checksums are in its metadata."""
         parts = {name: triplet_tensors(triplets) for name, triplets in self.items()}
@@ -160,6 +174,10 @@ class _StoredTriplets(Mapping[str, Triplets]):
         if name in self._checksums and checksum(tensors=tensors) != self._checksums[name]:
             raise InputError(f"{self._file} is damaged: {name} has not its checksum; compute the basis again")
         return Triplets(**tensors, **facts)
+
+    def hashes(self) -> dict[str, str]:
+        """Name → hash of the matrix, from the file's header."""
+        return {name: str(facts["base_hash"]) for name, facts in self._facts.items()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._facts)

@@ -1,8 +1,12 @@
 """Which directions each basis gives, and that they are orthonormal, nested and reproducible."""
 
+import copy
+
 import pytest
 import torch
+from peft import get_peft_model
 
+import spectralbasis as sb
 from spectralbasis.basis import SpectralBasis
 from spectralbasis.errors import InputError
 from spectralbasis.triplets import matrix_hash
@@ -123,3 +127,19 @@ class TestFiles:
     def test_a_missing_file(self):
         with pytest.raises(InputError, match=r"no basis file at nowhere\.safetensors"):
             CASES["mlp"].adapted(basis="nowhere.safetensors")
+
+
+def test_a_basis_of_a_folder_serves_a_model_that_calls_its_matrices_otherwise(tmp_path):
+    folder = tmp_path / "base"
+    model = tiny("vit")
+    model.save_pretrained(folder)
+    sb.SpectralBasis.compute(folder, leading=4).save(tmp_path / "basis.safetensors")
+    config = {"target_modules": "all-linear", "leading": 4, "coefficients": "core"}
+    torch.manual_seed(0)
+    from_file = get_peft_model(
+        copy.deepcopy(model), sb.SpectralConfig(basis=str(tmp_path / "basis.safetensors"), init_weights=False, **config)
+    )
+    torch.manual_seed(0)
+    from_model = get_peft_model(model, sb.SpectralConfig(init_weights=False, **config))
+    x = torch.randn(1, 3, 16, 16)
+    assert torch.equal(from_file.eval()(x).last_hidden_state, from_model.eval()(x).last_hidden_state)

@@ -159,7 +159,7 @@ class _Stored:
         self.warned = False
 
     def __call__(self, name: str, W: Tensor, k: int, base_hash: str) -> tuple[Tensor, Tensor]:
-        triplets = self._find(name, W, k)
+        triplets = self._find(name if name in self.basis else self.basis.name_of(base_hash) or name, W, k)
         if triplets.base_hash != base_hash and not self.warned:
             self.warned = True
             warnings.warn(
