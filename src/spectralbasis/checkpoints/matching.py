@@ -36,7 +36,7 @@ def match_matrices(
     found = set(partners.values())
     skipped |= {name: our_skipped.get(name, f"absent in {base.source}") for name in theirs if name not in found}
     if not pairs:
-        raise InputError(_nothing_shared(base, ours, tuned, theirs))
+        raise InputError(_nothing_shared((base, ours, our_skipped), (tuned, theirs, their_skipped)))
     return pairs, skipped
 
 
@@ -75,9 +75,12 @@ def _size(matrix: Matrix) -> str:
     return "×".join(map(str, matrix.shape))
 
 
-def _nothing_shared(
-    base: Checkpoint, ours: Mapping[str, Matrix], tuned: Checkpoint, theirs: Mapping[str, Matrix]
-) -> str:
+def _nothing_shared(*sides: tuple[Checkpoint, Mapping[str, Matrix], Mapping[str, str]]) -> str:
+    for checkpoint, matrices, skipped in sides:
+        if not matrices:
+            example = next((f"; {name}: {reason}" for name, reason in skipped.items()), "")
+            return f"{checkpoint.source} has no matrix that can be measured{example}"
+    (base, ours, _), (tuned, theirs, _) = sides
     return (
         f"{base.source} and {tuned.source} share no matrix of the same name and shape: one has {_examples(ours)}, "
         f"the other {_examples(theirs)}; compare checkpoints of one architecture"
@@ -85,4 +88,4 @@ def _nothing_shared(
 
 
 def _examples(matrices: Mapping[str, Matrix]) -> str:
-    return ", ".join(f"{name} ({_size(matrix)})" for name, matrix in list(matrices.items())[:2]) or "none"
+    return ", ".join(f"{name} ({_size(matrix)})" for name, matrix in list(matrices.items())[:2])
