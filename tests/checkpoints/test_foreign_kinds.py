@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import spectralbasis
+from spectralbasis.checkpoints import logical_matrices, open_checkpoint
 from tests.models import tiny
 
 ATTENTION = 4  # query, key, value, output
@@ -113,6 +114,28 @@ def test_float8_with_blockwise_scales(tmp_path):
     matrices, skipped = measured(base, tuned)
     assert len(matrices) == 2 * (ATTENTION + 3)
     assert set(skipped) == {"embed_tokens"}
+
+
+def test_every_matrix_of_a_model_of_mlx(tmp_path):
+    base, tuned = pair(tmp_path, tiny("llama", initializer_range=0.5))
+    real = load_file(tuned / "model.safetensors")
+    stored = dict(real)
+    for name, W in real.items():
+        if W.ndim == 2:
+            groups = W.unflatten(1, (-1, 16))
+            offset, scale = groups.amin(-1), (groups.amax(-1) - groups.amin(-1)) / 255
+            bytes_ = ((groups - offset[..., None]) / scale[..., None]).round().flatten(1).to(torch.uint8)
+            layer = name.removesuffix(".weight")
+            stored |= {name: bytes_.view(torch.uint32), f"{layer}.scales": scale, f"{layer}.biases": offset}
+    save_file(stored, tuned / "model.safetensors")
+    config = json.loads((tuned / "config.json").read_text()) | {"quantization": {"group_size": 16, "bits": 8}}
+    (tuned / "config.json").write_text(json.dumps(config))
+    matrices, skipped = measured(base, tuned)
+    assert len(matrices) == 2 * (ATTENTION + 3)
+    assert set(skipped) == {"embed_tokens"}
+    for matrix in logical_matrices(open_checkpoint(tuned))[0].values():
+        W = real[matrix.cut.tensor]
+        torch.testing.assert_close(matrix.read(), W, atol=(W.max() - W.min()).item() / 255, rtol=0)
 
 
 def test_tied_embeddings_are_no_matrix_more(tmp_path):

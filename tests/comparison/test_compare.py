@@ -302,3 +302,21 @@ def test_the_store_can_be_read_by_others(tmp_path):
     sb.compare(base, [one], leading=8, output=tmp_path / "out")
     with sqlite3.connect(tmp_path / "out" / "store.sqlite") as connection:
         assert connection.execute("SELECT COUNT(*) FROM pairs").fetchone() == (6,)
+
+
+def test_where_no_weight_of_either_side_can_be_read_the_result_says_so_and_has_no_verdict(tmp_path):
+    state = {}
+    for layer in ("layers.0.q_proj", "layers.1.q_proj"):
+        state[f"{layer}.weight"] = torch.ones(128, 64, dtype=torch.uint32)
+        state |= {f"{layer}.{part}": torch.ones(128, 8).half() for part in ("scales", "biases")}
+    result = sb.compare(state, [dict(state)])
+    assert result.table.empty
+    summary = result.summary()
+    assert (summary["stability"]["verdict"], summary["coverage"]["verdict"]) == ("undecided", "undecided")
+    assert summary["measured_share"] == 0
+    assert {group["group"] for group in summary["unpaired"]} == {"layers.*"}
+    assert "Nothing was compared: layers.* of the base (2 matrices" in summary["notes"][0]
+    with pytest.raises(sb.InputError, match=r"no weight of state_dict and state_dict can be read.*MLX"):
+        sb.compare(state, [dict(state)], output=tmp_path / "out")
+    with pytest.raises(sb.InputError, match="nothing to plan"):
+        sb.plan_comparison(state, [dict(state)])

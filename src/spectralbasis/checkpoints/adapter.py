@@ -156,6 +156,9 @@ class AdapterCheckpoint(Checkpoint):
     def tied(self) -> Mapping[str, str]:
         return self._base.tied()
 
+    def unreadable(self, name: str) -> str | None:
+        return None if name in self._replaced else self._base.unreadable(name)
+
 
 def edited_dtype(stored: torch.dtype) -> torch.dtype:
     """The dtype of a tensor that an adapter changes; a quantized one keeps its own, by which it is known."""

@@ -76,5 +76,9 @@ class Checkpoint(ABC):
         """Class of the module that owns the tensor; None where only tensors are known."""
         return None
 
+    def unreadable(self, name: str) -> str | None:
+        """Why the tensor has no real weight to read; None where it has one."""
+        return None
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.source!r}, {len(self.names())} tensors)"

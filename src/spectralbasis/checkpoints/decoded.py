@@ -1,15 +1,16 @@
-"""Weights stored as something else (quantized, split into length and direction), read as the matrices that they are."""
+"""Weights stored as something else (quantized, normalised, pruned), read as the matrices that they are, or listed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from spectralbasis.checkpoints.checkpoint import Checkpoint
-from spectralbasis.checkpoints.four_bits import find_four_bits
-from spectralbasis.checkpoints.scaled import find_scaled
-from spectralbasis.checkpoints.weight_norm import find_weight_norm
+from spectralbasis.checkpoints.dequantize import QuantizedWeight
+from spectralbasis.checkpoints.parametrized import find_parametrized
+from spectralbasis.checkpoints.quantized import Listed, find_quantized
+from spectralbasis.errors import InputError
 
 
 class Encoded(Protocol):
@@ -31,71 +32,85 @@ class Encoded(Protocol):
         """The real weight, float32."""
 
 
-_FINDERS: tuple[Callable[[Checkpoint, str, frozenset[str]], Encoded | None], ...] = (
-    find_four_bits,
-    find_scaled,
-    find_weight_norm,
-)
-
-
 def decoded(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with real weights in place of encoded ones; the same object where it has none.
 
-    Weights of which it is not certain what they stand for stay as they are stored, and are skipped with a reason when
-    matrices are made.
+    The tensors of a weight of which it is not certain what they stand for are named once, as that weight, with the
+    reason why it cannot be read.
 
     Raises:
         InputError: a description of an encoding is damaged.
     """
-    names = frozenset(checkpoint.names())
-    found = [encoded for name in checkpoint.names() if (encoded := _encoded(checkpoint, name, names))]
-    return DecodedCheckpoint(checkpoint, found) if found else checkpoint
-
-
-def _encoded(checkpoint: Checkpoint, name: str, names: frozenset[str]) -> Encoded | None:
-    return next((found for finder in _FINDERS if (found := finder(checkpoint, name, names))), None)
+    quantized, listed = find_quantized(checkpoint)
+    parametrized, unknown = find_parametrized(checkpoint)
+    weights: list[Encoded] = [*quantized, *parametrized]
+    return DecodedCheckpoint(checkpoint, weights, [*listed, *unknown]) if weights or listed or unknown else checkpoint
 
 
 class DecodedCheckpoint(Checkpoint):
     """A checkpoint whose encoded weights are made float32 one at a time, when they are read."""
 
-    def __init__(self, stored: Checkpoint, encoded: list[Encoded]) -> None:
+    def __init__(self, stored: Checkpoint, encoded: Sequence[Encoded], listed: Sequence[Listed] = ()) -> None:
         self.source = stored.source
         self.config = stored.config
         self._stored = stored
         self._encoded = {weight.name: weight for weight in encoded}
-        first = {weight.parts[0]: weight.name for weight in encoded}
-        others = {part for weight in encoded for part in weight.parts[1:]}
-        self._names = tuple(first.get(name, name) for name in stored.names() if name not in others)
+        self._listed = {group.name: group for group in listed}
+        self._groups: tuple[Encoded | Listed, ...] = (*encoded, *listed)
+        self._first = {group.parts[0]: group.name for group in self._groups}
+        others = {part for group in self._groups for part in group.parts[1:]}
+        self._names = tuple(self._first.get(name, name) for name in stored.names() if name not in others)
 
     def names(self) -> tuple[str, ...]:
         return self._names
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._encoded[name].shape if name in self._encoded else self._stored.shape(name)
+        return self._encoded[name].shape if name in self._encoded else self._stored.shape(self._place(name))
 
     def dtype(self, name: str) -> torch.dtype:
-        return torch.float32 if name in self._encoded else self._stored.dtype(name)
+        return torch.float32 if name in self._encoded else self._stored.dtype(self._place(name))
 
     def read(self, name: str) -> Tensor:
+        if name in self._listed:
+            raise InputError(f"{name} of {self.source} cannot be read: {self._listed[name].reason}")
         return self._encoded[name].read(self._stored) if name in self._encoded else self._stored.read(name)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.read(name)[start:stop] if name in self._encoded else self._stored.read_rows(name, start, stop)
+        encoded = self._encoded.get(name)
+        if isinstance(encoded, QuantizedWeight):
+            return encoded.read_rows(self._stored, start, stop)
+        return self.read(name)[start:stop] if self._computed(name) else self._stored.read_rows(name, start, stop)
 
     def take_rows(self, name: str, rows: Tensor, width: int) -> Tensor:
-        if name in self._encoded:
+        if self._computed(name):
             return super().take_rows(name, rows, width)
         return self._stored.take_rows(name, rows, width)
 
     def holds_rows(self, name: str) -> bool:
-        return name not in self._encoded and self._stored.holds_rows(name)
+        return not self._computed(name) and self._stored.holds_rows(name)
 
     def alone(self, name: str) -> Checkpoint | None:
-        return None if name in self._encoded else self._stored.alone(name)
+        return None if self._computed(name) else self._stored.alone(name)
 
     def tied(self) -> Mapping[str, str]:
-        return self._stored.tied()
+        """Ties of plain tensors, and of weights whose every part is tied."""
+        ties = self._stored.tied()
+        parts = {part for group in self._groups for part in group.parts}
+        whole = {
+            group.name: ties[group.parts[0]] for group in self._groups if all(part in ties for part in group.parts)
+        }
+        plain = {name: first for name, first in ties.items() if name not in parts and first not in parts}
+        return plain | {name: self._first[first] for name, first in whole.items() if first in self._first}
 
     def module_type(self, name: str) -> type[nn.Module] | None:
-        return None if name in self._encoded else self._stored.module_type(name)
+        return None if self._computed(name) else self._stored.module_type(name)
+
+    def unreadable(self, name: str) -> str | None:
+        return self._listed[name].reason if name in self._listed else None
+
+    def _computed(self, name: str) -> bool:
+        return name in self._encoded or name in self._listed
+
+    def _place(self, name: str) -> str:
+        """Stored tensor that tells the shape and dtype of a weight that is not computed."""
+        return self._listed[name].parts[0] if name in self._listed else name

@@ -105,6 +105,8 @@ def _transposed(adapter: Adapter, layouts: Layouts, module: str, A: str, B: str)
     size = (outputs, math.prod(inputs))
     straight, turned = (weight[0], math.prod(weight[1:])) == size, weight == size[::-1]
     if math.prod(inner) != rank or not (straight or turned):
+        if (reason := adapter.base.unreadable(tensor)) is not None:
+            raise InputError(f"{module}, which the adapter in {adapter.folder} updates, cannot be read: {reason}")
         raise InputError(
             f"the adapter in {adapter.folder} updates {module} by {outputs}×{size[1]} at rank {rank}, but its base "
             f"{adapter.base.source} has {'×'.join(map(str, weight))}; it was trained on another model"

@@ -71,7 +71,7 @@ def match_matrices(
     without a config is read with the other's.
 
     Raises:
-        InputError: no matrix has a partner of the same shape, or `include` names nothing.
+        InputError: no matrix has a partner of the same shape, though weights can be read, or `include` names nothing.
     """
     ours = take_inventory(base, include, exclude, tuned.config)
     theirs = take_inventory(tuned, include, exclude, base.config)
@@ -91,8 +91,8 @@ def match_matrices(
             pairs.append((matrix, other))
     found = set(partners.values())
     alone["tuned"] |= {n: ours.skipped.get(n, f"absent in {base.source}") for n in right if n not in found}
-    if not pairs:
-        raise InputError(_nothing_shared(base, ours.matrices, tuned, theirs.matrices))
+    if not pairs and not (ours.unreadable and theirs.unreadable):
+        raise InputError(_nothing_shared((base, ours), (tuned, theirs)))
     sides = {"base": (ours, left), "tuned": (theirs, right)}
     measured = {"base": [before for before, _ in pairs], "tuned": [after for _, after in pairs]}
     totals = {
@@ -242,14 +242,17 @@ def _size(matrix: Matrix) -> str:
     return "×".join(map(str, matrix.shape))
 
 
-def _nothing_shared(
-    base: Checkpoint, ours: Mapping[str, Matrix], tuned: Checkpoint, theirs: Mapping[str, Matrix]
-) -> str:
+def _nothing_shared(*sides: tuple[Checkpoint, Inventory]) -> str:
+    for checkpoint, found in sides:
+        if not found.matrices:
+            example = next((f"; {name}: {reason}" for name, reason in found.skipped.items()), "")
+            return f"{checkpoint.source} has no matrix that can be measured{example}"
+    (base, ours), (tuned, theirs) = sides
     return (
-        f"{base.source} and {tuned.source} share no matrix of the same name and shape: one has {_examples(ours)}, "
-        f"the other {_examples(theirs)}; compare checkpoints of one architecture"
+        f"{base.source} and {tuned.source} share no matrix of the same name and shape: one has "
+        f"{_examples(ours.matrices)}, the other {_examples(theirs.matrices)}; compare checkpoints of one architecture"
     )
 
 
 def _examples(matrices: Mapping[str, Matrix]) -> str:
-    return ", ".join(f"{name} ({_size(matrix)})" for name, matrix in list(matrices.items())[:2]) or "none"
+    return ", ".join(f"{name} ({_size(matrix)})" for name, matrix in list(matrices.items())[:2])

@@ -1,7 +1,7 @@
 """What a stored tensor is: a weight matrix, or something that only has the shape of one."""
 
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -21,45 +21,39 @@ _HEAD = re.compile(
     r"|^\w+_(head|heads|classifier|predictor)(\.|$)|(^|\.)lm_heads?(\.|$)|^(fc|decoder)$"
 )
 _NORM = re.compile(r"(^|_)(ln|bn|norm|layernorm|batchnorm|groupnorm|rmsnorm)(_?\d+|_[a-z])?$", re.IGNORECASE)
-_QUANTIZED = re.compile(r"(^|_)(q?weight|blocks|packed)$")
 _NOT_WEIGHTS = re.compile(
     r"bias$|^(attn_mask|causal_mask|relative_coords_table|relative_position_index|position_ids|inv_freq|A_log"
-    r"|original0|weight_g|freqs_(cos|sin|cis))$|(^|_)(scale|scales|scale_inv|zero_point|absmax|SCB)$"
+    r"|weight_g|freqs_(cos|sin|cis)|(query|key|diagonal)_decay|slope_rate)$|(^|_)(scale|scales|scale_inv|zero_point|absmax|amax|SCB)$"
 )
-_DIRECTION = re.compile(r"(^|\.)(parametrizations\.weight\.original1|weight_v)$")
-_SCALES = ("_scale", "_scale_inv", "_scales")
 
 
 def is_weight(checkpoint: Checkpoint, tensor: str) -> bool:
-    """Whether the tensor could be a matrix at all: no vector, norm, bias, mask or table of positions."""
+    """Whether the tensor could be a matrix at all: no vector, norm, bias, mask or table of positions.
+
+    One that cannot be read counts, so that it is listed.
+    """
+    if checkpoint.unreadable(tensor) is not None:
+        return True
     shape = checkpoint.shape(tensor)
     *owners, leaf = tensor.split(".")
     if len(shape) < 2 or 0 in shape or _NOT_WEIGHTS.search(leaf):
         return False
     if owners and _NORM.search(owners[-1]):
         return False
-    return checkpoint.dtype(tensor).is_floating_point or bool(_QUANTIZED.search(leaf))
-
-
-def unreadable(checkpoint: Checkpoint, tensor: str, names: Container[str]) -> str | None:
-    """Why the tensor has no dense real matrix to read, if so."""
-    if _DIRECTION.search(tensor):
-        return "split into magnitude and direction by weight normalisation: remove the parametrization before saving"
-    dtype = checkpoint.dtype(tensor)
-    scaled = dtype.itemsize == 1 and any(tensor + suffix in names for suffix in _SCALES)
-    if scaled or not dtype.is_floating_point:
-        return f"quantized ({str(dtype).removeprefix('torch.')}): compare the checkpoint that it was made from"
-    return None
+    return checkpoint.dtype(tensor).is_floating_point
 
 
 def is_embedding_table(checkpoint: Checkpoint, tensor: str) -> bool:
     """Whether rows of the tensor are looked up: by its module where that is known, else by its name.
 
-    A number at the end is that of a table in a list of tables, which has the name: `audio_embeddings.3.weight`.
+    A number at the end is that of a table in a list of tables, which has the name: `audio_embeddings.3.weight`. A
+    layer with a bias is none.
     """
     owner = checkpoint.module_type(tensor)
     parts = plain_name(tensor).split(".")
     leaf = next((part for part in reversed(parts) if not part.isdigit()), parts[-1])
+    if parts[-1] != leaf and f"{tensor.removesuffix('.weight')}.bias" in checkpoint.names():
+        return False
     convolution = tensor.endswith(".weight") and len(checkpoint.shape(tensor)) > 3
     return (owner is not None and issubclass(owner, nn.Embedding)) or bool(_EMBEDDING.search(leaf) and not convolution)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from spectralbasis.checkpoints.checkpoint import Checkpoint
 from spectralbasis.errors import InputError
@@ -58,7 +59,8 @@ class TensorCheckpoint(Checkpoint):
         return tuple(self._tensors[name].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._tensors[name].dtype
+        tensor = self._tensors[name]
+        return torch.float32 if tensor.is_quantized else tensor.dtype
 
     def read(self, name: str) -> Tensor:
         tensor = self._tensors[name]
@@ -66,13 +68,35 @@ class TensorCheckpoint(Checkpoint):
             raise InputError(
                 f"{name} of {self.source} is on the meta device and has no values; load the weights before comparing"
             )
-        return tensor.detach().cpu()
+        tensor = tensor.detach()
+        return (_real(tensor, name, self.source) if _is_encoded(tensor) else tensor).cpu()
 
     def holds_rows(self, name: str) -> bool:
-        return self._tensors[name].is_contiguous() and self._tensors[name].device.type == "cpu"
+        tensor = self._tensors[name]
+        return not _is_encoded(tensor) and tensor.is_contiguous() and tensor.device.type == "cpu"
 
     def tied(self) -> Mapping[str, str]:
         return tied_names(self._tensors)
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether the tensor only wraps others, as quantized ones of torchao and quanto do; a sharded one does not."""
+    return is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "full_tensor")
+
+
+def _is_encoded(tensor: Tensor) -> bool:
+    return tensor.is_quantized or is_wrapper(tensor)
+
+
+def _real(tensor: Tensor, name: str, source: str) -> Tensor:
+    """What a quantized tensor stands for, as its library computes it."""
+    try:
+        return tensor.dequantize()
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{name} of {source} is a {type(tensor).__name__}, which its library cannot turn into plain numbers here "
+            f"({error}); compare the checkpoint that it was made from"
+        ) from error
 
 
 def tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -80,7 +104,7 @@ def tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     first: dict[tuple[Any, ...], str] = {}
     tied = {}
     for name, tensor in tensors.items():
-        if tensor.is_meta or tensor.numel() == 0 or tensor.layout != torch.strided:
+        if tensor.is_meta or tensor.numel() == 0 or tensor.layout != torch.strided or is_wrapper(tensor):
             continue
         identity = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if identity in first:

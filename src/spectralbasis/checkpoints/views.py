@@ -12,7 +12,7 @@ from spectralbasis.checkpoints.fused import split_fused
 from spectralbasis.checkpoints.layout import Layouts, is_expert_stack
 from spectralbasis.checkpoints.matrix import Cut, Matrix
 from spectralbasis.checkpoints.names import expert_name, kind_of, layer_number, matrix_name, plain_name
-from spectralbasis.checkpoints.roles import is_weight, left_out_by_default, unreadable
+from spectralbasis.checkpoints.roles import is_weight, left_out_by_default
 from spectralbasis.errors import InputError
 
 
@@ -88,9 +88,9 @@ def take_inventory(
 
 def _matrices(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[tuple[Matrix, str | None]]:
     """Every matrix with the reason, if any, why it can never be read."""
-    layouts, tied, stored = Layouts(checkpoint, config), checkpoint.tied(), frozenset(checkpoint.names())
+    layouts, tied = Layouts(checkpoint, config), checkpoint.tied()
     for tensor, name in _names(checkpoint).items():
-        reason = f"tied to {tied[tensor]}" if tensor in tied else unreadable(checkpoint, tensor, stored)
+        reason = f"tied to {tied[tensor]}" if tensor in tied else checkpoint.unreadable(tensor)
         if reason is not None:
             yield _matrix(checkpoint, Cut(tensor), name, checkpoint.shape(tensor)), reason
             continue

@@ -116,6 +116,8 @@ def compare(
             resume=resume,
             progress=draws_bars(),
         )
+    if not result.summary()["matrices"]:
+        raise InputError(" ".join(result.summary()["notes"]))
     tables.show_result(result.summary(), tables.findings_table, as_json)
     if output is not None:
         print(f"report: {output / 'index.html'}", file=sys.stderr)

@@ -75,6 +75,10 @@ def compare(
         resume: take over what an earlier run into `output` measured on the same weights with the same settings.
         progress: draw a progress bar on stderr.
 
+    Returns:
+        The comparison. Where no weight of either side can be read, as where both are quantized in a way that is not
+        decoded, its table is empty, its verdicts are "undecided" and `unpaired` of its summary says why.
+
     Raises:
         InputError: a checkpoint cannot be read, the models have no matrix in common or nothing changed between them,
             the memory budget is malformed, or the output folder cannot be used.
@@ -90,7 +94,7 @@ def compare(
         run.measure(store, workers, ray, budget, progress)
         table = to_frame(store.rows(run.done))
         sharing = to_frame(store.shared_rows(run.shared), SharedRow) if len(pairing.tuned) > 1 else None
-    if table.empty:
+    if table.empty and (pairing.bases or output is not None):
         raise InputError(run.nothing_measured())
     table = with_q_values(table)
     result = Comparison(table, run.summary(table, sharing, time.monotonic() - started), sharing)
@@ -160,6 +164,8 @@ class _Run:
         """Why the table is empty, for the person who asked."""
         base, skipped, tuned = self.pairing.base.source, self.pairing.skipped, ", ".join(self.pairing.tuned)
         alone = [group for groups in self.pairing.unpaired.values() for group in groups]
+        if not self.pairing.bases:
+            return f"no weight of {base} and {tuned} can be read: {describe_unpaired(alone)}"
         pairs = sum(map(len, self.pairing.partners.values()))
         same = sum(reason == UNCHANGED or reason.startswith(ROUNDED) for reason in skipped.values())
         if same and same == pairs and not alone:

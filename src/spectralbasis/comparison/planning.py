@@ -18,6 +18,7 @@ from spectralbasis.comparison.memory import PROCESS_MEMORY, USUAL_LEADING, expec
 from spectralbasis.comparison.operations import KINDS_OF_BYTES, Work, operations, total
 from spectralbasis.comparison.pairing import Pairing, open_pairs
 from spectralbasis.comparison.rates import Clock, Rates, calibrate
+from spectralbasis.errors import InputError
 from spectralbasis.execution import RayCluster
 from spectralbasis.execution.machine import available_memory, cores
 from spectralbasis.linalg import Leading, parse_leading
@@ -129,6 +130,8 @@ def plan_comparison(
     settings = Settings(parse_leading(leading), null, draws, trailing=trailing)
     budget = None if memory_budget is None else parse_size(memory_budget)
     pairing = open_pairs(base, tuned, include, exclude)
+    if not pairing.bases:
+        raise InputError(f"no weight of {pairing.base.source} can be read, so there is nothing to plan")
     groups = group_by_shape(pairing, settings, budget)
     threads, file = torch.get_num_threads(), _any_file(pairing)
     one = calibrate_with_overhead(file, settings, threads=1, clock=clock)

@@ -50,7 +50,7 @@ def summarise(
     per_tuned = {str(label): findings(rows, settings.seed) for label, rows in table.groupby("tuned", sort=False)}
     between = _between(table, sharing, per_tuned, tuned, tasks, settings.seed)
     base, skipped = pairing.base.source, pairing.skipped
-    methods = methods_paragraph(table, settings, base, tuned, skipped, versions)
+    methods = "" if table.empty else methods_paragraph(table, settings, base, tuned, skipped, versions)
     return {
         "base": base,
         "tuned": list(tuned),
@@ -83,6 +83,9 @@ def _notes(table: pd.DataFrame, settings: Settings, pairing: Pairing) -> list[st
     for label, groups in pairing.unpaired.items():
         if groups:
             whom = f" ({label})" if len(pairing.unpaired) > 1 else ""
+            if not pairing.shares[label]:
+                notes.append(f"Nothing was compared{whom}: {describe_unpaired(groups)}.")
+                continue
             notes.append(
                 f"The verdicts are of {share_text(pairing.shares[label])} of the model{whom}, by parameters of its "
                 f"weight matrices. Not compared: {describe_unpaired(groups)}."
