@@ -57,45 +57,53 @@ def _encoded(checkpoint: Checkpoint, name: str, names: frozenset[str]) -> Encode
 
 
 class DecodedCheckpoint(Checkpoint):
-    """A checkpoint whose encoded weights are made float32 one at a time, when they are read."""
+    """A checkpoint whose encoded weights are made float32 one at a time, when they are read.
+
+    Attributes:
+        stored: the checkpoint as it is stored.
+    """
 
     def __init__(self, stored: Checkpoint, encoded: list[Encoded]) -> None:
         self.source = stored.source
         self.config = stored.config
-        self._stored = stored
+        self.stored = stored
         self._encoded = {weight.name: weight for weight in encoded}
         first = {weight.parts[0]: weight.name for weight in encoded}
         others = {part for weight in encoded for part in weight.parts[1:]}
         self._names = tuple(first.get(name, name) for name in stored.names() if name not in others)
 
+    def parts(self, name: str) -> tuple[str, ...]:
+        """Names in `stored` of what a tensor is read from."""
+        return self._encoded[name].parts if name in self._encoded else (name,)
+
     def names(self) -> tuple[str, ...]:
         return self._names
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._encoded[name].shape if name in self._encoded else self._stored.shape(name)
+        return self._encoded[name].shape if name in self._encoded else self.stored.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        return torch.float32 if name in self._encoded else self._stored.dtype(name)
+        return torch.float32 if name in self._encoded else self.stored.dtype(name)
 
     def read(self, name: str) -> Tensor:
-        return self._encoded[name].read(self._stored) if name in self._encoded else self._stored.read(name)
+        return self._encoded[name].read(self.stored) if name in self._encoded else self.stored.read(name)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.read(name)[start:stop] if name in self._encoded else self._stored.read_rows(name, start, stop)
+        return self.read(name)[start:stop] if name in self._encoded else self.stored.read_rows(name, start, stop)
 
     def take_rows(self, name: str, rows: Tensor, width: int) -> Tensor:
         if name in self._encoded:
             return super().take_rows(name, rows, width)
-        return self._stored.take_rows(name, rows, width)
+        return self.stored.take_rows(name, rows, width)
 
     def holds_rows(self, name: str) -> bool:
-        return name not in self._encoded and self._stored.holds_rows(name)
+        return name not in self._encoded and self.stored.holds_rows(name)
 
     def alone(self, name: str) -> Checkpoint | None:
-        return None if name in self._encoded else self._stored.alone(name)
+        return None if name in self._encoded else self.stored.alone(name)
 
     def tied(self) -> Mapping[str, str]:
-        return self._stored.tied()
+        return self.stored.tied()
 
     def module_type(self, name: str) -> type[nn.Module] | None:
-        return None if name in self._encoded else self._stored.module_type(name)
+        return None if name in self._encoded else self.stored.module_type(name)

@@ -29,7 +29,7 @@ _LLAMA2C = ".bin"
 _TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 
 
-def open_checkpoint(source: Source, base: Source | None = None) -> Checkpoint:
+def open_checkpoint(source: Source, base: Source | None = None, *, partial: bool = False) -> Checkpoint:
     """Open weights without reading them.
 
     Args:
@@ -53,7 +53,7 @@ def open_checkpoint(source: Source, base: Source | None = None) -> Checkpoint:
         return decoded(TensorCheckpoint(find_state(source, "state_dict"), "state_dict", {}))
     if isinstance(source, str | os.PathLike):
         try:
-            return _open_path(str(source), base)
+            return _open_path(str(source), base, partial=partial)
         except OSError as error:
             raise InputError(
                 f"{source} cannot be opened: {error.strerror or error}; check the path and its rights"
@@ -63,21 +63,22 @@ def open_checkpoint(source: Source, base: Source | None = None) -> Checkpoint:
     )
 
 
-def _open_path(source: str, base: Source | None = None) -> Checkpoint:
+def _open_path(source: str, base: Source | None = None, *, partial: bool = False) -> Checkpoint:
     path = installed_folder(source) or Path(source)
     if path.is_dir():
-        return _open_folder(path, source, base)
+        return _open_folder(path, source, base, partial)
     if path.is_file():
         return decoded(_open_file(path, source, read_config(path.parent)))
     if not path.exists() and is_hub_id(source):
-        return _open_folder(download(source), source, base)
+        return _open_folder(download(source), source, base, partial)
     raise InputError(f"{source} does not exist; pass a file, a folder or a hub id such as organisation/name")
 
 
-def _open_folder(folder: Path, source: str, base: Source | None) -> Checkpoint:
+def _open_folder(folder: Path, source: str, base: Source | None, partial: bool) -> Checkpoint:
     if (folder / ADAPTER_CONFIG).exists():
         given = None if base is None else open_checkpoint(base)
-        return open_adapter(folder, source, _open_path, None if isinstance(given, AdapterCheckpoint) else given)
+        own = None if isinstance(given, AdapterCheckpoint) else given
+        return open_adapter(folder, source, _open_path, own, partial=partial)
     return decoded(_open_file(weights_file(folder), source, read_config(folder)))
 
 
