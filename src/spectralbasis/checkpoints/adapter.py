@@ -166,7 +166,6 @@ class AdaptedBase(Checkpoint):
         return self._base.tied()
 
     def module_type(self, name: str) -> type[nn.Module] | None:
-        name = self.aliases.get(name, name)
         return self._base.module_type(name) if name in self._base_names else None
 
     def _holder(self, name: str) -> tuple[Checkpoint, str]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectralbasis.checkpoints import Checkpoint, matrix_name, open_checkpoint
+from spectralbasis.checkpoints import matrix_name, open_checkpoint
 from spectralbasis.checkpoints.adapter import AdapterCheckpoint, adapted_name
 from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG, adapter_tensors
 from spectralbasis.checkpoints.folder_files import inside, read_json
@@ -140,11 +140,6 @@ def other_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Parameter name → shape of what an adapter's file holds besides coefficients; no data is read."""
     stored = adapter_tensors(folder, open_checkpoint)
     return {adapted_name(name): stored.shape(name) for name in stored.names() if COEFFICIENTS not in name}
-
-
-def other_tensors(tensors: Checkpoint) -> dict[str, Tensor]:
-    """What an adapter's file holds besides coefficients: heads and other retrained modules, biases."""
-    return {name: tensors.read(name) for name in tensors.names() if COEFFICIENTS not in name}
 
 
 def check_one_basis(adapters: Sequence[SpectralAdapter]) -> None:
