@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -16,8 +17,9 @@ from transformers import (
 
 import spectralbasis as sb
 from spectralbasis.coefficients import merged_export
+from spectralbasis.coefficients.architectures import check_opens
 from tests.coefficients.folders import AUTO_MODELS, load_base, save_adapter, save_base, tokens
-from tests.models import tiny
+from tests.models import sizes_of, tiny
 from tests.tuner.cases import MLP
 
 CASES = {
@@ -248,7 +250,7 @@ def test_the_vocabulary_of_a_model_that_sees(tmp_path):
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore")
 def test_rounding_is_that_of_the_dtype(tmp_path):
-    adapted = tune_causal(tmp_path, base_dtype=torch.bfloat16, target_modules=["q_proj"])
+    tune_causal(tmp_path, base_dtype=torch.bfloat16, target_modules=["q_proj"])
     written = sb.export_merged(tmp_path / "spectral", tmp_path / "merged")
     exact = sb.open_checkpoint(tmp_path / "spectral")
     found = load_file(tmp_path / "merged" / "model.safetensors")
@@ -259,7 +261,7 @@ def test_rounding_is_that_of_the_dtype(tmp_path):
     assert 0 < expected < 1e-2
     said = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert {said[key] for key in ("dtype", "torch_dtype") if key in said} == {"bfloat16"}
-    assert adapted.dtype == AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.bfloat16
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -282,7 +284,7 @@ def test_what_does_not_open_is_not_kept(tmp_path):
     change_adapter(
         tmp_path / "spectral", lambda tensors: {n: T for n, T in tensors.items() if "classifier.bias" not in n}
     )
-    with pytest.raises(sb.InputError, match=r"BertForSequenceClassification, which lacks classifier.bias"):
+    with pytest.raises(sb.InputError, match=r"BertForSequenceClassification: it lacks classifier.bias"):
         sb.export_merged(tmp_path / "spectral", tmp_path / "merged")
     strange = {"base_model.model.bert.embeddings.strange.weight": torch.ones(3, 3)}
     head = {"base_model.model.classifier.bias": torch.zeros(2)}
@@ -357,3 +359,61 @@ def test_a_shallower_base_takes_part_of_it(tmp_path):
     found = load_file(tmp_path / "merged" / "model.safetensors")
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, merged[name], rtol=1e-5, atol=1e-6)
+
+
+def save_trained(model, folder, **config):
+    """Save a model in `base` and a trained adapter of it in `spectral`; gives PEFT's model."""
+    model.save_pretrained(folder / "base")
+    model = type(model).from_pretrained(folder / "base", dtype=torch.float32)
+    adapted = get_peft_model(model, sb.SpectralConfig(leading=3, **config))
+    adapted.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    adapted.save_pretrained(folder / "spectral")
+    return adapted
+
+
+TIED_CLASSES = [
+    ("gpt2", "GPT2LMHeadModel", "wte", "lm_head"),
+    ("mamba", "MambaForCausalLM", "embeddings", "lm_head"),
+    ("bloom", "BloomForCausalLM", "word_embeddings", "lm_head"),
+    ("whisper", "WhisperForConditionalGeneration", "decoder.embed_tokens", "proj_out"),
+]
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("model_type", "named", "table", "head"), TIED_CLASSES)
+@pytest.mark.parametrize("trained", ["table adapted", "head adapted", "table retrained", "head retrained"])
+def test_the_names_of_other_classes(tmp_path, model_type, named, table, head, trained):
+    model_class = getattr(transformers, named)
+    torch.manual_seed(0)
+    model = model_class(transformers.AutoConfig.for_model(model_type, **sizes_of(model_type)))
+    which, retrained = (table, head)[trained.startswith("head")], trained.endswith("retrained")
+    config = {"target_modules": r".*(c_attn|q_proj|in_proj|query_key_value)$" if retrained else [which]}
+    config |= {"modules_to_save": [which]} if retrained else {}
+    merged = save_trained(model, tmp_path, **config).merge_and_unload()
+    sb.export_merged(tmp_path / "spectral", tmp_path / "merged")
+    assert_opens_as(tmp_path / "merged", merged, model_class)
+
+
+def test_a_table_that_no_file_can_hold_apart(tmp_path):
+    model = transformers.T5ForConditionalGeneration(transformers.AutoConfig.for_model("t5", **sizes_of("t5")))
+    save_trained(model, tmp_path, target_modules=["q"], modules_to_save=["shared"])
+    with pytest.raises(sb.InputError, match=r"retrains shared.weight apart from encoder.embed_tokens.weight"):
+        sb.export_merged(tmp_path / "spectral", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_two_tensors_for_one_parameter(tmp_path):
+    """transformers 5 calls the head of GPT-NeoX by another name than its files do."""
+    model = tiny("gpt_neox", "causal")
+    model.save_pretrained(tmp_path)
+    tensors = {name: (T.shape, T.dtype) for name, T in load_file(tmp_path / "model.safetensors").items()}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert check_opens(config, tensors, [])[0] == ""
+    both = tensors | dict.fromkeys(["lm_head.weight", "embed_out.weight"], tensors["embed_out.weight"])
+    with pytest.raises(sb.InputError, match=r"lm_head.weight.* from another tensor|does not use lm_head.weight"):
+        check_opens(config, both, ["lm_head.weight"])

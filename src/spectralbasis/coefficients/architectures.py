@@ -2,11 +2,11 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
+from torch import Tensor
 from transformers.models.auto import modeling_auto
 
 from spectralbasis.errors import InputError
@@ -81,46 +81,101 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
     return changed | {"tie_word_embeddings": False}
 
 
-def output_head(config: Mapping[str, Any]) -> str | None:
-    """Name of the weight of the head over the vocabulary; None where the class has none or is unknown."""
+class Ties(NamedTuple):
+    """Parameters of a class that are one tensor.
+
+    Attributes:
+        groups: names of each such tensor.
+        table: the names of the embedding table and of what is tied to it; empty where nothing is.
+    """
+
+    groups: list[list[str]]
+    table: list[str]
+
+    def tied_to(self, name: str) -> list[str]:
+        """The other names of a parameter."""
+        return [other for group in self.groups if name in group for other in group if other != name]
+
+
+def find_ties(config: Mapping[str, Any]) -> Ties:
+    """What the class of a config ties; nothing where transformers does not know it."""
     model_class = _model_class(config)
     if model_class is None:
-        return None
+        return Ties([], [])
     with torch.device("meta"), _quiet():
         model = model_class(model_class.config_class.from_dict(dict(config)))
-    head = model.get_output_embeddings()
-    return next((f"{name}.weight" for name, module in model.named_modules() if module is head), None)
+        model.tie_weights()
+    return _ties_of(model)
 
 
-def check_opens(folder: Path, config: Mapping[str, Any], ours: Collection[str]) -> str:
-    """Open a checkpoint with transformers on the meta device, which takes names and shapes and keeps no data.
+def _ties_of(model: Any) -> Ties:
+    named: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        named.setdefault(id(parameter), []).append(name)
+    groups = [group for group in named.values() if len(group) > 1]
+    try:
+        table = id(model.get_input_embeddings().weight)
+    except (AttributeError, NotImplementedError):  # a model of images or of sound
+        return Ties(groups, [])
+    return Ties(groups, next((group for key, group in named.items() if key == table and len(group) > 1), []))
+
+
+def check_opens(
+    config: Mapping[str, Any], tensors: Mapping[str, tuple[Sequence[int], torch.dtype]], ours: Collection[str]
+) -> tuple[str, Ties]:
+    """Load names and shapes as transformers loads a checkpoint, on the meta device, which has no data.
 
     Args:
-        folder: the checkpoint.
-        config: its config.json.
-        ours: tensors that must be used; others, such as a pooler that the class has not, may be left.
+        config: the checkpoint's config.json.
+        tensors: name → shape and dtype of all that the checkpoint holds.
+        ours: those that must be used, and that nothing else stands for; others, such as a pooler that the class has
+            not, may be left.
 
     Returns:
-        Why it was not opened; empty where it was.
+        Why it was not loaded, empty where it was; and what is tied in the loaded model.
 
     Raises:
-        InputError: a parameter is missing, has another shape, or is not used.
+        InputError: a parameter is missing, has another shape, is not used, or has two tensors.
     """
     model_class = _model_class(config)
     if model_class is None:
         named = ", ".join(config.get("architectures") or []) or "no class"
-        return f"transformers {transformers.__version__} does not know the architecture ({named}), so it was not opened"
+        unknown = (
+            f"transformers {transformers.__version__} does not know the architecture ({named}), so it was not opened"
+        )
+        return unknown, Ties([], [])
+    empty = {name: torch.empty(tuple(shape), dtype=dtype, device="meta") for name, (shape, dtype) in tensors.items()}
     try:
-        with _quiet():
-            _, report = model_class.from_pretrained(
-                folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
-            )
+        model, report = _load(model_class, config, empty)
+        _check_report(report, model_class.__name__, ours)
+        alone, without = _load(model_class, config, {name: T for name, T in empty.items() if name not in ours})
+    except InputError:
+        raise
     except ImportError as error:
-        return f"transformers cannot open this architecture here ({error}), so it was not opened"
+        return f"transformers cannot open this architecture here ({error}), so it was not opened", Ties([], [])
     except Exception as error:  # transformers raises all kinds, and each means that the user could not open it either
         raise InputError(f"transformers does not open the merged model as {model_class.__name__}: {error}") from error
-    _check_report(report, model_class.__name__, ours)
-    return ""
+    supplied = set(ours) - set(without["missing_keys"]) - {name for group in _ties_of(alone).groups for name in group}
+    twice = sorted(supplied) if len(without["missing_keys"]) < len(ours) else []
+    if twice:
+        raise InputError(
+            f"transformers loads {', '.join(twice)} of the merged model from another tensor of the base, whose name it "
+            f"converts; merge the adapter with PEFT (model.merge_and_unload()) and save the model"
+        )
+    return "", _ties_of(model)
+
+
+def _load(model_class: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Any, Mapping[str, Any]]:
+    with _quiet():
+        loaded: tuple[Any, Mapping[str, Any]] = model_class.from_pretrained(
+            None,
+            config=model_class.config_class.from_dict(dict(config)),
+            state_dict=dict(tensors),
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    return loaded
 
 
 def _check_report(report: Mapping[str, Any], name: str, ours: Collection[str]) -> None:
@@ -134,7 +189,7 @@ def _check_report(report: Mapping[str, Any], name: str, ours: Collection[str]) -
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise InputError(
-                f"the merged model does not open as {name}, which {problem} {', '.join(keys[:3])}{more}; "
+                f"the merged model does not open as {name}: it {problem} {', '.join(keys[:3])}{more}; "
                 f"check that base and adapter belong together, and save with the adapter what was trained beside it"
             )
 

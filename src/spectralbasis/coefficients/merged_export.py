@@ -30,8 +30,8 @@ from spectralbasis.checkpoints.safetensors_file import SafetensorsFile
 from spectralbasis.coefficients.adapters import COEFFICIENTS, open_spectral_adapter
 from spectralbasis.coefficients.architectures import (
     check_opens,
+    find_ties,
     merged_config,
-    output_head,
     untied,
     with_dtype,
     with_vocabulary,
@@ -142,8 +142,8 @@ def export_merged(
     check_output(Path(output), overwrite=overwrite, written_file="config.json")
     opened = open_spectral_adapter(adapter, base, partial=partial)
     _refuse_quantized(opened.base)
-    parts = _parts(opened)
-    parts, config, notes = _configured(opened, parts)
+    parts, config, notes = _configured(opened, _parts(opened))
+    notes += _checked_by_transformers(opened, parts, config)
     if opened.missing:
         notes.append(f"left out, since the base lacks them: {', '.join(opened.missing)}")
     with atomic_folder(Path(output)) as folder:
@@ -153,7 +153,6 @@ def export_merged(
         for source in (_folder(opened.base.source), Path(adapter)):
             _copy_companions(source, folder)
         _check_names(folder, parts)
-        unopened = check_opens(folder, config, [part.name for part in parts if part.changed]) if config else ""
     return MergedExport(
         output=Path(output),
         tensors=len(parts),
@@ -162,7 +161,7 @@ def export_merged(
         files=files,
         bytes=sum(part.size for part in parts),
         largest_rounding=rounding,
-        notes=[*notes, *([unopened] if unopened else [])],
+        notes=notes,
     )
 
 
@@ -255,28 +254,59 @@ def _with_head(
     alone = stored in opened.retrained or (head is not None and head.stored in opened.retrained)
     if not alone:
         return parts, config, _note_of_tie(opened, table, config)
-    if head is None:
-        name = output_head(config)
-        if name is None:
-            return parts, config, []
-        head = _Part(name, opened.base, stored, table.dtype, False)
-        parts = [*parts, head]
-    elif head.shape == table.shape and torch.equal(_read(head), _read(table)):
+    if head is not None and head.shape == table.shape and torch.equal(_read(head), _read(table)):
         return [part for part in parts if part is not head], config, []
-    if head.shape != table.shape:
+    partners = _untied_partners(opened, parts, config)
+    if head is None and not partners:
         return parts, config, []
-    return parts, untied(config), [f"{head.name} is no longer tied to {table.name}, as the adapter trained them apart"]
+    names = " and ".join(part.name for part in ([head] if head else partners) if part.shape == table.shape)
+    return [*parts, *partners], untied(config), [f"{names} is no longer tied to {table.name}: they were trained apart"]
+
+
+def _untied_partners(opened: AdapterCheckpoint, parts: Sequence[_Part], config: dict[str, Any]) -> list[_Part]:
+    """What a base need not store as long as it is tied to something that it stores."""
+    found, still = [], find_ties(untied(config))
+    written = {part.name: part for part in parts}
+    of_base = set(opened.base.names())
+    for group in find_ties(config).groups:
+        source = next((written[name] for name in group if name in written and written[name].stored in of_base), None)
+        for name in group:
+            if source is not None and name not in written and source.name not in still.tied_to(name):
+                found.append(_Part(name, opened.base, source.stored, source.dtype, False))
+    return found
 
 
 def _note_of_tie(opened: AdapterCheckpoint, table: _Part, config: dict[str, Any]) -> list[str]:
     changed = [name for name in opened.updates if name == table.stored or is_output_head(name)]
-    head = output_head(config) if changed else None
-    if head is None or table.stored not in opened.edits:
+    tied = [name for name in find_ties(config).table if name != table.name] if changed else []
+    if not tied or table.stored not in opened.edits:
         return []
     return [
-        f"{table.name} and {head} are one tensor, which the update of {' and '.join(changed)} changes as a whole, as "
-        f"PEFT's merge does; before a merge PEFT changes the adapted module alone, so the outputs differ"
+        f"{table.name} and {', '.join(tied)} are one tensor, which the update of {' and '.join(changed)} changes as a "
+        f"whole, as PEFT's merge does; before a merge PEFT changes the adapted module alone, so the outputs differ"
     ]
+
+
+def _checked_by_transformers(opened: AdapterCheckpoint, parts: Sequence[_Part], config: dict[str, Any]) -> list[str]:
+    """Notes; raises InputError where transformers would not load these tensors for what they are."""
+    if not config:
+        return []
+    of_base = set(opened.base.names())
+    tensors = {part.name: (part.shape, part.dtype) for part in parts}
+    note, ties = check_opens(config, tensors, list(_added(opened, parts)))
+    written = {part.name: part for part in parts}
+    trained = {part.name for part in parts if part.stored in opened.retrained}
+    trained |= opened.retrained.keys() - of_base - {part.stored for part in parts}  # left out, being equal to its table
+    for group in ties.groups:
+        first = next((written[name] for name in group if name in trained and name in written), None)
+        others = [name for name in group if first is not None and name not in (first.name, *(trained - written.keys()))]
+        for name in others:
+            if first is not None and (name not in written or not torch.equal(_read(written[name]), _read(first))):
+                raise InputError(
+                    f"the adapter retrains {first.name} apart from {name}, which transformers always loads as one "
+                    f"tensor, so no checkpoint can hold both; train it without {first.name} in modules_to_save"
+                )
+    return [note] if note else []
 
 
 def _read(part: _Part) -> Tensor:
