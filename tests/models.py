@@ -58,3 +58,8 @@ _HEADS = {"": AutoModel, "causal": AutoModelForCausalLM, "classifier": AutoModel
 def tiny(model_type: str, head: str = "", **config: Any) -> nn.Module:
     """A transformers model of a few thousand parameters; `head` is empty, `causal` or `classifier`."""
     return _HEADS[head].from_config(AutoConfig.for_model(model_type, **{**_SIZES[model_type], **config})).eval()
+
+
+def sizes_of(model_type: str) -> dict[str, Any]:
+    """The sizes in the config of the tiny models of a type."""
+    return dict(_SIZES[model_type])

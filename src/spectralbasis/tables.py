@@ -139,11 +139,18 @@ def similarity_table(result: Mapping[str, Any]) -> Table:
 def lora_table(result: Mapping[str, Any]) -> Table:
     """Ranks, size and error of an exported LoRA adapter."""
     table = _facts(f"LoRA adapter → {result['output']}")
-    ranks = sorted(set(result["ranks"].values()))
+    smallest = min(result["ranks"].values())
+    filled = "" if smallest == result["rank"] else f" (from {smallest} on, filled up with zeros)"
     table.add_row("matrices", str(len(result["ranks"])))
-    table.add_row("rank", str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}")
+    table.add_row("rank", f"{result['rank']}{filled}")
     table.add_row("numbers", f"{result['parameters']:,}")
     table.add_row("relative error", f"{result['error']:.2%}")
+    return _with_notes(table, result["notes"])
+
+
+def _with_notes(table: Table, notes: list[str]) -> Table:
+    for note in notes:
+        table.add_row("note", escape(note))
     return table
 
 
@@ -152,7 +159,8 @@ def merged_table(result: Mapping[str, Any]) -> Table:
     table = _facts(f"merged checkpoint → {result['output']}")
     table.add_row("tensors", f"{result['tensors']} ({result['changed']} changed, {result['added']} added)")
     table.add_row("weights", f"{result['bytes'] / 1e6:.1f} MB in {len(result['files'])} file(s)")
-    return table
+    table.add_row("largest rounding", f"{result['largest_rounding']:.2g}")
+    return _with_notes(table, result["notes"])
 
 
 def combination_table(result: Mapping[str, Any]) -> Table:

@@ -90,6 +90,19 @@ def test_start_that_changed_the_base(kind, model_type, options, tmp_path):
     assert assert_reads_as_merged(tmp_path / "adapter", tmp_path, model)
 
 
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize(("kind", "target"), [("pissa", "lm_head"), ("olora", "lm_head"), ("pissa", "embed_tokens")])
+def test_start_that_changed_the_table_that_is_stored(kind, target, stored, tmp_path):
+    """PEFT saves the table after the start was taken from it, and takes none from an embedding."""
+    base = tiny("llama", "causal", tie_word_embeddings=False)
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=[target, "q_proj"], init_lora_weights=kind))
+    train(model).save_pretrained(tmp_path / "adapter", save_embedding_layers=stored)
+    held = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any(name.endswith(f"{target}.base_layer.weight") for name in held) is stored
+    assert assert_reads_as_merged(tmp_path / "adapter", tmp_path, model)
+
+
 @pytest.mark.parametrize("rank_stabilised", [False, True])
 @pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "olora"])
 def test_start_that_was_converted_to_lora(kind, rank_stabilised, tmp_path):

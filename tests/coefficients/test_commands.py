@@ -4,7 +4,7 @@ import json
 
 import pytest
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from spectralbasis import InputError
@@ -43,6 +43,7 @@ def test_export_to_lora(adapters, tmp_path):
     code, out, _ = run("export", adapters[0], "--to", "lora", "-o", tmp_path / "lora", "--rank", 2, "--overwrite")
     assert code == 0
     assert "relative error" in out
+    assert "vLLM opens it with --max-lora-rank 2 or more" in " ".join(out.split())
     assert LoraConfig.from_pretrained(tmp_path / "lora").r == 2
 
 
@@ -52,6 +53,22 @@ def test_export_to_a_merged_checkpoint(adapters, tmp_path):
     assert code == 0
     assert json.loads(out)["tensors"] == len(load_file(tmp_path / "merged" / "model.safetensors"))
     assert "2 changed" in run("export", adapters[1], "--to", "merged", "-o", tmp_path / "b", "--base", base)[1]
+
+
+@pytest.mark.parametrize("kind", ["lora", "merged"])
+def test_export_of_a_part(adapters, tmp_path, kind):
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(path).items() if "layer.1." not in name}
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1}))
+    code, _, error = run("export", adapters[0], "--to", kind, "-o", tmp_path / "out")
+    assert code == 1
+    assert isinstance(error, InputError)
+    assert "--partial" in str(error)
+    code, out, _ = run("export", adapters[0], "--to", kind, "-o", tmp_path / "out", "--partial", "--json")
+    assert code == 0
+    assert any("the base lacks" in note and "layer.1" in note for note in json.loads(out)["notes"])
 
 
 def test_combine(adapters, tmp_path):

@@ -1,23 +1,28 @@
 """An adapter that was exported to LoRA gives the same logits in plain PEFT, which never hears of this package."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import spectralbasis as sb
+from spectralbasis.checkpoints import matrix_name
 from tests.coefficients.folders import AUTO_MODELS, load_base, save_adapter, save_base, tokens
+from tests.models import tiny
 from tests.tuner.cases import CASES as TUNER_CASES
 
 PLAIN = """
 import json, sys
 import torch, transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 for folder, base, auto_model in json.loads(sys.argv[1]):
     model = getattr(transformers, auto_model).from_pretrained(base)
@@ -78,7 +83,10 @@ def test_the_update_is_the_same(tmp_path, name):
     assert set(written.errors.values()) == {0}
     tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     assert written.parameters == sum(T.numel() for n, T in tensors.items() if ".lora_" in n)
-    assert {module: T.shape[0] for module, T in _by_module(tensors, "lora_A").items()} == written.ranks
+    assert {T.shape[0] for T in _by_module(tensors, "lora_A").values()} == {written.rank}
+    updates = spectral.peft_config["default"].ranks
+    assert written.ranks == {name: updates[matrix_name(name)] for name in written.ranks}
+    assert written.rank == max(updates.values())
 
 
 def _by_module(tensors, factor):
@@ -172,3 +180,138 @@ def test_what_cannot_be_exported_is_a_sentence(tmp_path):
     assert sb.export_lora(tmp_path / "spectral", tmp_path / "lora", rank=2, overwrite=True).error > 0
     with pytest.raises(sb.InputError, match=r"config\.json"):
         sb.export_lora(tmp_path / "spectral", base / "..", overwrite=True)
+
+
+def peft_scale(config, module, factors):
+    """`alpha_pattern` and `rank_pattern` decide for a module, else the config does."""
+    named = next((key for key in config["rank_pattern"] if re.fullmatch(rf"(.*\.)?({key})", module)), None)
+    rank = config["rank_pattern"].get(named, config["r"])
+    assert len(factors[0]) == rank, "PEFT makes factors of this rank and loads no others"
+    alpha = next((a for key, a in config["alpha_pattern"].items() if re.fullmatch(rf"(.*\.)?({key})", module)), None)
+    return (config["lora_alpha"] if alpha is None else alpha) / rank
+
+
+def vllm_scale(config, module, factors):
+    """`PEFTHelper`: one scale for all modules; a tensor may have fewer rows than the config says."""
+    assert config["modules_to_save"] is None
+    assert len(factors[0]) <= config["r"]
+    return config["lora_alpha"] / config["r"]
+
+
+def llama_cpp_scale(config, module, factors):
+    """`llama_adapter_lora_weight::get_scale`: `adapter.lora.alpha` over the inner dimension of the second factor."""
+    return config["lora_alpha"] / factors[1].shape[1]
+
+
+RULES = {"PEFT": peft_scale, "vLLM": vllm_scale, "llama.cpp": llama_cpp_scale}
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("consumer", RULES)
+def test_each_consumer_computes_the_same_update(tmp_path, consumer, rank):
+    """Several ranks, an embedding and a head, scaled by the rule of each program, against ΔW of the tuner."""
+    base = save_base(tmp_path / "base", "llama", "causal")
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        sb.SpectralConfig(
+            target_modules=["q_proj", "down_proj", "embed_tokens", "lm_head"],
+            leading=6,
+            rank_pattern={"layers.0.self_attn.q_proj": 2, "down_proj": 9, "lm_head": 3},
+            coefficients="core",
+            init_weights=False,
+            task_type="CAUSAL_LM",
+        ),
+    )
+    model.save_pretrained(tmp_path / "spectral")
+    written = sb.export_lora(tmp_path / "spectral", tmp_path / "lora", rank=rank)
+    assert written.rank == (rank or 9)
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    endings = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+    assert all(name.endswith(endings) for name in tensors), "a table that the base has is not stored again"
+    for module, k in written.ranks.items():
+        table = module.endswith("embed_tokens")
+        names = ("lora_embedding_A", "lora_embedding_B") if table else ("lora_A.weight", "lora_B.weight")
+        A, B = (tensors[f"base_model.model.{module}.{name}"].double() for name in names)
+        update = RULES[consumer](config, module, (A, B)) * (B @ A)
+        exact = model.get_submodule(f"base_model.model.{module}").get_delta_weight("default").double()
+        exact = exact.T if table else exact
+        if rank is not None:
+            U, S, Vh = torch.linalg.svd(exact, full_matrices=False)
+            exact = (U[:, :rank] * S[:rank]) @ Vh[:rank]
+        torch.testing.assert_close(update, exact, rtol=0, atol=1e-5)
+        assert torch.linalg.matrix_rank(update, rtol=1e-5) == k
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head", "q_proj"]])
+def test_embeddings_and_heads(tmp_path, targets, tied):
+    base = save_base(tmp_path / "base", "llama", "causal", tie_word_embeddings=tied)
+    config = sb.SpectralConfig(target_modules=targets, leading=5, init_weights=False, task_type="CAUSAL_LM")
+    spectral = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    spectral.save_pretrained(tmp_path / "spectral")
+    written = sb.export_lora(tmp_path / "spectral", tmp_path / "lora")
+    lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "lora").eval()
+    torch.testing.assert_close(lora(**tokens()).logits, spectral(**tokens()).logits, rtol=0, atol=1e-5)
+    merged, expected = lora.merge_and_unload().state_dict(), spectral.merge_and_unload().state_dict()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(merged[name], tensor, rtol=0, atol=1e-5, msg=name)
+    assert any("vLLM opens it" in note for note in written.notes)
+    assert any("tied to a table" in note for note in written.notes) == (tied and "lm_head" in targets)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+def test_a_resized_table_comes_along(tmp_path):
+    base = save_base(tmp_path / "base", "llama", "causal")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(57)
+    config = sb.SpectralConfig(target_modules=["embed_tokens", "lm_head"], leading=5, init_weights=False)
+    spectral = get_peft_model(model, config).eval()
+    spectral.save_pretrained(tmp_path / "spectral")
+    written = sb.export_lora(tmp_path / "spectral", tmp_path / "lora")
+    assert any("resize_token_embeddings(57)" in note for note in written.notes)
+    larger = AutoModelForCausalLM.from_pretrained(base)
+    larger.resize_token_embeddings(57)
+    lora = PeftModel.from_pretrained(larger, tmp_path / "lora").eval()
+    torch.testing.assert_close(lora(**tokens()).logits, spectral(**tokens()).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "head", "config", "opens"),
+    [
+        ("llama", "causal", {"target_modules": ["q_proj"]}, True),
+        ("llama", "causal", {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}, False),
+        ("bert", "classifier", {"target_modules": ["query"]}, False),
+        ("bert", "", {"target_modules": ["query"], "bias": "all"}, False),
+        ("resnet", "", {"target_modules": ["convolution"], "leading": 2}, False),
+    ],
+)
+def test_the_notes_say_who_opens_it(tmp_path, model_type, head, config, opens):
+    base = save_base(tmp_path / "base", model_type, head) if model_type != "resnet" else tmp_path / "base"
+    if model_type == "resnet":
+        tiny("resnet").save_pretrained(base)
+    save_adapter(tmp_path / "spectral", base, head, **config)
+    written = sb.export_lora(tmp_path / "spectral", tmp_path / "lora")
+    said = " ".join(written.notes)
+    assert ("vLLM opens it with --max-lora-rank 6" in said) is opens
+    assert ("vLLM and llama.cpp do not open it" in said) is not opens
+    assert all(note in (tmp_path / "lora" / "README.md").read_text() for note in written.notes)
+
+
+def test_part_of_an_adapter(tmp_path):
+    base = save_base(tmp_path / "base")
+    save_adapter(tmp_path / "spectral", base, target_modules=["query"])
+    whole = sb.export_lora(tmp_path / "spectral", tmp_path / "whole")
+    path = base / "model.safetensors"
+    save_file({name: T for name, T in load_file(path).items() if "layer.1." not in name}, path, {"format": "pt"})
+    with pytest.raises(sb.InputError, match=r"attention.self.query \(1 of 2\)"):
+        sb.export_lora(tmp_path / "spectral", tmp_path / "lora")
+    part = sb.export_lora(tmp_path / "spectral", tmp_path / "lora", partial=True)
+    assert part.ranks == {name: k for name, k in whole.ranks.items() if "layer.1." not in name}
+    assert any("layer.1.attention.self.query" in note for note in part.notes)

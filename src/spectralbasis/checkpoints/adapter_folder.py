@@ -1,10 +1,17 @@
-"""A PEFT adapter's folder: its config, its tensors and the base that it names."""
+"""A PEFT adapter's folder: its config, its tensors under the names that PEFT gives them, and the base that it names."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 
-from spectralbasis.checkpoints.adapter import Adapter, AdapterCheckpoint, AdapterMethod
+from spectralbasis.checkpoints.adapter import (
+    PEFT_PREFIX,
+    Adapter,
+    AdapterCheckpoint,
+    AdapterMethod,
+    RenamedCheckpoint,
+)
 from spectralbasis.checkpoints.checkpoint import Checkpoint
 from spectralbasis.checkpoints.folder_files import inside, read_json
 from spectralbasis.checkpoints.lora import LORA
@@ -15,6 +22,15 @@ ADAPTER_TENSORS = ("adapter_model.safetensors", "adapter_model.bin")
 _METHODS: dict[str, AdapterMethod] = {"LORA": LORA}
 _REGISTERED_BY = {"SPECTRAL": "spectralbasis.tuner"}
 """PEFT type → the module that registers it, imported when an adapter of it is met."""
+_TRAINED = re.compile(
+    r"(?P<module>.+\.(?:lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|spectral_coefficients))"
+    r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?P<leaf>\.weight|\.bias)?"
+)
+"""What PEFT trains: in a file without the adapter's name, in a running model with it (`lora_A.default.weight`)."""
+_RETRAINED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<inner>.+)")
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_FRONTS = (PEFT_PREFIX, "module.")
+_KOHYA = re.compile(r"(^|[._])lora[._](up|down)([._]|$)|^lora_(unet|te\d?|transformer)_|lora_linear_layer")
 
 
 def register_adapter_method(peft_type: str, method: AdapterMethod) -> None:
@@ -29,6 +45,8 @@ def open_adapter(
     open_source: Callable[[str], Checkpoint],
     base: Checkpoint | None = None,
     file: str | None = None,
+    *,
+    partial: bool = False,
 ) -> AdapterCheckpoint:
     """Open an adapter over a base.
 
@@ -40,16 +58,82 @@ def open_adapter(
         base: None opens the adapter's `base_model_name_or_path`, which may be absolute, relative to the working
             directory or to the adapter, or a hub id.
         file: name of the adapter's own tensors; None takes safetensors before a pickle.
+        partial: read the adapter also where the base lacks some of what it adapts; see `AdapterCheckpoint.missing`.
 
     Raises:
         InputError: the base is not found or is an adapter itself, tensors are missing, or the type is not readable.
     """
     config = read_json(inside(folder, ADAPTER_CONFIG))
     method = _method(folder, config.get("peft_type"))
-    tensors = open_tensors(inside(folder, file) if file else _tensors_file(folder))
+    tensors = adapter_tensors(folder, open_tensors, file)
     if base is None:
         base = _named_base(folder, config.get("base_model_name_or_path"), open_source)
-    return AdapterCheckpoint(Adapter(folder, config, tensors, base), method, source)
+    return AdapterCheckpoint(Adapter(folder, config, tensors, base), method, source, partial=partial)
+
+
+def adapter_tensors(folder: Path, open_tensors: Callable[[Path], Checkpoint], file: str | None = None) -> Checkpoint:
+    """The tensors of an adapter, under the names that PEFT's `save_pretrained` gives them.
+
+    Read as well: names with the adapter's name in them, with or without `base_model.model.` (once or more), or with
+    what compilers and sharding put in front. Copies of a retrained module that is there under its own name are left
+    out, and so is the original that it replaced.
+
+    Raises:
+        InputError: there is no such file, it holds several adapters, two tensors of one name, or those of another tool.
+    """
+    stored = open_tensors(inside(folder, file) if file else _tensors_file(folder))
+    return RenamedCheckpoint(stored, _peft_names(stored.names(), folder))
+
+
+def _peft_names(stored: Iterable[str], folder: Path) -> dict[str, str]:
+    """PEFT's name → the stored one."""
+    plain = {name: _plain(name) for name in stored}
+    _refuse_foreign(plain, folder)
+    adapters = sorted({match["adapter"] for name in plain.values() if (match := _TRAINED.fullmatch(name))} - {None})
+    if len(adapters) > 1:
+        raise InputError(
+            f"the file of the adapter {folder} holds several adapters ({', '.join(adapters)}); save each one into a "
+            f"folder of its own (model.save_pretrained(folder, selected_adapters=[...]))"
+        )
+    named: dict[str, str] = {}
+    for name, short in plain.items():
+        new = _without_adapter(short, {*adapters, "default"}, set(plain.values()))
+        if new is not None and named.setdefault(f"{PEFT_PREFIX}{new}", name) != name:
+            raise InputError(
+                f"the file of the adapter {folder} holds {named[PEFT_PREFIX + new]} and {name}, which are two names of "
+                f"one tensor; remove one of them"
+            )
+    return named
+
+
+def _plain(name: str) -> str:
+    """The name of the tensor in the model, whatever wrappers the model was saved in."""
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    while name.startswith(_FRONTS):
+        name = next(name.removeprefix(front) for front in _FRONTS if name.startswith(front))
+    return name
+
+
+def _without_adapter(name: str, adapters: set[str], all_names: set[str]) -> str | None:
+    """PEFT's name of a tensor; None for a copy that says nothing."""
+    if ".original_module." in name:
+        return None
+    if match := _TRAINED.fullmatch(name):
+        return f"{match['module']}{match['leaf'] or ''}"
+    if match := _RETRAINED.fullmatch(name):
+        first, _, rest = match["inner"].partition(".")
+        own = f"{match['module']}.{rest if rest and first in adapters else match['inner']}"
+        return None if own in all_names else own
+    return name
+
+
+def _refuse_foreign(names: Mapping[str, str], folder: Path) -> None:
+    foreign = next((name for name in names if _KOHYA.search(name)), None)
+    if foreign is not None:
+        raise InputError(
+            f"the file of the adapter {folder} holds {foreign}, a name of kohya's trainers or diffusers, not of PEFT "
+            f"(lora_A, lora_B); convert the adapter to PEFT's format first"
+        )
 
 
 def _named_base(folder: Path, named: object, open_source: Callable[[str], Checkpoint]) -> Checkpoint:

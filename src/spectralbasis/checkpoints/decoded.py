@@ -48,12 +48,16 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
 
 
 class DecodedCheckpoint(Checkpoint):
-    """A checkpoint whose encoded weights are made float32 one at a time, when they are read."""
+    """A checkpoint whose encoded weights are made float32 one at a time, when they are read.
+
+    Attributes:
+        stored: the checkpoint as it is stored.
+    """
 
     def __init__(self, stored: Checkpoint, encoded: Sequence[Encoded], listed: Sequence[Listed] = ()) -> None:
         self.source = stored.source
         self.config = stored.config
-        self._stored = stored
+        self.stored = stored
         self._encoded = {weight.name: weight for weight in encoded}
         self._listed = {group.name: group for group in listed}
         self._groups: tuple[Encoded | Listed, ...] = (*encoded, *listed)
@@ -61,40 +65,45 @@ class DecodedCheckpoint(Checkpoint):
         others = {part for group in self._groups for part in group.parts[1:]}
         self._names = tuple(self._first.get(name, name) for name in stored.names() if name not in others)
 
+    def parts(self, name: str) -> tuple[str, ...]:
+        """Names in `stored` of what a tensor is read from."""
+        group = self._encoded.get(name) or self._listed.get(name)
+        return (name,) if group is None else group.parts
+
     def names(self) -> tuple[str, ...]:
         return self._names
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._encoded[name].shape if name in self._encoded else self._stored.shape(self._place(name))
+        return self._encoded[name].shape if name in self._encoded else self.stored.shape(self._place(name))
 
     def dtype(self, name: str) -> torch.dtype:
-        return torch.float32 if name in self._encoded else self._stored.dtype(self._place(name))
+        return torch.float32 if name in self._encoded else self.stored.dtype(self._place(name))
 
     def read(self, name: str) -> Tensor:
         if name in self._listed:
             raise InputError(f"{name} of {self.source} cannot be read: {self._listed[name].reason}")
-        return self._encoded[name].read(self._stored) if name in self._encoded else self._stored.read(name)
+        return self._encoded[name].read(self.stored) if name in self._encoded else self.stored.read(name)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         encoded = self._encoded.get(name)
         if isinstance(encoded, QuantizedWeight):
-            return encoded.read_rows(self._stored, start, stop)
-        return self.read(name)[start:stop] if self._computed(name) else self._stored.read_rows(name, start, stop)
+            return encoded.read_rows(self.stored, start, stop)
+        return self.read(name)[start:stop] if self._computed(name) else self.stored.read_rows(name, start, stop)
 
     def take_rows(self, name: str, rows: Tensor, width: int) -> Tensor:
         if self._computed(name):
             return super().take_rows(name, rows, width)
-        return self._stored.take_rows(name, rows, width)
+        return self.stored.take_rows(name, rows, width)
 
     def holds_rows(self, name: str) -> bool:
-        return not self._computed(name) and self._stored.holds_rows(name)
+        return not self._computed(name) and self.stored.holds_rows(name)
 
     def alone(self, name: str) -> Checkpoint | None:
-        return None if self._computed(name) else self._stored.alone(name)
+        return None if self._computed(name) else self.stored.alone(name)
 
     def tied(self) -> Mapping[str, str]:
         """Ties of plain tensors, and of weights whose every part is tied."""
-        ties = self._stored.tied()
+        ties = self.stored.tied()
         parts = {part for group in self._groups for part in group.parts}
         whole = {
             group.name: ties[group.parts[0]] for group in self._groups if all(part in ties for part in group.parts)
@@ -103,7 +112,7 @@ class DecodedCheckpoint(Checkpoint):
         return plain | {name: self._first[first] for name, first in whole.items() if first in self._first}
 
     def module_type(self, name: str) -> type[nn.Module] | None:
-        return None if self._computed(name) else self._stored.module_type(name)
+        return None if self._computed(name) else self.stored.module_type(name)
 
     def unreadable(self, name: str) -> str | None:
         return self._listed[name].reason if name in self._listed else None

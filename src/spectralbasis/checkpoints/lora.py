@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from spectralbasis.checkpoints.adapter import Adapter, AdapterMethod, Edit, adapted_name
+from spectralbasis.checkpoints.adapter import AdaptedBase, Adapter, AdapterMethod, Edit, adapted_name
 from spectralbasis.checkpoints.layout import Layouts
 from spectralbasis.checkpoints.lora_edit import BiasEdit, LoraEdit
 from spectralbasis.checkpoints.lora_start import CONVERSION, STARTS
@@ -91,9 +91,14 @@ def _edit(adapter: Adapter, layouts: Layouts, module: str, factors: Mapping[str,
         B,
         _scaling(adapter, module, adapter.tensors.shape(A)[0]),
         _transposed(adapter, layouts, module, A, B),
-        STARTS.get(str(adapter.config.get("init_lora_weights"))),
+        None if embedding or _is_stored(adapter, module) else STARTS.get(str(adapter.config.get("init_lora_weights"))),
         _magnitude(adapter, module, factors),
     )
+
+
+def _is_stored(adapter: Adapter, module: str) -> bool:
+    """Whether the adapter stores the module's weight, from which PEFT has taken the start already."""
+    return isinstance(adapter.base, AdaptedBase) and adapter.base_tensor(f"{module}.weight") in adapter.base.stored
 
 
 def _transposed(adapter: Adapter, layouts: Layouts, module: str, A: str, B: str) -> bool:

@@ -33,7 +33,7 @@ _SAFETENSORS_START = re.compile(rb"....\0\0\0\0\{", re.DOTALL)
 _TORCH_STARTS = (b"PK\x03\x04", b"\x80\x02")
 
 
-def open_checkpoint(source: Source, base: Source | None = None) -> Checkpoint:
+def open_checkpoint(source: Source, base: Source | None = None, *, partial: bool = False) -> Checkpoint:
     """Open weights without reading them.
 
     Args:
@@ -58,7 +58,7 @@ def open_checkpoint(source: Source, base: Source | None = None) -> Checkpoint:
         return _whole(TensorCheckpoint(find_state(source, "state_dict"), "state_dict", {}))
     if isinstance(source, str | os.PathLike):
         try:
-            return _open_path(str(source), base)
+            return _open_path(str(source), base, partial=partial)
         except OSError as error:
             raise InputError(
                 f"{source} cannot be opened: {error.strerror or error}; check the path and its rights"
@@ -78,35 +78,35 @@ def open_tensors(path: Path) -> Checkpoint:
     return _read_file(path, str(path), {})
 
 
-def _open_path(source: str, base: Source | None = None) -> Checkpoint:
+def _open_path(source: str, base: Source | None = None, *, partial: bool = False) -> Checkpoint:
     path = installed_folder(source) or Path(source)
     if path.is_dir():
-        return _open_folder(path, source, base)
+        return _open_folder(path, source, base, partial)
     if path.is_file():
         if path.name in ADAPTER_TENSORS and (path.parent / ADAPTER_CONFIG).exists():
-            return _open_adapter(path.parent, source, base, path.name)
+            return _open_adapter(path.parent, source, base, partial, path.name)
         return _whole(_open_file(path, source, read_config(path.parent)))
     if not path.exists() and is_hub_id(source):
-        return _open_folder(download(source), source, base)
+        return _open_folder(download(source), source, base, partial)
     index = path.with_name(f"{path.name}.index")
     if path.name and index.is_file():  # TensorFlow names a checkpoint by what its files' names have in common
         refuse_file(index)
     raise InputError(f"{source} does not exist; pass a file, a folder or a hub id such as organisation/name")
 
 
-def _open_folder(folder: Path, source: str, base: Source | None) -> Checkpoint:
+def _open_folder(folder: Path, source: str, base: Source | None, partial: bool) -> Checkpoint:
     if (folder / ADAPTER_CONFIG).exists():
-        return _open_adapter(folder, source, base)
+        return _open_adapter(folder, source, base, partial)
     config, files = read_config(folder), weights_files(folder)
     if len(files) == 1:
         return _whole(_open_file(files[0], source, config))
     return _whole(join_loose_shards({file: _open_file(file, str(file), config) for file in files}, source, config))
 
 
-def _open_adapter(folder: Path, source: str, base: Source | None, file: str | None = None) -> Checkpoint:
+def _open_adapter(folder: Path, source: str, base: Source | None, partial: bool, file: str | None = None) -> Checkpoint:
     given = None if base is None else open_checkpoint(base)
     over = None if isinstance(given, AdapterCheckpoint) else given
-    return open_adapter(folder, source, open_tensors, _open_path, over, file)
+    return open_adapter(folder, source, open_tensors, _open_path, over, file, partial=partial)
 
 
 def _whole(checkpoint: Checkpoint) -> Checkpoint:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectralbasis.checkpoints import Checkpoint, matrix_name, open_checkpoint
+from spectralbasis.checkpoints import matrix_name, open_checkpoint
 from spectralbasis.checkpoints.adapter import AdapterCheckpoint, adapted_name
-from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG
+from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG, adapter_tensors
 from spectralbasis.checkpoints.folder_files import inside, read_json
 from spectralbasis.checkpoints.installed import installed_folder
 from spectralbasis.checkpoints.opening import Source, open_tensors
@@ -72,7 +72,7 @@ def read_spectral_adapter(folder: Path) -> SpectralAdapter:
         raise
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise InputError(f"{folder}: {ADAPTER_CONFIG} cannot be used ({error}); restore it") from error
-    stored = open_tensors(inside(folder, "adapter_model.safetensors"))
+    stored = adapter_tensors(folder, open_tensors)
     tensors = {name: stored.read(name) for name in stored.names()}
     shapes = {name: config.stored_shape(name) for name in config.ranks or {}}
     return SpectralAdapter(folder, config, stored.names(), *split_tensors(tensors, shapes, str(folder)))
@@ -104,12 +104,15 @@ def split_tensors(
     return stored, others
 
 
-def open_spectral_adapter(folder: str | Path, base: Source | None = None) -> AdapterCheckpoint:
+def open_spectral_adapter(
+    folder: str | Path, base: Source | None = None, *, partial: bool = False
+) -> AdapterCheckpoint:
     """Open an adapter of the method SPECTRAL over its base.
 
     Args:
         folder: holds `adapter_config.json`.
         base: the model that it was trained on; None opens the one that the adapter names.
+        partial: open it without what the base lacks.
 
     Raises:
         InputError: this is no such folder, or the adapter does not fit the base.
@@ -119,7 +122,7 @@ def open_spectral_adapter(folder: str | Path, base: Source | None = None) -> Ada
         raise InputError(
             f"{folder} is no folder of a spectral adapter: it has no {ADAPTER_CONFIG} of peft_type {METHOD}"
         )
-    opened = open_checkpoint(folder, base=base)
+    opened = open_checkpoint(folder, base=base, partial=partial)
     if not isinstance(opened, AdapterCheckpoint) or not opened.edits:
         raise InputError(f"the adapter {folder} holds no coefficients; save it again")
     return opened
@@ -135,13 +138,8 @@ def named_base(opened: AdapterCheckpoint, given: Source | None) -> str | None:
 
 def other_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Parameter name → shape of what an adapter's file holds besides coefficients; no data is read."""
-    stored = open_tensors(inside(folder, "adapter_model.safetensors"))
+    stored = adapter_tensors(folder, open_tensors)
     return {adapted_name(name): stored.shape(name) for name in stored.names() if COEFFICIENTS not in name}
-
-
-def other_tensors(tensors: Checkpoint) -> dict[str, Tensor]:
-    """What an adapter's file holds besides coefficients: heads and other retrained modules, biases."""
-    return {name: tensors.read(name) for name in tensors.names() if COEFFICIENTS not in name}
 
 
 def check_one_basis(adapters: Sequence[SpectralAdapter]) -> None:

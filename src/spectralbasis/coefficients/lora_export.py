@@ -1,27 +1,33 @@
-"""A spectral adapter as a LoRA adapter that PEFT opens without this package."""
+"""A spectral adapter as a LoRA adapter that PEFT, vLLM and llama.cpp open without this package.
+
+They scale `B A` by different rules: PEFT by alpha over rank of the module, after `alpha_pattern` and `rank_pattern`;
+vLLM by `lora_alpha / r` of the config for every module; llama.cpp by `lora_alpha` over the rank of the tensor. The
+three agree where every tensor has one rank, that of the config, and alpha is that rank: each scale is then 1. So
+matrices of a smaller k get rows and columns of zeros, which change nothing in the update.
+"""
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from re import escape
 from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
-from spectralbasis.checkpoints.adapter import AdapterCheckpoint, adapted_name
+from spectralbasis.checkpoints.adapter import AdapterCheckpoint, adapted_name, is_output_head, ties_head
 from spectralbasis.checkpoints.opening import Source
 from spectralbasis.checkpoints.roles import is_embedding_table
-from spectralbasis.coefficients.adapters import COEFFICIENTS, named_base, open_spectral_adapter, other_tensors
+from spectralbasis.coefficients.adapters import COEFFICIENTS, named_base, open_spectral_adapter
 from spectralbasis.errors import InputError
 from spectralbasis.folders import atomic_folder, check_output
 from spectralbasis.tuner.reading import SpectralEdit
 
 _LORA_BIASES = {"spectral_only": "lora_only"}
+_LARGEST_RANK_IN_VLLM = 512
 _CARD = """\
 ---
 library_name: peft
@@ -36,7 +42,11 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
 ```
 
-{matrices} matrices of rank at most {rank}; relative error of the update: {error:.2g}.
+{matrices} matrices of rank {rank}; relative error of the update: {error:.2g}. Matrices of a smaller rank are filled up
+with zeros, so that every tensor has the rank of the config and alpha is equal to it: the scale is 1 by the rule of each
+consumer.
+
+{notes}
 """
 
 
@@ -46,17 +56,21 @@ class LoraExport:
 
     Attributes:
         output: the LoRA adapter's folder.
-        ranks: module → rank.
+        ranks: module → rank of its update.
+        rank: of every factor as it is written: the largest of these.
         errors: module → `‖ΔW − B A‖ / ‖ΔW‖` in the Frobenius norm, 0 where nothing was cut off.
         error: the same over all matrices at once.
-        parameters: how many numbers the factors hold.
+        parameters: how many numbers the factors hold, with the zeros that fill them up to one rank.
+        notes: sentences on which programs open the result, and on what was left out.
     """
 
     output: Path
     ranks: dict[str, int]
+    rank: int
     errors: dict[str, float]
     error: float
     parameters: int
+    notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON can hold it."""
@@ -81,9 +95,15 @@ class _Layer(NamedTuple):
     transposed: bool
     embedding: bool
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The factors as PEFT names and shapes them."""
-        A, B, kernel = self.factors.A, self.factors.B, self.shape[2:]
+    @property
+    def rank(self) -> int:
+        """Of the update."""
+        return len(self.factors.A)
+
+    def tensors(self, rank: int) -> dict[str, Tensor]:
+        """The factors as PEFT names and shapes them, filled up to a rank."""
+        missing, kernel = rank - self.rank, self.shape[2:]
+        A, B = pad(self.factors.A, (0, 0, 0, missing)), pad(self.factors.B, (0, missing))
         if self.embedding:
             named = {"lora_embedding_A": B.T, "lora_embedding_B": A.T}
         elif kernel:
@@ -100,20 +120,25 @@ def export_lora(
     *,
     base: Source | None = None,
     rank: int | None = None,
+    partial: bool = False,
     overwrite: bool = False,
 ) -> LoraExport:
     """Write a spectral adapter as a LoRA adapter: `A = Vᵀ`, `B = U C`, scaling 1, heads and biases as they are.
 
-    No ΔW is formed or decomposed. Without `rank` the update is the same; each matrix has its own k as rank. With it,
-    matrices of larger k get their best approximation of that rank, from a decomposition of the k×k coefficients.
-    An embedding table is known by its name where the base is a file and not a module. PEFT's LoRA leaves out the
-    dilation and the padding mode of a convolution: one that has them keeps its update in `export_merged` alone.
+    No ΔW is formed or decomposed. Without `rank` the update is the same. With it, matrices of larger k get their best
+    approximation of that rank, from a decomposition of the k×k coefficients. All factors are filled up with zeros to
+    the largest rank, so that PEFT, vLLM and llama.cpp give the same update; where a few matrices have a much larger k
+    than the others, that makes a large file, and `rank` a small one. What the adapter stores of its base is left out
+    where the base has the same. An embedding table is known by its name where the base is a file and not a module.
+    PEFT's LoRA leaves out the dilation and the padding mode of a convolution: one that has them keeps its update in
+    `export_merged` alone.
 
     Args:
         adapter: folder of a spectral adapter.
         output: a new folder.
         base: the model that it was trained on; None opens the one that the adapter names.
         rank: largest rank, 1 or more.
+        partial: leave out what the adapter adapts and the base lacks, instead of refusing the adapter.
         overwrite: replace an adapter that is in `output`.
 
     Raises:
@@ -123,30 +148,31 @@ def export_lora(
     if rank is not None and rank < 1:
         raise InputError(f"rank={rank} is no rank; pass a whole number of 1 or more, or leave it out to lose nothing")
     check_output(Path(output), overwrite=overwrite, written_file="adapter_config.json")
-    opened = open_spectral_adapter(adapter, base)
+    opened = open_spectral_adapter(adapter, base, partial=partial)
     layers = list(_layers(opened, rank))
+    others = _others(opened)
     config = _config(opened, layers, named_base(opened, base))
-    written = _described(Path(output), layers)
+    written = _described(Path(output), layers, _notes(opened, layers, others, config))
     with atomic_folder(Path(output)) as folder:
-        tensors = {name: tensor for one in layers for name, tensor in one.tensors().items()}
-        tensors |= other_tensors(opened.adapter.tensors)
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        tensors = {name: tensor for one in layers for name, tensor in one.tensors(written.rank).items()}
+        save_file(tensors | others, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(folder)
-        card = _CARD.format(matrices=len(layers), rank=max(written.ranks.values()), error=written.error)
+        notes = "\n".join(f"- {note}" for note in written.notes)
+        card = _CARD.format(matrices=len(layers), rank=written.rank, error=written.error, notes=notes)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return written
 
 
 def _layers(opened: AdapterCheckpoint, rank: int | None) -> Iterator[_Layer]:
-    for tensor, edit in cast(Mapping[str, SpectralEdit], opened.edits).items():
-        weight = opened.base.read(tensor)
+    for tensor, edit in cast(Mapping[str, SpectralEdit], opened.updates).items():
+        weight = opened.start.read(tensor)
         U, C, V = edit.factors(weight)
         yield _Layer(
             module=edit.coefficients.partition(COEFFICIENTS)[0],
             factors=_cut(U.float(), C.float(), V.float(), rank),
             shape=tuple(weight.shape),
             transposed=edit.transposed(weight),
-            embedding=is_embedding_table(opened.base, tensor),
+            embedding=is_embedding_table(opened.start, tensor) and not is_output_head(tensor),
         )
 
 
@@ -163,10 +189,7 @@ def _cut(U: Tensor, C: Tensor, V: Tensor, rank: int | None) -> _Factors:
 def _config(opened: AdapterCheckpoint, layers: list[_Layer], base: str | None) -> LoraConfig:
     """The config with which PEFT puts these factors where they belong, at scaling 1."""
     given: Mapping[str, Any] = opened.adapter.config
-    ranks = _ranks(layers)
-    common = Counter(ranks.values()).most_common(1)[0][0]
-    # PEFT takes keys as regular expressions for the end of a name; with "^" they stand for one module alone.
-    pattern = {f"^{escape(module)}": k for module, k in ranks.items() if k != common}
+    rank = max(one.rank for one in layers)
     bias = str(given.get("bias") or "none")
     return LoraConfig(
         task_type=given.get("task_type"),
@@ -174,29 +197,79 @@ def _config(opened: AdapterCheckpoint, layers: list[_Layer], base: str | None) -
         base_model_name_or_path=base,
         revision=given.get("revision"),
         inference_mode=True,
-        target_modules=sorted(ranks),
-        r=common,
-        lora_alpha=common,
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
+        target_modules=sorted(adapted_name(one.module) for one in layers),
+        r=rank,
+        lora_alpha=rank,
         fan_in_fan_out=any(one.transposed for one in layers),
         bias=_LORA_BIASES.get(bias, bias),
         modules_to_save=given.get("modules_to_save"),
     )
 
 
-def _ranks(layers: list[_Layer]) -> dict[str, int]:
-    return {adapted_name(one.module): len(one.factors.A) for one in layers}
+def _others(opened: AdapterCheckpoint) -> dict[str, Tensor]:
+    """What the adapter stores whole, without tables that the base has as well."""
+    of_base, found = set(opened.base.names()), {}
+    for name, stored in opened.start.stored.items():
+        tensor, place = opened.adapter.tensors.read(stored), opened.start.aliases.get(name, name)
+        is_table = name not in opened.retrained and place in of_base
+        if not (is_table and _equal(tensor, opened.base.read(place))):
+            found[stored] = tensor
+    return found
 
 
-def _described(output: Path, layers: list[_Layer]) -> LoraExport:
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, whatever their dtypes."""
+    dtype = torch.promote_types(one.dtype, other.dtype)
+    return torch.equal(one.to(dtype), other.to(dtype))
+
+
+def _notes(
+    opened: AdapterCheckpoint, layers: Sequence[_Layer], others: Mapping[str, Tensor], config: LoraConfig
+) -> list[str]:
+    """Which programs open the result, as their loaders are written."""
+    tables = [name for name in others if name.endswith(".base_layer.weight")]
+    whole = [adapted_name(name) for name in others if name not in tables]
+    convolutions = [one.module for one in layers if one.shape[2:]]
+    notes = ["PEFT opens it."]
+    if whole or convolutions or config.modules_to_save:
+        held = whole or [adapted_name(name) for name in convolutions] or list(config.modules_to_save or ())
+        what = "tensors that are no factors" if whole else "convolutions" if convolutions else "modules_to_save"
+        notes.append(
+            f"vLLM and llama.cpp do not open it, as it has {what} ({_listed(held)}); export a merged model for them."
+        )
+    else:
+        rank = config.r
+        limit = (
+            f"with --max-lora-rank {rank} or more" if rank <= _LARGEST_RANK_IN_VLLM else "not: its largest rank is 512"
+        )
+        notes.append(f"vLLM opens it {limit}, where it supports these modules in the architecture.")
+        notes.append("convert_lora_to_gguf.py of llama.cpp converts it, where it knows the architecture.")
+    heads = [one.module for one in layers if is_output_head(adapted_name(one.module))]
+    if heads and opened.base.config and ties_head(opened.base.config):
+        notes.append(f"llama.cpp does not convert the update of {adapted_name(heads[0])}, which is tied to a table.")
+    if tables:
+        rows = max(len(others[name]) for name in tables)
+        notes.append(f"It was trained on a vocabulary of {rows}: call base.resize_token_embeddings({rows}) first.")
+    if opened.missing:
+        notes.append(f"Left out, since the base lacks them: {', '.join(opened.missing)}.")
+    return notes
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _described(output: Path, layers: list[_Layer], notes: list[str]) -> LoraExport:
     factors = {adapted_name(one.module): one.factors for one in layers}
+    rank = max(one.rank for one in layers)
     return LoraExport(
         output=output,
-        ranks=_ranks(layers),
+        ranks={adapted_name(one.module): one.rank for one in layers},
+        rank=rank,
         errors={module: _relative(one.lost, one.whole) for module, one in factors.items()},
         error=_relative(sum(one.lost for one in factors.values()), sum(one.whole for one in factors.values())),
-        parameters=sum(one.A.numel() + one.B.numel() for one in factors.values()),
+        parameters=sum(rank * (one.A.shape[1] + len(one.B)) for one in factors.values()),
+        notes=notes,
     )
 
 

@@ -20,6 +20,9 @@ def export(
     rank: Annotated[
         int | None, typer.Option(min=1, help="Largest rank of the LoRA adapter; by default nothing is cut off.")
     ] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Leave out what the base lacks, instead of refusing the adapter.")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -30,12 +33,12 @@ def export(
     from spectralbasis.coefficients import export_lora, export_merged
 
     if to == "lora":
-        lora = export_lora(adapter, output, base=base, rank=rank, overwrite=overwrite)
+        lora = export_lora(adapter, output, base=base, rank=rank, partial=partial, overwrite=overwrite)
         tables.show_result(lora.to_dict(), tables.lora_table, as_json)
     elif to == "merged":
         if rank is not None:
             raise InputError(f"--rank {rank} is that of a LoRA adapter; leave it out with --to merged")
-        merged = export_merged(adapter, output, base=base, overwrite=overwrite)
+        merged = export_merged(adapter, output, base=base, partial=partial, overwrite=overwrite)
         tables.show_result(merged.to_dict(), tables.merged_table, as_json)
     else:
         raise InputError(f"--to {to} is unknown; write --to lora or --to merged")

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from spectralbasis.checkpoints import Adapter, AdapterMethod, Checkpoint, matrix_name, register_adapter_method
 from spectralbasis.checkpoints.adapter import Edit, adapted_name
 from spectralbasis.checkpoints.matrix import Cut
-from spectralbasis.checkpoints.names import conversions_of, part_number, same_names
-from spectralbasis.checkpoints.views import take_inventory
+from spectralbasis.checkpoints.names import part_number
 from spectralbasis.errors import InputError
 from spectralbasis.triplets import matrix_hash
 from spectralbasis.tuner.config import SpectralConfig
@@ -247,10 +246,8 @@ def _edits_inside(
     """The edits of matrices that are parts of tensors of the base, or that the base has one by one."""
     if not wanted:
         return {}
-    held = take_inventory(adapter.base).matrices
-    table = conversions_of(adapter.base.config)
-    names = same_names(list(wanted), list(held), lambda: (table, table))
-    absent = [name for name in wanted if name not in names]
+    held = adapter.find_matrices(list(wanted))
+    absent = [name for name in wanted if name not in held]
     if absent:
         raise InputError(
             f"the adapter in {adapter.folder} adapts {absent[0]} ({len(absent)} of {len(wanted)} matrices of its "
@@ -258,7 +255,7 @@ def _edits_inside(
         )
     pieces: dict[str, list[tuple[Cut, SpectralEdit]]] = {}
     for name, (stored, span) in wanted.items():
-        cut = held[names[name]].cut
+        cut = held[name].cut
         pieces.setdefault(cut.tensor, []).append((cut, _edit_of(adapter, config, name, stored, span)))
     return {tensor: StackEdit(tuple(sorted(found, key=_order))) for tensor, found in pieces.items()}
 
@@ -268,4 +265,13 @@ def _order(piece: tuple[Cut, SpectralEdit]) -> tuple[int, int]:
     return cut.expert or 0, cut.rows.start if cut.rows else 0
 
 
-register_adapter_method(METHOD, AdapterMethod(prefix="spectral_", edits=spectral_edits))
+def may_be_inside(adapter: Adapter, parameter: str) -> bool:
+    """Whether a parameter that the base does not name is a matrix, or several, that the base has within a tensor."""
+    plain = matrix_name(parameter)
+    recorded = [
+        name for name in adapter.config.get("base_hashes") or {} if name == plain or name.startswith(f"{plain}.")
+    ]
+    return bool(recorded) and len(adapter.find_matrices(recorded)) == len(recorded)
+
+
+register_adapter_method(METHOD, AdapterMethod(prefix="spectral_", edits=spectral_edits, inside=may_be_inside))
