@@ -178,6 +178,10 @@ def test_embeddings_heads_and_norms(tmp_path, name, tied, given):
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base") if given else None
     written = sb.export_merged(tmp_path / "spectral", tmp_path / "merged", base=base)
     apart = tied and "retrained" in name
+    start = sb.open_checkpoint(tmp_path / "base" if base is None else base)
+    found = sb.open_checkpoint(tmp_path / "merged")
+    differ = [n for n in found.names() if n in start.names() and not torch.equal(found.read(n), start.read(n))]
+    assert written.changed == len(differ)
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] == (tied and not apart)
     assert any("one tensor" in note for note in written.notes) == (tied and name.startswith("adapted"))
     assert any("no longer tied" in note for note in written.notes) == apart

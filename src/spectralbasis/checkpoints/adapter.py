@@ -232,7 +232,7 @@ class AdapterCheckpoint(Checkpoint):
         adapter: what was saved.
         start: what the updates are added to: the base, with what the adapter stores whole in its place.
         updates: parameter that the adapter updates, by its name in `start` → what the adapter does to it.
-        edits: tensor of this checkpoint → the updates of all parameters that are tied to it, one after the other.
+        edits: tensor of this checkpoint → the sum of the updates of all parameters that are tied to it.
         retrained: tensor that the adapter stores whole, and that is no base of an update → its name in the adapter.
         missing: parameters that the adapter adapts and the base lacks; empty unless `partial`.
 
@@ -375,16 +375,13 @@ class _Fit:
     def _is_piece(self, parameter: str) -> bool:
         """Whether the base has others of the kind, or the rest of the layer: then it is no head of the adapter's."""
         module, _, leaf = parameter.rpartition(".")
-        if leaf == "bias" and self._siblings(f"{module}.weight"):
+        if leaf == "bias" and matrix_name(f"{module}.weight") in self._of_base:
             return True
-        return layer_number(parameter) >= 0 and kind_of(matrix_name(parameter)) in self._kinds
-
-    def _siblings(self, weight: str) -> bool:
-        return matrix_name(weight) in {matrix_name(name) for name in self._base.names()}
+        return layer_number(parameter) >= 0 and kind_of(matrix_name(parameter)) in set(map(kind_of, self._of_base))
 
     @cached_property
-    def _kinds(self) -> frozenset[str]:
-        return frozenset(kind_of(matrix_name(name)) for name in self._base.names())
+    def _of_base(self) -> frozenset[str]:
+        return frozenset(matrix_name(name) for name in self._base.names())
 
     def _share_tables(self) -> None:
         """The base of an update is that of all that are tied to it; a retrained table is tied to nothing."""

@@ -153,11 +153,12 @@ def export_merged(
         for source in (_folder(opened.base.source), Path(adapter)):
             _copy_companions(source, folder)
         _check_names(folder, parts)
+    added = _added(opened, parts)
     return MergedExport(
         output=Path(output),
         tensors=len(parts),
-        changed=len(opened.edits),
-        added=len(_added(opened, parts)),
+        changed=sum(part.changed for part in parts) - len(added),
+        added=len(added),
         files=files,
         bytes=sum(part.size for part in parts),
         largest_rounding=rounding,
@@ -317,11 +318,13 @@ def _read(part: _Part) -> Tensor:
 def _shards(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
     """In order, each filled up to `LARGEST_SHARD`."""
     shard: list[_Part] = []
+    filled = 0
     for part in parts:
-        if shard and sum(one.size for one in shard) + part.size > LARGEST_SHARD:
+        if shard and filled + part.size > LARGEST_SHARD:
             yield shard
-            shard = []
+            shard, filled = [], 0
         shard.append(part)
+        filled += part.size
     yield shard
 
 
