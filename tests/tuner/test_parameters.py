@@ -368,3 +368,12 @@ def test_what_observes_layers_says_that_it_leaves_experts_out():
     ):
         table = gradient_coverage(base("mixtral"), batch, k=1)
     assert {name.split(".")[-1] for name in table.matrix} == set(ATTENTION)
+
+
+@stacked
+def test_a_config_that_is_used_again_means_the_same():
+    for targets in (["w1", "q_proj"], "all-linear"):
+        config = SpectralConfig(target_modules=targets, leading=1)
+        ranks = [set(get_peft_model(base("mixtral"), config).peft_config["default"].ranks) for _ in range(2)]
+        assert ranks[0] == ranks[1]
+        assert any("experts.1.gate_up_proj.gate" in name for name in ranks[0])
