@@ -42,6 +42,8 @@ _SIZES: dict[str, dict[str, Any]] = {
     "vit": {**_TEXT, **_IMAGES},
     "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
     "convnext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
+    "mamba2": {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "num_heads": 8, "head_dim": 8,
+               "n_groups": 1, "expand": 2, "chunk_size": 4},
     "mamba": {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 6},
     "clip": {"projection_dim": 24, "text_config": _TEXT,
              "vision_config": {**_TEXT, **_IMAGES, "hidden_size": 16, "intermediate_size": 24}},

@@ -80,8 +80,8 @@ def test_fan_in_fan_out_is_overruled_by_the_layer(case, value):
     assert torch.equal(case.output(case.adapted(fan_in_fan_out=not value)), expected)
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["in_proj", "out_proj"]])
-def test_what_fused_kernels_read_is_refused_as_for_lora(targets):
+def test_what_fused_kernels_read_is_refused_as_for_lora():
+    targets = ["in_proj", "out_proj"]
     with pytest.raises(ValueError, match="incompatible with Mamba-based models"):
         get_peft_model(tiny("mamba", "causal"), LoraConfig(target_modules=targets))
     model = tiny("mamba", "causal")
@@ -90,6 +90,15 @@ def test_what_fused_kernels_read_is_refused_as_for_lora(targets):
     ):
         get_peft_model(model, SpectralConfig(target_modules=targets))
     assert not any(isinstance(module, SpectralLayer) for module in model.modules())
+
+
+def test_all_linear_leaves_out_what_fused_kernels_read_and_says_so():
+    with pytest.warns(UserWarning, match=r"leaves .*out_proj.* frozen: fused kernels of Mamba2ForCausalLM"):
+        model = get_peft_model(tiny("mamba2", "causal"), SpectralConfig(target_modules="all-linear", leading=2))
+    trained = {
+        name.partition(".spectral_")[0].rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad
+    }
+    assert trained == {"in_proj"}
 
 
 def test_a_weight_that_its_owner_reads_is_named():

@@ -35,14 +35,12 @@ def check_called(model: nn.Module, keys: Iterable[str]) -> None:
     for key in keys:
         path, _, attribute = key.rpartition(".")
         name = path.rpartition(".")[2]
-        try:
-            _check_lora_target_modules_mamba(LoraConfig(), model, name)
-        except ValueError as error:
+        if refused_for_lora(model, name):
             raise InputError(
                 f"{path} is not supported: fused kernels of {type(model).__name__} read its weight and never call it, "
                 f"so coefficients there would not be trained; leave it out with exclude_modules=[{name!r}], or name "
                 "the modules to adapt in target_modules"
-            ) from error
+            )
         reader = reader_of(model, key)
         if not reader:
             continue
@@ -60,6 +58,27 @@ def check_called(model: nn.Module, keys: Iterable[str]) -> None:
             f"change nothing and are not trained; to leave them out, pass exclude_modules={names}",
             stacklevel=5,
         )
+
+
+def leave_out_refused(config: Any, model: nn.Module) -> None:
+    """Take out of the names that "all-linear" stood for those that PEFT refuses for LoRA, and say which."""
+    refused = sorted(name for name in config.target_modules or () if refused_for_lora(model, name.rpartition(".")[2]))
+    if refused:
+        config.target_modules = set(config.target_modules) - set(refused)
+        warnings.warn(
+            f"target_modules='all-linear' leaves {', '.join(refused)} frozen: fused kernels of {type(model).__name__} "
+            "read their weights and never call the layers, so coefficients there would not be trained",
+            stacklevel=5,
+        )
+
+
+def refused_for_lora(model: nn.Module, name: str) -> bool:
+    """Whether PEFT refuses modules of this name for LoRA, since the model never calls them."""
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), model, name)
+    except ValueError:
+        return True
+    return False
 
 
 def reader_of(model: nn.Module, key: str) -> str:

@@ -23,7 +23,7 @@ from spectralbasis.checkpoints import matrix_name
 from spectralbasis.checkpoints.layout import is_expert_stack
 from spectralbasis.checkpoints.names import conversions_of, same_names
 from spectralbasis.tuner.allocation import count_parameters
-from spectralbasis.tuner.callers import check_called, reader_of
+from spectralbasis.tuner.callers import check_called, leave_out_refused, reader_of
 from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.layer import SpectralLayer
 from spectralbasis.tuner.matrices import Layers
@@ -69,6 +69,8 @@ def targeted(config: SpectralConfig, model: nn.Module) -> Targeted:
     everything = is_all_linear(config)
     asked = _everything(config, former) if everything else config
     _maybe_include_all_linear_layers(config, model)
+    if everything:
+        leave_out_refused(config, model)
     modules = _modules(config, model)
     parameters = _parameters(config, asked, held, former, conversions)
     for key in [key for key, module in modules.items() if not _is_layer(module)]:
