@@ -1,6 +1,7 @@
 """The command line as a user types it: output, exit codes, and errors of one paragraph."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -162,6 +163,13 @@ def test_a_plan_is_printed_and_nothing_is_compared(run, pair, tmp_path):
     assert not (tmp_path / "out").exists()
     code, out, _ = run("compare", *pair, "--leading", 8, "--plan", "--json")
     assert json.loads(out)["matrices"][0]["shape"] == [48, 40]
+
+
+def test_warnings_about_libraries_that_peft_imports_are_silent_and_no_others():
+    program = "import logging, spectralbasis.cli, peft; logging.getLogger('torchao').warning('heard'); print('done')"
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)
+    assert ended.stdout.split()[-1] == "done"
+    assert ended.stderr.splitlines() == ["heard"]
 
 
 def test_debug_shows_where_an_error_comes_from(run, tmp_path):

@@ -49,6 +49,19 @@ def test_peft_knows_the_method_in_whatever_order_both_are_imported(imports):
     assert python(program).split() == ["SPECTRAL", "True"]
 
 
+@pytest.mark.parametrize("name", ["Trainer", "TrainerCallback", "AutoModelForCausalLM"])
+def test_transformers_may_import_peft_while_it_is_being_imported_itself(name):
+    program = f"import spectralbasis, sys; from transformers import {name}; import peft; print(peft.PeftType.SPECTRAL)"
+    assert python(program).split()[-1] == "PeftType.SPECTRAL"
+
+
+def test_registering_imports_no_part_of_transformers_that_peft_does_not_import():
+    program = "; print(*sorted(name for name in sys.modules if name.split('.')[0] == 'transformers'))"
+    alone = python(f"import sys, peft{program}").splitlines()[-1]
+    assert "transformers" in alone
+    assert python(f"import sys, spectralbasis, peft{program}").splitlines()[-1] == alone
+
+
 def test_an_adapter_is_a_checkpoint_where_the_tuner_was_not_imported(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "SPECTRAL"}')
     program = """

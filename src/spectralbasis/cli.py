@@ -1,8 +1,10 @@
 """The command line. Results go to stdout, everything else to stderr."""
 
+import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -18,6 +20,22 @@ app = typer.Typer(
     help="Measure how finetuning changes the leading singular vectors of a model, and tune by spectral coefficients.",
     epilog="Add --debug to any command to see where an error comes from.",
 )
+
+NOISE = {
+    "torchao": "Failed to load ",
+    "torch.utils._pytree": " is an Enum subclass and is now natively supported ",
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward ",
+}
+"""Logger → words of a warning that it gives whenever PEFT imports torchao and bitsandbytes, whether used or not."""
+
+
+def _without(words: str) -> Callable[[logging.LogRecord], bool]:
+    """A filter that drops the log records that hold these words."""
+    return lambda record: words not in record.getMessage()
+
+
+for logger, noise in NOISE.items():
+    logging.getLogger(logger).addFilter(_without(noise))
 
 
 def main() -> None:

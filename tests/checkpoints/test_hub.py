@@ -1,6 +1,9 @@
 """Hub ids: taken from the cache while offline, downloaded only where the text can be nothing else."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -43,6 +46,22 @@ def test_pickles_where_there_are_no_safetensors(cached):
 def test_uncached_model_offline(cached, hub_id):
     with pytest.raises(InputError, match=f"{hub_id} is neither a file nor a folder.*HF_HUB_OFFLINE"):
         open_checkpoint(hub_id)
+
+
+def test_a_hub_that_does_not_answer(tmp_path):
+    program = """
+import spectralbasis as sb
+try:
+    sb.open_checkpoint("org/name")
+except sb.InputError as error:
+    print(error)
+"""
+    closed = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(tmp_path)}
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    told = subprocess.run(command, env=os.environ | closed, capture_output=True, text=True, check=True).stdout
+    assert "org/name is neither a file nor a folder here, and as a hub id it cannot be had: " in told
+    assert "Check the spelling, the network and your access to the model" in told
+    assert "HF_HUB_OFFLINE" not in told
 
 
 def test_safetensors_are_asked_for_first(cached, monkeypatch):

@@ -61,7 +61,7 @@ def _snapshot(hub_id: str, patterns: list[str], ignored: Sequence[str]) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=list(ignored)))
     except Exception as error:  # the network stack below differs by version and raises its own kinds
-        cause = str(error).strip().partition("\n")[0]
+        cause = str(error).strip().partition("\n")[0].rstrip(". ")
         if constants.HF_HUB_OFFLINE:
             cause = "HF_HUB_OFFLINE is set and the model is not in the local cache; unset it to download the model"
         raise InputError(

@@ -32,7 +32,8 @@ def tune(
         str,
         typer.Option(
             help="What is trained: spectral, full, head, lora, bitfit, dora, pissa, adalora, vera, fourierft, psoft, "
-            "tinylora, houlsby, parallel, adapterfusion, svft or subspace."
+            "tinylora, svft or subspace; also houlsby, parallel or adapterfusion with the extra baselines, which needs "
+            "an environment of its own, with transformers 4.57."
         ),
     ] = "spectral",
     coefficients: Annotated[
@@ -142,7 +143,8 @@ def study(
     """Run the experiments that test the claims, with their controls, and write what they show.
 
     Experiments: stability, sharing, scale, scratch, ablation, glue, similarity, diagnostics, reuse. Every run is done
-    once: stop it any time and give the same command again.
+    once: stop it any time and give the same command again. Three arms of glue need the extra baselines, which needs an
+    environment of its own with transformers 4.57; elsewhere their runs fail, with that reason, and the others go on.
 
     Example: `spectralbasis study all --preset cpu --data path/to/data -o study --jobs 2`
     """

@@ -1,4 +1,11 @@
-"""The PEFT method "SPECTRAL"; importing this package registers it."""
+"""The PEFT method "SPECTRAL"; importing this package registers it.
+
+A module of transformers may import PEFT, and so this package, before it is complete (`transformers.trainer_utils`
+does). So nothing that is imported here needs a part of transformers that PEFT does not import itself. The callback
+needs one, and is loaded when it is first used.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from spectralbasis.tuner import reading  # noqa: F401  makes spectral adapters readable as checkpoints
 from spectralbasis.tuner.allocation import Allocation
@@ -7,7 +14,6 @@ from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.convolution import Convolution
 from spectralbasis.tuner.coverage import gradient_coverage
 from spectralbasis.tuner.curvature import curvature_basis
-from spectralbasis.tuner.drift import SpectralDriftCallback
 from spectralbasis.tuner.embedding import Embedding
 from spectralbasis.tuner.layer import SpectralLayer
 from spectralbasis.tuner.linear import Linear
@@ -15,6 +21,9 @@ from spectralbasis.tuner.model import SpectralModel
 from spectralbasis.tuner.optimization import parameter_groups
 from spectralbasis.tuner.parameters import ParamWrapper
 from spectralbasis.tuner.registration import register
+
+if TYPE_CHECKING:
+    from spectralbasis.tuner.drift import SpectralDriftCallback
 
 __all__ = [
     "Allocation",
@@ -33,3 +42,11 @@ __all__ = [
 ]
 
 register(SpectralConfig, SpectralModel)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SpectralDriftCallback":
+        from spectralbasis.tuner.drift import SpectralDriftCallback
+
+        return SpectralDriftCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,7 @@
-"""Bottleneck adapters of AdapterHub's package `adapters`, and the fusion of several."""
+"""Bottleneck adapters of AdapterHub's package `adapters`, and the fusion of several.
+
+The package needs transformers 4.57, so these methods live in an environment of their own: the extra `baselines`.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -7,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import transformers
 from torch import nn
 
 from spectralbasis.errors import InputError
@@ -58,7 +62,9 @@ def _hub(method: str) -> ModuleType:
         return import_module("adapters")
     except ImportError as error:
         raise InputError(
-            f"the method {method} needs AdapterHub's package; install it with: pip install 'spectralbasis[baselines]'"
+            f"the method {method} needs AdapterHub's package adapters, which cannot be imported here: it works with "
+            f"transformers 4.57 alone, and this is transformers {transformers.__version__}; install it in a virtual "
+            "environment of its own, with: pip install 'spectralbasis[baselines]'"
         ) from error
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.image_processing_base import ImageProcessingMixin
 
 from spectralbasis.errors import InputError
@@ -32,6 +32,10 @@ def _text_collator(place: str, config: PretrainedConfig, task: Task, max_length:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     config.pad_token_id = tokenizer.pad_token_id
+    if type(tokenizer) is PreTrainedTokenizerFast and getattr(config, "type_vocab_size", 0) > 1:
+        # A tokenizer of no model's own class gives types to every model in transformers 4, and to none in 5.
+        names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+        tokenizer.model_input_names = [*names, "token_type_ids"]
     longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", max_length))
     if not 1 <= max_length <= longest:
         raise InputError(

@@ -9,6 +9,8 @@ from spectralbasis.study.tasks.masking import TEXT
 from spectralbasis.study.tasks.task import load_task
 
 SPECIAL = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+INPUTS = ["input_ids", "token_type_ids", "attention_mask"]
+"""What the tokenizers give: BERT tells the texts of a pair apart by their types."""
 SAMPLE = 20_000
 """Passages, evenly spaced over the training part, that a vocabulary is learned from."""
 
@@ -25,7 +27,7 @@ def train_tokenizer(corpus: str, data: Path | None, *, size: int, max_length: in
     sample = train.select(range(0, len(train), max(1, len(train) // SAMPLE)))[TEXT]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
@@ -39,4 +41,6 @@ def train_tokenizer(corpus: str, data: Path | None, *, size: int, max_length: in
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **SPECIAL)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=max_length, model_input_names=INPUTS, **SPECIAL
+    )
