@@ -145,7 +145,7 @@ def test_damaged_adapters_and_odd_requests_are_sentences(adapter):
     with pytest.raises(sb.InputError, match="of='cosines' is unknown"):
         sb.similarity([one, one], of="cosines")
     two = adapter("two")
-    save_file({"base_model.model.x.spectral_coefficients": torch.ones(4, 4)}, two / "adapter_model.safetensors")
+    save_file({"base_model.model.x.spectral_coefficients.weight": torch.ones(4, 4)}, two / "adapter_model.safetensors")
     with pytest.raises(sb.InputError, match="does not describe the coefficients of x"):
         sb.similarity([one, two])
 

@@ -22,7 +22,7 @@ def test_attributes(case):
 
 def test_the_adapter_name_is_in_the_parameter_names(case):
     names = [name for name, _ in case.adapted(adapter_name="test-adapter").named_parameters()]
-    assert any(name.endswith("spectral_coefficients.test-adapter") for name in names)
+    assert any(name.endswith("spectral_coefficients.test-adapter.weight") for name in names)
 
 
 def test_active_adapters():
@@ -36,8 +36,8 @@ def test_active_adapters():
     second = case.output(model)
     assert model.active_adapters == ["other"]
     assert not torch.allclose(first, second, atol=1e-3)
-    assert all(layer.spectral_coefficients["other"].requires_grad for layer in layers(model))
-    assert not any(layer.spectral_coefficients["default"].requires_grad for layer in layers(model))
+    assert all(layer.stored("other").requires_grad for layer in layers(model))
+    assert not any(layer.stored("default").requires_grad for layer in layers(model))
     model.set_adapter("default")
     assert torch.equal(case.output(model), first)
     model.base_model.set_adapter(["default", "other"])

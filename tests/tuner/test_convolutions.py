@@ -41,7 +41,7 @@ def name(request):
 def test_output_and_gradients_are_those_of_the_dense_update(name, coefficients):
     model, layer, x = adapted(name, coefficients)
     assert type(layer) is Convolution
-    C = layer.spectral_coefficients["default"]
+    C = layer.stored("default")
     expected = dense(layer, x)
     weights = torch.randn_like(expected)
     torch.testing.assert_close(model(x), expected)

@@ -73,7 +73,7 @@ def test_the_file_says_what_it_is_and_is_a_basis(basis, tmp_path):
     model = get_peft_model(BERT.base(), settings).eval()
     layer = model.base_model.model.bert.encoder.layer[0].attention.self.query
     name = "encoder.layer.0.attention.self.query"
-    C = layer.spectral_coefficients["default"].detach()
+    C = layer.stored("default").detach()
     expected = basis[name].U[:, :3] @ torch.diag(C) @ basis[name].Vh[:3]
     torch.testing.assert_close(layer.get_delta_weight("default"), expected)
 

@@ -29,7 +29,7 @@ def test_output_and_gradients_are_those_of_the_dense_update(coefficients, paddin
     expected = embedding(ids, layer.weight + U @ (torch.diag(C) if form == "diagonal" else C) @ V.T)
     weights = torch.randn_like(expected)
     torch.testing.assert_close(model(ids), expected)
-    stored = layer.spectral_coefficients["default"]
+    stored = layer.stored("default")
     found = torch.autograd.grad((model(ids) * weights).sum(), stored)
     torch.testing.assert_close(found, torch.autograd.grad((expected * weights).sum(), stored))
 

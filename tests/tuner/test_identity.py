@@ -56,7 +56,7 @@ def test_state_dict_holds_coefficients_but_no_factors(case):
     added = [key for key in model.state_dict() if key.removeprefix("base_model.model.") not in base]
     added = [key for key in added if ".base_layer." not in key]
     assert added
-    assert all(".spectral_coefficients.default" in key for key in added)
+    assert all(".spectral_coefficients.default.weight" in key for key in added)
     assert len(added) == len(get_peft_model_state_dict(model))
 
 

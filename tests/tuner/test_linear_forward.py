@@ -67,7 +67,7 @@ def test_all_ways_agree(coefficients, tokens, autocast, monkeypatch):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             output = layer(x)
         assert output.dtype == (torch.bfloat16 if autocast else torch.float32)
-        gradients = torch.autograd.grad((output.float() ** 2).sum(), (x, layer.spectral_coefficients["default"]))
+        gradients = torch.autograd.grad((output.float() ** 2).sum(), (x, layer.stored("default")))
         results.append((output.float(), *gradients))
     tolerance = 0.05 if autocast else 1e-4
     for other in results[1:]:
@@ -111,7 +111,7 @@ def test_second_derivatives_under_autocast_see_the_coefficients_in_the_weight():
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             output = layer(x)
         (grad_x,) = torch.autograd.grad((output.float() ** 2).sum(), x, create_graph=True)
-        found.append(torch.autograd.grad(grad_x.square().sum(), layer.spectral_coefficients["default"])[0])
+        found.append(torch.autograd.grad(grad_x.square().sum(), layer.stored("default"))[0])
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0.05 * float(found[0].abs().max()))
 
 

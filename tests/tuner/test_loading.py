@@ -57,7 +57,7 @@ def test_loaded_adapters_are_frozen_unless_asked_otherwise(tmp_path):
     trainable = PeftModel.from_pretrained(case.base(), tmp_path, is_trainable=True)
     assert not any(p.requires_grad for p in frozen.parameters())
     assert [n for n, p in trainable.named_parameters() if p.requires_grad] == [
-        "base_model.model.lin0.spectral_coefficients.default"
+        "base_model.model.lin0.spectral_coefficients.default.weight"
     ]
 
 

@@ -63,7 +63,7 @@ def test_a_planted_diagonal_moves_singular_values_only():
     model = CASES["mlp"].adapted(scaling="absolute")
     layer = spectral_layers(model)[0]
     before = torch.linalg.svdvals(layer.weight.double())
-    layer.spectral_coefficients["default"].data = torch.linspace(2.0, 1.0, 10)
+    layer.stored("default").data = torch.linspace(2.0, 1.0, 10)
     model.merge_adapter()
     after = torch.linalg.svdvals(layer.weight.double())
     torch.testing.assert_close(after, before + torch.linspace(2.0, 1.0, 10, dtype=torch.float64), atol=1e-5, rtol=1e-5)
@@ -124,7 +124,7 @@ def test_merge_in_float16(case):
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_safe_merge_refuses_what_is_not_finite_and_leaves_the_base_as_it_was(case, broken):
     for layer in spectral_layers(case.adapted()):
-        layer.spectral_coefficients["default"].data.flatten()[0] = broken
+        layer.stored("default").data.flatten()[0] = broken
         before = matrix_hash(layer.weight)
         with pytest.raises(ValueError, match=r"NaNs detected in the merged weights. The adapter default seems"):
             layer.merge(safe_merge=True)
@@ -134,7 +134,7 @@ def test_safe_merge_refuses_what_is_not_finite_and_leaves_the_base_as_it_was(cas
 
 def test_safe_merge_refuses_what_overflows_in_the_dtype_of_the_base():
     layer = spectral_layers(CASES["mlp"].adapted().half())[0]
-    layer.spectral_coefficients["default"] = torch.nn.Parameter(torch.full((10,), 1e6))
+    layer.stored("default").data = torch.full((10,), 1e6)
     with pytest.raises(ValueError, match="NaNs detected"):
         layer.merge(safe_merge=True)
     assert not layer.merged

@@ -49,7 +49,7 @@ def test_only_the_named_parameters_are_adapted(kind):
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained
     assert all(".spectral_coefficients." in name for name in trained)
-    assert all(w.spectral_coefficients["default"].numel() == 3 * 4 for w in wrappers(model))
+    assert all(w.stored("default").numel() == 3 * 4 for w in wrappers(model))
 
 
 def test_the_start_is_the_base(kind):
@@ -61,7 +61,7 @@ def test_output_and_gradients_are_those_of_the_changed_parameters(kind, coeffici
     model = adapted(kind, coefficients=coefficients)
     plain, changed, leaves = base(kind), {}, []
     for wrapper in wrappers(model):
-        leaves.append(wrapper.spectral_coefficients["default"])
+        leaves.append(wrapper.stored("default"))
         name = next(n for n, p in plain.named_parameters() if torch.equal(p, wrapper.parameter) and n not in changed)
         changed[name] = wrapper.parameter + wrapper._update("default")
     loss = model(IDS, labels=IDS).loss

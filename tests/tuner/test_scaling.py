@@ -21,7 +21,7 @@ def layer(model):
 @pytest.mark.parametrize("coefficients", ["diagonal", "core", "band"])
 def test_relative_coefficients_count_in_singular_values(coefficients):
     model = CASE.adapted(coefficients=coefficients, scaling="relative", leading=4, init_weights=True)
-    layer(model).spectral_coefficients["default"].data.fill_(0.5)
+    layer(model).stored("default").data.fill_(0.5)
     U, S, Vh = torch.linalg.svd(layer(model).weight.double().detach())
     C = U[:, :4].T @ layer(model).get_delta_weight("default").double() @ Vh[:4].T
     bound = {"diagonal": 0, "core": 4, "band": 1}[coefficients]
@@ -33,7 +33,7 @@ def test_relative_coefficients_count_in_singular_values(coefficients):
 @pytest.mark.parametrize("leading", [3, 6])
 def test_normalized_coefficients_of_one_size_change_each_output_direction_by_as_much(coefficients, leading):
     model = CASE.adapted(coefficients=coefficients, leading=leading, scaling="normalized", init_weights=True)
-    layer(model).spectral_coefficients["default"].data.fill_(0.5)
+    layer(model).stored("default").data.fill_(0.5)
     mean_square_of_a_row = layer(model).get_delta_weight("default").square().sum() / leading
     torch.testing.assert_close(mean_square_of_a_row, torch.tensor(0.25))
 
@@ -44,7 +44,7 @@ def test_a_scaled_step_is_the_absolute_one_times_the_unit_squared():
     for scaling in ("absolute", "normalized"):
         model = CASE.adapted(coefficients="core", scaling=scaling, init_weights=True)
         CASE.output(model).square().sum().backward()
-        stored = layer(model).spectral_coefficients["default"]
+        stored = layer(model).stored("default")
         unit = layer(model).parametrisation("default").unit
         steps[scaling] = stored.grad * (1 if unit is None else unit)
     torch.testing.assert_close(steps["normalized"], steps["absolute"] * unit**2)

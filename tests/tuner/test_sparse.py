@@ -179,7 +179,7 @@ def test_the_update_is_u_c_v_at_the_entries():
     expected, count = BERT.base(), 0
     for key, layer in model.base_model.model.named_modules():
         if isinstance(layer, SpectralLayer):
-            stored = layer.spectral_coefficients["default"].detach()
+            stored = layer.stored("default").detach()
             name, k = key.removeprefix("bert."), 6
             C = torch.zeros(k * k)
             C[unpack_positions(model.peft_config["default"].entries[name], k)] = stored

@@ -71,7 +71,9 @@ def test_layers_to_transform_chooses_layers_by_number():
     case = CASES["deep mlp"]
     model = case.adapted(layers_to_transform=[1], layers_pattern="layers")
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {f"base_model.model.layers.1.{name}.spectral_coefficients.default" for name in ("lin0", "lin1")}
+    assert trained == {
+        f"base_model.model.layers.1.{name}.spectral_coefficients.default.weight" for name in ("lin0", "lin1")
+    }
 
 
 def test_exclude_modules():
@@ -106,7 +108,7 @@ def test_a_second_adapter_leaves_what_is_trainable_alone():
     model = CASES["mlp"].adapted()
     model.add_adapter("other", CASES["mlp"].settings())
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trained == ["base_model.model.lin0.spectral_coefficients.default"]
+    assert trained == ["base_model.model.lin0.spectral_coefficients.default.weight"]
 
 
 def test_modules_to_save_are_trained_and_saved(tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
@@ -21,10 +21,32 @@ START_SCALE = 0.3
 """Standard deviation of the coefficients that `init_weights=False` starts from."""
 
 
+class Coefficients(nn.Module):
+    """The numbers that one adapter trains in one layer.
+
+    They are a module's `weight`, as a LoRA factor is, so that their name goes on after the adapter's name
+    (`….spectral_coefficients.default.weight`): other libraries find and copy an adapter by `.default.`.
+
+    Args:
+        shape: of the numbers, which are zero.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape))
+
+    def extra_repr(self) -> str:
+        return "×".join(map(str, self.weight.shape))
+
+
 class SpectralLayer(nn.Module, BaseTunerLayer):
     """A layer, per adapter the numbers that it trains, what makes C of them, and U and V.
 
     Subclasses say how an input meets V and how U makes an output of it (`project`, `expand`).
+
+    Attributes:
+        in_features: see `features`.
+        out_features: see `features`.
 
     Args:
         base_layer: the layer, or another tuner's layer around it.
@@ -51,12 +73,13 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.quantization_backend = backend
-        self.spectral_coefficients = nn.ParameterDict()
+        self.spectral_coefficients = nn.ModuleDict()
         self.spectral_factors = nn.ModuleDict()
         self.spectral_parametrisations = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
+        self.in_features, self.out_features = self.features()
         self._original: Any = None  # a dense weight, or the quantized layer; hidden from state_dict in a tuple
         self.update_layer(adapter_name, **options)
 
@@ -67,6 +90,10 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
     def expand(self, Z: Tensor, C: Tensor, U: Tensor, V: Tensor, form: str, shape: torch.Size) -> Tensor:
         """The update of an output of this shape from `project`'s result; C may have one entry for each row."""
         raise NotImplementedError
+
+    def features(self) -> tuple[int | None, int | None]:
+        """Inputs and outputs of the base layer as PEFT counts them: channels of a convolution, entries of a table."""
+        return _get_in_out_features(self.get_base_layer())
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -108,11 +135,15 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         """
         self.spectral_factors[adapter_name] = factors
         self.spectral_parametrisations[adapter_name] = parametrisation
-        self.spectral_coefficients[adapter_name] = nn.Parameter(torch.zeros(parametrisation.shape))
+        self.spectral_coefficients[adapter_name] = Coefficients(parametrisation.shape)
         if not init_weights:
-            nn.init.normal_(self.spectral_coefficients[adapter_name], std=START_SCALE)
+            nn.init.normal_(self.stored(adapter_name), std=START_SCALE)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def stored(self, adapter_name: str) -> nn.Parameter:
+        """The numbers that one adapter trains."""
+        return cast(Coefficients, self.spectral_coefficients[adapter_name]).weight
 
     def factors(self, adapter_name: str) -> Factors:
         """The factors of one adapter."""
@@ -130,13 +161,13 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
     def coefficients(self, adapter_name: str) -> tuple[Tensor, str]:
         """C and its form of one adapter."""
         parametrisation = self.parametrisation(adapter_name)
-        return parametrisation(self.spectral_coefficients[adapter_name]), parametrisation.form
+        return parametrisation(self.stored(adapter_name)), parametrisation.form
 
     def set_weighted(self, adapter_name: str, adapters: Sequence[str], weights: Sequence[float]) -> None:
         """Set the numbers of an adapter so that its C is the weighted sum of those that this layer has of others."""
         pairs = [pair for pair in zip(adapters, weights, strict=True) if pair[0] in self.spectral_coefficients]
         terms = [weight * self.terms(name)[0].detach() for name, weight in pairs]
-        stored = self.spectral_coefficients[adapter_name]
+        stored = self.stored(adapter_name)
         stored.data = self.parametrisation(adapter_name).inverse(sum(terms[1:], terms[0])).to(stored.dtype)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:

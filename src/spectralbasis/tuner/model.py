@@ -41,10 +41,10 @@ class SpectralModel(BaseTuner):
 
     def allocation(self, adapter_name: str = "default") -> Allocation:
         """How many coefficients an adapter trains, and on how many parameters."""
-        held = [layer.spectral_coefficients for layer in _spectral_layers(self.model).values()]
+        layers = [one for one in _spectral_layers(self.model).values() if adapter_name in one.spectral_coefficients]
         return Allocation(
             ranks=dict(self.peft_config[adapter_name].ranks),
-            trained=sum(numbers[adapter_name].numel() for numbers in held if adapter_name in numbers),
+            trained=sum(layer.stored(adapter_name).numel() for layer in layers),
             total=count_parameters(self.model),
         )
 
@@ -82,7 +82,7 @@ class SpectralModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """PEFT's key mapping; what it leaves over finds its layer by matrix name, with or without a head's prefix."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        held = {key: f"{key}.spectral_coefficients.{adapter_name}" for key in _spectral_layers(model)}
+        held = {key: f"{key}.spectral_coefficients.{adapter_name}.weight" for key in _spectral_layers(model)}
         layers, known = {matrix_name(key): stored for key, stored in held.items()}, set(held.values())
         return {key if key in known else _by_matrix_name(key, layers): value for key, value in remapped.items()}
 

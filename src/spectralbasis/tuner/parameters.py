@@ -39,6 +39,12 @@ class ParamWrapper(SpectralLayer):
         """The wrapped parameter, frozen."""
         return getattr(self.get_base_layer(), self.parameter_name)
 
+    def features(self) -> tuple[int, int]:
+        """Inputs and outputs of one matrix of the parameter."""
+        outputs, inputs = self.parameter.shape[-2:]
+        turned = self.parameter.ndim == 3 and _is_transposed(self.get_base_layer())
+        return (outputs, inputs) if turned else (inputs, outputs)
+
     def update_layer(self, adapter_name: str, *, factors: Any, parametrisation: Any, **options: Any) -> None:
         """Add an adapter; see `SpectralLayer.update_layer`.
 
@@ -67,8 +73,8 @@ class ParamWrapper(SpectralLayer):
 
     def set_weighted(self, adapter_name: str, adapters: Sequence[str], weights: Sequence[float]) -> None:
         """Set the numbers of an adapter to the weighted sum of those of others, which have the same entries."""
-        terms = [w * self.spectral_coefficients[name].detach() for name, w in zip(adapters, weights, strict=True)]
-        self.spectral_coefficients[adapter_name].data = sum(terms[1:], terms[0])
+        terms = [w * self.stored(name).detach() for name, w in zip(adapters, weights, strict=True)]
+        self.stored(adapter_name).data = sum(terms[1:], terms[0])
 
     def check_rows(self, x: Tensor, adapter_names: list[str]) -> None:
         """Raise ValueError: there are no rows to have adapters."""
@@ -91,7 +97,7 @@ class ParamWrapper(SpectralLayer):
     def _update(self, adapter_name: str) -> Tensor:
         row = cast(_Row, self.spectral_parametrisations[adapter_name])
         factors = cast(Iterable[Factors], self.spectral_factors[adapter_name])
-        experts = zip(row(self.spectral_coefficients[adapter_name]), factors, row.experts, strict=True)
+        experts = zip(row(self.stored(adapter_name)), factors, row.experts, strict=True)
         updates = [dense_update(C, *held.first(one.k), one.form) for C, held, one in experts]
         if self.parameter.ndim == 2:
             return updates[0]
