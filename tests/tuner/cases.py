@@ -78,9 +78,13 @@ class Case:
     config: dict[str, Any] = field(default_factory=dict)
 
     def base(self) -> nn.Module:
-        """The base model, the same one each time, for inference."""
+        """The base model, the same one each time, for inference.
+
+        It is frozen, as it is under an adapter: which attention kernel torch takes, and so how a result is rounded,
+        depends on whether T5's position bias requires a gradient.
+        """
         torch.manual_seed(0)
-        return self.build().eval()
+        return self.build().eval().requires_grad_(False)
 
     def settings(self, **changes: Any) -> SpectralConfig:
         return SpectralConfig(**{"init_weights": False, **self.config, **changes})

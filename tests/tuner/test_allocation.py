@@ -1,9 +1,12 @@
 """From a number, a rule or a budget to one k per matrix."""
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import PeftModel
 
 from spectralbasis.errors import InputError
 from spectralbasis.tuner.allocation import allocate_budget, allocate_leading
@@ -56,11 +59,27 @@ def test_rules_find_planted_directions(rule):
     assert allocate_leading(rule, {"a": noise + 100 * U @ V.T}, {}) == {"a": 7}
 
 
-def test_a_number_that_is_too_large_names_the_matrix_and_what_to_type():
-    with pytest.raises(InputError, match=r"k=7 exceeds min\(m, n\)=6 of layer.1; .* rank_pattern=\{'layer.1': 6\}"):
-        allocate_leading(7, weights([(40, 50), (6, 9)]), {})
-    with pytest.raises(InputError, match=r"k=9 exceeds min\(m, n\)=6 of layer.0"):
-        allocate_leading(2, weights([(6, 9)]), {"layer.0": 9})
+def test_a_number_that_is_too_large_is_lowered_with_one_warning():
+    with pytest.warns(UserWarning, match=r"k=7 exceeds min\(m, n\)=6 of layer.1; min\(m, n\) is taken there") as said:
+        assert allocate_leading(7, weights([(40, 50), (6, 9)]), {}) == {"layer.0": 7, "layer.1": 6}
+    assert len(said) == 1
+    with pytest.warns(UserWarning, match=r"k=9 exceeds min\(m, n\)=6 of layer.0 \(2 matrices are smaller"):
+        assert allocate_leading(9, weights([(6, 9), (8, 7)]), {"layer.0": 9}) == {"layer.0": 6, "layer.1": 7}
+    with pytest.warns(UserWarning, match=r"k=9 exceeds min\(m, n\)=8 of layer.1"):
+        found = allocate_budget(0.2, 140, weights([(8, 8), (8, 8)]), {"layer.1": 9}, "diagonal")
+    assert found == {"layer.0": 8, "layer.1": 8}
+
+
+def test_an_adapter_with_a_lowered_k_is_saved_and_loaded(tmp_path):
+    case = CASES["mlp, both layers"]
+    with pytest.warns(UserWarning, match=r"k=8 exceeds min\(m, n\)=6 of lin1"):
+        model = case.adapted(leading=8)
+    assert model.peft_config["default"].ranks == {"lin0": 8, "lin1": 6}
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = PeftModel.from_pretrained(case.base(), tmp_path)
+    assert torch.equal(case.output(loaded), case.output(model))
 
 
 @pytest.mark.parametrize(("coefficients", "trained"), [("diagonal", 10 + 6), ("core", 10**2 + 6**2), ("band", 28 + 16)])

@@ -36,7 +36,7 @@ def basis():
 
 
 def test_directions_are_the_leading_eigenvectors(basis):
-    left, right = dense_covariances(BERT.base(), NAME)
+    left, right = dense_covariances(BERT.base().requires_grad_(True), NAME)
     for covariance, found in ((left, basis[NAME].U), (right, basis[NAME].Vh.T)):
         values, vectors = torch.linalg.eigh(covariance)
         expected = vectors.flip(1)[:, :4]

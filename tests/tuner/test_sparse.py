@@ -39,6 +39,7 @@ def adapted(**changes):
 
 def dense_gradients(base, names):
     """∂L/∂W over all rows by autograd."""
+    base.requires_grad_(True)
     for batch in batches():
         (base(**batch).loss * len(batch["labels"])).backward()
     modules = dict(base.named_modules())

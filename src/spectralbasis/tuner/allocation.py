@@ -1,6 +1,7 @@
 """Who gets how many directions: from a number, a rule or a budget to one k per matrix."""
 
 import math
+import warnings
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,19 +45,16 @@ def count_parameters(model: nn.Module) -> int:
 def allocate_leading(
     leading: Leading | None, weights: Mapping[str, Tensor], fixed: Mapping[str, int]
 ) -> dict[str, int]:
-    """k of each matrix by a number, a fraction or a rule.
+    """k of each matrix by a number, a fraction or a rule; min(m, n) where that is smaller, with one warning.
 
     Args:
         leading: see `linalg.resolve_leading`; None is `DEFAULT_LEADING`, or min(m, n) where that is smaller.
         weights: matrix name → W, (m, n).
         fixed: matrix name → k, of the matrices whose k is settled already.
-
-    Raises:
-        InputError: k exceeds min(m, n) of a matrix.
     """
-    for name, k in fixed.items():
-        _check_rank(k, name, weights[name])
-    return {name: fixed[name] if name in fixed else _leading_rank(leading, name, W) for name, W in weights.items()}
+    fixed = {name: leading for name in weights if isinstance(leading, int)} | dict(fixed)
+    fixed = _lowered(fixed, weights)
+    return {name: fixed[name] if name in fixed else _leading_rank(leading, W) for name, W in weights.items()}
 
 
 def allocate_budget(
@@ -73,15 +71,15 @@ def allocate_budget(
         budget: fraction of the model's parameters.
         total: parameters of the model.
         weights: matrix name → W, (m, n).
-        fixed: matrix name → k, of the matrices whose k is settled already; they are paid first.
+        fixed: matrix name → k, of the matrices whose k is settled already; they are paid first. Where min(m, n) is
+            smaller, k is that, with one warning.
         coefficients: "diagonal", "core" or "band".
         bandwidth: of a band.
 
     Raises:
-        InputError: the budget does not pay for k = 1, or a settled k exceeds min(m, n).
+        InputError: the budget does not pay for k = 1.
     """
-    for name, k in fixed.items():
-        _check_rank(k, name, weights[name])
+    fixed = _lowered(fixed, weights)
     sides = {name: min(W.shape) for name, W in weights.items() if name not in fixed}
     settled = sum(numbers(coefficients, k, bandwidth) for k in fixed.values())
 
@@ -104,18 +102,20 @@ def _size(parameter: nn.Parameter) -> int:
     return parameter.numel() if quantized is None else math.prod(quantized.shape)
 
 
-def _leading_rank(leading: Leading | None, name: str, W: Tensor) -> int:
-    if leading is None:
-        return min(DEFAULT_LEADING, *W.shape)
-    if isinstance(leading, int):
-        _check_rank(leading, name, W)
-    return resolve_leading(leading, W)
+def _leading_rank(leading: Leading | None, W: Tensor) -> int:
+    return min(DEFAULT_LEADING, *W.shape) if leading is None else resolve_leading(leading, W)
 
 
-def _check_rank(k: int, name: str, W: Tensor) -> None:
-    short = min(W.shape)
-    if k > short:
-        raise InputError(
-            f"k={k} exceeds min(m, n)={short} of {name}; pass k<={short}, "
-            f"rank_pattern={{{name!r}: {short}}} or leading='mp'"
+def _lowered(ranks: Mapping[str, int], weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """These k, where they exceed min(m, n) that; one warning names the matrices."""
+    lowered = {name: min(k, *weights[name].shape) for name, k in ranks.items()}
+    changed = [name for name, k in ranks.items() if lowered[name] != k]
+    if changed:
+        first = changed[0]
+        warnings.warn(
+            f"k={ranks[first]} exceeds min(m, n)={lowered[first]} of {first}"
+            + (f" ({len(changed)} matrices are smaller than their k)" if len(changed) > 1 else "")
+            + "; min(m, n) is taken there",
+            stacklevel=2,
         )
+    return lowered

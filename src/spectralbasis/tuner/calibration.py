@@ -17,7 +17,7 @@ from spectralbasis.tuner.optimization import in_modules
 from spectralbasis.tuner.originals import Target, find_targets
 from spectralbasis.tuner.preparation import normalized_scales, prepare, resolve_ranks
 from spectralbasis.tuner.record import RECORD
-from spectralbasis.tuner.targets import targeted_modules
+from spectralbasis.tuner.targets import all_targets, targeted_modules
 
 
 def calibrate(
@@ -69,7 +69,7 @@ def plan_ranks(config: SpectralConfig, model: nn.Module) -> dict[str, int]:
         InputError: a rank or the budget does not fit the model.
     """
     budget = None if config.coefficients == "sparse" else config.budget
-    targets = find_targets(targeted_modules(config, model))
+    targets, _ = all_targets(config, model)
     return resolve_ranks(replace(config, budget=budget), targets, count_parameters(model))
 
 

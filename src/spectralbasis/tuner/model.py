@@ -1,5 +1,6 @@
 """The PEFT tuner: puts spectral coefficients into a model and manages its adapters."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,14 +20,19 @@ from spectralbasis.tuner.embedding import Embedding
 from spectralbasis.tuner.layer import SpectralLayer
 from spectralbasis.tuner.linear import Linear
 from spectralbasis.tuner.matrices import Convolutions
-from spectralbasis.tuner.originals import find_targets
-from spectralbasis.tuner.parameters import ParamWrapper, matrix_keys, parameter_targets
+from spectralbasis.tuner.parameters import ParamWrapper, Row
 from spectralbasis.tuner.preparation import prepare
 from spectralbasis.tuner.quantization import backend_of
-from spectralbasis.tuner.targets import DEFAULT_TARGETS, is_targeted, set_default_targets, targeted_modules
+from spectralbasis.tuner.targets import DEFAULT_TARGETS, all_targets, is_targeted, set_default_targets
 
 _WRAPPED = ("", "base_model.")
 """Where this model may be in the module that is made parallel: that module itself, or in a `PeftModel`."""
+_UNCOUNTED = (
+    "target_modules=.* were set but no module was matched",
+    "The following rank_pattern keys did not match any targeted module",
+    "You have passed exclude_modules=.* but no modules were excluded",
+)
+"""What PEFT warns of where patterns meet parameters alone, which it does not count; see `preparation.resolve_ranks`."""
 
 
 class SpectralModel(BaseTuner):
@@ -83,27 +89,33 @@ class SpectralModel(BaseTuner):
         """PEFT's key mapping; what it leaves over finds its layer by matrix name, with or without a head's prefix."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         held = {key: f"{key}.spectral_coefficients.{adapter_name}.weight" for key in _spectral_layers(model)}
-        layers, known = {matrix_name(key): stored for key, stored in held.items()}, set(held.values())
+        layers, known = {_name_in_layer(key): stored for key, stored in held.items()}, set(held.values())
         return {key if key in known else _by_matrix_name(key, layers): value for key, value in remapped.items()}
 
     def _prepare_adapter_config(self, config: SpectralConfig, model_config: dict[str, Any]) -> SpectralConfig:
         set_default_targets(config, model_config)
         return config
 
-    def _check_new_adapter_config(self, config: SpectralConfig) -> None:
-        super()._check_new_adapter_config(config)
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; without its warnings that patterns match no module, which do not count adapted parameters."""
+        with warnings.catch_warnings():
+            for message in _UNCOUNTED:
+                warnings.filterwarnings("ignore", message)
+            super().inject_adapter(*args, **kwargs)
+
+    def _check_parameters(self, config: SpectralConfig) -> None:
         wanted = set(config.target_parameters or ())
         for name, other in self.peft_config.items():
             found = set(other.target_parameters or ())
-            if wanted and found and wanted != found:
+            if other is not config and wanted and found and wanted != found:
                 raise InputError(
                     f"target_parameters are {sorted(wanted)}, but {sorted(found)} in adapter {name!r} of this model; "
                     "adapters of one model that have them must have the same, or saved ones could be mistaken"
                 )
 
     def _prepare_model(self, config: SpectralConfig, model: nn.Module) -> None:
-        modules = find_targets(targeted_modules(config, model), config.basis)
-        targets = [*modules, *parameter_targets(model, set(config.target_parameters or ()))]
+        targets, self._stacks = all_targets(config, model)
+        self._check_parameters(config)
         self._prepared = prepare(config, targets, count_parameters(model))
 
     def _create_and_replace(
@@ -116,6 +128,8 @@ class SpectralModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if parameter_name is None and f"{current_key}.weight" in self._stacks:
+            return  # a router, say: its parameter is adapted in its place
         prepared = self._take_prepared(config, target, current_key, parameter_name)
         options = {**prepared, "init_weights": config.init_weights, "inference_mode": config.inference_mode}
         if isinstance(target, SpectralLayer) and getattr(target, "parameter_name", None) == parameter_name:
@@ -124,7 +138,8 @@ class SpectralModel(BaseTuner):
         if parameter_name is None:
             layer = self._new_layer(config, target, adapter_name, options)
         else:
-            layer = ParamWrapper(target, adapter_name, parameter_name=parameter_name, **options)
+            pieces = self._stacks[current_key]
+            layer = ParamWrapper(target, adapter_name, parameter_name=parameter_name, slices=pieces, **options)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -140,11 +155,11 @@ class SpectralModel(BaseTuner):
     ) -> dict[str, Any]:
         """Factors and parametrisation that were prepared for a module, or of all matrices in a parameter."""
         if parameter_name is not None:
-            parameter = getattr(_innermost(target), parameter_name)
-            parts = [self._prepared.pop(one) for one in matrix_keys(key, parameter)]
+            keys = [one.key for one in self._stacks[key] if one.key in self._prepared]
+            parts = [self._prepared.pop(one) for one in keys]
             return {
-                "factors": [part.factors for part in parts],
-                "parametrisation": [part.parametrisation for part in parts],
+                "factors": nn.ModuleList([part.factors for part in parts]),
+                "parametrisation": Row(keys, [part.parametrisation for part in parts]),
             }
         if key not in self._prepared:
             raise InputError(f"{key} is not among target_modules={config.target_modules!r}; add it there")
@@ -206,9 +221,14 @@ def _innermost(module: nn.Module) -> Any:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _by_matrix_name(key: str, layers: dict[str, str]) -> str:
+def _by_matrix_name(key: str, layers: dict[tuple[str, int], str]) -> str:
     module, found, _ = key.partition(".spectral_coefficients")
-    return layers.get(matrix_name(module), key) if found else key
+    return layers.get(_name_in_layer(module), key) if found else key
+
+
+def _name_in_layer(key: str) -> tuple[str, int]:
+    """Matrix name of a layer, and how many wrappers of other parameters are around it."""
+    return matrix_name(key), key.split(".").count("base_layer")
 
 
 def _copies(kwargs: dict[str, Any]) -> int:

@@ -34,6 +34,7 @@ class Target:
         module: that holds it.
         W: the original weight, (m, n); of a quantized one, what can be had of it.
         known_hash: of the weight before it was quantized, where a basis file tells it.
+        also: other keys by which patterns may name it.
     """
 
     key: str
@@ -41,6 +42,7 @@ class Target:
     module: nn.Module
     W: Tensor
     known_hash: str | None = None
+    also: tuple[str, ...] = ()
 
     @cached_property
     def hash(self) -> str:

@@ -1,18 +1,159 @@
 """Parameters that are no layer's weight, above all stacks of experts; PEFT calls them `target_parameters`."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
 from math import prod
 from typing import Any, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
 
+from spectralbasis.checkpoints import matrix_name
+from spectralbasis.checkpoints.fused import Rows, split_fused
 from spectralbasis.errors import InputError
 from spectralbasis.tuner.factors import Factors
 from spectralbasis.tuner.layer import SpectralLayer, dense_update
 from spectralbasis.tuner.originals import Target, check_dense, unique_names
 from spectralbasis.tuner.parametrisation import Parametrisation
+
+
+@dataclass(frozen=True)
+class Held:
+    """A parameter where it is held.
+
+    Attributes:
+        key: of the parameter in the model, without the wrappers of adapters.
+        module: that holds it.
+        attribute: its name there.
+        config: of the model, which says how fused weights are laid out.
+    """
+
+    key: str
+    module: nn.Module
+    attribute: str
+    config: Mapping[str, Any]
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter itself."""
+        return getattr(self.module, self.attribute)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One logical matrix in a parameter.
+
+    Attributes:
+        key: of the matrix, which has the number of the expert and the part: `….experts.3.gate_up_proj.gate`.
+        expert: its number; None where the parameter is no stack.
+        number: of the part within the expert, 0 where the weight is one matrix.
+        rows: of the expert's matrix; None for all of them.
+    """
+
+    key: str
+    expert: int | None
+    number: int = 0
+    rows: Rows | None = None
+
+    @cached_property
+    def name(self) -> str:
+        """The stable name of the matrix."""
+        return matrix_name(self.key)
+
+
+def held_parameters(model: nn.Module) -> Iterator[Held]:
+    """Every parameter of the model itself, not of its adapters."""
+    config = BaseTuner.get_model_config(model)
+    for path, module in model.named_modules():
+        if ".spectral_" in f".{path}":
+            continue
+        for name, _ in module.named_parameters(recurse=False):
+            yield Held(f"{path.replace('.base_layer', '')}.{name}".removeprefix("."), module, name, config)
+
+
+def slices(held: Held) -> list[Slice]:
+    """The matrices in a parameter, in the order in which their numbers are stored: by expert, then by part.
+
+    Raises:
+        InputError: the parameter is neither a matrix nor a stack of matrices.
+    """
+    shape = held.parameter.shape
+    if len(shape) not in (2, 3):
+        raise InputError(
+            f"{held.key} is {tuple(shape)}, neither a matrix nor a stack of one for each expert; "
+            "leave it out of target_parameters"
+        )
+    outputs, inputs = held.parameter.shape[-2:]
+    rows, columns = (inputs, outputs) if _is_transposed(held.module, held.attribute) else (outputs, inputs)
+    experts: Iterable[int | None] = range(shape[0]) if len(shape) == 3 else [None]
+    parts = split_fused(held.key, rows, columns, held.config)
+    plain = held.key.removesuffix(".weight")
+    found = []
+    for expert in experts:
+        key = plain if expert is None else _expert_key(plain, expert)
+        if parts is None:
+            found.append(Slice(key, expert))
+        else:
+            found += [Slice(f"{key}.{part}", expert, i, of) for i, (part, of) in enumerate(parts.items())]
+    return found
+
+
+def parameter_targets(model: nn.Module, wanted: Mapping[str, Sequence[str]]) -> list[Target]:
+    """The matrices in parameters, with their original weights.
+
+    Args:
+        model: with or without adapters.
+        wanted: key of the parameter → keys of its matrices.
+
+    Raises:
+        InputError: a parameter has other than two or three dimensions, or no dense weight.
+    """
+    wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+    originals = {(id(one.get_base_layer()), one.parameter_name): one.original_weight for one in wrappers}
+    found = []
+    for held in held_parameters(model):
+        if held.key not in wanted:
+            continue
+        weight = originals.get((id(held.module), held.attribute), held.parameter.detach())
+        check_dense(held.key, weight)
+        turned = weight.mT if _is_transposed(held.module, held.attribute) else weight
+        for one in slices(held):
+            if one.key in wanted[held.key]:
+                W = turned if one.expert is None else turned[one.expert]
+                W = W if one.rows is None else one.rows.of(W)
+                also = (held.key.removesuffix(".weight"), _without_part(one))
+                found.append(Target(one.key, one.key, nn.Module(), W, also=also))
+    names = unique_names([target.key for target in found])
+    return [replace(target, name=names[target.key]) for target in found]
+
+
+def _without_part(one: Slice) -> str:
+    return one.key if one.rows is None else one.key.rpartition(".")[0]
+
+
+def _expert_key(key: str, expert: int) -> str:
+    """As `logical_matrices` names the expert of a stack."""
+    return key.replace("experts.", f"experts.{expert}.", 1) if "experts." in key else f"{key}.{expert}"
+
+
+def _is_transposed(module: nn.Module, attribute: str) -> bool:
+    """Whether a parameter is stored as (…, in, out): where its module says so, or its sizes fit in no other way."""
+    if isinstance(module, Conv1D):
+        return True
+    if getattr(module, attribute).ndim != 3:
+        return False
+    declared = getattr(module, "is_transposed", None)
+    if declared is not None:
+        return bool(declared)
+    gate_up, down = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
+    if not (isinstance(gate_up, Tensor) and isinstance(down, Tensor) and gate_up.ndim == down.ndim == 3):
+        return False
+    return tuple(gate_up.shape[1:]) == (down.shape[2], 2 * down.shape[1])
 
 
 class ParamWrapper(SpectralLayer):
@@ -27,11 +168,15 @@ class ParamWrapper(SpectralLayer):
         adapter_name: name of the first adapter.
         parameter_name: of a parameter (experts, out, in), (experts, in, out) where the module says `is_transposed`, or
             (out, in).
-        options: see `update_layer`.
+        slices: all matrices in the parameter.
+        options: see `update_layer`; `factors` are a list with those of each matrix, `parametrisation` is a `Row`.
     """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, *, parameter_name: str, **options: Any) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, *, parameter_name: str, slices: Sequence[Slice], **options: Any
+    ) -> None:
         self.parameter_name = parameter_name
+        self.slices = list(slices)
         super().__init__(base_layer, adapter_name, **options)
 
     @property
@@ -42,20 +187,7 @@ class ParamWrapper(SpectralLayer):
     def features(self) -> tuple[int, int]:
         """Inputs and outputs of one matrix of the parameter."""
         outputs, inputs = self.parameter.shape[-2:]
-        turned = self.parameter.ndim == 3 and _is_transposed(self.get_base_layer())
-        return (outputs, inputs) if turned else (inputs, outputs)
-
-    def update_layer(self, adapter_name: str, *, factors: Any, parametrisation: Any, **options: Any) -> None:
-        """Add an adapter; see `SpectralLayer.update_layer`.
-
-        Args:
-            adapter_name: a new name.
-            factors: one for each expert.
-            parametrisation: one for each expert; their numbers are stored in a row.
-            options: see there.
-        """
-        held: dict[str, Any] = {"factors": nn.ModuleList(factors), "parametrisation": _Row(parametrisation)}
-        super().update_layer(adapter_name, **held, **options)
+        return (outputs, inputs) if self._is_transposed() else (inputs, outputs)
 
     def adapted_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """The module's output with `W + Σ ΔW` as its parameter."""
@@ -63,7 +195,7 @@ class ParamWrapper(SpectralLayer):
             return self.base_layer(x, *args, **kwargs)
         changed: Tensor = self.parameter
         for name in active:
-            changed = changed + self._update(name).to(changed.dtype)
+            changed = changed + self._update(name, changed.dtype)
         return functional_call(self.base_layer, {self._path(): changed}, (x, *args), kwargs, tie_weights=False)
 
     @torch.no_grad()
@@ -94,14 +226,34 @@ class ParamWrapper(SpectralLayer):
             layer = layer.base_layer
         return layer
 
-    def _update(self, adapter_name: str) -> Tensor:
-        row = cast(_Row, self.spectral_parametrisations[adapter_name])
+    def _update(self, adapter_name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """ΔW in the layout of the parameter; `dtype` None leaves it in float32 or wider."""
+        row = cast(Row, self.spectral_parametrisations[adapter_name])
         factors = cast(Iterable[Factors], self.spectral_factors[adapter_name])
-        experts = zip(row(self.stored(adapter_name)), factors, row.experts, strict=True)
-        updates = [dense_update(C, *held.first(one.k), one.form) for C, held, one in experts]
-        if self.parameter.ndim == 2:
-            return updates[0]
-        return torch.stack(updates).mT if _is_transposed(self.get_base_layer()) else torch.stack(updates)
+        parts = zip(row.keys, row(self.stored(adapter_name)), factors, row.matrices, strict=True)
+        updates = {key: dense_update(C, *held.first(one.k), one.form) for key, C, held, one in parts}
+        groups = groupby(self.slices, lambda one: one.expert)
+        experts = [self._expert_update(list(group), updates).to(dtype) for _, group in groups]
+        update = experts[0] if self.parameter.ndim == 2 else torch.stack(experts)
+        return update.mT if self._is_transposed() else update
+
+    def _expert_update(self, parts: Sequence[Slice], updates: Mapping[str, Tensor]) -> Tensor:
+        """ΔW (out, in) of one expert from those of its parts; zero where an adapter does not train one."""
+        inputs, outputs = self.features()
+        like = next(iter(updates.values()))
+        found = [
+            updates[one.key] if one.key in updates else like.new_zeros(one.rows.count if one.rows else outputs, inputs)
+            for one in parts
+        ]
+        if parts[0].rows is None:
+            return found[0]
+        blocks = [
+            update.unflatten(0, (one.rows.groups, -1)) for update, one in zip(found, parts, strict=True) if one.rows
+        ]
+        return torch.cat(blocks, 1).flatten(0, 1)
+
+    def _is_transposed(self) -> bool:
+        return _is_transposed(self.get_base_layer(), self.parameter_name)
 
     def _path(self) -> str:
         """Name of the parameter in `base_layer`."""
@@ -119,67 +271,27 @@ class ParamWrapper(SpectralLayer):
         return f"parameter_name={self.parameter_name!r}"
 
 
-class _Row(nn.Module):
-    """The parametrisations of the experts, whose numbers are stored one after another."""
+class Row(nn.Module):
+    """The parametrisations of the matrices in a parameter, whose numbers are stored one after another.
 
-    def __init__(self, experts: Sequence[Parametrisation]) -> None:
+    Args:
+        keys: of the matrices that an adapter trains, in the order of `slices`.
+        matrices: the parametrisation of each.
+    """
+
+    def __init__(self, keys: Sequence[str], matrices: Sequence[Parametrisation]) -> None:
         super().__init__()
-        self.held = nn.ModuleList(experts)
-        self.sizes = [prod(expert.shape) for expert in experts]
+        self.keys = list(keys)
+        self.held = nn.ModuleList(matrices)
+        self.sizes = [prod(one.shape) for one in matrices]
         self.shape = (sum(self.sizes),)
 
     @property
-    def experts(self) -> list[Parametrisation]:
-        """One for each expert."""
+    def matrices(self) -> list[Parametrisation]:
+        """One for each matrix."""
         return cast(list[Parametrisation], list(self.held))
 
     def forward(self, stored: Tensor) -> list[Tensor]:
-        """C of each expert."""
-        parts = zip(self.experts, stored.split(self.sizes), strict=True)
-        return [expert(part.reshape(expert.shape)) for expert, part in parts]
-
-
-def parameter_targets(model: nn.Module, wanted: Collection[str]) -> list[Target]:
-    """The matrices, one for each expert, in parameters whose names end with a wanted one; with their original weights.
-
-    Raises:
-        InputError: a parameter has other than two or three dimensions, or no dense weight.
-    """
-    wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
-    originals = {(id(one.get_base_layer()), one.parameter_name): one.original_weight for one in wrappers}
-    matrices: dict[str, Tensor] = {}
-    for key, module, name in _parameters(model, wanted):
-        weight = originals.get((id(module), name), getattr(module, name).detach())
-        check_dense(key, weight)
-        stack = weight.mT if weight.ndim == 3 and _is_transposed(module) else weight
-        matrices |= zip(matrix_keys(key, weight), stack.unsqueeze(0) if stack.ndim == 2 else stack, strict=True)
-    names = unique_names(list(matrices))
-    return [Target(key, names[key], nn.Module(), W) for key, W in matrices.items()]
-
-
-def matrix_keys(key: str, parameter: Tensor) -> list[str]:
-    """The key of each matrix in a parameter: a stack's have the expert's number before the parameter's name.
-
-    Raises:
-        InputError: the parameter is neither a matrix nor a stack of matrices.
-    """
-    module, _, name = key.rpartition(".")
-    if parameter.ndim not in (2, 3):
-        raise InputError(
-            f"{key} is {tuple(parameter.shape)}, neither a matrix nor a stack of one for each expert; "
-            "leave it out of target_parameters"
-        )
-    return [key] if parameter.ndim == 2 else [f"{module}.{expert}.{name}" for expert in range(len(parameter))]
-
-
-def _parameters(model: nn.Module, wanted: Collection[str]) -> Iterator[tuple[str, nn.Module, str]]:
-    """Key, module and name of what PEFT will wrap."""
-    for path, module in model.named_modules():
-        for name, _ in module.named_parameters(recurse=False):
-            key = f"{path.replace('.base_layer', '')}.{name}"
-            if key in wanted or key.endswith(tuple(f".{one}" for one in wanted)):
-                yield key, module, name
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    return bool(getattr(module, "is_transposed", False))
+        """C of each matrix."""
+        parts = zip(self.matrices, stored.split(self.sizes), strict=True)
+        return [one(part.reshape(one.shape)) for one, part in parts]

@@ -45,7 +45,7 @@ def prepare(config: SpectralConfig, targets: Sequence[Target], total: int) -> di
 
     Raises:
         BaseMismatchError: weights or directions are not those that the adapter was trained on.
-        InputError: a rank, a budget or a basis file does not fit the model.
+        InputError: a budget or a basis file does not fit the model.
     """
     hashes = {target.name: target.hash for target in targets}
     if config.bound:
@@ -68,18 +68,29 @@ def prepare(config: SpectralConfig, targets: Sequence[Target], total: int) -> di
 
 
 def resolve_ranks(config: SpectralConfig, targets: Sequence[Target], total: int) -> dict[str, int]:
-    """Matrix name → k, by `leading` or `budget` and `rank_pattern`.
+    """Matrix name → k, by `leading` or `budget` and `rank_pattern`; a warning names patterns that match nothing.
 
     Raises:
-        InputError: k exceeds min(m, n) of a matrix, or the budget does not pay for k = 1.
+        InputError: the budget does not pay for k = 1.
     """
     weights = {target.name: target.W for target in targets}
     patterns = config.rank_pattern
-    matched = {target.name: get_pattern_key(patterns, target.key) for target in targets}
-    fixed = {name: patterns[pattern] for name, pattern in matched.items() if pattern in patterns}
+    matched = {target.name: _pattern_of(target, patterns) for target in targets}
+    fixed = {name: patterns[pattern] for name, pattern in matched.items() if pattern is not None}
+    unused = [pattern for pattern in patterns if pattern not in matched.values()]
+    if unused:
+        warnings.warn(
+            f"rank_pattern {', '.join(map(repr, unused))} matches no matrix that is adapted and is not used",
+            stacklevel=2,
+        )
     if config.budget is None:
         return allocate_leading(config.leading, weights, fixed)
     return allocate_budget(config.budget, total, weights, fixed, config.coefficients, config.bandwidth)
+
+
+def _pattern_of(target: Target, patterns: Mapping[str, int]) -> str | None:
+    found = (get_pattern_key(patterns, key) for key in (target.key, *target.also))
+    return next((pattern for pattern in found if pattern in patterns), None)
 
 
 def _measure_scales(

@@ -1,35 +1,130 @@
-"""Which modules of a model a config means."""
+"""Which modules, and which parameters of other modules, a config means."""
 
-from typing import Any
+import copy
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from inspect import getsource
+from typing import Any, NamedTuple
 
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft import LoraConfig
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _check_lora_target_modules_mamba,
+    _ExcludedModule,
+    _find_minimal_target_modules,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
+from transformers import PreTrainedModel
 
 from spectralbasis.checkpoints import matrix_name
+from spectralbasis.checkpoints.layout import is_expert_stack
+from spectralbasis.errors import InputError
+from spectralbasis.tuner.allocation import count_parameters
 from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.layer import SpectralLayer
+from spectralbasis.tuner.matrices import Layers
+from spectralbasis.tuner.originals import Target, find_targets
+from spectralbasis.tuner.parameters import Held, Slice, held_parameters, parameter_targets, slices
+from spectralbasis.tuner.quantization import backend_of
 
 DEFAULT_TARGETS = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 """Model type → what is adapted where `target_modules` is None."""
 
 
-def targeted_modules(config: SpectralConfig, model: nn.Module) -> dict[str, nn.Module]:
-    """Key → module of what is to be adapted; `config.target_modules` becomes the list that it stands for."""
+class Targeted(NamedTuple):
+    """What a config means in one model.
+
+    Attributes:
+        modules: key → layer.
+        parameters: key → keys of the matrices in this parameter of another module; see `parameters.slices`.
+        former: key of such a matrix → the keys of the linear layers that it was in transformers 4.
+    """
+
+    modules: dict[str, nn.Module]
+    parameters: dict[str, list[str]]
+    former: dict[str, list[list[str]]]
+
+
+def targeted(config: SpectralConfig, model: nn.Module) -> Targeted:
+    """What is to be adapted; `target_modules` and `target_parameters` of the config become what they stand for.
+
+    transformers 5 keeps the experts of a mixture as stacked parameters and routers as modules of their own, where
+    transformers 4 had linear layers. Both are found by the names that they had, through transformers' own table of
+    conversions, so that `target_modules` means the same in both.
+
+    Raises:
+        InputError: a module is one that PEFT refuses for LoRA, since its owner never calls it.
+    """
     set_default_targets(config, BaseTuner.get_model_config(model))
+    held = list(held_parameters(model))
+    conversions = _conversions(model)
+    former = {} if config.bound else former_modules(held, conversions)
+    everything = is_all_linear(config)
+    asked = _everything(config, former) if everything else config
     _maybe_include_all_linear_layers(config, model)
-    inside = tuple(f"{key}." for key, module in model.named_modules() if isinstance(module, SpectralLayer))
-    return {
-        key: module
-        for key, module in model.named_modules()
-        if key and not key.startswith(inside) and is_targeted(config, key)
-    }
+    modules = _modules(config, model)
+    parameters = _parameters(config, asked, held, former, conversions)
+    for key in [key for key, module in modules.items() if not _is_layer(module)]:
+        # A router by the name that it has now: the parameter is adapted, since there is no layer to replace.
+        own = [one for one in held if one.key == f"{key}.weight" and _is_matrix(one)]
+        for one in own:
+            parameters.setdefault(one.key, [piece.key for piece in slices(one)])
+            del modules[key]
+    _check_called(model, [*(f"{key}.weight" for key in modules), *parameters])
+    given = tuple(f".{name}" for name in config.target_parameters or ())
+    if parameters.keys() != {one.key for one in held if f".{one.key}".endswith(given)}:
+        rest = {one.key for one in held if one.key not in parameters}
+        config.target_parameters = sorted(_find_minimal_target_modules(list(parameters), sorted(rest)))
+    if everything:
+        _warn_of_frozen(model, held, parameters)
+    return Targeted(modules, parameters, former)
+
+
+def all_targets(config: SpectralConfig, model: nn.Module) -> tuple[list[Target], dict[str, list[Slice]]]:
+    """The matrices that a config means, with their original weights; the config is changed as `targeted` says.
+
+    Returns:
+        The matrices, and for each parameter among what is adapted all matrices in it.
+
+    Raises:
+        InputError: one has no matrix that coefficients can be put on.
+    """
+    modules, parameters, former = targeted(config, model)
+    stacked = [
+        replace(target, also=(*target.also, *(key for keys in former.get(target.key, ()) for key in keys)))
+        for target in parameter_targets(model, parameters)
+    ]
+    stacks = {one.key: slices(one) for one in held_parameters(model) if one.key in parameters}
+    return [*find_targets(modules, config.basis), *stacked], stacks
+
+
+def targeted_modules(config: SpectralConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """Key → module of the layers that are to be adapted, for what takes layers alone; it warns of what it leaves out.
+
+    `config.target_modules` becomes the list that it stands for.
+    """
+    modules, parameters, _ = targeted(config, model)
+    if parameters:
+        config.target_parameters = None
+        warnings.warn(
+            f"{_list(_kinds(parameters))} of {type(model).__name__} are parameters of no layer and are left out here: "
+            "what passes them cannot be observed",
+            stacklevel=3,
+        )
+    return modules
 
 
 def set_default_targets(config: SpectralConfig, model_config: dict[str, Any]) -> None:
     """Replace `target_modules=None`, without `target_parameters`, by what PEFT's LoRA takes, or by "all-linear"."""
     if config.target_modules is None and not config.target_parameters:
-        known = DEFAULT_TARGETS.get(model_config.get("model_type"), "all-linear")
+        known = DEFAULT_TARGETS.get(model_config.get("model_type"), INCLUDE_LINEAR_LAYERS_SHORTHAND)
         config.target_modules = known if isinstance(known, str) else set(known)
 
 
@@ -38,3 +133,258 @@ def is_targeted(config: SpectralConfig, key: str) -> Any:
     if config.bound and matrix_name(key) in (config.ranks or {}):
         return True
     return check_target_module_exists(config, key)
+
+
+def is_all_linear(config: SpectralConfig) -> bool:
+    """Whether `target_modules` is PEFT's word for all linear layers."""
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+
+
+def former_modules(held: Sequence[Held], conversions: Sequence[Any]) -> dict[str, list[list[str]]]:
+    """Matrix in a parameter → the linear layers that transformers 4 had instead, each with the keys that it may have.
+
+    A matrix that could not be cut into what it was made of has several; a router has one. It is empty under
+    transformers 4.
+
+    Args:
+        held: the model's parameters.
+        conversions: transformers' table of the model.
+    """
+    found = {}
+    for one in held:
+        options = list(_sources(one, conversions))
+        pieces = slices(one) if options else []
+        for piece in pieces:
+            own = options if len(options) != _parts(pieces) else [options[piece.number]]
+            found[piece.key] = [_renamed(source.replace("*", str(piece.expert)), conversions) for source in own]
+    for router in _routers(held, found):
+        found[router.key.removesuffix(".weight")] = [_renamed(router.key, conversions)]
+    return found
+
+
+def _everything(config: SpectralConfig, former: Mapping[str, list[list[str]]]) -> SpectralConfig:
+    """The config as it would be if "all-linear" were written out for these former layers."""
+    leaves = {key.rpartition(".")[2] for options in former.values() for keys in options for key in keys}
+    written = copy.copy(config)
+    written.target_modules = leaves
+    return written
+
+
+def _modules(config: SpectralConfig, model: nn.Module) -> dict[str, nn.Module]:
+    inside = tuple(f"{key}." for key, module in model.named_modules() if isinstance(module, SpectralLayer))
+    return {
+        key: module
+        for key, module in model.named_modules()
+        if key and not key.startswith(inside) and is_targeted(config, key)
+    }
+
+
+def _parameters(
+    config: SpectralConfig,
+    asked: SpectralConfig,
+    held: Sequence[Held],
+    former: Mapping[str, list[list[str]]],
+    conversions: Sequence[Any],
+) -> dict[str, list[str]]:
+    """Those that `target_parameters` names, and those that `target_modules` reaches by the names of former layers."""
+    named = tuple(f".{name}" for name in config.target_parameters or ())
+    ranks = config.ranks or {}
+    found = {}
+    for one in held:
+        keys = [one.key, _former_tensor(one.key, conversions)]
+        if any(f".{key}".endswith(named) for key in keys):
+            pieces = slices(one)
+            known = [piece.key for piece in pieces if piece.name in ranks]
+            found[one.key] = known if config.bound and known else [piece.key for piece in pieces]
+            continue
+        if not _is_matrix(one) or asked.target_modules is None:
+            continue
+        reached = [piece.key for piece in slices(one) if _reaches(asked, one, keys, former.get(piece.key, ()))]
+        if reached and not config.bound:
+            found[one.key] = reached
+    return found
+
+
+def _reaches(config: SpectralConfig, held: Held, keys: Sequence[str], former: Sequence[Sequence[str]]) -> bool:
+    """Whether patterns mean a matrix: by a name of the stack that it is in, or by the layers that it was."""
+    stack = [key.removesuffix(".weight") for key in keys]
+    every = {*stack, held.key.rpartition(".")[0], *(key for options in former for key in options)}
+    matches = {key: check_target_module_exists(config, key) for key in every}
+    if any(isinstance(match, _ExcludedModule) for match in matches.values()):
+        return False
+    if held.parameter.ndim == 3 and any(matches[key] for key in stack):
+        return True
+    return bool(former) and all(any(matches[key] for key in options) for options in former)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return isinstance(layer, Layers) or backend_of(layer) is not None
+
+
+def _is_matrix(held: Held) -> bool:
+    """Whether a parameter of a module that is no layer of torch is a matrix, or a stack of one for each expert."""
+    if type(held.module).__module__.startswith("torch.") or isinstance(held.module, Layers):
+        return False
+    shape = tuple(held.parameter.shape)
+    return (len(shape) == 2 and not held.attribute.endswith("bias")) or is_expert_stack(held.key, shape)
+
+
+def _parts(pieces: Sequence[Any]) -> int:
+    return len({piece.number for piece in pieces})
+
+
+def _conversions(model: nn.Module) -> list[Any]:
+    """How transformers makes this model's parameters of those of its files; transformers 4 has no such table."""
+    if not isinstance(model, PreTrainedModel):
+        return []
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:
+        return []
+    return list(get_model_conversion_mapping(model, add_legacy=False))
+
+
+def _sources(held: Held, conversions: Sequence[Any]) -> Iterator[str]:
+    """The tensors of which a stack of experts is made, `*` being the number of the expert."""
+    for conversion in conversions:
+        merges = any(type(one).__name__ == "MergeModulelist" for one in getattr(conversion, "operations", ()))
+        target = conversion.target_patterns[0] if merges and len(conversion.target_patterns) == 1 else ""
+        if target and held.parameter.ndim == 3 and held.key.endswith(target):
+            prefix = held.key.removesuffix(target)
+            yield from (f"{prefix}{_literal(source)}" for source in conversion.source_patterns)
+            return
+
+
+def _former_tensor(key: str, conversions: Sequence[Any]) -> str:
+    """The name of a tensor in files of the model, where it was only renamed."""
+    for conversion in reversed(conversions):
+        if not hasattr(conversion, "operations"):
+            key = conversion.reverse_transform().rename_source_key(key)[0]
+    return key
+
+
+def _renamed(key: str, conversions: Sequence[Any]) -> list[str]:
+    """The module of a tensor, by its prefix in this model and, where that differs, in its files."""
+    names = (key, _former_tensor(key, conversions))
+    return list(dict.fromkeys(name.removesuffix(".weight") for name in names))
+
+
+def _literal(pattern: str) -> str:
+    return pattern.replace("\\", "").removeprefix("^")
+
+
+def _routers(held: Sequence[Held], found: Mapping[str, Any]) -> list[Held]:
+    """Matrices of one row for each expert, in a module beside a stack that was linear layers."""
+    sizes = {}
+    for one in held:
+        if one.parameter.ndim == 3 and any(piece.key in found for piece in slices(one)):
+            sizes[_grandparent(one.key)] = len(one.parameter)
+    return [
+        one
+        for one in held
+        if one.key.endswith(".weight")
+        and one.parameter.ndim == 2
+        and _is_matrix(one)
+        and sizes.get(_grandparent(one.key)) == len(one.parameter)
+    ]
+
+
+def _warn_of_frozen(model: nn.Module, held: Sequence[Held], parameters: Mapping[str, Any]) -> None:
+    """Say which experts and routers stay as they are, and what share of the model they are."""
+    stacks = [one for one in held if is_expert_stack(one.key, one.parameter.shape) or "experts" in one.key.split(".")]
+    beside = {_grandparent(one.key) for one in stacks if _is_matrix(one)}
+    routers = [one for one in held if one.key.endswith(".weight") and _grandparent(one.key) in beside]
+    left = {one.key: one for one in [*stacks, *routers] if _is_matrix(one) and one.key not in parameters}
+    if not left:
+        return
+    kinds = _kinds(left)
+    share = sum(one.parameter.numel() for one in left.values()) / count_parameters(model)
+    warnings.warn(
+        f"target_modules='all-linear' leaves {_list(kinds)} frozen, {share:.1%} of the parameters: they are no linear "
+        f"layers of {type(model).__name__}; to train them, pass target_parameters={kinds} as well",
+        stacklevel=4,
+    )
+
+
+def _kinds(keys: Iterable[str]) -> list[str]:
+    """The last three components of names, once each, without the numbers of layers."""
+    return sorted({".".join(part for part in key.split(".")[-3:] if not part.isdigit()) for key in keys})
+
+
+def _grandparent(key: str) -> str:
+    """The module that holds the module of a parameter."""
+    return key.rpartition(".")[0].rpartition(".")[0]
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names)
+
+
+def _check_called(model: nn.Module, keys: Iterable[str]) -> None:
+    """Check that modules are called, and not only their parameters read, by the modules that own them.
+
+    Args:
+        model: with or without adapters.
+        keys: of the parameters to adapt.
+
+    Raises:
+        InputError: PEFT refuses the module for LoRA, or a wrapped parameter is read by its owner's owner.
+    """
+    read: dict[tuple[str, str], str] = {}
+    for key in keys:
+        path, _, attribute = key.rpartition(".")
+        above, _, name = path.rpartition(".")
+        try:
+            _check_lora_target_modules_mamba(LoraConfig(), model, name)
+        except ValueError as error:
+            raise InputError(
+                f"{path} is not supported: fused kernels of {type(model).__name__} read its weight and never call it, "
+                f"so coefficients there would not be trained; leave it out with exclude_modules=[{name!r}], or name "
+                "the modules to adapt in target_modules"
+            ) from error
+        kind: Any = type(_owner(model, above))
+        if not re.search(_READS.format(re.escape(name), re.escape(attribute)), _source(kind)):
+            continue
+        if attribute != "weight":
+            raise InputError(
+                f"{key} is not supported: {kind.__name__} reads it and does not leave that to the module that holds "
+                "it, so coefficients there would change nothing; leave it out of target_parameters"
+            )
+        read[kind.__name__, name] = path
+    if read:
+        names = sorted({name for _, name in read})
+        warnings.warn(
+            f"{_list(sorted({kind for kind, _ in read}))} has code that reads the weight of {_list(names)} without "
+            f"calling the layer, as {next(iter(read.values()))}; where that code runs, coefficients there change "
+            f"nothing and are not trained; to leave them out, pass exclude_modules={names}",
+            stacklevel=5,
+        )
+
+
+def _owner(model: nn.Module, key: str) -> nn.Module:
+    module = model
+    for part in filter(None, key.split(".")):
+        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        module = getattr(module, part)
+    return module
+
+
+_READS = (
+    r"\bself\.{}\.{}\b(?!\s*=[^=]|, torch\.Tensor\)"
+    r"|\.(?:dtype|device|data|shape|size|is_|ndim|numel|requires_grad|_))"
+)
+_STARTS = ("__init__", "_init_weights", "init_weights", "reset_parameters")
+
+
+@cache
+def _source(owner: Any) -> str:
+    """The code of a class of modules and what it inherits, without methods that only initialise."""
+    code = []
+    for one in owner.__mro__:
+        if issubclass(one, nn.Module) and not one.__module__.startswith("torch."):
+            try:
+                code += re.split(r"^    (?=def )", getsource(one), flags=re.MULTILINE)
+            except (OSError, TypeError):
+                continue
+    return "\n".join(part for part in code if not part.startswith(tuple(f"def {name}(" for name in _STARTS)))
