@@ -34,6 +34,8 @@ _SIZES: dict[str, dict[str, Any]] = {
     "mixtral": {**_TEXT, "num_key_value_heads": 2, "num_local_experts": 3},
     "qwen2_moe": {**_TEXT, "num_key_value_heads": 2, "num_experts": 3, "num_experts_per_tok": 2,
                   "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 1},
+    "qwen3_moe": {**_TEXT, "num_key_value_heads": 2, "num_experts": 3, "num_experts_per_tok": 2, "head_dim": 8,
+                  "moe_intermediate_size": 24},
     "granitemoe": {**_TEXT, "num_key_value_heads": 2, "num_local_experts": 3},
     "llama4_text": {**_TEXT, "num_key_value_heads": 2, "num_local_experts": 3, "head_dim": 8},
     "gpt_oss": {**_TEXT, "num_key_value_heads": 2, "num_local_experts": 3, "head_dim": 8},

@@ -61,7 +61,7 @@ def test_transposed_layers():
     ids = GPT2.inputs["input_ids"]
     base = GPT2.base()
     table = gradient_coverage(base, [{"input_ids": ids, "labels": ids}], k=3, target_modules=["c_fc"])
-    base(input_ids=ids, labels=ids).loss.backward()
+    base.requires_grad_(True)(input_ids=ids, labels=ids).loss.backward()
     W = base.transformer.h[0].mlp.c_fc.weight
     U, _, Vh = torch.linalg.svd(W.detach().T)
     rows = table[(table.matrix == "h.0.mlp.c_fc") & (table.k == 3)].set_index("metric").value.to_dict()

@@ -1,16 +1,20 @@
 """Stacks of experts: `target_parameters`, checked against running with the changed parameter."""
 
+import re
 import warnings
+from importlib.util import find_spec
 
 import pytest
 import torch
-from peft import PeftModel, convert_to_lora, get_peft_model
+from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from torch import nn
 from torch.func import functional_call
 
 from spectralbasis import CoefficientBank, export_lora, open_checkpoint, similarity
+from spectralbasis.checkpoints import logical_matrices
 from spectralbasis.errors import BaseMismatchError, InputError
-from spectralbasis.tuner import ParamWrapper, SpectralConfig
+from spectralbasis.triplets import matrix_hash
+from spectralbasis.tuner import ParamWrapper, SpectralConfig, gradient_coverage
 from tests.models import tiny
 
 IDS = torch.randint(1, 50, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -206,3 +210,161 @@ def test_other_readers_say_that_peft_alone_reads_stacks(tmp_path):
     for read in readers:
         with pytest.raises(InputError, match=r"adapts stacks of experts, target_parameters=\['experts.down_proj', "):
             read()
+
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+V5 = find_spec("transformers.conversion_mapping") is not None
+MIXTURES = {
+    "mixtral": ["q_proj", "w1", "w2", "w3", "gate"],
+    "qwen3_moe": ["q_proj", "gate_proj", "up_proj", "down_proj"],
+}
+stacked = pytest.mark.skipif(not V5, reason="experts are linear layers in transformers 4")
+
+
+def layers_of(model):
+    """Trained modules of the first layer, with the wrappers of stacks."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad and "layers.0." in name]
+    return {re.split(r"\.lora_|\.spectral_", name.split("layers.0.")[1])[0] for name in names}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("targets", ["all-linear", "list"])
+def test_target_modules_reach_what_they_reach_for_lora(kind, targets):
+    targets = MIXTURES[kind] if targets == "list" else targets
+    lora = get_peft_model(base(kind), LoraConfig(target_modules=targets, r=2))
+    model = get_peft_model(base(kind), SpectralConfig(target_modules=targets, leading=2))
+    assert layers_of(model) == layers_of(lora)
+    assert {"mlp.experts", "mlp.experts.base_layer"} <= layers_of(model) or not V5
+    assert torch.equal(model.eval()(IDS).logits, base(kind)(IDS).logits)
+
+
+@stacked
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"target_modules": r".*layers\.1\..*experts\.\d+\.down_proj"}, {"layers.1": {"down_proj"}}),
+        ({"target_modules": r".*experts\.[02]\.up_proj"}, {"layers.0": {"up"}, "layers.1": {"up"}}),
+        ({"target_modules": ["up_proj", "down_proj"], "layers_to_transform": [1]}, {"layers.1": {"up", "down_proj"}}),
+        ({"target_modules": "all-linear", "exclude_modules": ["down_proj", "gate", *ATTENTION]},
+         {"layers.0": {"gate", "up"}, "layers.1": {"gate", "up"}}),
+        ({"target_modules": ["q_proj", "down_proj"], "exclude_modules": ["experts"]},
+         {"layers.0": {"q_proj"}, "layers.1": {"q_proj"}}),
+    ],
+)  # fmt: skip
+def test_patterns_of_former_names(settings, expected, tmp_path):
+    model = get_peft_model(base("qwen3_moe"), SpectralConfig(leading=2, init_weights=False, **settings)).eval()
+    ranks = model.peft_config["default"].ranks
+    found = {
+        layer: {name.split(".")[-1] for name in ranks if name.startswith(layer)} for layer in ("layers.0", "layers.1")
+    }
+    assert {layer: kinds for layer, kinds in found.items() if kinds} == expected
+    experts = {int(name.split("experts.")[1].split(".")[0]) for name in ranks if "experts." in name}
+    if "[02]" in settings["target_modules"]:
+        assert experts == {0, 2}
+        update = wrappers(model)[0].get_delta_weight("default")
+        assert not update[1].any()
+        gate, up = update.chunk(2, dim=1)
+        assert not gate.any()
+        assert torch.linalg.matrix_rank(up[0]) == 2
+    logits = model(IDS).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base("qwen3_moe"), tmp_path)
+    assert torch.equal(loaded(IDS).logits, logits)
+    torch.testing.assert_close(loaded.merge_and_unload()(IDS).logits, logits, atol=1e-4, rtol=1e-4)
+
+
+@stacked
+def test_a_half_of_a_stack_is_the_linear_layer_that_it_was():
+    """The update of gate and up of each expert is that of a linear layer with the same weight and numbers."""
+    model = get_peft_model(base("mixtral"), SpectralConfig(target_modules=["w1", "w3"], leading=3, init_weights=False))
+    config = model.peft_config["default"]
+    wrapper = wrappers(model)[0]
+    stored = wrapper.stored("default").detach().split(3)
+    halves = [half for weight in wrapper.parameter for half in weight.chunk(2)]
+    updates = [half for weight in wrapper.get_delta_weight("default") for half in weight.chunk(2)]
+    names = [f"layers.0.mlp.experts.{expert}.gate_up_proj.{part}" for expert in range(3) for part in ("gate", "up")]
+    for name, W, numbers, update in zip(names, halves, stored, updates, strict=True):
+        linear = nn.Linear(W.shape[1], W.shape[0], bias=False)
+        linear.weight.data = W.detach().clone()
+        alone = get_peft_model(nn.Sequential(linear), SpectralConfig(target_modules=["0"], leading=3))
+        layer = alone.base_model.model[0]
+        layer.stored("default").data = numbers.clone()
+        torch.testing.assert_close(update, layer.get_delta_weight("default"), atol=1e-6, rtol=1e-5)
+        own = alone.peft_config["default"]
+        assert (config.base_hashes[name], config.ranks[name]) == (own.base_hashes["0"], own.ranks["0"])
+        assert config.probes[name] == pytest.approx(own.probes["0"], abs=1e-5)
+        assert config.scales[name] == own.scales["0"]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "llama4_text"])
+def test_matrices_are_named_as_everywhere_else(kind):
+    wanted = {"target_parameters": MODELS[kind]} if kind in MODELS else {"target_modules": "all-linear"}
+    config = get_peft_model(base(kind), SpectralConfig(leading=1, **wanted)).peft_config["default"]
+    matrices = logical_matrices(open_checkpoint(base(kind)))[0]
+    assert set(config.ranks) <= set(matrices)
+    assert any("experts.2." in name or "input_linear.2" in name for name in config.ranks)
+    for name, expected in config.base_hashes.items():
+        assert matrix_hash(matrices[name].read()) == expected
+
+
+@pytest.mark.parametrize(("kind", "names"), [("gpt_oss", "mlp.experts.down_proj, mlp.experts.gate_up_proj"),
+                                             ("llama4_text", "feed_forward.experts.down_proj")])  # fmt: skip
+def test_experts_that_stay_frozen_are_named_with_their_share(kind, names):
+    model = base(kind)
+    share = sum(p.numel() for n, p in model.named_parameters() if "experts." in n and "bias" not in n)
+    share += sum(p.numel() for n, p in model.named_parameters() if n.endswith("router.weight") and kind == "gpt_oss")
+    share /= sum(p.numel() for p in model.parameters())
+    with pytest.warns(
+        UserWarning, match=rf"leaves {names}.* frozen, {share:.1%} of the parameters.*target_parameters=\["
+    ):
+        get_peft_model(model, SpectralConfig(target_modules="all-linear", leading=1))
+
+
+@pytest.mark.parametrize("kind", ["llama4_text", "mixtral"])
+def test_routers_are_trained(kind):
+    """Llama 4's is a linear layer that returns two tensors, Mixtral's a module of its own."""
+    model = get_peft_model(base(kind), SpectralConfig(target_modules=["gate", "router"], leading=2, init_weights=False))
+    loss = model(IDS, labels=IDS).loss
+    gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+    assert len(gradients) == 2
+    assert all(gradient.any() for gradient in gradients)
+    expected = model.eval()(IDS).logits
+    torch.testing.assert_close(model.merge_and_unload()(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_parameter_that_its_owner_reads_is_refused():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w1 = nn.Parameter(torch.randn(6, 5))
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = Inner()
+
+        def forward(self, x):
+            return x @ self.mlp.w1.T
+
+    with pytest.raises(InputError, match=r"mlp.w1 is not supported: Outer reads it"):
+        get_peft_model(Outer(), SpectralConfig(target_modules=[], target_parameters=["mlp.w1"]))
+
+
+@stacked
+def test_an_adapter_fits_the_model_without_its_head(tmp_path):
+    get_peft_model(
+        base("mixtral"), SpectralConfig(target_modules="all-linear", leading=2, init_weights=False)
+    ).save_pretrained(tmp_path)
+    whole = PeftModel.from_pretrained(base("mixtral"), tmp_path)
+    bare = PeftModel.from_pretrained(base("mixtral").model, tmp_path)
+    assert torch.equal(bare(IDS).last_hidden_state, whole.base_model.model.model(IDS).last_hidden_state)
+
+
+@stacked
+def test_what_observes_layers_says_that_it_leaves_experts_out():
+    batch = [{"input_ids": IDS, "labels": IDS}]
+    with pytest.warns(
+        UserWarning, match=r"mlp.experts.down_proj, mlp.experts.gate_up_proj, mlp.gate.weight of Mixtral"
+    ):
+        table = gradient_coverage(base("mixtral"), batch, k=1)
+    assert {name.split(".")[-1] for name in table.matrix} == set(ATTENTION)

@@ -145,7 +145,6 @@ def test_ties_and_zeros():
     [
         ({"coefficients": "core", "budget": None}, "coefficients='core' need no calibration"),
         ({"budget": 1e-9}, "pays for no entry; pass budget>="),
-        ({"leading": 99}, "k=99 exceeds"),
     ],
 )
 def test_refusals(changes, message):
@@ -273,7 +272,7 @@ def test_transposed_layers():
                             leading=8, init_weights=False)  # fmt: skip
     base = GPT2.base()
     config = calibrate(base, [{"input_ids": ids, "labels": ids}], config)
-    base(input_ids=ids, labels=ids).loss.backward()
+    base.requires_grad_(True)(input_ids=ids, labels=ids).loss.backward()
     name = next(iter(config.entries))
     W = base.transformer.get_submodule(name).weight
     U, _, Vh = torch.linalg.svd(W.detach().T)

@@ -1,11 +1,14 @@
 """Which modules are adapted, and which are refused with a reason."""
 
+import warnings
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from spectralbasis.errors import InputError
-from spectralbasis.tuner import SpectralConfig, SpectralModel
+from spectralbasis.tuner import SpectralConfig, SpectralLayer, SpectralModel
 from tests.models import tiny
 from tests.tuner.cases import CASES, MLP
 
@@ -75,3 +78,54 @@ def test_fan_in_fan_out_is_overruled_by_the_layer(case, value):
         model = case.adapted(fan_in_fan_out=value)
     assert torch.equal(case.output(model), expected)
     assert torch.equal(case.output(case.adapted(fan_in_fan_out=not value)), expected)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["in_proj", "out_proj"]])
+def test_what_fused_kernels_read_is_refused_as_for_lora(targets):
+    with pytest.raises(ValueError, match="incompatible with Mamba-based models"):
+        get_peft_model(tiny("mamba", "causal"), LoraConfig(target_modules=targets))
+    model = tiny("mamba", "causal")
+    with pytest.raises(
+        InputError, match=r"layers.0.mixer.out_proj is not supported: .* exclude_modules=\['out_proj'\]"
+    ):
+        get_peft_model(model, SpectralConfig(target_modules=targets))
+    assert not any(isinstance(module, SpectralLayer) for module in model.modules())
+
+
+def test_a_weight_that_its_owner_reads_is_named():
+    model = tiny("mamba", "causal")
+    with pytest.warns(UserWarning, match=r"MambaMixer has code that reads the weight of dt_proj.* exclude_modules=\['"):
+        get_peft_model(model, SpectralConfig(target_modules=["in_proj", "dt_proj"]))
+    for quiet in (lambda: tiny("t5"), lambda: tiny("llama"), MLP):  # T5 reads the dtype of `wo.weight`
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            adapt(quiet(), target_modules="all-linear", leading=1)
+
+
+@pytest.mark.parametrize(
+    ("case", "layer", "features"),
+    [
+        ("mlp", "lin0", (10, 20)),
+        ("conv1d", "conv1d", None),
+        ("embedding", "emb", None),
+        ("convolutions", "conv2d", (6, 4)),
+    ],
+)
+def test_layers_say_how_many_features_they_have_as_loras_do(case, layer, features):
+    case = CASES[case]
+    lora = get_peft_model(case.base(), LoraConfig(target_modules=[layer], fan_in_fan_out=layer == "conv1d"))
+    expected = lora.base_model.model.get_submodule(layer)
+    found = case.adapted().base_model.model.get_submodule(layer)
+    assert (found.in_features, found.out_features) == (expected.in_features, expected.out_features)
+    assert features in (None, (found.in_features, found.out_features))
+
+
+def test_an_output_may_be_changed_in_place():
+    """Llama 4 adds the routed experts to the output of the shared one."""
+    for tokens in (2, 500):
+        model = CASES["mlp"].adapted()
+        layer = model.base_model.model.lin0
+        x = torch.randn(tokens, 3, 10)
+        expected = torch.autograd.grad((layer(x) + 1).square().sum(), layer.stored("default"))
+        found = torch.autograd.grad(layer(x).add_(1).square().sum(), layer.stored("default"))
+        torch.testing.assert_close(found, expected)

@@ -36,9 +36,11 @@ class SpectralConfig(PeftConfig):
 
     Attributes:
         target_modules: ends of module names, or one regular expression, or "all-linear"; None takes what PEFT's LoRA
-            takes for this architecture, and all linear layers where that is unknown.
+            takes for this architecture, and all linear layers where that is unknown. Experts that transformers 5 keeps
+            as stacked parameters are reached by the names of their linear layers in transformers 4, as `gate_proj`.
         target_parameters: ends of names of parameters that are no layer's weight, as `experts.down_proj`, a stack of
-            one matrix for each expert; without `target_modules`, they are all that is adapted.
+            one matrix for each expert; without `target_modules`, they are all that is adapted. A fused one, as
+            `gate_up_proj`, is several matrices for each expert.
         exclude_modules: ends of module names, or one regular expression, to leave out.
         layers_to_transform: numbers of the layers to adapt; None is all of them.
         layers_pattern: name of the list of layers, where it is not the first component before a number.
@@ -54,7 +56,8 @@ class SpectralConfig(PeftConfig):
             trained numbers meet in one left direction, so that numbers of one size change what a layer puts out in each
             direction by as much, whatever the mode and k. Empty takes "normalized", or "absolute" for an adapter that
             was stored before there were units.
-        leading: k as a number, a fraction of min(m, n), "mp" or "gd"; None, without a budget, is 64 at most.
+        leading: k as a number, a fraction of min(m, n), "mp" or "gd"; None, without a budget, is 64 at most. Where
+            min(m, n) is smaller than a number, k is that, with a warning.
         budget: instead of `leading`, the fraction of the model's parameters to train; it chooses one k for all. Beside
             `leading` for sparse coefficients: how many entries `calibrate` picks among the k×k of every matrix.
         rank_pattern: end of a module name, as a regular expression → k; wins over `leading` and `budget`.

@@ -5,7 +5,7 @@ and is differentiated through, so that second derivatives are right as well.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -125,7 +125,7 @@ class LinearUpdate(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             y, Z = _forward(flat, bias if bias is None else bias.to(x.dtype), update)
         kept = x.new_empty(0) if x.dtype == W.dtype else update.multiplied()
-        return y.reshape(*x.shape[:-1], W.shape[0]), Z, kept
+        return _reshaped(y, (*x.shape[:-1], W.shape[0])), Z, kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -272,7 +272,12 @@ def _add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """`base + left @ right`, rounded once where the dtypes allow it."""
     if base.dtype != left.dtype:
         return base + (left @ right).reshape(base.shape).to(base.dtype)
-    return torch.addmm(base.reshape(-1, base.shape[-1]), left, right).reshape(base.shape)
+    return _reshaped(torch.addmm(base.reshape(-1, base.shape[-1]), left, right), base.shape)
+
+
+def _reshaped(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """A result in another shape, but no view of it: torch forbids to change such a view in place, as Llama 4 does."""
+    return torch.ops.aten._unsafe_view(y, list(shape))
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

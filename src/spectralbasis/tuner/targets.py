@@ -1,32 +1,28 @@
 """Which modules, and which parameters of other modules, a config means."""
 
 import copy
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
-from inspect import getsource
 from typing import Any, NamedTuple
 
-from peft import LoraConfig
+import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
-    _check_lora_target_modules_mamba,
     _ExcludedModule,
     _find_minimal_target_modules,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectralbasis.checkpoints import matrix_name
 from spectralbasis.checkpoints.layout import is_expert_stack
-from spectralbasis.errors import InputError
 from spectralbasis.tuner.allocation import count_parameters
+from spectralbasis.tuner.callers import check_called, reader_of
 from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.layer import SpectralLayer
 from spectralbasis.tuner.matrices import Layers
@@ -72,18 +68,18 @@ def targeted(config: SpectralConfig, model: nn.Module) -> Targeted:
     modules = _modules(config, model)
     parameters = _parameters(config, asked, held, former, conversions)
     for key in [key for key, module in modules.items() if not _is_layer(module)]:
-        # A router by the name that it has now: the parameter is adapted, since there is no layer to replace.
+        # A router: its parameter is adapted, since it is no layer, or one that returns several tensors.
         own = [one for one in held if one.key == f"{key}.weight" and _is_matrix(one)]
         for one in own:
             parameters.setdefault(one.key, [piece.key for piece in slices(one)])
             del modules[key]
-    _check_called(model, [*(f"{key}.weight" for key in modules), *parameters])
+    check_called(model, [*(f"{key}.weight" for key in modules), *parameters])
     given = tuple(f".{name}" for name in config.target_parameters or ())
     if parameters.keys() != {one.key for one in held if f".{one.key}".endswith(given)}:
         rest = {one.key for one in held if one.key not in parameters}
         config.target_parameters = sorted(_find_minimal_target_modules(list(parameters), sorted(rest)))
     if everything:
-        _warn_of_frozen(model, held, parameters)
+        _warn_of_frozen(model, asked, held, parameters, former)
     return Targeted(modules, parameters, former)
 
 
@@ -208,23 +204,38 @@ def _parameters(
 def _reaches(config: SpectralConfig, held: Held, keys: Sequence[str], former: Sequence[Sequence[str]]) -> bool:
     """Whether patterns mean a matrix: by a name of the stack that it is in, or by the layers that it was."""
     stack = [key.removesuffix(".weight") for key in keys]
-    every = {*stack, held.key.rpartition(".")[0], *(key for options in former for key in options)}
-    matches = {key: check_target_module_exists(config, key) for key in every}
-    if any(isinstance(match, _ExcludedModule) for match in matches.values()):
+    if _is_excluded(config, held, [*stack, *(key for options in former for key in options)]):
         return False
-    if held.parameter.ndim == 3 and any(matches[key] for key in stack):
+    if held.parameter.ndim == 3 and any(check_target_module_exists(config, key) for key in stack):
         return True
-    return bool(former) and all(any(matches[key] for key in options) for options in former)
+    return bool(former) and all(any(check_target_module_exists(config, key) for key in keys) for keys in former)
+
+
+def _is_excluded(config: SpectralConfig, held: Held, keys: Iterable[str]) -> bool:
+    """Whether a parameter is left out on purpose: by its name, by that of its module or by one of these."""
+    every = (held.key, held.key.rpartition(".")[0], *keys)
+    return any(isinstance(check_target_module_exists(config, key), _ExcludedModule) for key in every)
 
 
 def _is_layer(module: nn.Module) -> bool:
     layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return isinstance(layer, Layers) or backend_of(layer) is not None
+    return backend_of(layer) is not None or (isinstance(layer, Layers) and not _is_router(layer))
+
+
+def _is_router(layer: nn.Module) -> bool:
+    """Whether a linear layer of a class of its own, as some routers are, returns something else than one tensor."""
+    if not isinstance(layer, nn.Linear) or type(layer).forward is nn.Linear.forward or layer.weight.is_meta:
+        return False
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            return not isinstance(layer(layer.weight.new_zeros(1, layer.in_features)), Tensor)
+        except Exception:  # what takes no such input is no router
+            return False
 
 
 def _is_matrix(held: Held) -> bool:
     """Whether a parameter of a module that is no layer of torch is a matrix, or a stack of one for each expert."""
-    if type(held.module).__module__.startswith("torch.") or isinstance(held.module, Layers):
+    if type(held.module).__module__.startswith("torch.") or _is_layer(held.module):
         return False
     shape = tuple(held.parameter.shape)
     return (len(shape) == 2 and not held.attribute.endswith("bias")) or is_expert_stack(held.key, shape)
@@ -290,19 +301,30 @@ def _routers(held: Sequence[Held], found: Mapping[str, Any]) -> list[Held]:
     ]
 
 
-def _warn_of_frozen(model: nn.Module, held: Sequence[Held], parameters: Mapping[str, Any]) -> None:
-    """Say which experts and routers stay as they are, and what share of the model they are."""
+def _warn_of_frozen(
+    model: nn.Module,
+    config: SpectralConfig,
+    held: Sequence[Held],
+    parameters: Mapping[str, Any],
+    former: Mapping[str, list[list[str]]],
+) -> None:
+    """Say which experts and routers stay as they are without being excluded, and what share of the model they are."""
     stacks = [one for one in held if is_expert_stack(one.key, one.parameter.shape) or "experts" in one.key.split(".")]
     beside = {_grandparent(one.key) for one in stacks if _is_matrix(one)}
     routers = [one for one in held if one.key.endswith(".weight") and _grandparent(one.key) in beside]
     left = {one.key: one for one in [*stacks, *routers] if _is_matrix(one) and one.key not in parameters}
+    for key, one in list(left.items()):
+        layers = (name for piece in slices(one) for names in former.get(piece.key, ()) for name in names)
+        if _is_excluded(config, one, layers):
+            del left[key]
     if not left:
         return
-    kinds = _kinds(left)
     share = sum(one.parameter.numel() for one in left.values()) / count_parameters(model)
+    possible = _kinds(key for key in left if not reader_of(model, key))
+    advice = f"to train them, pass target_parameters={possible} as well" if possible else "they cannot be adapted"
     warnings.warn(
-        f"target_modules='all-linear' leaves {_list(kinds)} frozen, {share:.1%} of the parameters: they are no linear "
-        f"layers of {type(model).__name__}; to train them, pass target_parameters={kinds} as well",
+        f"target_modules='all-linear' leaves {_list(_kinds(left))} frozen, {share:.1%} of the parameters: they are no "
+        f"linear layers of {type(model).__name__}; {advice}",
         stacklevel=4,
     )
 
@@ -319,72 +341,3 @@ def _grandparent(key: str) -> str:
 
 def _list(names: Sequence[str]) -> str:
     return ", ".join(names)
-
-
-def _check_called(model: nn.Module, keys: Iterable[str]) -> None:
-    """Check that modules are called, and not only their parameters read, by the modules that own them.
-
-    Args:
-        model: with or without adapters.
-        keys: of the parameters to adapt.
-
-    Raises:
-        InputError: PEFT refuses the module for LoRA, or a wrapped parameter is read by its owner's owner.
-    """
-    read: dict[tuple[str, str], str] = {}
-    for key in keys:
-        path, _, attribute = key.rpartition(".")
-        above, _, name = path.rpartition(".")
-        try:
-            _check_lora_target_modules_mamba(LoraConfig(), model, name)
-        except ValueError as error:
-            raise InputError(
-                f"{path} is not supported: fused kernels of {type(model).__name__} read its weight and never call it, "
-                f"so coefficients there would not be trained; leave it out with exclude_modules=[{name!r}], or name "
-                "the modules to adapt in target_modules"
-            ) from error
-        kind: Any = type(_owner(model, above))
-        if not re.search(_READS.format(re.escape(name), re.escape(attribute)), _source(kind)):
-            continue
-        if attribute != "weight":
-            raise InputError(
-                f"{key} is not supported: {kind.__name__} reads it and does not leave that to the module that holds "
-                "it, so coefficients there would change nothing; leave it out of target_parameters"
-            )
-        read[kind.__name__, name] = path
-    if read:
-        names = sorted({name for _, name in read})
-        warnings.warn(
-            f"{_list(sorted({kind for kind, _ in read}))} has code that reads the weight of {_list(names)} without "
-            f"calling the layer, as {next(iter(read.values()))}; where that code runs, coefficients there change "
-            f"nothing and are not trained; to leave them out, pass exclude_modules={names}",
-            stacklevel=5,
-        )
-
-
-def _owner(model: nn.Module, key: str) -> nn.Module:
-    module = model
-    for part in filter(None, key.split(".")):
-        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        module = getattr(module, part)
-    return module
-
-
-_READS = (
-    r"\bself\.{}\.{}\b(?!\s*=[^=]|, torch\.Tensor\)"
-    r"|\.(?:dtype|device|data|shape|size|is_|ndim|numel|requires_grad|_))"
-)
-_STARTS = ("__init__", "_init_weights", "init_weights", "reset_parameters")
-
-
-@cache
-def _source(owner: Any) -> str:
-    """The code of a class of modules and what it inherits, without methods that only initialise."""
-    code = []
-    for one in owner.__mro__:
-        if issubclass(one, nn.Module) and not one.__module__.startswith("torch."):
-            try:
-                code += re.split(r"^    (?=def )", getsource(one), flags=re.MULTILINE)
-            except (OSError, TypeError):
-                continue
-    return "\n".join(part for part in code if not part.startswith(tuple(f"def {name}(" for name in _STARTS)))
