@@ -95,6 +95,14 @@ class Case:
         torch.manual_seed(seed)
         return get_peft_model(base, self.settings(**changes), adapter_name=adapter_name).eval()
 
+    def base_output(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Output of the base, with frozen weights as in an adapted model.
+
+        T5's position biases are the mask of its attention, and torch takes another kernel, which rounds differently,
+        for a mask that requires a gradient. The same would be true of any method of PEFT.
+        """
+        return self.output(self.base().to(dtype).requires_grad_(False))
+
     def output(self, model: nn.Module, **extra: Any) -> Tensor:
         result = model(**self.inputs, **extra)
         return result if isinstance(result, Tensor) else result[0]

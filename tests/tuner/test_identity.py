@@ -8,20 +8,37 @@ from tests.tuner.cases import CASES
 
 
 def test_the_output_at_the_start_is_that_of_the_base_bit_by_bit(case):
-    expected = case.output(case.base())
-    assert torch.equal(case.output(case.adapted(init_weights=True)), expected)
+    assert torch.equal(case.output(case.adapted(init_weights=True)), case.base_output())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_start_is_exact_in_other_dtypes(case, dtype):
-    expected = case.output(case.base().to(dtype))
-    assert torch.equal(case.output(case.adapted(init_weights=True).to(dtype)), expected)
+    assert torch.equal(case.output(case.adapted(init_weights=True).to(dtype)), case.base_output(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_start_is_exact_under_autocast(case, dtype):
     with torch.autocast("cpu", dtype):
-        assert torch.equal(case.output(case.adapted(init_weights=True)), case.output(case.base()))
+        assert torch.equal(case.output(case.adapted(init_weights=True)), case.base_output())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_start_is_exact_in_inference_beside_a_base_that_is_not_frozen(case, dtype, autocast):
+    base, model = case.base().to(dtype), case.adapted(init_weights=True).to(dtype)
+    assert any(parameter.requires_grad for parameter in base.parameters())
+    within = torch.float16 if dtype == torch.float16 else torch.bfloat16
+    with torch.inference_mode(), torch.autocast("cpu", within, enabled=autocast):
+        assert torch.equal(case.output(model), case.output(base))
+
+
+@pytest.mark.parametrize("name", ["mlp", "mlp, both layers", "mlp, band", "conv1d, band", "embedding", "convolutions"])
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)])
+def test_a_model_in_one_half_precision_runs_under_autocast_to_the_other(name, dtypes):
+    """Coefficients and all; torch's own layer norms would not."""
+    case, (stored, autocast) = CASES[name], dtypes
+    with torch.autocast("cpu", autocast):
+        assert torch.equal(case.output(case.adapted(init_weights=True).to(stored)), case.base_output(stored))
 
 
 def test_the_start_is_exact_where_the_changed_weight_is_formed():

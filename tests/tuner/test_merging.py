@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
-from spectralbasis.errors import BaseMismatchError
+from spectralbasis.errors import BaseMismatchError, InputError
 from spectralbasis.triplets import matrix_hash
 from spectralbasis.tuner import SpectralLayer
 from tests.tuner.cases import CASES
@@ -209,7 +209,7 @@ def test_factors_for_a_merged_layer_come_from_its_original_weight():
 def test_disabling_while_merged_gives_the_base(case):
     model = case.adapted(modules_to_save=None, task_type=None)
     model.merge_adapter()
-    expected = case.output(case.base())
+    expected = case.base_output()
     with model.disable_adapter():
         assert torch.equal(case.output(model), expected)
 
@@ -221,3 +221,18 @@ def test_the_adapter_saved_while_merged_is_the_adapter(tmp_path):
     model.merge_adapter()
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(case.output(PeftModel.from_pretrained(case.base(), tmp_path)), expected)
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_a_weight_that_is_computed_at_each_use_is_adapted_but_never_merged_into(wrap):
+    case = CASES["mlp"]
+    base = case.base()
+    wrap(base.lin0)
+    torch.manual_seed(1)
+    model = get_peft_model(base, case.settings()).eval()
+    expected = case.output(model)
+    torch.testing.assert_close(expected, case.output(case.adapted()), **CLOSE)
+    with pytest.raises(InputError, match=r"computed anew .* lost; before the adapter is added"):
+        model.merge_adapter()
+    assert torch.equal(case.output(model), expected)

@@ -23,7 +23,7 @@ def several(case, **changes):
 
 def alone(case, model, name):
     if name == "__base__":
-        return case.output(case.base())
+        return case.base_output()
     model.set_adapter(name)
     return case.output(model)
 
@@ -42,7 +42,7 @@ def test_each_row_gets_its_adapter(case):
 def test_rows_of_the_base_are_exact():
     case = CASES["mlp, both layers"]
     mixed = case.output(several(case), adapter_names=["__base__", "first", "second"] * 3)
-    assert torch.equal(mixed[::3], case.output(case.base())[::3])
+    assert torch.equal(mixed[::3], case.base_output()[::3])
 
 
 @torch.inference_mode()

@@ -1,28 +1,17 @@
-"""The training loops of transformers and trl, as a user of LoRA calls them."""
+"""The training loops of transformers, as a user of LoRA calls them."""
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from tests.tuner.cases import CASES
 
 CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+pytestmark = pytest.mark.usefixtures("own_precision")
 COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
-WORDS = [f"w{i}" for i in range(47)]
-
-
-@pytest.fixture(autouse=True)
-def own_precision(monkeypatch):
-    """A trainer's precision stays in accelerate's state and in the environment, for all that follow."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def settings(folder, **changes):
@@ -89,27 +78,3 @@ def test_auto_classes_find_the_base_by_its_name(tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter").eval()
     torch.testing.assert_close(case.output(loaded), case.output(model))
-
-
-def test_sft_trainer(tmp_path):
-    trl = pytest.importorskip("trl", reason="trl is not installed")
-    case = CASES["llama"]
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-    texts = Dataset.from_dict({"text": [" ".join(WORDS[i : i + 6]) for i in range(8)]})
-    trainer = trl.SFTTrainer(
-        case.base(),
-        trl.SFTConfig(**settings(tmp_path), max_length=16),
-        train_dataset=texts,
-        processing_class=tokenizer,
-        peft_config=case.settings(init_weights=True),
-    )
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
-    trainer.save_model(tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(case.base(), tmp_path / "adapter")
-    ids = case.inputs["input_ids"]
-    torch.testing.assert_close(loaded(ids).logits, trainer.model.eval()(ids).logits)

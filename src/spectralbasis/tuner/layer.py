@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
+from spectralbasis.errors import InputError
 from spectralbasis.tuner.batches import add_row_updates
 from spectralbasis.tuner.factors import Factors
 from spectralbasis.tuner.forms import FORMS
@@ -214,11 +215,17 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: `safe_merge`, and the result is not finite.
-            InputError: the weight is quantized in a way that cannot be merged into.
+            InputError: the weight is quantized in a way that cannot be merged into, or is no parameter.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.spectral_coefficients]
         if not names:
             return
+        if self.quantization_backend is None and not isinstance(self.parameter, nn.Parameter):
+            raise InputError(
+                f"a weight of {type(self.get_base_layer()).__name__} is computed anew from other tensors at each use, "
+                "and what is merged into it would be lost; before the adapter is added, make it a parameter with "
+                "torch.nn.utils.parametrize.remove_parametrizations (or torch.nn.utils.remove_weight_norm)"
+            )
         original = self.original_weight.to(self.parameter.device)
         merged = original
         for name in [*self.merged_adapters, *names]:

@@ -163,6 +163,11 @@ class SpectralModel(BaseTuner):
     ) -> dict[str, Any]:
         """Factors and parametrisation that were prepared for a module, or of all matrices in a parameter."""
         if parameter_name is not None:
+            if key not in self._stacks:
+                raise InputError(
+                    f"{key} is no parameter: it is computed from others at each use; remove what computes it first, "
+                    "with torch.nn.utils.parametrize.remove_parametrizations"
+                )
             keys = [one.key for one in self._stacks[key] if one.key in self._prepared]
             parts = [self._prepared.pop(one) for one in keys]
             return {

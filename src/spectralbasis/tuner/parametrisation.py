@@ -47,7 +47,8 @@ class Parametrisation(nn.Module):
         if self.positions is None:
             return values
         flat = values.new_zeros(*values.shape[:-1], self.k * self.k)
-        return flat.index_copy(-1, self.positions, values).unflatten(-1, (self.k, self.k))
+        # Under autocast, index_copy refuses numbers in a 16-bit dtype other than that of autocast; scatter does not.
+        return flat.scatter(-1, self.positions.expand_as(values), values).unflatten(-1, (self.k, self.k))
 
     def inverse(self, C: Tensor) -> Tensor:
         """The stored numbers of C, entries that are not stored left out; 0 where the unit is."""

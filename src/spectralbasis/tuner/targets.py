@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from spectralbasis.checkpoints import matrix_name
 from spectralbasis.checkpoints.layout import is_expert_stack
 from spectralbasis.checkpoints.names import conversions_of, same_names
+from spectralbasis.errors import InputError
 from spectralbasis.tuner.allocation import count_parameters
 from spectralbasis.tuner.callers import check_called, leave_out_refused, reader_of
 from spectralbasis.tuner.config import SpectralConfig
@@ -58,7 +59,8 @@ def targeted(config: SpectralConfig, model: nn.Module) -> Targeted:
     conversions, so that `target_modules` means the same in both.
 
     Raises:
-        InputError: a module is one that PEFT refuses for LoRA, since its owner never calls it.
+        InputError: a module is one that PEFT refuses for LoRA, since its owner never calls it, or a weight is named
+            twice.
     """
     if config.reached is not None and not config.bound and config.target_parameters == config.reached[0]:
         config.target_parameters = config.reached[1]  # a config that is used again means what it meant at first
@@ -79,6 +81,13 @@ def targeted(config: SpectralConfig, model: nn.Module) -> Targeted:
         for one in own:
             parameters.setdefault(one.key, [piece.key for piece in slices(one)])
             del modules[key]
+    for key in [key for key in modules if f"{key}.weight" in parameters]:
+        if not config.bound:
+            raise InputError(
+                f"target_modules={config.target_modules!r} means {key}, and "
+                f"target_parameters={config.target_parameters!r} its weight; name it in one of them"
+            )
+        del modules[key]  # a record says which matrices are adapted, not where they are
     check_called(model, [*(f"{key}.weight" for key in modules), *parameters])
     given = tuple(f".{name}" for name in config.target_parameters or ())
     if parameters.keys() != {one.key for one in held if f".{one.key}".endswith(given)}:
