@@ -6,15 +6,19 @@ import sqlite3
 import pandas as pd
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 import spectralbasis as sb
 from spectralbasis.comparison import measuring
 from tests.comparison.pairs import layered, random_updates
 from tests.matrices import power_law, with_spectrum
+from tests.models import tiny
 
 CONTRACT = "tuned, matrix, layer, kind, m, n, k, metric, side, index, value, null, null_mean, null_std, z, p_value"
-SUMMARY = "base, tuned, leading, matrices, skipped, stability, coverage, versions, seed, seconds, peak_rss_bytes"
+SUMMARY = (
+    "base, tuned, leading, matrices, skipped, unpaired, stability, coverage, versions, seed, seconds, peak_rss_bytes"
+)
 FINDING = {"value", "null_mean", "effect", "ci_low", "ci_high", "p_value", "verdict"}
 
 
@@ -320,3 +324,17 @@ def test_where_no_weight_of_either_side_can_be_read_the_result_says_so_and_has_n
         sb.compare(state, [dict(state)], output=tmp_path / "out")
     with pytest.raises(sb.InputError, match="nothing to plan"):
         sb.plan_comparison(state, [dict(state)])
+
+
+def test_an_adapter_that_fits_its_base_in_part_is_refused_unless_asked_for(tmp_path):
+    torch.manual_seed(0)
+    deep, shallow = tiny("llama", num_hidden_layers=3), tiny("llama", num_hidden_layers=2)
+    shallow.load_state_dict(deep.state_dict(), strict=False)
+    shallow.save_pretrained(tmp_path / "base")
+    config = LoraConfig(target_modules=["q_proj", "up_proj"], r=4, init_lora_weights=False)
+    get_peft_model(deep, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(sb.InputError, match=r"mlp\.up_proj \(1 of 3\).*partial=True \(--partial\)"):
+        sb.compare(tmp_path / "base", [tmp_path / "adapter"], null=None)
+    summary = sb.compare(tmp_path / "base", [tmp_path / "adapter"], null=None, partial=True).summary()
+    assert summary["matrices"] == 4
+    assert "adapted, but absent" in summary["skipped"]["layers.2.mlp.up_proj"]

@@ -72,6 +72,9 @@ def compare(
             metavar="SIZE", help="Memory for each process, such as 8GB; matrices that take more are read in row blocks."
         ),
     ] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Compare an adapter also where the base lacks some of what it adapts.")
+    ] = False,
     device: Annotated[str, typer.Option(help="Where matrices are decomposed: cpu or cuda.")] = "cpu",
     trailing: Annotated[bool, typer.Option("--trailing", help="Measure the trailing directions too.")] = False,
     as_json: AsJson = False,
@@ -91,6 +94,7 @@ def compare(
         "draws": draws,
         "include": include or (),
         "exclude": exclude or (),
+        "partial": partial,
         "trailing": trailing,
         "memory_budget": memory_budget,
         "ray": ray,

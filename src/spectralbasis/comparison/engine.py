@@ -38,6 +38,7 @@ def compare(
     tolerance: float = 1e-4,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    partial: bool = False,
     device: str = "cpu",
     trailing: bool = False,
     workers: int = 1,
@@ -62,6 +63,7 @@ def compare(
         tolerance: largest sine accepted between computed and true leading subspaces.
         include: glob patterns of matrix names to measure; empty measures all but embeddings and heads.
         exclude: glob patterns of matrix names to leave out.
+        partial: compare an adapter also where the base lacks some of what it adapts, which is listed as skipped.
         device: where matrices are decomposed, such as "cpu" or "cuda".
         trailing: measure the trailing directions beside the leading ones; it takes a full decomposition each time.
         workers: processes that measure matrices side by side, or fewer where memory does not suffice for so many; the
@@ -88,7 +90,7 @@ def compare(
     if ray is None:
         _check_device(device)
     settings = Settings(parse_leading(leading), null, draws, seed, tolerance, device, trailing)
-    pairing = open_pairs(base, tuned, include, exclude)
+    pairing = open_pairs(base, tuned, include, exclude, partial=partial)
     run = _Run(pairing, settings, tasks)
     with _open_store(output, settings, resume) as store:
         run.measure(store, workers, ray, budget, progress)

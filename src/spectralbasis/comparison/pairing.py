@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from spectralbasis.checkpoints import Checkpoint, Matrix, match_matrices, open_checkpoint
+from spectralbasis.checkpoints import Checkpoint, Matrix, match_matrices, matrix_name, open_checkpoint
 from spectralbasis.checkpoints.labels import short_labels
 from spectralbasis.checkpoints.matching import Unpaired
 from spectralbasis.errors import InputError
@@ -37,8 +37,12 @@ class Pairing:
         self.skipped[name if len(self.tuned) == 1 else f"{name} [{label}]"] = reason
 
 
-def open_pairs(base: Any, tuned: Sequence[Any], include: Sequence[str], exclude: Sequence[str]) -> Pairing:
+def open_pairs(
+    base: Any, tuned: Sequence[Any], include: Sequence[str], exclude: Sequence[str], *, partial: bool = False
+) -> Pairing:
     """Open checkpoints and pair the base's matrices with those of each finetuned one, by name; no weights are read.
+
+    With `partial`, what an adapter adapts and the base lacks is listed as skipped; without, such an adapter is refused.
 
     Raises:
         InputError: there is no finetuned checkpoint, one cannot be opened, or nothing can be paired.
@@ -46,7 +50,7 @@ def open_pairs(base: Any, tuned: Sequence[Any], include: Sequence[str], exclude:
     if not tuned:
         raise InputError("nothing to compare with: pass at least one finetuned checkpoint after the base")
     opened = open_checkpoint(base)
-    checkpoints = [open_checkpoint(one, base=opened) for one in tuned]
+    checkpoints = [open_checkpoint(one, base=opened, partial=partial) for one in tuned]
     labels = short_labels([checkpoint.source for checkpoint in checkpoints])
     found = Pairing(opened, dict(zip(labels, checkpoints, strict=True)))
     for label, checkpoint in found.tuned.items():
@@ -54,6 +58,8 @@ def open_pairs(base: Any, tuned: Sequence[Any], include: Sequence[str], exclude:
         found.unpaired[label], found.shares[label] = matching.unpaired, matching.share
         for name, reason in matching.skipped.items():
             found.skip(label, name, reason)
+        for parameter in getattr(checkpoint, "missing", ()):
+            found.skip(label, matrix_name(parameter), f"adapted, but absent in {opened.source}")
         for before, after in matching.pairs:
             found.bases[before.name] = before
             found.partners.setdefault(before.name, {})[label] = after

@@ -97,6 +97,7 @@ def plan_comparison(
     draws: int = 5,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    partial: bool = False,
     trailing: bool = False,
     workers: int | None = None,
     memory_budget: str | int | None = None,
@@ -113,6 +114,7 @@ def plan_comparison(
         draws: draws of the null per matrix.
         include: glob patterns of matrix names to measure.
         exclude: glob patterns of matrix names to leave out.
+        partial: take an adapter also where the base lacks some of what it adapts.
         trailing: measure the trailing directions too.
         workers: local processes; None takes one for each core.
         memory_budget: what each process may work in.
@@ -129,7 +131,7 @@ def plan_comparison(
     """
     settings = Settings(parse_leading(leading), null, draws, trailing=trailing)
     budget = None if memory_budget is None else parse_size(memory_budget)
-    pairing = open_pairs(base, tuned, include, exclude)
+    pairing = open_pairs(base, tuned, include, exclude, partial=partial)
     if not pairing.bases:
         raise InputError(f"no weight of {pairing.base.source} can be read, so there is nothing to plan")
     groups = group_by_shape(pairing, settings, budget)
