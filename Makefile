@@ -3,7 +3,7 @@ BIN := .venv/bin
 # An editable install, so that the tests see the working tree; every version comes from constraints.txt.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test check pytest docs wheel-check clean
+.PHONY: demo test test-peft check pytest docs wheel-check clean
 
 demo: .venv/installed
 	$(BIN)/spectralbasis quickstart --output quickstart
@@ -14,6 +14,10 @@ test: .venv/installed-dev
 
 pytest: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+
+# PEFT's own tests on spectral adapters.
+test-peft: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.peft_suite
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

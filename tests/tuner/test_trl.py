@@ -154,6 +154,6 @@ def test_the_reference_of_a_trained_adapter_is_that_adapter(name, trained, tmp_p
     assert all(torch.equal(value, start[key]) for key, value in numbers(used.model, "ref").items())
     used.train()
     for metric, value in AT_THE_START[name].items():
-        assert first(used, metric) == pytest.approx(value, abs=1e-5)
+        assert first(used, metric) == pytest.approx(value, abs=1e-4)  # logs may be rounded so
     assert all(torch.equal(value, start[key]) for key, value in numbers(used.model, "ref").items())
     assert not all(torch.equal(value, start[key]) for key, value in numbers(used.model).items())
