@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from torch import nn
 from torch.func import functional_call
 
-from spectralbasis import CoefficientBank, export_lora, open_checkpoint, similarity
+from spectralbasis import CoefficientBank, export_lora, export_merged, open_checkpoint, similarity
 from spectralbasis.checkpoints import logical_matrices
 from spectralbasis.errors import BaseMismatchError, InputError
 from spectralbasis.triplets import matrix_hash
@@ -200,10 +200,9 @@ def test_conversion_to_lora_is_refused():
         convert_to_lora(adapted("gpt_oss"), rank=4)
 
 
-def test_other_readers_say_that_peft_alone_reads_stacks(tmp_path):
+def test_what_takes_the_coefficients_alone_refuses_those_of_stacks(tmp_path):
     adapted("gpt_oss").save_pretrained(tmp_path)
     readers = [
-        lambda: open_checkpoint(tmp_path, base=base("gpt_oss")),
         lambda: export_lora(tmp_path, tmp_path / "lora", base=base("gpt_oss")),
         lambda: similarity([tmp_path, tmp_path], base=base("gpt_oss")),
         lambda: CoefficientBank.from_adapters(base("gpt_oss"), {"task": tmp_path}),
@@ -211,6 +210,19 @@ def test_other_readers_say_that_peft_alone_reads_stacks(tmp_path):
     for read in readers:
         with pytest.raises(InputError, match=r"adapts stacks of experts, target_parameters=\['experts.down_proj', "):
             read()
+
+
+def test_a_merged_model_of_stacks_is_what_peft_merges(tmp_path):
+    folder, model = tmp_path / "base", tiny("gpt_oss", "causal")
+    model.save_pretrained(folder)
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    config = SpectralConfig(target_parameters=parameters, leading=2, coefficients="core", init_weights=False)
+    model = get_peft_model(type(model).from_pretrained(folder), config)
+    model.save_pretrained(tmp_path / "adapter")
+    export_merged(tmp_path / "adapter", tmp_path / "merged", base=folder)
+    merged, expected = type(model.get_base_model()).from_pretrained(tmp_path / "merged"), model.merge_and_unload()
+    for (name, found), truth in zip(merged.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(found, truth, msg=name)
 
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -67,7 +67,7 @@ def read_spectral_adapter(folder: Path) -> SpectralAdapter:
     """
     try:
         config = SpectralConfig.from_pretrained(str(folder))
-        check_layers_alone(config, folder)
+        check_layers_alone(config.target_parameters, folder)
     except InputError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError) as error:

@@ -24,7 +24,7 @@ from spectralbasis.checkpoints.roles import is_embedding_table
 from spectralbasis.coefficients.adapters import COEFFICIENTS, named_base, open_spectral_adapter
 from spectralbasis.errors import InputError
 from spectralbasis.folders import atomic_folder, check_output
-from spectralbasis.tuner.reading import SpectralEdit
+from spectralbasis.tuner.reading import SpectralEdit, StackEdit, check_layers_alone
 
 _LORA_BIASES = {"spectral_only": "lora_only"}
 _LARGEST_RANK_IN_VLLM = 512
@@ -149,6 +149,8 @@ def export_lora(
         raise InputError(f"rank={rank} is no rank; pass a whole number of 1 or more, or leave it out to lose nothing")
     check_output(Path(output), overwrite=overwrite, written_file="adapter_config.json")
     opened = open_spectral_adapter(adapter, base, partial=partial)
+    stacks = [name for name, edit in opened.updates.items() if isinstance(edit, StackEdit)]
+    check_layers_alone(opened.adapter.config.get("target_parameters") or stacks, Path(adapter))
     layers = list(_layers(opened, rank))
     others = _others(opened)
     config = _config(opened, layers, named_base(opened, base))

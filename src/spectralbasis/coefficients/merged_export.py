@@ -38,6 +38,7 @@ from spectralbasis.coefficients.architectures import (
 )
 from spectralbasis.errors import InputError
 from spectralbasis.folders import atomic_folder, check_output
+from spectralbasis.tuner.reading import SpectralEdit
 
 LARGEST_SHARD = 5 * 10**9
 """Bytes of weights in one file."""
@@ -199,9 +200,9 @@ def _prefix(opened: AdapterCheckpoint) -> str:
     """What the adapter's model puts before the names of the base, such as "bert."; empty where it puts nothing."""
     of_base = set(opened.base.names())
     for tensor, edit in opened.updates.items():
-        module = adapted_name(str(vars(edit)["coefficients"])).partition(COEFFICIENTS)[0]
-        parameter = f"{module}.weight"
-        if tensor in of_base:
+        if tensor in of_base and isinstance(edit, SpectralEdit):
+            module = adapted_name(edit.coefficients).partition(COEFFICIENTS)[0]
+            parameter = f"{module}.weight"
             return parameter.removesuffix(tensor) if parameter.endswith(f".{tensor}") else ""
     return ""
 

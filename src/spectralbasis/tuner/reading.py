@@ -1,6 +1,6 @@
 """Spectral adapters as checkpoints: `W + U C Vᵀ`, with the directions found as the tuner finds them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -150,11 +150,11 @@ def spectral_edits(adapter: Adapter) -> Mapping[str, Edit]:
     return edits
 
 
-def check_layers_alone(config: SpectralConfig, folder: Path) -> None:
-    """Raise InputError for an adapter of parameters, whose numbers are of several matrices in one tensor."""
-    if config.target_parameters:
+def check_layers_alone(parameters: Iterable[str] | None, folder: Path) -> None:
+    """Raise InputError for an adapter of these parameters, whose numbers are of several matrices in one tensor."""
+    if parameters:
         raise InputError(
-            f"{folder} adapts stacks of experts, target_parameters={sorted(config.target_parameters)}, whose "
+            f"{folder} adapts stacks of experts, target_parameters={sorted(parameters)}, whose "
             "coefficients are read with their model alone; compare updates instead (of='updates', --of updates), or "
             "merge it: spectralbasis export ADAPTER --to merged"
         )
