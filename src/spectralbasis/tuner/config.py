@@ -106,6 +106,8 @@ class SpectralConfig(PeftConfig):
         self.peft_type = PeftType(METHOD)
         self.basis = str(self.basis)
         self.bound = self.base_hashes is not None
+        # `target_parameters` as a model set them for what target_modules reach there, and as they were given.
+        self.reached: tuple[list[str], list[str] | None] | None = None
         self.scaling = self.scaling or ("absolute" if self.bound else DEFAULT_SCALING)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)

@@ -60,6 +60,8 @@ def targeted(config: SpectralConfig, model: nn.Module) -> Targeted:
         InputError: a module is one that PEFT refuses for LoRA, since its owner never calls it, or a weight is named
             twice.
     """
+    if config.reached is not None and not config.bound and config.target_parameters == config.reached[0]:
+        config.target_parameters = config.reached[1]  # a config that is used again means what it meant at first
     set_default_targets(config, BaseTuner.get_model_config(model))
     held = list(held_parameters(model))
     conversions = _conversions(model)
@@ -86,7 +88,10 @@ def targeted(config: SpectralConfig, model: nn.Module) -> Targeted:
     given = tuple(f".{name}" for name in config.target_parameters or ())
     if parameters.keys() != {one.key for one in held if f".{one.key}".endswith(given)}:
         rest = {one.key for one in held if one.key not in parameters}
-        config.target_parameters = sorted(_find_minimal_target_modules(list(parameters), sorted(rest)))
+        found = sorted(_find_minimal_target_modules(list(parameters), sorted(rest)))
+        if not everything:
+            config.reached = found, config.target_parameters
+        config.target_parameters = found
     if everything:
         _warn_of_frozen(model, asked, held, parameters, former)
     return Targeted(modules, parameters, former)
