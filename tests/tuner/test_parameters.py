@@ -225,6 +225,31 @@ def test_a_merged_model_of_stacks_is_what_peft_merges(tmp_path):
         torch.testing.assert_close(found, truth, msg=name)
 
 
+def test_the_weight_of_a_linear_layer_may_be_named_as_a_parameter(tmp_path):
+    case = CASES["mlp"]
+    model = case.adapted(target_parameters=["lin1.weight"])
+    assert [wrapper.parameter_name for wrapper in wrappers(model)] == ["weight"]
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(case.base(), tmp_path)
+    assert len(wrappers(loaded)) == 1
+    assert torch.equal(case.output(loaded.eval()), case.output(model))
+    model.load_adapter(tmp_path, adapter_name="again")
+    model.set_adapter("again")
+    assert torch.equal(case.output(model), case.output(loaded))
+
+
+def test_a_weight_is_named_once():
+    with pytest.raises(InputError, match=r"means lin0, and target_parameters=.* its weight; name it in one of them"):
+        CASES["mlp"].adapted(target_parameters=["lin0.weight"])
+
+
+def test_a_parameter_that_is_computed_is_refused():
+    base = CASES["mlp"].base()
+    nn.utils.parametrizations.weight_norm(base.lin0)
+    with pytest.raises(InputError, match=r"lin0.weight is no parameter: .*parametrize.remove_parametrizations"):
+        get_peft_model(base, SpectralConfig(target_parameters=["lin0.weight"]))
+
+
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 V5 = find_spec("transformers.conversion_mapping") is not None
 MIXTURES = {
@@ -390,28 +415,3 @@ def test_a_config_that_is_used_again_means_the_same():
         ranks = [set(get_peft_model(base("mixtral"), config).peft_config["default"].ranks) for _ in range(2)]
         assert ranks[0] == ranks[1]
         assert any("experts.1.gate_up_proj.gate" in name for name in ranks[0])
-
-
-def test_the_weight_of_a_linear_layer_may_be_named_as_a_parameter(tmp_path):
-    case = CASES["mlp"]
-    model = case.adapted(target_parameters=["lin1.weight"])
-    assert [wrapper.parameter_name for wrapper in wrappers(model)] == ["weight"]
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(case.base(), tmp_path)
-    assert len(wrappers(loaded)) == 1
-    assert torch.equal(case.output(loaded.eval()), case.output(model))
-    model.load_adapter(tmp_path, adapter_name="again")
-    model.set_adapter("again")
-    assert torch.equal(case.output(model), case.output(loaded))
-
-
-def test_a_weight_is_named_once():
-    with pytest.raises(InputError, match=r"means lin0, and target_parameters=.* its weight; name it in one of them"):
-        CASES["mlp"].adapted(target_parameters=["lin0.weight"])
-
-
-def test_a_parameter_that_is_computed_is_refused():
-    base = CASES["mlp"].base()
-    nn.utils.parametrizations.weight_norm(base.lin0)
-    with pytest.raises(InputError, match=r"lin0.weight is no parameter: .*parametrize.remove_parametrizations"):
-        get_peft_model(base, SpectralConfig(target_parameters=["lin0.weight"]))
