@@ -105,7 +105,7 @@ def _grouped_or_thirds(rows: int, columns: int, config: Mapping[str, Any]) -> Pa
 
 
 def _square_thirds(rows: int, columns: int, config: Mapping[str, Any]) -> Parts | None:
-    """`qkv` of timm and transformers; of other sizes, heads may share keys or keys be shorter, as in LitGPT and LeViT."""
+    """`qkv` of timm and transformers; of other sizes, heads may share keys (LitGPT) or keys be shorter (LeViT)."""
     return _thirds(rows, columns, config) if rows == 3 * columns else None
 
 
