@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from spectralbasis.checkpoints import open_checkpoint
+from spectralbasis.checkpoints import logical_matrices, open_checkpoint
 
 STATE = {
     "layer.0.weight": torch.randn(5, 3, generator=torch.Generator().manual_seed(1)),
@@ -175,3 +175,10 @@ def test_relative_and_string_paths(tmp_path, monkeypatch):
     safetensors_folder(tmp_path)
     monkeypatch.chdir(tmp_path.parent)
     assert open_checkpoint(tmp_path.name).source == tmp_path.name
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+def test_a_sparse_tensor_is_read_as_the_matrix_that_it_is(layout):
+    W = torch.eye(4) * torch.arange(4)
+    matrices, _ = logical_matrices(open_checkpoint({"a.weight": layout(W)}))
+    assert torch.equal(matrices["a"].read(), W)

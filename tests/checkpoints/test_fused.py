@@ -152,6 +152,23 @@ def test_without_a_config_an_ambiguous_layout_stays_whole(name):
     assert list(matrices) == [f"layers.0.attention.{name}"]
 
 
+def test_qkv_with_shared_keys_stays_whole():
+    state = {"transformer.h.0.attn.qkv.weight": torch.randn(48, 32)}  # 4 heads of 8, 1 key and 1 value head
+    matrices, _ = logical_matrices(open_checkpoint(state))
+    assert list(matrices) == ["h.0.attn.qkv"]
+
+
+def test_chatglm_without_shared_keys_is_fused_head_by_head():
+    # As its code has it: view(heads, 3 * size), then thirds of the last dimension.
+    W = torch.randn(48, 16)
+    config = {"model_type": "chatglm", "num_attention_heads": 4, "hidden_size": 16}
+    matrices, _ = logical_matrices(open_checkpoint({"layers.0.attention.query_key_value.weight": W}), config=config)
+    heads = W.view(4, 12, 16)
+    for number, part in enumerate(("query", "key", "value")):
+        expected = heads[:, 4 * number : 4 * number + 4].reshape(16, 16)
+        assert torch.equal(matrices[f"layers.0.attention.query_key_value.{part}"].read(), expected)
+
+
 def test_mamba_in_proj_is_one_matrix():
     matrices, _ = logical_matrices(open_checkpoint({"layers.0.mixer.in_proj.weight": torch.randn(24, 8)}))
     assert list(matrices) == ["layers.0.mixer.in_proj"]

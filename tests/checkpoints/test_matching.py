@@ -110,3 +110,51 @@ def test_include_and_exclude():
 def test_include_that_names_nothing_shows_what_there_is():
     with pytest.raises(InputError, match=r"include=\['attention'\].*layer\.0\.dense"):
         match(layers("", [0]), layers("", [0]), include=["attention"])
+
+
+def stacks(prefix, numbers, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"{prefix}encoder.layer.{number}.dense.weight": torch.randn(4, 3, generator=generator) for number in numbers
+    }
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_stack_that_two_prefixes_hold_is_paired_by_its_whole_name(swapped):
+    text = stacks("bert.", range(4), 0)
+    both = stacks("vit.", range(4), 1) | {name: W for name, W in text.items() if ".0." in name or ".1." in name}
+    pairs, _ = match(both, text) if swapped else match(text, both)
+    assert len(pairs) == 2
+    assert all(torch.equal(before.read(), after.read()) for before, after in pairs)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_name_with_and_without_its_prefix_in_one_checkpoint_is_paired_with_the_same_name(swapped):
+    one = stacks("model.", [0], 0)
+    both = stacks("", [0], 1) | one
+    ((before, after),), _ = match(both, one) if swapped else match(one, both)
+    assert torch.equal(before.read(), after.read())
+
+
+def test_a_stack_that_is_held_twice_under_other_names_is_refused_with_what_to_do():
+    twice = stacks("student.", [0, 1], 0) | stacks("teacher.", [0, 1], 1)
+    with pytest.raises(InputError, match=r"more than once \(student\..*, teacher\..*state_dict of that part"):
+        match(stacks("", [0, 1], 0), twice)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_transposed_convolution_of_a_file_is_read_as_the_module_says(swapped):
+    model = torch.nn.ModuleDict({"up": torch.nn.ConvTranspose2d(6, 6, 3), "out": torch.nn.Linear(5, 4)})
+    sides = [model, model.state_dict()]
+    pairs, _ = match(*(reversed(sides) if swapped else sides))
+    expected = model["up"].weight.detach().transpose(0, 1).flatten(1)
+    found = {before.name: (before.read(), after.read()) for before, after in pairs}
+    assert all(torch.equal(matrix, expected) for matrix in found["up"])
+
+
+def test_the_projection_of_the_original_clip_is_the_transpose_of_that_of_transformers():
+    projection = torch.randn(4, 4)
+    pairs, _ = match({"text_projection": projection}, {"text_projection.weight": projection.T.contiguous()})
+    ((before, after),) = pairs
+    assert torch.equal(before.read(), projection.T)
+    assert torch.equal(before.read(), after.read())

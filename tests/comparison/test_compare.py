@@ -136,8 +136,11 @@ def test_a_base_with_nan_is_listed_and_a_matrix_of_fewer_directions_gives_all_it
         names[1].removesuffix(".weight"): 5,
         names[2].removesuffix(".weight"): 8,
     }
-    (note,) = result.summary()["notes"]
-    assert "k=8 exceeds the smaller side of 1 matrix" in note
+    summary = result.summary()
+    sizes = [W.numel() for W in base.values()]
+    assert summary["measured_share"] == pytest.approx(1 - sizes[0] / sum(sizes))
+    assert "1 pair of matrices could not be measured, so that 50 % of the model was" in summary["notes"][0]
+    assert "k=8 exceeds the smaller side of 1 matrix" in summary["notes"][1]
 
 
 def test_without_leading_k_is_64_or_half_of_the_smaller_side():
@@ -148,6 +151,16 @@ def test_without_leading_k_is_64_or_half_of_the_smaller_side():
     assert result.table.groupby("matrix")["k"].max().to_dict() == {"layer.0.wide": 64, "layer.1.narrow": 4}
     assert result.summary()["notes"] == []
     assert "64, or half of min(m, n) where that is less" in result.summary()["methods"]
+
+
+def test_layers_that_are_numbered_from_another_number_are_told():
+    base, _ = random_updates(4, 0.1, per_layer=1)
+    name = "encoder.layer.{}.dense0.weight".format
+    tuned = {name(i + 1): base[name(i)] + 0.01 * torch.randn(48, 40) for i in range(4)}
+    shifted = sb.compare(base, [tuned], leading=4, null=None).summary()["notes"]
+    assert any("In 3 of 3 matrices" in note and "number their layers alike" in note for note in shifted)
+    equal = {name(i): base[name(i)] + 0.01 * torch.randn(48, 40) for i in range(4)}
+    assert sb.compare(base, [equal], leading=4, null=None).summary()["notes"] == []
 
 
 def test_what_has_no_partner_is_named_in_groups_with_its_share_of_the_model():

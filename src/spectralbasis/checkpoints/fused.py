@@ -104,6 +104,11 @@ def _grouped_or_thirds(rows: int, columns: int, config: Mapping[str, Any]) -> Pa
     return _grouped(rows, columns, config) or thirds
 
 
+def _square_thirds(rows: int, columns: int, config: Mapping[str, Any]) -> Parts | None:
+    """`qkv` of timm and transformers; of other sizes, heads may share keys (LitGPT) or keys be shorter (LeViT)."""
+    return _thirds(rows, columns, config) if rows == 3 * columns else None
+
+
 def _codegen(rows: int) -> Parts:
     """Four blocks, one for each accelerator it was trained on, each with queries, values and keys in this order."""
     size = rows // 12
@@ -111,17 +116,17 @@ def _codegen(rows: int) -> Parts:
 
 
 def _per_head(rows: int, columns: int, config: Mapping[str, Any]) -> Parts | None:
-    """GPT-NeoX, BLOOM: query, key and value of the first head, then of the second; Falcon in three layouts."""
+    """GPT-NeoX, BLOOM, ChatGLM: query, key and value of the first head, then of the second; Falcon in three layouts."""
     family = model_type(config)
     for heads, shared, size in _heads(config, columns):
         if family == "falcon" and config.get("new_decoder_architecture"):
             return _shared_keys(rows, heads, shared, size)
         if family == "falcon" and config.get("multi_query"):
             return _grouped_if(rows, heads, 1, size)
-        if family in (*_BLOCKWISE_HEADS, "falcon") and rows == 3 * heads * size:
-            return _consecutive(dict.fromkeys(_QKV, size), groups=heads)
-        if family == "chatglm":
+        if family == "chatglm" and config.get("multi_query_attention"):
             return _grouped_if(rows, heads, _first(config, "multi_query_group_num") or heads, size)
+        if family in (*_BLOCKWISE_HEADS, "falcon", "chatglm") and rows == 3 * heads * size:
+            return _consecutive(dict.fromkeys(_QKV, size), groups=heads)
     return None
 
 
@@ -180,7 +185,7 @@ def _first(config: Mapping[str, Any], *keys: str) -> int | None:
 
 
 _SPLITS: dict[str, Split] = {
-    "qkv": _thirds,
+    "qkv": _square_thirds,
     "to_qkv": _thirds,
     "in_proj_weight": _thirds,
     "to_kv": _key_value,

@@ -10,6 +10,8 @@ from spectralbasis.checkpoints.fused import model_type
 
 _CONV1D_NAMES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+_PROJECTIONS = ("text_projection", "proj")
+"""Parameters of the original CLIP and of open_clip, which multiply from the right: `x @ text_projection`."""
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -25,6 +27,8 @@ class Layouts:
         """Whether the tensor (or, for a stack of experts, each of its slices) is the transpose of the matrix."""
         owner = self._checkpoint.module_type(tensor)
         if owner is not None and (owner.__name__ == "Conv1D" or issubclass(owner, _TRANSPOSED_CONVOLUTIONS)):
+            return True
+        if len(self._checkpoint.shape(tensor)) == 2 and tensor.rpartition(".")[2] in _PROJECTIONS:
             return True
         if is_expert_stack(tensor, self._checkpoint.shape(tensor)):
             return self._transposed_experts(tensor)

@@ -10,11 +10,14 @@ from spectralbasis.checkpoints.fused import Rows
 from spectralbasis.checkpoints.matrix import Matrix
 from spectralbasis.checkpoints.names import (
     Conversions,
+    clashing,
     conversions_of,
     kind_of,
     layer_number,
     numberless,
+    plain_name,
     same_names,
+    stack_of,
 )
 from spectralbasis.checkpoints.views import Inventory, take_inventory
 from spectralbasis.errors import InputError
@@ -84,7 +87,9 @@ def match_matrices(
         other = right.get(partners.get(name, ""))
         if other is None:
             alone["base"][name] = theirs.skipped.get(name, f"absent in {tuned.source}")
-        elif other.shape != matrix.shape:
+            continue
+        matrix, other = _laid_out_alike(matrix, other)
+        if other.shape != matrix.shape:
             reason = f"shapes differ: {_size(matrix)} in {base.source}, {_size(other)} in {tuned.source}"
             alone["base"][name], alone["tuned"][other.name] = reason, reason
         else:
@@ -109,18 +114,47 @@ def match_matrices(
 
 def _partners(ours: Matrices, theirs: Matrices, base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:
     """Base name → tuned name. A fused matrix whose parts the other side holds apart is replaced by its parts."""
-    found = {name: name for name in ours if name in theirs}
-    left, right = _without(ours, found), _without(theirs, found.values())
+    found = _stored_alike(ours, theirs)
+    unsure = [
+        {name for name, matrix in matrices.items() if matrix.cut.tensor in tensors}
+        for matrices, tensors in ((ours, clashing(base.names())), (theirs, clashing(tuned.names())))
+    ]
+    left, right = _without(ours, {*found, *unsure[0]}), _without(theirs, {*found.values(), *unsure[1]})
+    equal = {name: name for name in left if name in right}
+    found |= equal
+    left, right = _without(left, equal), _without(right, equal)
     if left and right:
         tables = conversions_of(base.config or tuned.config), conversions_of(tuned.config or base.config)
         for matrices, names, table in ((ours, left, tables[0]), (theirs, right, tables[1])):
             _divide(matrices, names, table)
-        left, right = _without(ours, found), _without(theirs, found.values())
+        left, right = _without(ours, {*found, *unsure[0]}), _without(theirs, {*found.values(), *unsure[1]})
         found |= same_names(left, right, lambda: tables)
     left, right = _without(ours, found), _without(theirs, found.values())
     wrapped_tuned = _without_prefix(left, right)
     wrapped_base = _without_prefix(_without(right, wrapped_tuned.values()), _without(left, wrapped_tuned))
     return found | wrapped_tuned | {long: short for short, long in wrapped_base.items()}
+
+
+def _stored_alike(ours: Matrices, theirs: Matrices) -> dict[str, str]:
+    """Base name → tuned name of the same part of a tensor that has one name in both, prefix and all."""
+    keys: list[dict[tuple[object, ...], str]] = []
+    for matrices in (ours, theirs):
+        stored = {name: (plain_name(one.cut.tensor), one.cut.expert, one.cut.rows) for name, one in matrices.items()}
+        count = Counter(stored.values())
+        keys.append({key: name for name, key in stored.items() if count[key] == 1})
+    return {name: keys[1][key] for key, name in keys[0].items() if key in keys[1]}
+
+
+def _laid_out_alike(before: Matrix, after: Matrix) -> tuple[Matrix, Matrix]:
+    """The pair, both read as the side that knows its layer says: a file does not tell a transposed convolution."""
+    known = [matrix for matrix in (before, after) if matrix.checkpoint.module_type(matrix.cut.tensor) is not None]
+    stored = [matrix.checkpoint.shape(matrix.cut.tensor) for matrix in (before, after)]
+    apart = before.cut.transposed != after.cut.transposed
+    if not apart or len(known) != 1 or stored[0] != stored[1] or before.cut.rows or after.cut.rows:
+        return before, after
+    cut = replace(known[0].cut, tensor="")
+    found = (replace(one, shape=known[0].shape, cut=replace(cut, tensor=one.cut.tensor)) for one in (before, after))
+    return next(found), next(found)
 
 
 def _without(matrices: Mapping[str, Matrix], names: Iterable[str]) -> Matrices:
@@ -178,12 +212,6 @@ def _mostly(stack: str, names: Iterable[str], explained: set[str]) -> bool:
     """Whether more than half of the names in a stack are explained."""
     inside = [name for name in names if stack_of(name) == stack]
     return 2 * sum(name in explained for name in inside) > len(inside)
-
-
-def stack_of(name: str) -> str:
-    """What comes before the first number of a name, such as `visual.blocks`; all of it where there is none."""
-    number = layer_number(name)
-    return name if number < 0 else f".{name}.".partition(f".{number}.")[0].strip(".")
 
 
 def describe_unpaired(groups: Sequence[Unpaired], most: int = 6) -> str:
@@ -250,8 +278,21 @@ def _nothing_shared(*sides: tuple[Checkpoint, Inventory]) -> str:
     (base, ours), (tuned, theirs) = sides
     return (
         f"{base.source} and {tuned.source} share no matrix of the same name and shape: one has "
-        f"{_examples(ours.matrices)}, the other {_examples(theirs.matrices)}; compare checkpoints of one architecture"
+        f"{_examples(ours.matrices)}, the other {_examples(theirs.matrices)}; "
+        + (_several(ours, tuned, theirs) or _several(theirs, base, ours) or "compare checkpoints of one architecture")
     )
+
+
+def _several(short: Inventory, source: Checkpoint, long: Inventory) -> str:
+    """What to do where one side holds the other's stack more than once; empty where it does not."""
+    for name in short.matrices:
+        found = [other for other in long.matrices if f".{other}".endswith(f".{name}")]
+        if len(found) > 1:
+            return (
+                f"{source.source} holds {name} more than once ({', '.join(found[:3])}), and nothing tells which of "
+                "them is meant: pass the state_dict of that part alone"
+            )
+    return ""
 
 
 def _examples(matrices: Mapping[str, Matrix]) -> str:

@@ -8,7 +8,7 @@ that has to find a matrix under another name asks `same_names`.
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -63,6 +63,23 @@ def plain_name(tensor_name: str) -> str:
     return ".".join(parts).removesuffix("_weight") or tensor_name
 
 
+def clashing(tensors: Iterable[str]) -> set[str]:
+    """The tensors in stacks of layers that two prefixes of heads share, so that a name needs its prefix to be certain.
+
+    A model of `vit.encoder.layer.*` and `bert.encoder.layer.*` has two stacks `encoder.layer`. That only some of their
+    names are equal says nothing about which of them another checkpoint's `encoder.layer` is.
+    """
+    prefixes: dict[str, dict[str, str]] = {}
+    stacks: dict[tuple[str, str], list[str]] = {}
+    for tensor in tensors:
+        short = matrix_name(tensor)
+        prefix = plain_name(tensor).removesuffix(short)
+        prefixes.setdefault(short, {})[prefix] = tensor
+        stacks.setdefault((prefix, stack_of(short)), []).append(tensor)
+    shared = {(prefix, stack_of(short)) for short, held in prefixes.items() if len(held) > 1 for prefix in held}
+    return {tensor for key in shared for tensor in stacks[key]}
+
+
 def expert_name(name: str, expert: int) -> str:
     """The name of one expert's matrix in a stack of this name."""
     if "experts." in name:
@@ -88,6 +105,12 @@ def kind_of(name: str) -> str:
     stack = [part for part in parts[:number] if part not in _STACKS]
     inner = [part for i, part in enumerate(parts) if i > number and not (_is_number(part) and parts[i - 1] in _EXPERTS)]
     return ".".join(stack + inner) or ".".join(parts[:number]) or "weight"
+
+
+def stack_of(name: str) -> str:
+    """What comes before the first number of a name, such as `visual.blocks`; all of it where there is none."""
+    number = layer_number(name)
+    return name if number < 0 else f".{name}.".partition(f".{number}.")[0].strip(".")
 
 
 def numberless(name: str) -> str:

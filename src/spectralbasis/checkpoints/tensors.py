@@ -69,11 +69,14 @@ class TensorCheckpoint(Checkpoint):
                 f"{name} of {self.source} is on the meta device and has no values; load the weights before comparing"
             )
         tensor = tensor.detach()
+        if tensor.layout != torch.strided:
+            tensor = tensor.to_dense()
         return (_real(tensor, name, self.source) if _is_encoded(tensor) else tensor).cpu()
 
     def holds_rows(self, name: str) -> bool:
         tensor = self._tensors[name]
-        return not _is_encoded(tensor) and tensor.is_contiguous() and tensor.device.type == "cpu"
+        plain = tensor.layout == torch.strided and not _is_encoded(tensor)
+        return plain and tensor.is_contiguous() and tensor.device.type == "cpu"
 
     def tied(self) -> Mapping[str, str]:
         return tied_names(self._tensors)

@@ -11,7 +11,7 @@ from spectralbasis.checkpoints.checkpoint import Checkpoint
 from spectralbasis.checkpoints.fused import split_fused
 from spectralbasis.checkpoints.layout import Layouts, is_expert_stack
 from spectralbasis.checkpoints.matrix import Cut, Matrix
-from spectralbasis.checkpoints.names import expert_name, kind_of, layer_number, matrix_name, plain_name
+from spectralbasis.checkpoints.names import clashing, expert_name, kind_of, layer_number, matrix_name, plain_name
 from spectralbasis.checkpoints.roles import is_weight, left_out_by_default
 from spectralbasis.errors import InputError
 
@@ -99,13 +99,14 @@ def _matrices(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[tup
 
 
 def _names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Tensor to matrix name; names that would coincide without their prefixes keep them."""
+    """Tensor to matrix name; names of stacks that would coincide without their prefixes keep them."""
     weights = [tensor for tensor in checkpoint.names() if is_weight(checkpoint, tensor)]
     short = Counter(map(matrix_name, weights))
     plain = Counter(map(plain_name, weights))
+    unsure = clashing(checkpoint.names())
     names = {}
     for tensor in weights:
-        if short[matrix_name(tensor)] == 1:
+        if short[matrix_name(tensor)] == 1 and tensor not in unsure:
             names[tensor] = matrix_name(tensor)
         else:
             names[tensor] = plain_name(tensor) if plain[plain_name(tensor)] == 1 else tensor

@@ -160,7 +160,8 @@ class _Run:
                 store.put_shared(pair, name, content, shared)
             self.shared.append((pair, name))
         for label, reason in outcome.skipped.items():
-            self.pairing.skip(label, name, reason)
+            record = self.pairing.skip if _is_same(reason) else self.pairing.fail
+            record(label, name, reason)
 
     def nothing_measured(self) -> str:
         """Why the table is empty, for the person who asked."""
@@ -169,7 +170,7 @@ class _Run:
         if not self.pairing.bases:
             return f"no weight of {base} and {tuned} can be read: {describe_unpaired(alone)}"
         pairs = sum(map(len, self.pairing.partners.values()))
-        same = sum(reason == UNCHANGED or reason.startswith(ROUNDED) for reason in skipped.values())
+        same = sum(map(_is_same, skipped.values()))
         if same and same == pairs and not alone:
             rounded = " but for rounding" if any(reason.startswith(ROUNDED) for reason in skipped.values()) else ""
             return f"{base} and {tuned} hold the same weights{rounded}: there is no update to measure"
@@ -188,6 +189,11 @@ class _Run:
         """The content of `summary.json`."""
         sources = {label: checkpoint.source for label, checkpoint in self.pairing.tuned.items()}
         return summarise(table, sharing, self.settings, self.pairing, sources, self.tasks, seconds)
+
+
+def _is_same(reason: str) -> bool:
+    """Whether a matrix was skipped because finetuning left it as it was."""
+    return reason == UNCHANGED or reason.startswith(ROUNDED)
 
 
 def _open_store(output: str | Path | None, settings: Settings, resume: bool) -> Store:

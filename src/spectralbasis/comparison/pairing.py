@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from spectralbasis.checkpoints import Checkpoint, Matrix, match_matrices, matrix_name, open_checkpoint
@@ -22,6 +23,7 @@ class Pairing:
         skipped: name, with the label where there are several → why it is not measured.
         unpaired: label → groups of matrices, of either side, that have no partner or cannot be read.
         shares: label → share of the model that the pairs make up, in (0, 1].
+        failed: label → name → why a pair could not be measured, as where it holds NaN.
     """
 
     base: Checkpoint
@@ -31,10 +33,22 @@ class Pairing:
     skipped: dict[str, str] = field(default_factory=dict)
     unpaired: dict[str, tuple[Unpaired, ...]] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def skip(self, label: str, name: str, reason: str) -> None:
         """Record why a matrix is not measured."""
         self.skipped[name if len(self.tuned) == 1 else f"{name} [{label}]"] = reason
+
+    def fail(self, label: str, name: str, reason: str) -> None:
+        """Record why a pair could not be measured."""
+        self.skip(label, name, reason)
+        self.failed.setdefault(label, {})[name] = reason
+
+    def measured_share(self, label: str) -> float:
+        """Share of the model that the pairs make up without those that could not be measured, in [0, 1]."""
+        sizes = {name: prod(self.bases[name].shape) for name, partners in self.partners.items() if label in partners}
+        lost = sum(sizes[name] for name in self.failed.get(label, ()))
+        return self.shares[label] * (1 - lost / sum(sizes.values())) if lost else self.shares[label]
 
 
 def open_pairs(

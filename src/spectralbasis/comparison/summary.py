@@ -23,6 +23,8 @@ CEILING = 0.99
 """Above this null overlap, stability has next to no room to show in."""
 LARGE_STEP = 0.5
 """From this ‖ΔW‖/‖W0‖ on, what the update takes away of the base makes up much of its coverage."""
+STRANGE_STEP = 1.0
+"""From this ‖ΔW‖/‖W0‖ on, two matrices are as far apart as unrelated ones, or one of them was emptied."""
 _PACKAGES = ("spectralbasis", "torch", "numpy", "scipy", "pandas", "safetensors", "transformers", "peft")
 
 
@@ -64,7 +66,7 @@ def summarise(
         "unpaired": [
             {"tuned": label, **asdict(group)} for label, groups in pairing.unpaired.items() for group in groups
         ],
-        "measured_share": min(pairing.shares.values()),
+        "measured_share": min(map(pairing.measured_share, pairing.shares)),
         "notes": _notes(table, settings, pairing),
         **findings(table, settings.seed),
         "per_tuned": per_tuned,
@@ -90,6 +92,14 @@ def _notes(table: pd.DataFrame, settings: Settings, pairing: Pairing) -> list[st
                 f"The verdicts are of {share_text(pairing.shares[label])} of the model{whom}, by parameters of its "
                 f"weight matrices. Not compared: {describe_unpaired(groups)}."
             )
+    for label, failed in pairing.failed.items():
+        whom = f" ({label})" if len(pairing.unpaired) > 1 else ""
+        name, reason = next(iter(failed.items()))
+        notes.append(
+            f"{len(failed)} {'pair' if len(failed) == 1 else 'pairs'} of matrices{whom} could not be measured, so that "
+            f"{share_text(pairing.measured_share(label))} of the model was: {name}: {reason}."
+        )
+    notes.extend(_strangers(table))
     if isinstance(settings.leading, int):
         counts = table[table["metric"] == "subspace_overlap"].groupby("matrix", sort=False)["k"].max()
         small = counts[counts < settings.leading].index
@@ -98,6 +108,23 @@ def _notes(table: pd.DataFrame, settings: Settings, pairing: Pairing) -> list[st
                 f"k={settings.leading} exceeds the smaller side of {len(small)} "
                 f"{'matrix' if len(small) == 1 else 'matrices'} (such as {small[0]}): all their directions were taken, "
                 "and a whole side cannot turn, so its overlap is 1."
+            )
+    return notes
+
+
+def _strangers(table: pd.DataFrame) -> list[str]:
+    """A note on matrices that changed by as much as they hold, as no finetuning changes them."""
+    notes = []
+    steps = table[table["metric"] == "update_norm_relative"]
+    for label, rows in steps.groupby("tuned", sort=False):
+        large = rows[rows["value"] >= STRANGE_STEP]
+        if len(large):
+            whom = f" ({label})" if steps["tuned"].nunique() > 1 else ""
+            notes.append(
+                f"In {len(large)} of {len(rows)} matrices (such as {large['matrix'].iloc[0]}){whom} the update is at "
+                "least as large as the weights, as it is between unrelated matrices: check that the finetuned "
+                "checkpoint was made from this base, that it was not trained anew there, and that both number their "
+                "layers alike."
             )
     return notes
 
