@@ -1,9 +1,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
-# An editable install, so that the tests see the working tree; every version comes from constraints.txt.
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+COMPAT := .venv-compat/bin
+# Editable installs, so that the tests see the working tree. Every version comes from constraints.txt; in .venv-compat it is
+# the oldest that is allowed, from constraints-compat.txt: transformers 4, which the extra `baselines` needs.
+PIP := -m pip install --quiet --disable-pip-version-check
+INSTALL := $(BIN)/python $(PIP) --constraint constraints.txt --editable
+INSTALL_COMPAT := $(COMPAT)/python $(PIP) --constraint constraints-compat.txt
+PYTEST := -m pytest --numprocesses auto --dist loadgroup
 
-.PHONY: demo test test-peft check pytest docs wheel-check clean
+.PHONY: demo test test-compat test-peft check pytest docs wheel-check clean
 
 demo: .venv/installed
 	$(BIN)/spectralbasis quickstart --output quickstart
@@ -13,7 +18,12 @@ test: .venv/installed-dev
 	$(MAKE) --jobs=2 check pytest
 
 pytest: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+
+# What depends most on the versions of other libraries, and the methods that need the package adapters.
+test-compat: .venv-compat/installed
+	OMP_NUM_THREADS=1 $(COMPAT)/python $(PYTEST) \
+	    tests/checkpoints tests/coefficients tests/tuner tests/study/test_baselines.py tests/report tests/test_cli.py
 
 # PEFT's own tests on spectral adapters.
 test-peft: .venv/installed-dev
@@ -33,21 +43,28 @@ wheel-check: .venv/installed-dev
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/python -m tools.wheel_check
 
-.venv/created:
-	$(PYTHON) -m venv .venv
+# Made anew where a version changes, so that nothing stays of what an earlier one needed.
+.venv/created: constraints.txt
+.venv-compat/created: constraints-compat.txt
+.venv/created .venv-compat/created:
+	$(PYTHON) -m venv --clear $(@D)
 	touch $@
 
-.venv/installed: .venv/created pyproject.toml constraints.txt
+.venv/installed: .venv/created pyproject.toml
 	$(INSTALL) .
 	touch $@
 
-.venv/installed-dev: .venv/created pyproject.toml constraints.txt
-	$(INSTALL) '.[baselines,dev,diagnostics,images,integrations,minilm,ray,sentencepiece]'
+.venv/installed-dev: .venv/created pyproject.toml
+	$(INSTALL) '.[dev,diagnostics,images,integrations,minilm,ray,sentencepiece]'
 	touch $@ .venv/installed
 
-.venv/installed-docs: .venv/created pyproject.toml constraints.txt
+.venv/installed-docs: .venv/created pyproject.toml
 	$(INSTALL) '.[docs]'
 	touch $@ .venv/installed
 
+.venv-compat/installed: .venv-compat/created pyproject.toml
+	$(INSTALL_COMPAT) hypothesis pytest pytest-xdist --editable '.[baselines,images,integrations,minilm,sentencepiece]'
+	touch $@
+
 clean:
-	rm -rf .venv quickstart build dist site
+	rm -rf .venv .venv-compat quickstart build dist site

@@ -13,6 +13,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
+OLDEST = ROOT / "constraints-compat.txt"
 PAGE = ROOT / "docs" / "dependencies.md"
 PACKAGE = "spectralbasis"
 COPYLEFT = re.compile(r"\b(?:A?GPL|GNU (?:Affero )?General Public|SSPL|EUPL|CeCILL)", re.IGNORECASE)
@@ -67,9 +68,9 @@ def licence(one: Distribution) -> str:
     return metadata.get("License-Expression") or ", ".join(classified) or words
 
 
-def pins() -> list[tuple[str, str]]:
-    """Name and version of every line of constraints.txt, in their order."""
-    lines = [line.split("#")[0].strip() for line in CONSTRAINTS.read_text().splitlines()]
+def pins(file: Path = CONSTRAINTS) -> list[tuple[str, str]]:
+    """Name and version of every line of a file of constraints, in their order."""
+    lines = [line.split("#")[0].strip() for line in file.read_text().splitlines()]
     return [(canonicalize_name(name), version) for name, _, version in (line.partition("==") for line in lines if line)]
 
 

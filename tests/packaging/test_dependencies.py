@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
-from tools.dependencies import PAGE, ROOT, Dependency, page, pins, runtime_dependencies
+from tools.dependencies import CONSTRAINTS, OLDEST, PAGE, ROOT, Dependency, page, pins, runtime_dependencies
 
 import spectralbasis as sb
 
@@ -51,17 +51,38 @@ def test_licences_are_judged(licence, compatible):
 
 def test_every_runtime_package_is_pinned_once_at_the_version_that_is_tested(dependencies):
     pinned = dict(pins())
-    assert [name for name, count in Counter(name for name, _ in pins()).items() if count > 1] == []
     assert [one.name for one in dependencies if one.name not in pinned] == []
     assert {one.name: one.version for one in dependencies if Version(one.version).public != pinned[one.name]} == {}
 
 
+@pytest.mark.parametrize("file", [CONSTRAINTS, OLDEST], ids=lambda file: file.name)
+def test_no_package_is_pinned_twice(file):
+    assert [name for name, count in Counter(name for name, _ in pins(file)).items() if count > 1] == []
+
+
+def needs(*extras):
+    """What the project asks for, without extras and with these."""
+    optional = PROJECT["optional-dependencies"]
+    return [
+        Requirement(text) for text in [*PROJECT["dependencies"], *(text for one in extras for text in optional[one])]
+    ]
+
+
 def test_pins_satisfy_what_the_project_asks_for():
     pinned = dict(pins())
-    optional = [text for texts in PROJECT["optional-dependencies"].values() for text in texts]
-    for text in [*PROJECT["dependencies"], *optional]:
-        need = Requirement(text)
-        assert need.specifier.contains(pinned[canonicalize_name(need.name)]), text
+    others = set(PROJECT["optional-dependencies"]) - {"baselines"}  # which needs transformers 4
+    for need in needs(*others):
+        assert need.specifier.contains(pinned[canonicalize_name(need.name)]), need
+
+
+def test_every_range_starts_at_the_version_that_is_tested_as_the_oldest():
+    oldest = dict(pins(OLDEST))
+    for need in needs("baselines", "images", "integrations", "minilm", "sentencepiece"):
+        (least,) = need.specifier
+        assert least.operator == ">="
+        release = Version(least.version).release
+        if need.name != "torch":  # its older wheels are too large to test with at each change
+            assert Version(oldest[canonicalize_name(need.name)]).release[: len(release)] == release, need
 
 
 def test_installed_packages_fit_each_other():

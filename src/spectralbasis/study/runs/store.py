@@ -163,7 +163,7 @@ class RunStore:
                 (*(_plain(row[column]) for column in _COLUMNS), _blob(tables.get(row["key"])))
                 for row in rows[list(_COLUMNS)].to_dict("records")
             ]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             self._connection.close()
             self.path.unlink(missing_ok=True)
             raise InputError(
