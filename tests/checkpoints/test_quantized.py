@@ -472,3 +472,14 @@ def test_adapter_over_a_base_that_cannot_be_read(tmp_path):
     save_file(stored, path)
     with pytest.raises(InputError, match=r"query, which the adapter .* updates, cannot be read: quantized \(QTIP"):
         open_checkpoint(tmp_path / "adapter", tmp_path / "base")
+
+
+@pytest.mark.parametrize("beside", ["input_scale", "w_s"])
+def test_float8_beside_anything_but_a_bias_is_listed(beside):
+    # Neither says what scales the weight, and the bare numbers would be measured as if nothing did.
+    W = torch.randn(8, 16).to(FP8)
+    state = {"up.weight": W, f"up.{beside}": torch.ones(8, 1), "down.weight": W.T.contiguous(), "down.bias": W[0]}
+    matrices, skipped = logical_matrices(open_checkpoint(state))
+    assert list(matrices) == ["down"]
+    assert list(skipped) == ["up"]
+    assert f"with `{beside}`, of an unknown format" in skipped["up"]

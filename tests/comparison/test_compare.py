@@ -163,6 +163,21 @@ def test_layers_that_are_numbered_from_another_number_are_told():
     assert sb.compare(base, [equal], leading=4, null=None).summary()["notes"] == []
 
 
+@pytest.mark.parametrize("module_first", [False, True])
+def test_a_module_tells_the_layout_of_all_sides(module_first):
+    model = torch.nn.ModuleDict({"up": torch.nn.ConvTranspose2d(6, 6, 3)})
+    base = {name: W.detach().clone() for name, W in model.state_dict().items()}
+    other = {name: W + 0.01 * torch.randn_like(W) for name, W in base.items()}
+    with torch.no_grad():
+        model["up"].weight += 0.01 * torch.randn_like(model["up"].weight)
+    tuned = [model, other] if module_first else [other, model]
+    table = sb.compare(base, tuned, leading=2, null=None).table
+    W0 = base["up.weight"]
+    expected = [float((one.detach() - W0).norm() / W0.norm()) for one in (model["up"].weight, other["up.weight"])]
+    found = table[table["metric"] == "update_norm_relative"]["value"].tolist()
+    assert sorted(found) == pytest.approx(sorted(expected), rel=1e-4)
+
+
 def test_what_has_no_partner_is_named_in_groups_with_its_share_of_the_model():
     base = {f"blocks.{i}.proj.weight": torch.randn(8, 8) for i in range(3)} | {"first.weight": torch.randn(8, 16)}
     tuned = {"first.weight": base["first.weight"] + 0.1, "tower.0.query.weight": torch.randn(4, 4)}

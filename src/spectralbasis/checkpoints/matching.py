@@ -152,9 +152,12 @@ def _laid_out_alike(before: Matrix, after: Matrix) -> tuple[Matrix, Matrix]:
     apart = before.cut.transposed != after.cut.transposed
     if not apart or len(known) != 1 or stored[0] != stored[1] or before.cut.rows or after.cut.rows:
         return before, after
-    cut = replace(known[0].cut, tensor="")
-    found = (replace(one, shape=known[0].shape, cut=replace(cut, tensor=one.cut.tensor)) for one in (before, after))
-    return next(found), next(found)
+    return laid_out_as(known[0], before), laid_out_as(known[0], after)
+
+
+def laid_out_as(known: Matrix, matrix: Matrix) -> Matrix:
+    """The matrix, cut out of its tensor as another is out of one of the same shape."""
+    return replace(matrix, shape=known.shape, cut=replace(known.cut, tensor=matrix.cut.tensor))
 
 
 def _without(matrices: Mapping[str, Matrix], names: Iterable[str]) -> Matrices:

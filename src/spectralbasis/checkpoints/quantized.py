@@ -58,7 +58,8 @@ class Listed:
 def find_quantized(checkpoint: Checkpoint) -> tuple[list[QuantizedWeight | FourBitWeight], list[Listed]]:
     """The quantized weights of a checkpoint: those that can be computed, and those that are only listed.
 
-    A tensor of 8-bit floats without any companion stands for its values, where the config names no quantization.
+    A tensor of 8-bit floats stands for its values where nothing but a bias lies beside it in its layer and the config
+    names no quantization.
 
     Raises:
         InputError: the description of a weight is damaged.
@@ -186,6 +187,8 @@ class _Search:
         named = {name for name in names if self._is_companion(name)}
         numbers = [name for name in numbers if name not in named] or numbers
         companions = [name for name in names if name in named and name not in numbers]
+        if any(self._checkpoint.dtype(name) in FLOAT8 for name in numbers):  # whatever lies beside them may scale them
+            companions = [name for name in names if name not in numbers and not name.endswith("bias")]
         weight = f"{module}.weight" if module else "weight"
         for name in numbers:
             kind = str(self._checkpoint.dtype(name)).removeprefix("torch.")

@@ -7,7 +7,7 @@ from typing import Any
 
 from spectralbasis.checkpoints import Checkpoint, Matrix, match_matrices, matrix_name, open_checkpoint
 from spectralbasis.checkpoints.labels import short_labels
-from spectralbasis.checkpoints.matching import Unpaired
+from spectralbasis.checkpoints.matching import Unpaired, laid_out_as
 from spectralbasis.errors import InputError
 
 
@@ -75,6 +75,12 @@ def open_pairs(
         for parameter in getattr(checkpoint, "missing", ()):
             found.skip(label, matrix_name(parameter), f"adapted, but absent in {opened.source}")
         for before, after in matching.pairs:
+            first = found.bases.get(before.name, before)
+            if first.cut.transposed != before.cut.transposed:  # one finetuned side is a module, which tells, one is not
+                if after.checkpoint.module_type(after.cut.tensor) is None:
+                    before, after = first, laid_out_as(first, after)
+                others = found.partners[before.name]
+                others.update({label: laid_out_as(before, other) for label, other in others.items()})
             found.bases[before.name] = before
             found.partners.setdefault(before.name, {})[label] = after
     return found
