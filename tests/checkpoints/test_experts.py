@@ -74,6 +74,14 @@ def granite_experts(module, x):
     return module.output_linear(nn.functional.silu(gate) * up, [5, 5, 5])
 
 
+def test_the_state_of_gpt_oss_needs_no_config():
+    model = tiny("gpt_oss")
+    with_config, _ = logical_matrices(open_checkpoint(model))
+    without, _ = logical_matrices(open_checkpoint(dict(model.state_dict())))
+    assert without.keys() == with_config.keys()
+    assert all(torch.equal(without[name].read(), matrix.read()) for name, matrix in with_config.items())
+
+
 def test_stack_stored_as_out_in():
     state = {"0.experts.gate_up_proj": torch.randn(2, 12, 8), "0.experts.down_proj": torch.randn(2, 8, 6)}
     matrices, _ = logical_matrices(open_checkpoint(state))

@@ -62,6 +62,8 @@ def take_inventory(
         InputError: `include` names nothing that is there.
     """
     config = checkpoint.config or config or {}
+    if not config and any(name.endswith("experts.gate_up_proj_bias") for name in checkpoint.names()):
+        config = {"model_type": "gpt_oss"}  # the one architecture with such a bias, whose gate and up alternate
     matrices: dict[str, Matrix] = {}
     skipped: dict[str, str] = {}
     unreadable: dict[str, int] = {}
