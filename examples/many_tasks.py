@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, logging
 
 import spectralbasis as sb
@@ -48,8 +49,7 @@ def build(adapter: Path, count: int) -> sb.CoefficientBank:
     config = sb.SpectralConfig(task_type="SEQ_CLS", target_modules="all-linear", leading=64, init_weights=False)
     get_peft_model(load_model(), config).save_pretrained(adapter)
     bank = sb.CoefficientBank.from_adapters(load_model(), {"task 0": adapter})
-    stored = sb.open_checkpoint(adapter / "adapter_model.safetensors")
-    trained = {name: stored.read(name) for name in stored.names()}
+    trained = load_file(adapter / "adapter_model.safetensors")
     for number in range(1, count):
         bank.add(f"task {number}", {name: 0.1 * torch.randn_like(tensor) for name, tensor in trained.items()})
     return bank

@@ -26,6 +26,7 @@ from spectralbasis.checkpoints.folder_files import inside
 from spectralbasis.checkpoints.hub import download, is_hub_id
 from spectralbasis.checkpoints.installed import installed_folder
 from spectralbasis.checkpoints.opening import Source, open_checkpoint
+from spectralbasis.checkpoints.roles import is_embedding_table
 from spectralbasis.checkpoints.safetensors_file import SafetensorsFile
 from spectralbasis.coefficients.adapters import COEFFICIENTS, open_spectral_adapter
 from spectralbasis.coefficients.architectures import (
@@ -212,9 +213,22 @@ def _added(opened: AdapterCheckpoint, parts: Sequence[_Part]) -> dict[str, tuple
     return {part.name: part.shape for part in parts if part.changed and part.stored not in of_base}
 
 
+def _resized(opened: AdapterCheckpoint, parts: Sequence[_Part]) -> dict[str, tuple[int, ...]]:
+    """Heads that the base has for another number of labels."""
+    of_base = set(opened.base.names())
+    return {
+        part.name: part.shape
+        for part in parts
+        if part.stored in opened.retrained
+        and part.stored in of_base
+        and part.shape != opened.base.shape(part.stored)
+        and not is_embedding_table(opened.base, part.stored)
+    }
+
+
 def _configured(opened: AdapterCheckpoint, parts: list[_Part]) -> tuple[list[_Part], dict[str, Any], list[str]]:
     """The parts with a head that was trained apart from its table, the config that fits, and notes."""
-    config = merged_config(opened.base.config, opened.adapter.config, _added(opened, parts))
+    config = merged_config(opened.base.config, opened.adapter.config, _added(opened, parts) | _resized(opened, parts))
     if not config:
         return parts, {}, []
     sizes = {(old, part.shape[0]) for part in parts if part.changed and (old := _old_rows(opened, part))}

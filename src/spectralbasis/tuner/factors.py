@@ -1,7 +1,7 @@
 """The frozen factors U and V of one matrix: where they come from and how two machines know that theirs are the same."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spectralbasis.basis import SpectralBasis
+from spectralbasis.checkpoints.names import Conversions, same_names
 from spectralbasis.errors import InputError
 from spectralbasis.linalg import values_of_singular_vectors
 from spectralbasis.triplets import Triplets, compute_triplets
@@ -104,6 +105,15 @@ def source_of(basis: str, seed: int) -> str:
     if basis == "random":
         return f"random, seed {seed}"
     return basis if basis in BASES else str(Path(basis).resolve())
+
+
+def names_in_basis(basis: str, names: Collection[str], conversions: Callable[[], Conversions | None]) -> dict[str, str]:
+    """Matrix → how a basis file calls it, where that is another name; empty for bases that are no files."""
+    if basis in BASES:
+        return {}
+    table = conversions()
+    found = same_names(names, list(SpectralBasis.load(basis)), lambda: (table, table))
+    return {name: other for name, other in found.items() if other != name}
 
 
 def directions_of(basis: str | SpectralBasis, *, tolerance: float, seed: int) -> Directions:

@@ -35,6 +35,7 @@ class Target:
         W: the original weight, (m, n); of a quantized one, what can be had of it.
         known_hash: of the weight before it was quantized, where a basis file tells it.
         also: other keys by which patterns may name it.
+        basis_name: how the basis file calls it; empty where it has the same name there.
     """
 
     key: str
@@ -43,6 +44,7 @@ class Target:
     W: Tensor
     known_hash: str | None = None
     also: tuple[str, ...] = ()
+    basis_name: str = ""
 
     @cached_property
     def hash(self) -> str:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from spectralbasis.checkpoints import Adapter, AdapterMethod, Checkpoint, matrix_name, register_adapter_method
 from spectralbasis.checkpoints.adapter import Edit, adapted_name
 from spectralbasis.checkpoints.matrix import Cut
-from spectralbasis.checkpoints.names import part_number
+from spectralbasis.checkpoints.names import conversions_of, part_number
 from spectralbasis.errors import InputError
 from spectralbasis.triplets import matrix_hash
 from spectralbasis.tuner.config import SpectralConfig
+from spectralbasis.tuner.factors import names_in_basis
 from spectralbasis.tuner.forms import FORMS
 from spectralbasis.tuner.originals import DENSE_DTYPES, Target
 from spectralbasis.tuner.preparation import Preparation, prepare
@@ -35,6 +36,7 @@ class SpectralEdit:
         config: the adapter's, with the hash, the rank and the probes of this matrix only.
         matrix: name of the matrix in the config.
         span: where its numbers are in the stored tensor; None where they are all of it.
+        basis_name: how the basis file calls the matrix; empty where it has the same name there.
     """
 
     tensors: Checkpoint
@@ -42,6 +44,7 @@ class SpectralEdit:
     config: SpectralConfig
     matrix: str
     span: tuple[int, int] | None = None
+    basis_name: str = ""
 
     def __call__(self, weight: Tensor) -> Tensor:
         """The tuned tensor in the layout of the base's, in float32 or wider.
@@ -86,7 +89,7 @@ class SpectralEdit:
         return C, U.to(dtype), V.to(dtype), parametrisation.form
 
     def _prepare(self, W: Tensor) -> Preparation:
-        target = Target(self.matrix, self.matrix, nn.Module(), W)
+        target = Target(self.matrix, self.matrix, nn.Module(), W, basis_name=self.basis_name)
         return prepare(self.config, [target], W.numel())[self.matrix]
 
 
@@ -198,7 +201,8 @@ def _edit_of(
             f"which weights the coefficients belong to; save the adapter again"
         )
     own: dict[str, Any] = {field: {name: values[name]} for field, values in record.items()}
-    return SpectralEdit(adapter.tensors, stored, replace(config, **own), name, span)
+    others = names_in_basis(config.basis, [name], lambda: conversions_of(adapter.base.config))
+    return SpectralEdit(adapter.tensors, stored, replace(config, **own), name, span, others.get(name, ""))
 
 
 def _matrices(adapter: Adapter, config: SpectralConfig, module: str, stored: str) -> dict[str, tuple[int, int] | None]:

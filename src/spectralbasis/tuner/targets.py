@@ -26,6 +26,7 @@ from spectralbasis.errors import InputError
 from spectralbasis.tuner.allocation import count_parameters
 from spectralbasis.tuner.callers import check_called, leave_out_refused, reader_of
 from spectralbasis.tuner.config import SpectralConfig
+from spectralbasis.tuner.factors import names_in_basis
 from spectralbasis.tuner.layer import SpectralLayer
 from spectralbasis.tuner.matrices import Layers
 from spectralbasis.tuner.originals import Target, find_targets, unique_names
@@ -143,7 +144,9 @@ def all_targets(config: SpectralConfig, model: nn.Module) -> tuple[list[Target],
         for target in parameter_targets(model, parameters)
     ]
     stacks = {one.key: slices(one) for one in held_parameters(model) if one.key in parameters}
-    return [*find_targets(modules, config.basis), *stacked], stacks
+    targets = [*find_targets(modules, config.basis), *stacked]
+    others = names_in_basis(config.basis, [target.name for target in targets], lambda: conversions_of(model))
+    return [replace(target, basis_name=others.get(target.name, "")) for target in targets], stacks
 
 
 def targeted_modules(config: SpectralConfig, model: nn.Module) -> dict[str, nn.Module]:

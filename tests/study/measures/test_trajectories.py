@@ -111,7 +111,7 @@ def test_what_cannot_be_is_said(tmp_path):
     for options in ({"null": "haar"}, {"draws": -1}, {"steps": [0]}):
         with pytest.raises(InputError):
             TrajectoryCallback(**{"steps": [1], **options})
-    with pytest.raises(InputError, match="carries an adapter"):
+    with pytest.raises(InputError, match="whose adapter was not merged"):
         train(get_peft_model(base(), LoraConfig(target_modules="all-linear")), tmp_path, TrajectoryCallback(steps=[1]))
     with pytest.raises(InputError, match="no weight matrix"):
         train(base(), tmp_path, TrajectoryCallback(tiny("gpt2"), steps=[1]))
