@@ -109,6 +109,7 @@ class SpectralConfig(PeftConfig):
         self.reached: tuple[list[str], list[str] | None] | None = (
             None  # target_parameters as a model set them, as given
         )
+        self.renamed: dict[str, str] = {}  # matrix name as it was recorded → as a model calls it
         self.scaling = self.scaling or ("absolute" if self.bound else DEFAULT_SCALING)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
