@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 import spectralbasis as sb
 from spectralbasis.checkpoints import matrix_name
@@ -315,3 +316,32 @@ def test_part_of_an_adapter(tmp_path):
     part = sb.export_lora(tmp_path / "spectral", tmp_path / "lora", partial=True)
     assert part.ranks == {name: k for name, k in whole.ranks.items() if "layer.1." not in name}
     assert any("layer.1.attention.self.query" in note for note in part.notes)
+
+
+@pytest.mark.skipif(not transformers.__version__.startswith("5"), reason="transformers 4 has its own names")
+def test_modules_have_the_names_of_the_installed_release(tmp_path):
+    torch.manual_seed(0)
+    AutoModelForImageClassification.from_config(tiny("vit", initializer_range=0.2).config).save_pretrained(
+        tmp_path / "base"
+    )
+    load = AutoModelForImageClassification.from_pretrained
+    adapted = get_peft_model(
+        load(tmp_path / "base"), sb.SpectralConfig(target_modules=["q_proj"], leading=3, init_weights=False)
+    ).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    config, file = (tmp_path / "adapter" / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+
+    def former(text):
+        text = text.replace("attention.q_proj", "attention.attention.query")
+        return text.replace("vit.layers.", "vit.encoder.layer.").replace('"layers.', '"encoder.layer.')
+
+    config.write_text(former(config.read_text()).replace('"q_proj"', '"query"'))
+    save_file({former(name): tensor for name, tensor in load_file(file).items()}, file)
+    sb.export_lora(tmp_path / "adapter", tmp_path / "lora")
+    size = adapted.config.image_size
+    pixels = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, plain = adapted(pixels).logits, load(tmp_path / "base").eval()(pixels).logits
+        found = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "lora").eval()(pixels).logits
+    assert (expected - plain).abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

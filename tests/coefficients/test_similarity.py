@@ -7,10 +7,11 @@ import shutil
 import pandas as pd
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import spectralbasis as sb
+from tests.coefficients.folders import load_base, tokens
 from tests.comparison.pairs import random_updates
 from tests.models import tiny
 
@@ -155,3 +156,63 @@ def test_files_hold_what_the_result_says(adapter, tmp_path):
     assert json.loads((tmp_path / "out" / "similarity.json").read_text()) == found.to_dict()
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out" / "similarity.parquet"), found.table)
     assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+@pytest.fixture
+def renamed(adapter):
+    """The same adapter twice, once as a release of transformers that calls its modules otherwise would save it."""
+    one, two = adapter("one", 1), adapter("two", 1)
+    names = {"attention.self.": "attention.", "encoder.layer.": "layers."}
+
+    def rename(text: str) -> str:
+        for old, new in names.items():
+            text = text.replace(old, new)
+        return text
+
+    file = two / "adapter_model.safetensors"
+    tensors = {rename(name): tensor for name, tensor in load_file(file).items()}
+    save_file(dict(reversed(tensors.items())), file)
+    config = two / "adapter_config.json"
+    config.write_text(rename(config.read_text()))
+    return one, two
+
+
+def test_matrices_are_known_by_their_weights_whatever_they_are_called(renamed, tmp_path):
+    found = sb.similarity(renamed, of="coefficients")
+    assert found.coefficients.to_numpy() == pytest.approx(1)
+    assert found.table["coefficient_cosine"].to_numpy() == pytest.approx(1)
+    sb.combine(renamed, [0.75, -0.5], output=tmp_path / "both")
+    ours = load_file(tmp_path / "both" / "adapter_model.safetensors")
+    for name, tensor in load_file(renamed[0] / "adapter_model.safetensors").items():
+        torch.testing.assert_close(ours[name], tensor / 4)
+
+
+def test_an_adapter_with_other_names_loads_where_its_weights_are(renamed, base):
+    one, two = (PeftModel.from_pretrained(load_base(base, ""), folder).eval() for folder in renamed)
+    expected = one(**tokens()).last_hidden_state
+    assert (expected - load_base(base, "")(**tokens()).last_hidden_state).abs().max() > 1e-3
+    assert torch.equal(two(**tokens()).last_hidden_state, expected)
+    two.save_pretrained(base.parent / "again")
+    assert sb.similarity([renamed[0], base.parent / "again"]).updates.to_numpy() == pytest.approx(1)
+    bank = sb.CoefficientBank.from_adapters(load_base(base, ""), {"two": renamed[1], "one": renamed[0]})
+    torch.testing.assert_close(
+        bank(**tokens(2), tasks=["one", "two"]).last_hidden_state, one(**tokens(2)).last_hidden_state
+    )
+
+
+def test_a_file_that_lacks_matrices_of_its_record_is_refused(adapter, base, tmp_path):
+    one, two = adapter("one"), adapter("two")
+    file = one / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors[next(name for name in tensors if "query" in name)]
+    save_file(tensors, file)
+    for use in (
+        lambda: sb.similarity([two, one], of="coefficients"),
+        lambda: sb.combine([one], output=tmp_path / "combined"),
+        lambda: sb.export_lora(one, tmp_path / "lora"),
+        lambda: sb.export_merged(one, tmp_path / "merged"),
+        lambda: sb.open_checkpoint(one),
+        lambda: sb.CoefficientBank.from_adapters(load_base(base, ""), {"one": one}),
+    ):
+        with pytest.raises(sb.InputError, match=r"no coefficients of .*query \(1 of"):
+            use()

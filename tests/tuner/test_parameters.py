@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
 
@@ -200,10 +201,17 @@ def test_conversion_to_lora_is_refused():
         convert_to_lora(adapted("gpt_oss"), rank=4)
 
 
-def test_what_takes_the_coefficients_alone_refuses_those_of_stacks(tmp_path):
-    adapted("gpt_oss").save_pretrained(tmp_path)
+def test_other_readers_say_what_reads_stacks(tmp_path):
+    model = adapted("gpt_oss", init_weights=False)
+    model.save_pretrained(tmp_path)
+    merged = model.merge_and_unload().state_dict()
+    opened = open_checkpoint(tmp_path, base=base("gpt_oss"))
+    assert not torch.equal(opened.read(STACK), base("gpt_oss").state_dict()[STACK])
+    for name in opened.names():
+        torch.testing.assert_close(opened.read(name), merged[name])
+    with pytest.raises(InputError, match=r"adapted as a parameter of no layer.*--to merged"):
+        export_lora(tmp_path, tmp_path / "lora", base=base("gpt_oss"))
     readers = [
-        lambda: export_lora(tmp_path, tmp_path / "lora", base=base("gpt_oss")),
         lambda: similarity([tmp_path, tmp_path], base=base("gpt_oss")),
         lambda: CoefficientBank.from_adapters(base("gpt_oss"), {"task": tmp_path}),
     ]
@@ -250,6 +258,7 @@ def test_a_parameter_that_is_computed_is_refused():
         get_peft_model(base, SpectralConfig(target_parameters=["lin0.weight"]))
 
 
+STACK = "model.layers.0.mlp.experts.down_proj"
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 V5 = find_spec("transformers.conversion_mapping") is not None
 MIXTURES = {
@@ -415,3 +424,17 @@ def test_a_config_that_is_used_again_means_the_same():
         ranks = [set(get_peft_model(base("mixtral"), config).peft_config["default"].ranks) for _ in range(2)]
         assert ranks[0] == ranks[1]
         assert any("experts.1.gate_up_proj.gate" in name for name in ranks[0])
+
+
+@stacked
+def test_a_router_that_was_a_layer_loads_as_a_parameter(tmp_path):
+    model = get_peft_model(
+        base("mixtral"),
+        SpectralConfig(target_modules=["q_proj", "gate"], leading=2, coefficients="core", init_weights=False),
+    ).eval()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {name: one.reshape(2, 2) for name, one in load_file(file).items()}  # as transformers 4 stores a layer's
+    assert any(".gate." in name for name in tensors)
+    save_file(tensors, file)
+    assert torch.equal(PeftModel.from_pretrained(base("mixtral"), tmp_path).eval()(IDS).logits, model(IDS).logits)

@@ -163,6 +163,11 @@ class Conversions:
                 return target  # the shapes of a stack tell which way it is stored
         return None
 
+    def parameter(self, name: str) -> str | None:
+        """What the installed release calls the parameter of this stored name; None where it is put together."""
+        renamed, converter, _ = self._convert(name)
+        return renamed if converter is None else None
+
     def _of_stack(self, name: str) -> str:
         """The name of a matrix in a stack of experts, whose own name may be another: `input_linear.3.gate`."""
         stack, number, part = _around_last_number(matrix_name(name))
@@ -292,6 +297,20 @@ def _of_config(text: str) -> Conversions | None:
         Exception
     ):  # whatever an odd config does to a model's constructor, it only means that names are not converted
         return None
+
+
+def modules_of(config: Mapping[str, Any] | None) -> dict[str, type[nn.Module]]:
+    """Module of the model that a `config.json` describes, in the installed release → its class.
+
+    Empty where transformers does not know the architecture. No weights are made, and no code of a checkpoint is run.
+    """
+    if not config or not isinstance(config.get("model_type"), str):
+        return {}
+    try:
+        model = _skeleton(*_architecture(config))
+    except Exception:  # as in `_of_config`
+        return {}
+    return {name: type(module) for name, module in model.named_modules() if name}
 
 
 _LARGEST_COUNT = 4096

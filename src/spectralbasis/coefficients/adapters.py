@@ -1,7 +1,7 @@
 """Trained coefficients as an adapter folder holds them, without the base."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from spectralbasis.errors import InputError
 from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.forms import FORMS
 from spectralbasis.tuner.preparation import PROBE_TOLERANCE
-from spectralbasis.tuner.reading import check_layers_alone
+from spectralbasis.tuner.reading import check_layers_alone, lacking
+from spectralbasis.tuner.record import RECORD, renamed_record, same_weights
 from spectralbasis.tuner.registration import METHOD
 
 COEFFICIENTS = ".spectral_coefficients"
@@ -67,7 +68,7 @@ def read_spectral_adapter(folder: Path) -> SpectralAdapter:
     """
     try:
         config = SpectralConfig.from_pretrained(str(folder))
-        check_layers_alone(config.target_parameters, folder)
+        check_layers_alone(config, folder)
     except InputError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -75,7 +76,24 @@ def read_spectral_adapter(folder: Path) -> SpectralAdapter:
     stored = adapter_tensors(folder, open_tensors)
     tensors = {name: stored.read(name) for name in stored.names()}
     shapes = {name: config.stored_shape(name) for name in config.ranks or {}}
-    return SpectralAdapter(folder, config, stored.names(), *split_tensors(tensors, shapes, str(folder)))
+    numbers, others = split_tensors(tensors, shapes, str(folder))
+    lost = [name for name in shapes if name not in numbers]
+    if lost:
+        raise InputError(lacking(folder, lost, len(shapes)))
+    return SpectralAdapter(folder, config, stored.names(), numbers, others)
+
+
+def with_names_of(first: SpectralConfig, other: SpectralAdapter) -> SpectralAdapter:
+    """An adapter with the names that another one has for the same matrices, which their hashes tell.
+
+    Releases of transformers name modules differently; without this, one matrix would count as two.
+    """
+    names = same_weights(other.config.base_hashes or {}, first.base_hashes or {})
+    if not names:
+        return other
+    record = renamed_record({field: getattr(other.config, field) for field in RECORD}, names)
+    stored = {names.get(name, name): numbers for name, numbers in other.stored.items()}
+    return replace(other, config=replace(other.config, **record), stored=stored)
 
 
 def split_tensors(

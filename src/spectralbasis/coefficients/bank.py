@@ -15,12 +15,15 @@ from spectralbasis.coefficients.adapters import (
     other_shapes,
     read_spectral_adapter,
     split_tensors,
+    with_names_of,
 )
 from spectralbasis.coefficients.bank_file import DTYPES, read_bank, write_bank
-from spectralbasis.coefficients.bank_layout import BankLayout, head_shapes
+from spectralbasis.coefficients.bank_layout import BankLayout, HeadShape, head_shapes
 from spectralbasis.coefficients.bank_rows import BankRows, map_rows
 from spectralbasis.coefficients.bank_updates import RowUpdates
 from spectralbasis.errors import InputError
+from spectralbasis.tuner.config import SpectralConfig
+from spectralbasis.tuner.targets import align_record
 
 
 class CoefficientBank:
@@ -71,7 +74,8 @@ class CoefficientBank:
         if not adapters:
             raise InputError("a bank needs an adapter to know what its tasks train; pass one or more")
         heads = head_shapes([other_shapes(Path(folder)) for folder in adapters.values()], labels)
-        layout = BankLayout(read_spectral_adapter(Path(next(iter(adapters.values())))).config, heads)
+        config = read_spectral_adapter(Path(next(iter(adapters.values())))).config
+        layout = _on(model, config, heads)
         bank = cls(model, layout, BankRows(torch.empty(len(adapters), layout.width, dtype=dtype)), ())
         for task, folder in adapters.items():
             bank.add(task, folder)
@@ -88,10 +92,11 @@ class CoefficientBank:
             BaseMismatchError: the model is not the base that the tasks were trained on.
         """
         file = read_bank(Path(path))
+        layout = _on(model, file.layout.config, file.layout.heads)
         if not file.tasks:
-            return cls(model, file.layout, BankRows(torch.empty(0, file.layout.width, dtype=file.dtype)), ())
-        rows = map_rows(Path(path), file.offset, (len(file.tasks), file.layout.width), file.dtype)
-        return cls(model, file.layout, BankRows(rows), file.tasks)
+            return cls(model, layout, BankRows(torch.empty(0, layout.width, dtype=file.dtype)), ())
+        rows = map_rows(Path(path), file.offset, (len(file.tasks), layout.width), file.dtype)
+        return cls(model, layout, BankRows(rows), file.tasks)
 
     def save(self, path: str | Path) -> None:
         """Write all tasks into one file, which appears when it is complete: also over the one that the bank maps."""
@@ -181,7 +186,7 @@ class CoefficientBank:
 
     def _read(self, folder: Path, task: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What an adapter of this bank's kind stores, and its other tensors."""
-        adapter = read_spectral_adapter(folder)
+        adapter = with_names_of(self.layout.config, read_spectral_adapter(folder))
         ours, theirs = self.layout.config, adapter.config
         found = difference(ours, theirs) or difference_of_numbers(ours, theirs)
         strangers = sorted(adapter.stored.keys() - self.layout.shapes.keys())
@@ -211,3 +216,14 @@ class CoefficientBank:
             return self._slots[task]
         except KeyError:
             raise InputError(f"the bank has no task {task!r} among its {len(self._slots)}; add it first") from None
+
+
+def _on(model: nn.Module, config: SpectralConfig, heads: Mapping[str, HeadShape]) -> BankLayout:
+    """The layout of a bank whose matrices have the names that this model gives them."""
+    align_record(config, model)
+    if config.target_parameters:
+        raise InputError(
+            f"{type(model).__name__} keeps what the tasks train in stacks of experts, "
+            f"{sorted(config.target_parameters)}, and a bank serves linear layers alone; load the adapters with PEFT"
+        )
+    return BankLayout(config, heads)

@@ -23,6 +23,7 @@ from spectralbasis.coefficients.adapters import (
     difference_of_numbers,
     form_of,
     read_spectral_adapter,
+    with_names_of,
 )
 from spectralbasis.coefficients.arithmetic import find_method, weighted_mean
 from spectralbasis.errors import InputError
@@ -92,6 +93,7 @@ def combine(
     check_output(Path(output), overwrite=overwrite, written_file=ADAPTER_CONFIG)
     given = _weights(adapters, weights)
     read = [read_spectral_adapter(Path(folder)) for folder in adapters]
+    read = [with_names_of(read[0].config, one) for one in read]
     _check_alike(read)
     others = _others(read, given, heads)
     combined = _combined(read, given, method, density)
@@ -131,7 +133,7 @@ def _combined(adapters: Sequence[SpectralAdapter], weights: Tensor, method: str,
     trained = torch.tensor([sum(numbers.numel() for numbers in one.stored.values()) for one in adapters])
     make = find_method(method, density, trained)
     coefficients = [one.coefficients() for one in adapters]
-    X = torch.stack([torch.cat([C.double().flatten() for C in one.values()]) for one in coefficients])
+    X = torch.stack([torch.cat([one[name].double().flatten() for name in coefficients[0]]) for one in coefficients])
     parts = make(X, weights).float().split([C.numel() for C in coefficients[0].values()])
     return {name: part.view_as(C) for part, (name, C) in zip(parts, coefficients[0].items(), strict=True)}
 

@@ -10,21 +10,29 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from spectralbasis.checkpoints.adapter import AdapterCheckpoint, adapted_name, is_output_head, ties_head
+from spectralbasis.checkpoints.adapter import (
+    PEFT_PREFIX,
+    AdapterCheckpoint,
+    adapted_name,
+    is_output_head,
+    ties_head,
+)
+from spectralbasis.checkpoints.names import conversions_of, modules_of
 from spectralbasis.checkpoints.opening import Source
 from spectralbasis.checkpoints.roles import is_embedding_table
 from spectralbasis.coefficients.adapters import COEFFICIENTS, named_base, open_spectral_adapter
 from spectralbasis.errors import InputError
 from spectralbasis.folders import atomic_folder, check_output
-from spectralbasis.tuner.reading import SpectralEdit, StackEdit, check_layers_alone
+from spectralbasis.tuner.matrices import Layers
+from spectralbasis.tuner.reading import SpectralEdit
 
 _LORA_BIASES = {"spectral_only": "lora_only"}
 _LARGEST_RANK_IN_VLLM = 512
@@ -149,10 +157,9 @@ def export_lora(
         raise InputError(f"rank={rank} is no rank; pass a whole number of 1 or more, or leave it out to lose nothing")
     check_output(Path(output), overwrite=overwrite, written_file="adapter_config.json")
     opened = open_spectral_adapter(adapter, base, partial=partial)
-    stacks = [name for name, edit in opened.updates.items() if isinstance(edit, StackEdit)]
-    check_layers_alone(opened.adapter.config.get("target_parameters") or stacks, Path(adapter))
-    layers = list(_layers(opened, rank))
-    others = _others(opened)
+    names = _ModuleNames(opened)
+    layers = list(_layers(opened, names, rank))
+    others = {names.of_tensor(name): tensor for name, tensor in _others(opened).items()}
     config = _config(opened, layers, named_base(opened, base))
     written = _described(Path(output), layers, _notes(opened, layers, others, config))
     with atomic_folder(Path(output)) as folder:
@@ -165,12 +172,63 @@ def export_lora(
     return written
 
 
-def _layers(opened: AdapterCheckpoint, rank: int | None) -> Iterator[_Layer]:
-    for tensor, edit in cast(Mapping[str, SpectralEdit], opened.updates).items():
+class _ModuleNames:
+    """The names that the installed release of transformers gives to the modules of an adapter.
+
+    PEFT passes over modules that it does not find. An adapter that was made under another release has other names, so
+    its LoRA adapter would be loaded in part. Where transformers puts several of its matrices into one parameter, the
+    names stay as they are, since PEFT converts these adapters itself.
+    """
+
+    def __init__(self, opened: AdapterCheckpoint) -> None:
+        config = opened.base.config
+        given = [_module_of(edit) for edit in opened.updates.values() if isinstance(edit, SpectralEdit)]
+        self._modules = modules_of(config)
+        self._table = conversions_of(config) if self._modules else None
+        if self._table is not None and any(self._table.parameter(f"{module}.weight") is None for module in given):
+            self._table, self._modules = None, {}
+
+    def of(self, module: str) -> str:
+        """The name of a module, its own where nothing else is known."""
+        if self._table is None or self.class_of(module) is not None:
+            return module
+        renamed = (self._table.parameter(f"{module}.weight") or "").removesuffix(".weight")
+        return renamed if renamed and self.class_of(renamed) is not None else module
+
+    def of_tensor(self, name: str) -> str:
+        """The name of a tensor that the adapter stores whole."""
+        module, _, leaf = adapted_name(name).rpartition(".")
+        return f"{PEFT_PREFIX}{self.of(module)}.{leaf}" if module else name
+
+    def class_of(self, module: str) -> type[nn.Module] | None:
+        """The class of a module, whatever the adapter's model or the base puts before its name."""
+        found = (of for name, of in self._modules.items() if f".{name}".endswith(f".{module}"))
+        longer = (of for name, of in self._modules.items() if f".{module}".endswith(f".{name}") and "." in name)
+        return next(found, None) or next(longer, None)
+
+
+def _module_of(edit: SpectralEdit) -> str:
+    return adapted_name(edit.coefficients).partition(COEFFICIENTS)[0]
+
+
+def _layers(opened: AdapterCheckpoint, names: _ModuleNames, rank: int | None) -> Iterator[_Layer]:
+    parameters = tuple(f".{name}" for name in opened.adapter.config.get("target_parameters") or ())
+    for tensor, edit in opened.updates.items():
+        module = names.of(_module_of(edit)) if isinstance(edit, SpectralEdit) else ""
+        found = names.class_of(module)
+        if (
+            not isinstance(edit, SpectralEdit)
+            or f".{_module_of(edit)}.weight".endswith(parameters)
+            or (found is not None and not issubclass(found, Layers))
+        ):
+            raise InputError(
+                f"{tensor} of the base is adapted as a parameter of no layer, such as experts and routers, and LoRA's "
+                "factors are those of layers; write the whole model instead: spectralbasis export ADAPTER --to merged"
+            )
         weight = opened.start.read(tensor)
         U, C, V = edit.factors(weight)
         yield _Layer(
-            module=edit.coefficients.partition(COEFFICIENTS)[0],
+            module=f"{PEFT_PREFIX}{module}",
             factors=_cut(U.float(), C.float(), V.float(), rank),
             shape=tuple(weight.shape),
             transposed=edit.transposed(weight),

@@ -16,7 +16,12 @@ from torch import Tensor
 from spectralbasis.checkpoints import Checkpoint, Matrix, match_matrices, open_checkpoint
 from spectralbasis.checkpoints.adapter import AdapterCheckpoint
 from spectralbasis.checkpoints.labels import short_labels
-from spectralbasis.coefficients.adapters import check_one_basis, is_spectral_adapter, read_spectral_adapter
+from spectralbasis.coefficients.adapters import (
+    check_one_basis,
+    is_spectral_adapter,
+    read_spectral_adapter,
+    with_names_of,
+)
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path
 from spectralbasis.linalg import gram_cosines, inner_products
@@ -118,6 +123,7 @@ def _coefficients(checkpoints: Sequence[Any], of: str) -> Grams:
     if foreign:
         raise InputError(f"{foreign[0]} is no folder of a spectral adapter, so it has no coefficients; leave out `of`")
     adapters = [read_spectral_adapter(Path(one)) for one in checkpoints]
+    adapters = [with_names_of(adapters[0].config, one) for one in adapters]
     check_one_basis(adapters)
     trained = [adapter.coefficients() for adapter in adapters]
     names = dict.fromkeys(name for one in trained for name in one)

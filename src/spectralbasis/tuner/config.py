@@ -108,6 +108,7 @@ class SpectralConfig(PeftConfig):
         self.bound = self.base_hashes is not None
         # `target_parameters` as a model set them for what target_modules reach there, and as they were given.
         self.reached: tuple[list[str], list[str] | None] | None = None
+        self.renamed: dict[str, str] = {}  # matrix name as it was recorded → as a model calls it
         self.scaling = self.scaling or ("absolute" if self.bound else DEFAULT_SCALING)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)

@@ -98,7 +98,13 @@ class SpectralModel(BaseTuner):
         held = {key: f"{key}.spectral_coefficients.{adapter_name}.weight" for key in _spectral_layers(model)}
         layers, known = {_name_in_layer(key): stored for key, stored in held.items()}, set(held.values())
         found = {key if key in known else _by_matrix_name(key, layers): value for key, value in remapped.items()}
-        return _by_canonical_name(model, adapter_name, found, held)
+        found = _by_canonical_name(model, config, adapter_name, found, held)
+        here = _spectral_layers(model)
+        return found | {
+            stored: found[stored].reshape(here[key].stored(adapter_name).shape)
+            for key, stored in held.items()
+            if stored in found and _is_other_layout(found[stored], here[key], adapter_name)
+        }
 
     def _prepare_adapter_config(self, config: SpectralConfig, model_config: dict[str, Any]) -> SpectralConfig:
         set_default_targets(config, model_config)
@@ -240,7 +246,7 @@ def _by_matrix_name(key: str, layers: dict[tuple[str, int], str]) -> str:
 
 
 def _by_canonical_name(
-    model: nn.Module, adapter_name: str, found: dict[str, Tensor], held: dict[str, str]
+    model: nn.Module, config: SpectralConfig, adapter_name: str, found: dict[str, Tensor], held: dict[str, str]
 ) -> dict[str, Tensor]:
     """The numbers of matrices that have other names here; those of one stack are put together, in its order."""
     strange = {matrix_name(key.partition(_MARK)[0]): key for key in found if _MARK in key and key not in held.values()}
@@ -250,7 +256,10 @@ def _by_canonical_name(
         return found
     table = conversions_of(model)
     here = [name for names in rows.values() for name in names]
-    partners = {ours: name for name, ours in same_names(list(strange), here, lambda: (table, table)).items()}
+    same = {name: ours for name, ours in config.renamed.items() if name in strange and ours in here}
+    left = [name for name in strange if name not in same]
+    same |= same_names(left, [name for name in here if name not in same.values()], lambda: (table, table))
+    partners = {ours: name for name, ours in same.items()}
     for key, names in rows.items():
         absent = [name for name in names if name not in partners]
         if names and not absent:
@@ -263,6 +272,14 @@ def _by_canonical_name(
                 "it was made with"
             )
     return found
+
+
+def _is_other_layout(numbers: Tensor, layer: SpectralLayer, adapter_name: str) -> bool:
+    """Whether these are a layer's numbers in another shape: a router is a layer in one release, a row in the other."""
+    if adapter_name not in layer.spectral_coefficients:
+        return False
+    shape = layer.stored(adapter_name).shape
+    return numbers.shape != shape and numbers.numel() == shape.numel() and 1 in (numbers.ndim, len(shape))
 
 
 def _row_names(layer: SpectralLayer, key: str, adapter_name: str) -> list[str]:

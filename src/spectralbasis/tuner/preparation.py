@@ -14,6 +14,7 @@ from spectralbasis.tuner.factors import Directions, Factors, directions_of, sour
 from spectralbasis.tuner.layer import SpectralLayer
 from spectralbasis.tuner.originals import Target
 from spectralbasis.tuner.parametrisation import Parametrisation, numbers
+from spectralbasis.tuner.record import RECORD
 
 PROBE_TOLERANCE = 1e-2
 """Probes are of order 1: below this, directions agree as well as float32 singular vectors of one matrix can."""
@@ -155,6 +156,11 @@ def _check_hashes(config: SpectralConfig, hashes: Mapping[str, str]) -> None:
             "the adapter's coefficients for it are left out",
             stacklevel=2,
         )
+        for field in RECORD:
+            values = getattr(config, field)
+            if values is not None:  # or the adapter, saved again, would record what it does not hold
+                setattr(config, field, {name: value for name, value in values.items() if name not in absent})
+        expected = config.base_hashes or {}
     unknown = [name for name in hashes if name not in expected or name not in (config.ranks or {})]
     if unknown:
         raise InputError(

@@ -1,6 +1,6 @@
 """Spectral adapters as checkpoints: `W + U C Vᵀ`, with the directions found as the tuner finds them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -147,17 +147,35 @@ def spectral_edits(adapter: Adapter) -> Mapping[str, Edit]:
         else:
             inside |= {name: (stored, span) for name, span in _matrices(adapter, config, module, stored).items()}
     edits |= _edits_inside(adapter, config, inside)
+    _check_complete(adapter, config, edits)
     if edits:
         smallest = min(edits, key=lambda tensor: prod(adapter.base.shape(tensor)))
         edits[smallest].check(adapter.base.read(smallest))
     return edits
 
 
-def check_layers_alone(parameters: Iterable[str] | None, folder: Path) -> None:
-    """Raise InputError for an adapter of these parameters, whose numbers are of several matrices in one tensor."""
-    if parameters:
+def _check_complete(adapter: Adapter, config: SpectralConfig, edits: Mapping[str, SpectralEdit | StackEdit]) -> None:
+    """Raise InputError if the adapter's file lacks the coefficients of a recorded matrix that the base has."""
+    pieces = [one.pieces if isinstance(one, StackEdit) else ((None, one),) for one in edits.values()]
+    held = {edit.matrix for found in pieces for _, edit in found}
+    lost = [name for name in config.ranks or {} if name not in held and adapter.find_base_tensor(f"{name}.weight")]
+    if lost:
+        raise InputError(lacking(adapter.folder, lost, len(config.ranks or {})))
+
+
+def lacking(folder: Path, lost: Sequence[str], count: int) -> str:
+    """What is wrong where an adapter's file lacks matrices of its record."""
+    return (
+        f"the file of the adapter {folder} holds no coefficients of {lost[0]} ({len(lost)} of {count} matrices that "
+        "its adapter_config.json records); it was cut short, so restore it, or save the adapter again"
+    )
+
+
+def check_layers_alone(config: SpectralConfig, folder: Path) -> None:
+    """Raise InputError for an adapter of parameters, whose numbers are of several matrices in one tensor."""
+    if config.target_parameters:
         raise InputError(
-            f"{folder} adapts stacks of experts, target_parameters={sorted(parameters)}, whose "
+            f"{folder} adapts stacks of experts, target_parameters={sorted(config.target_parameters)}, whose "
             "coefficients are read with their model alone; compare updates instead (of='updates', --of updates), or "
             "merge it: spectralbasis export ADAPTER --to merged"
         )

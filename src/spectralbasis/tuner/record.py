@@ -1,6 +1,7 @@
 """What a config records of each adapted matrix, so that its adapter means the same wherever it is opened."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,33 @@ from spectralbasis.tuner.factors import PROBES
 
 RECORD = ("base_hashes", "ranks", "probes", "scales", "entries")
 """Fields of `SpectralConfig` that hold one value for each adapted matrix."""
+
+
+def same_weights(ours: Mapping[str, str], theirs: Mapping[str, str]) -> dict[str, str]:
+    """Our name → their name of the same weight, where the two sides name it differently.
+
+    The hash of a weight identifies it whatever it is called, as by another release of transformers. Weights that one
+    side has twice have no certain partner and are left out.
+
+    Args:
+        ours: name → hash.
+        theirs: name → hash.
+    """
+    here, there = Counter(ours.values()), Counter(theirs.values())
+    partners = {value: name for name, value in theirs.items() if there[value] == 1 and name not in ours}
+    return {
+        name: partners[value]
+        for name, value in ours.items()
+        if name not in theirs and here[value] == 1 and value in partners
+    }
+
+
+def renamed_record(record: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of `RECORD` with other names of matrices: `names` are those of the record → the new ones."""
+    return {
+        field: None if values is None else {names.get(name, name): value for name, value in values.items()}
+        for field, values in record.items()
+    }
 
 
 def check_record(record: Mapping[str, Any], *, scaling: str, coefficients: str) -> None:

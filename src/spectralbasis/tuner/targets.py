@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from spectralbasis.tuner.matrices import Layers
 from spectralbasis.tuner.originals import Target, find_targets, unique_names
 from spectralbasis.tuner.parameters import Held, Slice, held_parameters, parameter_targets, slices
 from spectralbasis.tuner.quantization import backend_of
-from spectralbasis.tuner.record import RECORD
+from spectralbasis.tuner.record import RECORD, renamed_record, same_weights
 
 DEFAULT_TARGETS = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 """Model type → what is adapted where `target_modules` is None."""
@@ -106,7 +107,12 @@ def align_record(config: SpectralConfig, model: nn.Module) -> None:
     """Give the record of a config the names that its matrices have in this model.
 
     An adapter that was made under another release of transformers, or on another class of model, records other names
-    of the same matrices. Stacks of experts among them become `target_parameters`.
+    of the same matrices. They are found by the table of the installed release, and by the hashes of the weights where
+    that knows nothing of them, as release 4 knows nothing of the names of release 5. Stacks of experts among them
+    become `target_parameters`.
+
+    Raises:
+        InputError: the adapter keeps in stacks what this model has one by one.
     """
     recorded = config.ranks or {}
     stacks = [(one.key, piece.name) for one in held_parameters(model) if _is_matrix(one) for piece in slices(one)]
@@ -116,15 +122,39 @@ def align_record(config: SpectralConfig, model: nn.Module) -> None:
     if unknown:
         table = conversions_of(model)
         names = same_names(unknown, [name for name in here if name not in recorded], lambda: (table, table))
-        for field in RECORD:
-            values = getattr(config, field)
-            if values is not None:
-                setattr(config, field, {names.get(name, name): value for name, value in values.items()})
+        if len(names) < len(unknown):
+            names |= _same_weights(config, [name for name in unknown if name not in names], layers, model)
+        record = {field: getattr(config, field) for field in RECORD}
+        for field, values in renamed_record(record, names).items():
+            setattr(config, field, values)
+        config.renamed = names
     given = tuple(f".{name}" for name in config.target_parameters or ())
     ranks = config.ranks or {}
     parameters = _kinds(key for key, name in stacks if name in ranks and not f".{key}".endswith(given))
     if parameters:
         config.target_parameters = sorted({*(config.target_parameters or ()), *parameters})
+
+
+def _same_weights(
+    config: SpectralConfig, unknown: Sequence[str], layers: Mapping[str, str], model: nn.Module
+) -> dict[str, str]:
+    """Recorded name → name here of the same weight, among layers that the record does not name."""
+    recorded, modules = config.base_hashes or {}, dict(model.named_modules())
+    found = {}
+    for key, name in layers.items():
+        if name not in recorded:
+            with suppress(InputError):  # what takes no adapter is none of those that were adapted
+                found[name] = find_targets({key: modules[key]})[0].hash
+    names = same_weights({name: recorded[name] for name in unknown}, found)
+    if names and config.target_parameters:
+        name = next(iter(names))
+        raise InputError(
+            f"the adapter keeps the coefficients of {name} in a stack of experts, target_parameters="
+            f"{sorted(config.target_parameters)}, and this model has that matrix as a layer, {names[name]}; load it "
+            "under the release of transformers that it was made with, or merge it there: spectralbasis export ADAPTER "
+            "--to merged"
+        )
+    return names
 
 
 def all_targets(config: SpectralConfig, model: nn.Module) -> tuple[list[Target], dict[str, list[Slice]]]:
