@@ -15,7 +15,7 @@ from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.factors import directions_of
 from spectralbasis.tuner.gradients import Batch, Loss, observe_gradients
 from spectralbasis.tuner.originals import Target, find_targets
-from spectralbasis.tuner.targets import targeted_modules
+from spectralbasis.tuner.targets import named_in_basis, targeted_modules
 
 
 def gradient_coverage(
@@ -56,11 +56,12 @@ def gradient_coverage(
     targets = find_targets(targeted_modules(config, model))
     gradients = mean_gradients(model, batches, targets, loss)
     directions = directions_of(basis, tolerance=DEFAULT_TOLERANCE, seed=basis_seed)
+    targets = named_in_basis(targets, basis, model) if isinstance(basis, str) else targets
     rows: list[dict[str, object]] = []
     for target in targets:
         gradient = gradients.pop(target.name, None)
         if gradient is not None and bool(gradient.any()):
-            U, V = directions(target.name, target.W, _how_many(basis, k, target), target.hash)
+            U, V = directions(target.name_in_basis, target.W, _how_many(basis, k, target), target.hash)
             rows.extend(_rows(target, gradient.cpu(), U.cpu(), V.cpu()))
     return pd.DataFrame(rows)
 

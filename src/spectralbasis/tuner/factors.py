@@ -108,8 +108,8 @@ def source_of(basis: str, seed: int) -> str:
 
 
 def names_in_basis(basis: str, names: Collection[str], conversions: Callable[[], Conversions | None]) -> dict[str, str]:
-    """Matrix → how a basis file calls it, where that is another name; empty for bases that are no files."""
-    if basis in BASES:
+    """Matrix → how a basis file calls it, where that is another name; empty for bases that are no files (yet)."""
+    if basis in BASES or not Path(basis).is_file():
         return {}
     table = conversions()
     found = same_names(names, list(SpectralBasis.load(basis)), lambda: (table, table))

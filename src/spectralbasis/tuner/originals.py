@@ -46,6 +46,11 @@ class Target:
     also: tuple[str, ...] = ()
     basis_name: str = ""
 
+    @property
+    def name_in_basis(self) -> str:
+        """How a basis calls the matrix."""
+        return self.basis_name or self.name
+
     @cached_property
     def hash(self) -> str:
         """What identifies the base: the hash of the weight, of a quantized one that of its original where known."""

@@ -140,7 +140,7 @@ def _find_factors(config: SpectralConfig, targets: Sequence[Target], ranks: Mapp
 
 def _decompose(directions: Directions, target: Target, k: int) -> tuple[Tensor, Tensor]:
     try:
-        return directions(target.basis_name or target.name, target.W, k, target.hash)
+        return directions(target.name_in_basis, target.W, k, target.hash)
     except InputError:
         raise
     except ValueError as error:

@@ -174,9 +174,13 @@ def all_targets(config: SpectralConfig, model: nn.Module) -> tuple[list[Target],
         for target in parameter_targets(model, parameters)
     ]
     stacks = {one.key: slices(one) for one in held_parameters(model) if one.key in parameters}
-    targets = [*find_targets(modules, config.basis), *stacked]
-    others = names_in_basis(config.basis, [target.name for target in targets], lambda: conversions_of(model))
-    return [replace(target, basis_name=others.get(target.name, "")) for target in targets], stacks
+    return named_in_basis([*find_targets(modules, config.basis), *stacked], config.basis, model), stacks
+
+
+def named_in_basis(targets: Sequence[Target], basis: str, model: nn.Module) -> list[Target]:
+    """The targets with the names that a basis file has for them; see `factors.names_in_basis`."""
+    others = names_in_basis(basis, [target.name for target in targets], lambda: conversions_of(model))
+    return [replace(target, basis_name=others.get(target.name, "")) for target in targets]
 
 
 def targeted_modules(config: SpectralConfig, model: nn.Module) -> dict[str, nn.Module]:

@@ -19,7 +19,7 @@ from spectralbasis.tuner import SpectralConfig
 from spectralbasis.tuner.coverage import haar_coverage, mean_gradients
 from spectralbasis.tuner.factors import directions_of
 from spectralbasis.tuner.originals import Target, find_targets
-from spectralbasis.tuner.targets import targeted_modules
+from spectralbasis.tuner.targets import named_in_basis, targeted_modules
 
 BATCH = 32
 QUANTITIES = ("coverage", "noise", "signal", "update", "after")
@@ -51,7 +51,10 @@ def gradient_coverage(run: Run, site: Site) -> Outcome:
     layers, examples = backbone_layers(loaded), settings["examples"]
     base, after = _targets(loaded, layers), _targets(tuned, layers)
     places = {name: str(site.needs[name] / BASIS_FILE) if name in site.needs else name for name in settings["bases"]}
-    directions = {name: _directions(place, max(settings["k"]), base, run.seed) for name, place in places.items()}
+    directions = {
+        name: _directions(place, max(settings["k"]), named_in_basis(base, place, loaded.model), run.seed)
+        for name, place in places.items()
+    }
     noise = {name: GradientNoise(found) for name, found in directions.items()}
     for batch in _held_out(loaded, examples, 1):
         gradients = _gradients(loaded, [batch], base)
@@ -80,7 +83,9 @@ def _targets(loaded: LoadedModel, layers: list[str]) -> list[Target]:
 def _directions(place: str, k: int, targets: list[Target], seed: int) -> Directions:
     """The first k directions; those of a smaller k are the first of these."""
     find = directions_of(place, tolerance=DEFAULT_TOLERANCE, seed=seed)
-    found = {target.name: find(target.name, target.W, min(k, *target.W.shape), target.hash) for target in targets}
+    found = {
+        target.name: find(target.name_in_basis, target.W, min(k, *target.W.shape), target.hash) for target in targets
+    }
     return {name: (U.cpu(), V.cpu()) for name, (U, V) in found.items()}
 
 

@@ -33,9 +33,10 @@ def spectral(setup: Setup) -> nn.Module:
     loaded, options = setup.loaded, setup.options
     names = ("coefficients", "bandwidth", "scaling", "leading", "budget")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    config = SpectralConfig(basis=options.basis, **given, **everywhere(loaded))
-    if options.basis == "curvature":
-        config = SpectralConfig(basis=str(_curvature(loaded, config, setup.folder)), **given, **everywhere(loaded))
+    basis = options.basis
+    if basis == "curvature":
+        basis = str(_curvature(loaded, SpectralConfig(**given, **everywhere(loaded)), setup.folder))
+    config = SpectralConfig(basis=basis, **given, **everywhere(loaded))
     if options.coefficients == "sparse":
         config = calibrate(loaded.model, calibration_batches(loaded), config)
     return get_peft_model(loaded.model, config)
