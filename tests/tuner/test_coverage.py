@@ -1,13 +1,17 @@
 """Gradient coverage against the dense gradient of autograd."""
 
+import warnings
+
 import pytest
 import torch
+from torch import nn
 
 from spectralbasis.basis import SpectralBasis
 from spectralbasis.errors import InputError
 from spectralbasis.triplets import compute_triplets
 from spectralbasis.tuner.coverage import gradient_coverage
 from spectralbasis.tuner.curvature import pair_directions
+from tests.models import tiny
 from tests.tuner.cases import CASES
 from tests.tuner.test_sparse import batches, dense_gradients
 
@@ -74,6 +78,33 @@ def test_unequal_batches_count_by_their_rows():
     once, twice = (gradient_coverage(BERT.base(), given, k=3, target_modules=["query"]) for given in ([whole], parts))
     assert once.gradient_norm.tolist() == pytest.approx(twice.gradient_norm.tolist(), rel=1e-4)
     assert once.value.tolist() == pytest.approx(twice.value.tolist(), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_a_basis_of_another_checkpoint_is_found_under_the_names_of_its_files(tmp_path, as_file):
+    """transformers 5 names the layers of a ViT otherwise than its files do."""
+    other, model = tiny("vit"), tiny("vit")
+    other.save_pretrained(tmp_path / "other")
+    basis = SpectralBasis.compute(tmp_path / "other", leading=4)
+    basis.save(tmp_path / "basis.safetensors")
+    batch = {"pixel_values": torch.randn(3, 3, 16, 16)}
+
+    def loss(model, batch):
+        return model(**batch).last_hidden_state[..., 0].mean()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* was computed from other weights than those of this model")
+        given = str(tmp_path / "basis.safetensors") if as_file else basis
+        table = gradient_coverage(model, [batch], given, k=4, target_modules="all-linear", loss=loss)
+    loss(model.requires_grad_(True), batch).backward()
+    layers = {key: layer for key, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    measured = table[(table.k == 4) & (table.metric == "coverage_core")].set_index("matrix").value
+    assert len(measured) == 12
+    for key, layer in layers.items():
+        if key in measured:
+            U, _, Vh = torch.linalg.svd(other.get_submodule(key).weight.detach())
+            wanted = shares(layer.weight.grad, U[:, :4], Vh[:4].T)["coverage_core"]
+            assert measured[key] == pytest.approx(wanted, rel=1e-3)
 
 
 def test_a_basis_that_lacks_a_target():

@@ -56,7 +56,7 @@ def gradient_coverage(
     targets = find_targets(targeted_modules(config, model))
     gradients = mean_gradients(model, batches, targets, loss)
     directions = directions_of(basis, tolerance=DEFAULT_TOLERANCE, seed=basis_seed)
-    targets = named_in_basis(targets, basis, model) if isinstance(basis, str) else targets
+    targets = named_in_basis(targets, basis, model)
     rows: list[dict[str, object]] = []
     for target in targets:
         gradient = gradients.pop(target.name, None)
@@ -82,8 +82,8 @@ def mean_gradients(
 
 
 def _how_many(basis: str | SpectralBasis, k: int | None, target: Target) -> int:
-    if k is None and isinstance(basis, SpectralBasis) and target.name in basis:
-        return basis[target.name].k
+    if k is None and isinstance(basis, SpectralBasis) and target.name_in_basis in basis:
+        return basis[target.name_in_basis].k
     return min(k or DEFAULT_LEADING, *target.W.shape)
 
 

@@ -107,12 +107,16 @@ def source_of(basis: str, seed: int) -> str:
     return basis if basis in BASES else str(Path(basis).resolve())
 
 
-def names_in_basis(basis: str, names: Collection[str], conversions: Callable[[], Conversions | None]) -> dict[str, str]:
+def names_in_basis(
+    basis: str | SpectralBasis, names: Collection[str], conversions: Callable[[], Conversions | None]
+) -> dict[str, str]:
     """Matrix → how a basis file calls it, where that is another name; empty for bases that are no files (yet)."""
-    if basis in BASES or not Path(basis).is_file():
-        return {}
+    if isinstance(basis, str):
+        if basis in BASES or not Path(basis).is_file():
+            return {}
+        basis = SpectralBasis.load(basis)
     table = conversions()
-    found = same_names(names, list(SpectralBasis.load(basis)), lambda: (table, table))
+    found = same_names(names, list(basis), lambda: (table, table))
     return {name: other for name, other in found.items() if other != name}
 
 

@@ -20,6 +20,7 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_M
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from spectralbasis.basis import SpectralBasis
 from spectralbasis.checkpoints import matrix_name
 from spectralbasis.checkpoints.layout import is_expert_stack
 from spectralbasis.checkpoints.names import conversions_of, same_names
@@ -177,7 +178,7 @@ def all_targets(config: SpectralConfig, model: nn.Module) -> tuple[list[Target],
     return named_in_basis([*find_targets(modules, config.basis), *stacked], config.basis, model), stacks
 
 
-def named_in_basis(targets: Sequence[Target], basis: str, model: nn.Module) -> list[Target]:
+def named_in_basis(targets: Sequence[Target], basis: str | SpectralBasis, model: nn.Module) -> list[Target]:
     """The targets with the names that a basis file has for them; see `factors.names_in_basis`."""
     others = names_in_basis(basis, [target.name for target in targets], lambda: conversions_of(model))
     return [replace(target, basis_name=others.get(target.name, "")) for target in targets]
