@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python $(PIP) --constraint constraints.txt --editable
 INSTALL_COMPAT := $(COMPAT)/python $(PIP) --constraint constraints-compat.txt
 PYTEST := -m pytest --numprocesses auto --dist loadgroup
 
-.PHONY: demo test test-compat test-peft check pytest docs wheel-check clean
+.PHONY: demo test test-all test-compat test-peft fuzz check pytest docs wheel-check clean
 
 demo: .venv/installed
 	$(BIN)/spectralbasis quickstart --output quickstart
@@ -19,6 +19,12 @@ test: .venv/installed-dev
 
 pytest: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+
+# All of it: today's versions, the oldest, and minutes of files that were changed to fool their readers.
+test-all: test test-compat fuzz
+
+fuzz: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.hostile --minutes $(or $(MINUTES),4) --keep no
 
 # What depends most on the versions of other libraries, and the methods that need the package adapters.
 test-compat: .venv-compat/installed

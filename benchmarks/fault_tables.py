@@ -36,6 +36,22 @@ def totals(found: dict[str, Any]) -> str:
     )
 
 
+def hostile(found: dict[str, Any]) -> str:
+    """What became of files that were changed to fool their readers."""
+    heads = ["file", "tries", "refused with a sentence", "as undisturbed", "read as other values", "faults", "slowest"]
+    outcomes = ("refused", "as undisturbed", "other values")
+    rows = [
+        [
+            row["name"], str(row["trials"]), *(str(row["outcomes"].get(outcome, 0)) for outcome in outcomes),
+            str(row["faults"]), f"{row['slowest']:.0f} s",
+        ]
+        for row in found["rows"]
+    ]  # fmt: skip
+    tries, faults = (sum(row[count] for row in found["rows"]) for count in ("trials", "faults"))
+    note = f"{tries} tries, {faults} faults. {versions(found, 'transformers', 'peft')}"
+    return f"{table(heads, rows)}\n\n{note}\n"
+
+
 def _row(row: dict[str, Any]) -> list[str]:
     again = "" if row["again"] is None else f", then given again{' with ' + row['again'] if row['again'] else ''}"
     ended = [f"{OUTCOMES[name]} {count}" for name, count in sorted(row["outcomes"].items())]

@@ -77,6 +77,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step_memory_gpu": ("steps_gpu", step_tables.step_memory),
     "loading": ("loading", step_tables.loading),
     "learning_rates": ("learning_rates", step_tables.learning_rates),
+    "hostile": ("hostile", fault_tables.hostile),
     "bank_throughput": ("bank", bank_tables.throughput),
     "bank_memory": ("bank", bank_tables.memory),
     "bank_sizes": ("bank", bank_tables.sizes),

@@ -1,0 +1,1 @@
+"""What becomes of commands whose input somebody made to fool them: every reader, on small files that are changed."""
