@@ -35,7 +35,9 @@ def basis(
     Example: `spectralbasis basis path/to/model -o basis.safetensors --leading 64`
     """
     from spectralbasis.basis import SpectralBasis
+    from spectralbasis.files import check_output_file
 
+    check_output_file(output)
     found = SpectralBasis.compute(
         model, leading, tolerance=tolerance, include=include or (), exclude=exclude or (), progress=draws_bars()
     )

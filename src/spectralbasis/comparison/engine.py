@@ -21,9 +21,13 @@ from spectralbasis.comparison.store import Store
 from spectralbasis.comparison.summary import summarise
 from spectralbasis.errors import InputError
 from spectralbasis.execution import open_executor
+from spectralbasis.files import check_output_files
 from spectralbasis.linalg import Leading, parse_leading
 from spectralbasis.progress import track
 from spectralbasis.sizes import parse_size
+
+FILES = ("store.sqlite", "comparison.parquet", "sharing.parquet", "summary.json", "index.html")
+"""What `compare` writes into its output folder."""
 
 
 def compare(
@@ -201,6 +205,7 @@ def _open_store(output: str | Path | None, settings: Settings, resume: bool) -> 
     known = {name: str(value) for name, value in asdict(settings).items()}
     if output is None:
         return Store(None, known, resume=False)
+    check_output_files(Path(output), *FILES)
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
