@@ -15,6 +15,7 @@ from spectralbasis.commands.options import (
     Model,
     Ray,
     Tolerance,
+    Trust,
     draws_bars,
     stopped_by_hand,
 )
@@ -63,6 +64,7 @@ def compare(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an earlier run into the folder stopped.")
     ] = False,
+    trust: Trust = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Compare nothing; say what it will take, and how long on each executor.")
     ] = False,
@@ -120,6 +122,7 @@ def compare(
             workers=workers,
             output=output,
             resume=resume,
+            trust=trust,
             progress=draws_bars(),
         )
     if not result.summary()["matrices"]:
