@@ -106,8 +106,10 @@ def test_a_link_that_looks_like_a_folder_of_ours_is_neither_followed_nor_removed
     (scratch / "spectralbasis.lock").symlink_to(precious)
     write(target)
     write(target.with_name("b.txt"))
-    assert link.is_symlink() and (elsewhere / "new" / "result.txt").exists()
-    assert scratch.exists() and precious.read_text() == "a person's"
+    assert link.is_symlink()
+    assert (elsewhere / "new" / "result.txt").exists()
+    assert scratch.exists()
+    assert precious.read_text() == "a person's"
 
 
 def test_where_there_are_no_locks_nothing_is_cleared_away_and_the_file_is_written(tmp_path, monkeypatch):
@@ -190,7 +192,9 @@ def test_an_output_that_is_no_file_is_refused_and_left_as_it_is(tmp_path):
         with pytest.raises(InputError, match=why):
             check_output_files(path.parent, path.name) if path.parent == tmp_path else write(path)
     assert elsewhere.read_text() == "a person's"
-    assert link.is_symlink() and dangling.is_symlink() and (tmp_path / "fifo").is_fifo()
+    assert link.is_symlink()
+    assert dangling.is_symlink()
+    assert (tmp_path / "fifo").is_fifo()
 
 
 def test_a_name_as_long_as_names_may_be_can_be_written(tmp_path):

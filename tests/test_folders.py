@@ -148,12 +148,16 @@ def test_a_link_that_leads_to_no_folder_is_refused(tmp_path, to):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "link"]
 
 
+def make_while_another_does(path):
+    with atomic_folder(path) as folder:
+        (folder / "made").write_text("new")
+        path.mkdir()
+        (path / "file").write_text("a person's")
+
+
 def test_a_place_that_was_filled_meanwhile_is_kept_and_so_is_what_was_made(tmp_path):
     with pytest.raises(InputError, match=r"filled by another meanwhile, so what was made is in .*folder-1"):
-        with atomic_folder(tmp_path / "folder") as folder:
-            (folder / "made").write_text("new")
-            (tmp_path / "folder").mkdir()
-            (tmp_path / "folder" / "file").write_text("a person's")
+        make_while_another_does(tmp_path / "folder")
     assert (tmp_path / "folder" / "file").read_text() == "a person's"
     assert (tmp_path / "folder-1" / "made").read_text() == "new"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "folder-1"]

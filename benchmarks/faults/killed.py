@@ -160,7 +160,9 @@ def _stored(out: Path) -> set[str]:
 def litter(room: Path) -> list[str]:
     """Hidden files, and folders that hold something, that a killed process left and the next did not clear away."""
     hidden = [file for place in (room, room / "out") for file in place.glob(".*")]
-    return sorted(f"{file.name[:14]}…" for file in hidden if file.name != LIST and (file.is_file() or any(file.iterdir())))
+    return sorted(
+        f"{file.name[:14]}…" for file in hidden if file.name != LIST and (file.is_file() or any(file.iterdir()))
+    )
 
 
 def comparison(bench: Bench) -> Command:

@@ -128,7 +128,7 @@ def _prepare(connection: sqlite3.Connection, path: Path | None, kind: Kind, fres
 def _check_plain(found: list[tuple[Any, Any, Any]], path: Path | None, kind: Kind) -> None:
     """Refuse to drop what is not plain tables of ours, of whatever version."""
     for what, name, sql in found:
-        plain = what == "index" and sql is None or what == "table" and str(sql).startswith("CREATE TABLE ")
+        plain = sql is None if what == "index" else what == "table" and str(sql).startswith("CREATE TABLE ")
         if not plain or not str(name).replace("_", "").isalnum():
             raise _foreign(path, kind)
 

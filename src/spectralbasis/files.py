@@ -69,9 +69,7 @@ def check_output_file(path: Path) -> None:
     if status is None:
         return
     if stat.S_ISLNK(status.st_mode):
-        raise InputError(
-            f"the output {path} is a link to {os.readlink(path)}; name the file itself, or remove the link"
-        )
+        raise InputError(f"the output {path} is a link to {path.readlink()}; name the file itself, or remove the link")
     if stat.S_ISDIR(status.st_mode):
         raise InputError(f"the output {path} is a folder, expected a file; name a file, such as {path / 'NAME'}")
     if not stat.S_ISREG(status.st_mode):
@@ -88,7 +86,7 @@ def check_output_files(folder: Path, *names: str) -> None:
     if status is not None and not folder.is_dir():
         what = "a file" if stat.S_ISREG(status.st_mode) else "no folder"
         if folder.is_symlink():
-            what = f"a link to {os.readlink(folder)}, which is no folder"
+            what = f"a link to {folder.readlink()}, which is no folder"
         raise InputError(f"the output {folder} is {what}; name a new folder")
     for name in names:
         check_output_file(folder / name)
@@ -107,7 +105,9 @@ def _status(path: Path) -> os.stat_result | None:
     except OSError as error:
         raise unwritable(path, error) from error
     except ValueError as error:
-        raise InputError(f"the output {path} has a name that no file can have ({error}); choose another name") from error
+        raise InputError(
+            f"the output {path} has a name that no file can have ({error}); choose another name"
+        ) from error
 
 
 @contextmanager

@@ -25,7 +25,6 @@ from spectralbasis.files import (
 )
 from spectralbasis.records import checked, read_json
 
-
 LIST = ".spectralbasis"
 
 
@@ -47,7 +46,9 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     if not overwrite:
         raise InputError(f"the output folder {path} is not empty; name a new one, or pass overwrite to replace it")
     if (others := not_ours(place)) is None:
-        raise InputError(f"the output folder {path} was not made by spectralbasis, so it is not replaced; name a new one")
+        raise InputError(
+            f"the output folder {path} was not made by spectralbasis, so it is not replaced; name a new one"
+        )
     if others:
         raise InputError(
             f"the output folder {path} holds {others[0]}, which no earlier run wrote, so it is not replaced; move it "

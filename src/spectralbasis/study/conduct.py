@@ -32,13 +32,14 @@ def study(
     ray: str | None = None,
     retry: bool = False,
     analyse_only: bool = False,
+    trust: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Conduct one experiment or all, and write what they show to the folder `output`.
 
     Every run is a row in `runs.sqlite` and done once: given again, the command goes on where it was stopped, and a
-    folder that holds only the exported `runs.parquet` and `measurements.parquet` goes on from those. Returns the
-    content of `results.json`.
+    folder that holds only the exported `runs.parquet` and `measurements.parquet` goes on from those with `trust`.
+    Returns the content of `results.json`.
 
     Args:
         name: of an experiment; "all"; or "quick", all with the preset "quick".
@@ -49,6 +50,7 @@ def study(
         ray: see `Workers`.
         retry: try again what failed.
         analyse_only: start no run; analyse those that are there.
+        trust: build also on runs that another user or machine stored, and on exported rows; see `RunStore`.
         progress: show what is done, what is left, and about how long it will take.
 
     Raises:
@@ -65,7 +67,7 @@ def study(
     def plan(results: Results) -> list[Run]:
         return [run for one, experiment in chosen.items() for run in experiment.plan(settings[one], results)]
 
-    with RunStore(Path(output)) as store:
+    with RunStore(Path(output), trust=trust) as store:
         if retry:
             store.forget_errors()
         try:
