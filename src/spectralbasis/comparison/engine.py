@@ -21,7 +21,7 @@ from spectralbasis.comparison.store import Store
 from spectralbasis.comparison.summary import summarise
 from spectralbasis.errors import InputError
 from spectralbasis.execution import open_executor
-from spectralbasis.files import check_output_files
+from spectralbasis.files import check_output_files, unwritable
 from spectralbasis.linalg import Leading, parse_leading
 from spectralbasis.progress import track
 from spectralbasis.sizes import parse_size
@@ -211,7 +211,7 @@ def _open_store(output: str | Path | None, settings: Settings, resume: bool, tru
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot create {output}: {error.strerror}; choose another output folder") from error
+        raise unwritable(Path(output), error) from error
     return Store(Path(output) / "store.sqlite", known, resume=resume, trust=trust)
 
 
