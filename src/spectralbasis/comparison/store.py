@@ -86,7 +86,10 @@ class Store:
                 "them again"
             )
         for *key, text in elsewhere:
-            self._rows(text, Row if table == "pairs" else SharedRow, *key)
+            if table == "pairs":
+                self._rows(text, Row, *key)
+            else:
+                self._rows(text, SharedRow, *key)
             self._put(table, text, *key)
 
     def contents(self, matrix: str) -> dict[str, str]:

@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from spectralbasis.errors import InputError
+from spectralbasis.files import check_output_files
 from spectralbasis.report import write_study_report
+from spectralbasis.report.study_page import FIGURES, RESULTS
 from spectralbasis.study.experiments import EXPERIMENTS, Experiment, find_experiment
 from spectralbasis.study.pages import Part, write_pages
 from spectralbasis.study.runs import Results, Run, with_needs
@@ -67,6 +69,7 @@ def study(
     def plan(results: Results) -> list[Run]:
         return [run for one, experiment in chosen.items() for run in experiment.plan(settings[one], results)]
 
+    check_output_files(Path(output), RESULTS, FIGURES, "index.html", *(f"{one}.md" for one in names))
     with RunStore(Path(output), trust=trust) as store:
         if retry:
             store.forget_errors()

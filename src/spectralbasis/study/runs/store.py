@@ -37,7 +37,7 @@ STORE = Kind(
     remedy=f"remove it to go on from the exported rows in {ROWS} (with --trust), or choose another folder",
 )
 _INSERT = f"INSERT OR REPLACE INTO runs VALUES ({', '.join('?' * (len(_COLUMNS) + 3))})"
-_Values = tuple[str, str, str, int, str, str | None, str | None, float, str, str]
+_VALUES: Any = tuple[str, str, str, int, str, str | None, str | None, float, str, str]
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class RunStore:
         values = [repr(value) if isinstance(value, bytes) else value for value in values]
         where = f"the run {values[0]} in {self.path}"
         key, action, settings, seed, needs, result, error, seconds, versions, _ = checked(
-            values, _Values, where, STORE.remedy
+            values, _VALUES, where, STORE.remedy
         )
         content, roles = (checked(parse_json(text, where), dict[str, Any], where) for text in (settings, needs))
         if key != run_key(action, content, seed, roles):
