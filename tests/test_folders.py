@@ -3,8 +3,9 @@
 import pytest
 from safetensors import SafetensorError
 
+from spectralbasis import files
 from spectralbasis.errors import InputError
-from spectralbasis.folders import atomic_folder, check_output
+from spectralbasis.folders import LIST, atomic_folder, check_output, not_ours
 
 
 def test_a_folder_appears_when_the_block_ends(tmp_path):
@@ -46,7 +47,7 @@ def test_a_parent_that_is_a_file_is_named(tmp_path):
 def test_an_output_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file; name a new folder"):
-        check_output(tmp_path / "file", overwrite=True, written_file="tuning.json")
+        check_output(tmp_path / "file", overwrite=True)
 
 
 def test_a_second_writer_is_refused_while_the_first_is_at_work(tmp_path):
@@ -63,13 +64,116 @@ def test_a_second_writer_is_refused_while_the_first_is_at_work(tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "folder.other"]
 
 
+def left_over(target, *parts):
+    scratch = target.with_name(files._prefix(target) + "abcdefgh")
+    scratch.mkdir()
+    (scratch / "spectralbasis.lock").touch()
+    for part in parts:
+        (scratch / part).mkdir()
+        (scratch / part / "file").write_text(part)
+    return scratch
+
+
 @pytest.mark.parametrize("parts", [(), ("new",), ("new", "old")])
 def test_what_a_killed_process_left_is_removed_and_what_it_had_moved_away_is_put_back(tmp_path, parts):
-    (tmp_path / ".folder.abcd_123").mkdir()
-    for part in parts:
-        (tmp_path / ".folder.abcd_123" / part).mkdir(parents=True)
-        (tmp_path / ".folder.abcd_123" / part / "file").write_text(part)
+    left_over(tmp_path / "folder", *parts)
     with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "folder"):
         _ = 1 // 0
     assert [entry.name for entry in tmp_path.iterdir()] == (["folder"] if "old" in parts else [])
     assert "old" not in parts or (tmp_path / "folder" / "file").read_text() == "old"
+
+
+def test_a_folder_that_was_put_back_is_not_replaced_without_being_asked(tmp_path):
+    left_over(tmp_path / "folder", "new", "old")
+    with pytest.raises(InputError, match="is not empty; name a new one, or pass overwrite"):
+        check_output(tmp_path / "folder", overwrite=False)
+    assert (tmp_path / "folder" / "file").read_text() == "old"
+
+
+def test_folders_of_a_person_with_names_like_ours_survive(tmp_path):
+    for name in (".folder.original", ".folder.abcd_123", files._prefix(tmp_path / "folder") + "abcdefgh"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("a person's")
+    make(tmp_path / "folder")
+    assert len([file for file in tmp_path.rglob("file") if file.read_text() == "a person's"]) == 3
+
+
+def make(path, content="new"):
+    with atomic_folder(path) as folder:
+        (folder / "made").write_text(content)
+
+
+def test_only_a_folder_that_we_made_and_that_holds_nothing_else_is_replaced(tmp_path):
+    make(tmp_path / "ours")
+    check_output(tmp_path / "ours", overwrite=True)
+    assert not_ours(tmp_path / "ours") == []
+    (tmp_path / "ours" / "notes.txt").write_text("a person's")
+    with pytest.raises(InputError, match=r"holds notes\.txt, which no earlier run wrote"):
+        check_output(tmp_path / "ours", overwrite=True)
+    for name, content in {"model": None, "damaged": "{", "other": '{"a": 1}'}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        if content is not None:
+            (tmp_path / name / LIST).write_text(content)
+        with pytest.raises(InputError, match="was not made by spectralbasis, so it is not replaced"):
+            check_output(tmp_path / name, overwrite=True)
+
+
+def test_a_folder_that_is_replaced_keeps_its_mode(tmp_path):
+    make(tmp_path / "folder")
+    (tmp_path / "folder").chmod(0o750)
+    make(tmp_path / "folder", "newer")
+    assert (tmp_path / "folder" / "made").read_text() == "newer"
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o750
+
+
+def test_a_link_that_leads_to_a_folder_stays_and_the_folder_is_written(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    check_output(tmp_path / "link", overwrite=False)
+    make(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "made").read_text() == "new"
+
+
+@pytest.mark.parametrize("to", ["nowhere", "file", "link"])
+def test_a_link_that_leads_to_no_folder_is_refused(tmp_path, to):
+    (tmp_path / "file").write_text("a person's")
+    (tmp_path / "link").symlink_to(to)
+    with pytest.raises(InputError, match=r"is a file|a link to .*, which is no folder"):
+        check_output(tmp_path / "link", overwrite=True)
+    with pytest.raises(InputError, match="which is no folder"):
+        make(tmp_path / "link")
+    assert (tmp_path / "file").read_text() == "a person's"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "link"]
+
+
+def make_while_another_does(path):
+    with atomic_folder(path) as folder:
+        (folder / "made").write_text("new")
+        path.mkdir()
+        (path / "file").write_text("a person's")
+
+
+def test_a_place_that_was_filled_meanwhile_is_kept_and_so_is_what_was_made(tmp_path):
+    with pytest.raises(InputError, match=r"filled by another meanwhile, so what was made is in .*folder-1"):
+        make_while_another_does(tmp_path / "folder")
+    assert (tmp_path / "folder" / "file").read_text() == "a person's"
+    assert (tmp_path / "folder-1" / "made").read_text() == "new"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "folder-1"]
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+    make(tmp_path / "folder", "old")
+    rename = files.Path.rename
+
+    def failing(self, target):
+        if self.name == "new":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(files.Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        make(tmp_path / "folder")
+    monkeypatch.undo()
+    assert (tmp_path / "folder" / "made").read_text() == "old"

@@ -189,6 +189,7 @@ def _tune_model(bench: Bench, room: Path) -> Ended:
 def _studied(bench: Bench, room: Path) -> None:
     room.mkdir()
     shutil.copytree(bench.studied, room / "out")
+    shutil.copytree(bench.studied.parent / "cache", room / "cache")  # with what tells that the runs are one's own
 
 
 def _exported(bench: Bench, room: Path) -> None:
@@ -198,6 +199,10 @@ def _exported(bench: Bench, room: Path) -> None:
 
 def _study(bench: Bench, room: Path) -> Ended:
     return bench.study(room / "out")
+
+
+def _study_exported(bench: Bench, room: Path) -> Ended:
+    return bench.study(room / "out", "--trust")
 
 
 def _claims(bench: Bench, room: Path) -> object:
@@ -216,8 +221,8 @@ CONFIG = Subject("adapter/adapter_config.json", _adapter, _export, _merged)
 TUNING = Subject("adapter/tuning.json", _adapter, _evaluate, _nothing)
 MODEL_CONFIG = Subject("model/config.json", _model, _tune_model, _numbers)
 RUNS = Subject("out/runs.sqlite", _studied, _study, _claims)
-EXPORTED = Subject("out/runs.parquet", _exported, _study, _claims)
-MEASURED = Subject("out/measurements.parquet", _exported, _study, _claims)
+EXPORTED = Subject("out/runs.parquet", _exported, _study_exported, _claims)
+MEASURED = Subject("out/measurements.parquet", _exported, _study_exported, _claims)
 
 TOLD: tuple[Outcome, ...] = ("as undisturbed", "refused")
 FOREIGN: tuple[Outcome, ...] = (*TOLD, "other values")

@@ -124,7 +124,7 @@ def second_writer(make: Callable[[Bench], Command], *words: str) -> Callable[[Be
                 environment = {"SPECTRALBASIS_CACHE": str(room / "cache")}
                 first = start([*arguments(bench, words), "-o", room / "out"], environment)
                 at_work = first.wait_for(
-                    lambda room=room: bool(list(room.glob("out/*.sqlite")) or list(room.glob(".out.*/new")))
+                    lambda room=room: bool(list(room.glob("out/*.sqlite")) or list(room.glob(".spectralbasis-*/new")))
                 )
                 os.kill(first.process.pid, signal.SIGSTOP)
                 ended = command.call(room / "out")

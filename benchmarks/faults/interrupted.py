@@ -36,7 +36,7 @@ def pressed(
 def _pressed(bench: Bench, room: Path, words: list[str], times: int, later: float) -> Ended:
     out = room / "out"
     started = start([*arguments(bench, words), "-o", out], {"SPECTRALBASIS_CACHE": str(room / "cache")})
-    started.wait_for(lambda: bool([*out.glob("*.sqlite"), *room.glob(".out.*/new")]))
+    started.wait_for(lambda: bool([*out.glob("*.sqlite"), *room.glob(".spectralbasis-*/new")]))
     time.sleep(later)
     for _ in range(times):
         started.interrupt()

@@ -16,6 +16,7 @@ from benchmarks.faults.bench import Bench
 from benchmarks.faults.case import Case, Trial
 from benchmarks.faults.commands import Ended
 from spectralbasis.comparison.store import Store
+from spectralbasis.folders import LIST
 from spectralbasis.study.runs.store import RunStore
 
 GROUP = "killed"
@@ -159,7 +160,9 @@ def _stored(out: Path) -> set[str]:
 def litter(room: Path) -> list[str]:
     """Hidden files, and folders that hold something, that a killed process left and the next did not clear away."""
     hidden = [file for place in (room, room / "out") for file in place.glob(".*")]
-    return sorted(f"{file.name.split('.')[1]}…" for file in hidden if file.is_file() or any(file.iterdir()))
+    return sorted(
+        f"{file.name[:14]}…" for file in hidden if file.name != LIST and (file.is_file() or any(file.iterdir()))
+    )
 
 
 def comparison(bench: Bench) -> Command:

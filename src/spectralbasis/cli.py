@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from spectralbasis.commands import COMMANDS
-from spectralbasis.errors import SpectralBasisError
+from spectralbasis.errors import InputError, SpectralBasisError
 from spectralbasis.version import __version__
 
 app = typer.Typer(
@@ -43,6 +43,8 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
+        if "\0" in "".join(arguments):
+            raise InputError("an argument holds the character NUL, which no name can hold; leave it out")
         app(args=arguments, prog_name="spectralbasis")
     except BrokenPipeError:
         # The reader of our output has gone (`| head`); Python would complain once more while flushing at exit.

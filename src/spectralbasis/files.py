@@ -1,59 +1,221 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, and so that nothing but our own is ever cleared away.
+
+What is being written lies in a hidden folder of ours beside the output: a scratch folder. A file in it, which its
+process holds locked as long as it lives, marks it as ours; the system takes the lock back however the process ends.
+The next command that writes the same output clears away the scratch folders that have this file and whose process has
+ended. A name alone proves nothing, so a folder without this file stays.
+"""
 
 import errno
 import os
+import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import xxhash
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from spectralbasis.errors import InputError
-from spectralbasis.locks import held, left_over, shared
 
 _OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LOCK = "spectralbasis.lock"
+_ATTEMPTS = 10
 
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it replaces `path` when the block succeeds and is removed when it fails.
+    """Yield a path to write to; the file there takes the place of `path` when the block succeeds, else it is removed.
 
-    What a process that was killed left of the same file is removed too.
+    A file that is written again keeps its mode; a new one gets the mode that the user's umask gives.
 
     Raises:
-        InputError: the folder cannot be created or written to, or there is no room for the file.
+        InputError: `check_output_file` refuses the path, the folder cannot be created or written to, or there is no
+            room for the file.
     """
     target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with held(target.parent) as nobody_writes:
-            for left in left_over(target, target.suffix) if nobody_writes else ():
-                left.unlink(missing_ok=True)
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    with shared(target.parent):
+    check_output_file(target)
+    with scratch_beside(target) as (scratch, _):
+        temporary = scratch / "new" / target.name
         try:
-            handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
+            temporary.parent.mkdir()
+            mode = _mode(target, scratch)
         except OSError as error:
-            raise _unwritable(target, error) from error
-        os.close(handle)
-        temporary = Path(name)
+            raise unwritable(target, error) from error
         try:
             yield temporary
-            temporary.chmod(0o666 & ~_umask())
             _to_disk(temporary)
+            with suppress(PermissionError):  # a file system without modes
+                temporary.chmod(mode)
             temporary.replace(target)
         except (OSError, SafetensorError) as error:
             if not out_of_room(error):
                 raise
             raise no_room_for(target) from error
+
+
+def check_output_file(path: Path) -> None:
+    """Refuse what a file can never be written to: a folder, a link, a device, an impossible name.
+
+    A link is refused because writing to it would either replace the link or change a file elsewhere.
+
+    Raises:
+        InputError: see above; call it before the work whose result the file takes.
+    """
+    status = _status(path)
+    if status is None:
+        return
+    if stat.S_ISLNK(status.st_mode):
+        raise InputError(f"the output {path} is a link to {path.readlink()}; name the file itself, or remove the link")
+    if stat.S_ISDIR(status.st_mode):
+        raise InputError(f"the output {path} is a folder, expected a file; name a file, such as {path / 'NAME'}")
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"the output {path} is no regular file; name another")
+
+
+def check_output_files(folder: Path, *names: str) -> None:
+    """Refuse what is no folder, and a folder in which one of these files can never be written.
+
+    Raises:
+        InputError: see above and `check_output_file`; call it before the work whose results the files take.
+    """
+    status = _status(folder)
+    if status is not None and not folder.is_dir():
+        what = "a file" if stat.S_ISREG(status.st_mode) else "no folder"
+        if folder.is_symlink():
+            what = f"a link to {folder.readlink()}, which is no folder"
+        raise InputError(f"the output {folder} is {what}; name a new folder")
+    for name in names:
+        check_output_file(folder / name)
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """What lies at a path, links not followed; None where nothing does.
+
+    Raises:
+        InputError: no file can have this name, or what is above it is no folder.
+    """
+    try:
+        return path.lstat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise unwritable(path, error) from error
+    except ValueError as error:
+        raise InputError(
+            f"the output {path} has a name that no file can have ({error}); choose another name"
+        ) from error
+
+
+@contextmanager
+def scratch_beside(target: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Yield a new folder of ours beside an output, and those in which living processes write the same output.
+
+    The folder is removed when the block ends. Those that killed processes left are removed before, once `recover` has
+    seen them. Where the file system has no locks nobody can be told to live or not: nothing is removed or listed.
+
+    Raises:
+        InputError: the folder of the output cannot be created or written to.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch, lock = _new_scratch(target)
+    except OSError as error:
+        raise unwritable(target, error) from error
+    try:
+        yield scratch, (clear_leftovers(target, scratch) if lock.is_locked else [])
+    finally:
+        lock.release()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _new_scratch(target: Path) -> tuple[Path, FileLock]:
+    """A new scratch folder and its lock, which is held unless the file system has none."""
+    for _ in range(_ATTEMPTS):
+        scratch = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+        lock = FileLock(scratch / _LOCK, timeout=0)
+        try:
+            with suppress(Timeout, NotImplementedError):
+                lock.acquire()
+        except OSError:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        if (scratch / _LOCK).exists():
+            return scratch, lock
+        lock.release()  # another took the folder for left over before it was locked
+    raise OSError(errno.EAGAIN, "other processes keep on removing what is being written")
+
+
+def clear_leftovers(target: Path, ours: Path | None = None) -> list[Path]:
+    """Remove the scratch folders of killed processes that wrote `target`; return those of living ones.
+
+    A folder that such a process had moved out of the way is put back first, if nothing has taken its place.
+    """
+    living = []
+    for scratch in target.parent.glob(f"{_prefix(target)}*"):
+        if scratch == ours or not _is_ours(scratch):
+            continue
+        if not (scratch / _LOCK).exists():
+            with suppress(OSError):
+                scratch.rmdir()  # it is empty: its process ended at once
+            continue
+        lock = FileLock(scratch / _LOCK, timeout=0)
+        try:
+            with lock:
+                put_back(scratch, target)
+        except (Timeout, NotImplementedError, OSError):
+            living.append(scratch)
+        else:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return living
+
+
+def put_back(scratch: Path, target: Path) -> None:
+    """Give an output folder that was moved into a scratch folder its place again, if nothing has taken it."""
+    old = scratch / "old"
+    if old.is_dir() and not old.is_symlink() and not os.path.lexists(target):
+        old.rename(target)
+
+
+def _is_ours(scratch: Path) -> bool:
+    """Whether a folder with the name of a scratch folder is one: this user's, and with its lock, or empty."""
+    try:
+        folder = scratch.lstat()
+        if not stat.S_ISDIR(folder.st_mode) or (hasattr(os, "getuid") and folder.st_uid != os.getuid()):
+            return False
+        return stat.S_ISREG((scratch / _LOCK).lstat().st_mode)
+    except FileNotFoundError:
+        return scratch.is_dir() and not any(scratch.iterdir())
+    except OSError:
+        return False
+
+
+def _prefix(target: Path) -> str:
+    """How the scratch folders of an output begin: of one length, however long its name is."""
+    return f".spectralbasis-{xxhash.xxh3_64_hexdigest(os.fsencode(target.name))}-"
+
+
+def _mode(target: Path, scratch: Path) -> int:
+    """The mode of a file that is written again, or the one that the umask gives a new file."""
+    try:
+        return stat.S_IMODE(target.stat().st_mode) & 0o777
+    except FileNotFoundError:
+        handle = os.open(scratch / "mode", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        try:
+            return stat.S_IMODE(os.fstat(handle).st_mode)
         finally:
-            temporary.unlink(missing_ok=True)
+            os.close(handle)
 
 
-def _unwritable(target: Path, error: OSError) -> InputError:
-    return InputError(f"cannot write {target}: {error.strerror}; choose a folder that you may write to")
+def unwritable(target: Path, error: OSError) -> InputError:
+    """The error where the system refuses a place."""
+    if out_of_room(error):
+        return no_room_for(target)
+    what_now = "give a shorter name" if error.errno == errno.ENAMETOOLONG else "choose a folder that you may write to"
+    return InputError(f"cannot write {target}: {error.strerror}; {what_now}")
 
 
 def _to_disk(file: Path) -> None:
@@ -82,9 +244,3 @@ def came_of_no_room(error: BaseException) -> bool:
             return True
         link = link.__cause__ or link.__context__
     return False
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

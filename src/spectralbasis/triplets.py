@@ -1,33 +1,46 @@
 """The leading triplets of one matrix: computed once per machine, kept on disk by the content of the matrix."""
 
 import json
+import math
 import os
+import re
+import stat
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from spectralbasis.checksums import checksum
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path
 from spectralbasis.linalg import (
     LeadingSVD,
+    largest_value_outside,
     leading_svd,
     leading_svd_and_values,
     singular_values,
     subspace_error_bound,
+    triplet_residuals,
 )
 from spectralbasis.linalg.row_source import MatrixLike, row_slices
+from spectralbasis.records import checked, parse_json
 
 DEFAULT_TOLERANCE = 1e-4
 _CACHE_VERSION = "2"
-_WITHOUT_CHECKSUM = "1"
+_NAME = re.compile(r"k([1-9][0-9]{0,8})\.safetensors", re.ASCII)
+_HEADER_BYTES = 1 << 16
+_ROUNDING = 1e-6
+"""Of σ_1, what rounding triplets to float32 may change of their residuals; several times more than it does."""
+_LEFT_OUT = 0.02
+"""Share by which a value outside may exceed σ_{k+1}, which is known from below only, before it counts as left out."""
 _HASH_BLOCK = 1 << 22
 
 
@@ -95,6 +108,63 @@ class Triplets:
         )
 
 
+def malformed(triplets: Triplets) -> str | None:
+    """Why these cannot be triplets of any matrix; None where they can.
+
+    Looks at types, shapes, finite values, orthonormal directions, descending values and the sign rule.
+    """
+    U, S, Vh, residuals = (tensor.detach() for tensor in (triplets.U, triplets.S, triplets.Vh, triplets.residuals))
+    k = S.numel()
+    if S.ndim != 1 or k == 0 or U.ndim != 2 or Vh.ndim != 2 or residuals.shape != (k,):
+        return f"S has the shape {tuple(S.shape)}, expected (k,), and U, Vh and residuals to fit it"
+    if U.shape[1] != k or Vh.shape[0] != k or min(U.shape[0], Vh.shape[1]) < k:
+        return f"U is {tuple(U.shape)} and Vh {tuple(Vh.shape)}, expected (m, {k}) and ({k}, n)"
+    if {tensor.dtype for tensor in (U, S, Vh, residuals)} != {torch.float32}:
+        return "a tensor is not float32"
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in (U, S, Vh, residuals)) or bool((residuals < 0).any()):
+        return "a value is NaN or infinite, or a residual negative"
+    for side, frame in (("U", U), ("Vh", Vh.T)):
+        if float((frame.T.double() @ frame.double() - torch.eye(k, device=S.device)).abs().max()) > 1e-5:
+            return f"the directions of {side} are not orthonormal"
+    if not bool((U.amax(0) >= (1 - 1e-5) * U.abs().amax(0)).all()):
+        return "a left vector has the other sign than the rule gives it"
+    return None
+
+
+def disproof(W: MatrixLike, triplets: Triplets, values: Tensor | None = None) -> str | None:
+    """Why these are not the leading singular triplets of `W` to the accuracy that they claim; None where they are.
+
+    Costs two products of `W` with the k directions and about twenty with eight vectors, much less than a decomposition.
+    A direction that was left out shows when its value exceeds σ_{k+1} by more than a few per cent.
+
+    Args:
+        W: (m, n), any floating dtype.
+        triplets: leading singular triplets, by their own account.
+        values: all singular values of `W`, descending, where they are known.
+    """
+    if (reason := malformed(triplets)) is not None:
+        return reason
+    if triplets.shape != tuple(W.shape):
+        return f"they are of a matrix {triplets.shape}, expected {tuple(W.shape)}"
+    U, S, Vh = (tensor.to(W.device, torch.float64) for tensor in (triplets.U, triplets.S, triplets.Vh))
+    rounding, following = _ROUNDING * float(S[0]), triplets.next_singular_value
+    bound = triplets.subspace_error_bound
+    if bool((S[1:] > S[:-1]).any()) or float(S[-1]) < 0 or not -rounding <= following <= float(S[-1]) + rounding:
+        return "their values are not descending"
+    residuals, claimed = triplet_residuals(W, U, S, Vh), triplets.residuals.to(W.device, torch.float64)
+    allowed = 0.0 if triplets.solver.startswith("dense") else bound * float(S[-1])
+    if not 0 <= bound <= 1 or bool((residuals > claimed + rounding).any()):
+        return "their residuals are larger than they claim"
+    if float(claimed.norm()) > allowed + rounding * math.sqrt(triplets.k):
+        return "their residuals are larger than their bound allows"
+    if triplets.k == min(W.shape):
+        return None
+    outside = largest_value_outside(W, Vh) if values is None else float(values[triplets.k])
+    if outside > (1 + _LEFT_OUT) * following + float(residuals.norm()) + rounding:
+        return "a direction with a larger value than the next one is left out"
+    return None
+
+
 def matrix_hash(W: MatrixLike) -> str:
     """xxh3-128 of the shape and the values as float32, as 32 hexadecimal digits.
 
@@ -135,7 +205,7 @@ def compute_triplets(
         ValueError: `W` is not a finite matrix, or k is out of range.
     """
     base_hash = base_hash or matrix_hash(W)
-    known = _from_cache(base_hash, k, tolerance) if cache else None
+    known = _from_cache(W, base_hash, k, tolerance) if cache else None
     if known is not None:
         return known
     triplets = _triplets(leading_svd(W, k, tolerance=tolerance), base_hash)
@@ -161,9 +231,11 @@ def compute_triplets_and_values(
     Raises:
         ValueError: `W` is not a finite matrix, or k is out of range.
     """
-    known = _from_cache(base_hash, k, tolerance)
-    if known is not None:
-        return known, singular_values(W)
+    if _candidates(base_hash, k):
+        values = singular_values(W)
+        known = _from_cache(W, base_hash, k, tolerance, values)
+        if known is not None:
+            return known, values
     svd, values = leading_svd_and_values(W, k, tolerance=tolerance)
     triplets = _triplets(svd, base_hash)
     _to_cache(triplets)
@@ -212,40 +284,57 @@ def triplet_facts(triplets: Triplets) -> dict[str, float | str]:
     }
 
 
+class _Facts(TypedDict):
+    """The numbers and strings of cached triplets, see `Triplets`."""
+
+    version: Literal["2"]
+    next_singular_value: float
+    subspace_error_bound: float
+    solver: str
+    base_hash: str
+
+
 def _cache_files(base_hash: str) -> Path:
     return cache_folder() / "triplets" / base_hash[:2] / base_hash
 
 
-def _from_cache(base_hash: str, k: int, tolerance: float) -> Triplets | None:
-    candidates = sorted(_cache_files(base_hash).glob("k*.safetensors"), key=_stored_k)
-    for path in candidates:
-        if _stored_k(path) < k:
+def _candidates(base_hash: str, k: int) -> dict[Path, int]:
+    """Cached files of at least k triplets of a matrix → how many they say they hold, the smallest first."""
+    names = {path: _NAME.fullmatch(path.name) for path in _cache_files(base_hash).glob("k*.safetensors")}
+    held = {path: int(found[1]) for path, found in names.items() if found is not None}
+    return {path: count for path, count in sorted(held.items(), key=lambda item: item[1]) if count >= k}
+
+
+def _from_cache(
+    W: MatrixLike, base_hash: str, k: int, tolerance: float, values: Tensor | None = None
+) -> Triplets | None:
+    """Cached triplets that are those of this very matrix, whoever put them there; None where there are none."""
+    for path, stored_k in _candidates(base_hash, k).items():
+        found = _read_cached(path, base_hash, stored_k, W.shape)
+        if found is None or malformed(found) is not None:
             continue
-        found = _read_cached(path, base_hash)
-        if found is not None:
-            found = found.leading(k)
-            if found.subspace_error_bound <= tolerance or found.solver.startswith("dense"):
-                return found
+        found = found.leading(k)
+        certified = found.subspace_error_bound <= tolerance or found.solver.startswith("dense")
+        if certified and disproof(W, found, values) is None:
+            return found
     return None
 
 
-def _stored_k(path: Path) -> int:
-    digits = path.stem.removeprefix("k")
-    return int(digits) if digits.isdigit() else 0
-
-
-def _read_cached(path: Path, base_hash: str) -> Triplets | None:
+def _read_cached(path: Path, base_hash: str, k: int, shape: tuple[int, ...]) -> Triplets | None:
     """Cached triplets, or None where the file is damaged or of another version: then they are computed again."""
+    m, n = shape
     try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > 4 * k * (m + n + 2) + _HEADER_BYTES:
+            return None
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("triplets", "{}")
-            facts, expected = json.loads(text), (file.metadata() or {}).get("checksum")
-            version = facts.pop("version", None)
+            text, expected = ((file.metadata() or {}).get(key, "") for key in ("triplets", "checksum"))
             tensors = {field: file.get_tensor(field) for field in file.keys()}  # noqa: SIM118
-            whole = version == _WITHOUT_CHECKSUM or checksum(text, tensors=tensors) == expected
-            if version not in (_CACHE_VERSION, _WITHOUT_CHECKSUM) or not whole or facts["base_hash"] != base_hash:
-                return None
-            return Triplets(**tensors, **facts)
+        facts = dict(checked(parse_json(text, str(path)), _Facts, str(path)))
+        facts.pop("version")
+        if checksum(text, tensors=tensors) != expected or facts["base_hash"] != base_hash or len(tensors["S"]) != k:
+            return None
+        return Triplets(**tensors, **facts)  # type: ignore[arg-type]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -70,7 +70,7 @@ def test_a_second_comparison_into_a_folder_is_refused_while_the_first_runs(files
 
 def test_a_folder_that_cannot_be_made_is_a_sentence(files, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(sb.InputError, match="choose another output folder"):
+    with pytest.raises(sb.InputError, match="choose a folder that you may write to"):
         sb.compare(files[0], [files[1]], leading=8, output=tmp_path / "file" / "out")
 
 

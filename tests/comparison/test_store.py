@@ -2,11 +2,12 @@
 
 import json
 import sqlite3
+from dataclasses import replace
 
 import pytest
 
 from spectralbasis.comparison.rows import Row, SharedRow, row_values
-from spectralbasis.comparison.store import Store
+from spectralbasis.comparison.store import Store, _checksum
 from spectralbasis.errors import InputError
 from tests.damage import flipped
 
@@ -70,21 +71,9 @@ def changed(tmp_path):
     return change
 
 
-def test_rows_of_the_version_before_are_taken_over(changed, tmp_path):
-    text = json.dumps([row_values(ROWS[3])])
-    path = changed("UPDATE pairs SET rows = ? WHERE matrix = 'layer.3'", text)
-    connection = sqlite3.connect(path)
-    with connection:
-        connection.execute("UPDATE settings SET value = '1' WHERE name = 'format'")
-    connection.close()
-    with Store(path, SETTINGS, resume=True) as store:
-        assert texts(store.rows([("tuned", "layer.3")])) == texts(ROWS[3:4])
-        assert store.contents("layer.3") == {"tuned": "hash of layer.3"}
-
-
-def test_a_newer_version_is_refused_unless_it_is_to_be_replaced(changed):
-    path = changed("UPDATE settings SET value = '3' WHERE name = 'format'")
-    with pytest.raises(InputError, match="format 3, this version reads up to 2; update spectralbasis"):
+def test_another_version_is_refused_unless_it_is_to_be_replaced(changed):
+    path = changed("PRAGMA user_version = 4")
+    with pytest.raises(InputError, match="has format 4, this version reads format 3"):
         Store(path, SETTINGS, resume=True)
     with Store(path, SETTINGS, resume=False) as store:
         assert store.contents("layer.3") == {}
@@ -94,3 +83,68 @@ def test_rows_under_another_name_are_not_taken_over(changed):
     path = changed("UPDATE pairs SET matrix = 'layer.30' WHERE matrix = 'layer.3'")
     with Store(path, SETTINGS, resume=True) as store:
         assert store.contents("layer.30") == {}
+
+
+def forged(path, **changes):
+    """Change a row as somebody does who can compute its checksum, but has not the secret of this user."""
+    connection = sqlite3.connect(path)
+    with connection:
+        query = "SELECT tuned, matrix, content, seal FROM pairs WHERE matrix = 'layer.3'"
+        *key, sealed = connection.execute(query).fetchone()
+        text = changes.pop("text", None) or json.dumps([row_values(replace(ROWS[3], **changes))])
+        values = (text, _checksum(*key, text, sealed))
+        connection.execute("UPDATE pairs SET rows = ?, checksum = ? WHERE matrix = 'layer.3'", values)
+    connection.close()
+
+
+def test_a_forged_measurement_is_refused_whoever_computed_its_checksum(tmp_path):
+    path = filled(tmp_path / "store.sqlite")
+    forged(path, value=0.999)
+    with pytest.raises(InputError, match=r"results of 1 matrices that this user did not store .* add --trust"):
+        Store(path, SETTINGS, resume=True)
+
+
+def test_rows_of_another_user_are_taken_over_where_they_are_trusted(tmp_path, monkeypatch):
+    path = filled(tmp_path / "store.sqlite")
+    monkeypatch.setenv("SPECTRALBASIS_CACHE", str(tmp_path / "of another user"))
+    with pytest.raises(InputError, match="results of 9 matrices that this user did not store"):
+        Store(path, SETTINGS, resume=True)
+    for trust in (True, False):  # once trusted, they are this user's
+        with Store(path, SETTINGS, resume=True, trust=trust) as store:
+            assert texts(store.rows([("tuned", row.matrix) for row in ROWS])) == texts(ROWS)
+            assert texts(store.shared_rows([(("a", "b"), "layer.0")])) == texts(SHARED)
+
+
+def test_rows_of_other_settings_are_not_those_of_these(tmp_path):
+    path = filled(tmp_path / "store.sqlite")
+    connection = sqlite3.connect(path)
+    with connection:
+        connection.execute("UPDATE settings SET value = '8' WHERE name = 'leading'")
+    connection.close()
+    with pytest.raises(InputError, match="did not store"):
+        Store(path, {**SETTINGS, "leading": "8"}, resume=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 5000 + "]" * 5000,
+        "[[1]]",
+        "{}",
+        json.dumps([row_values(replace(ROWS[3], value="high"))]),
+        json.dumps([row_values(replace(ROWS[3], matrix="layer.4"))]),
+    ],
+)
+def test_trusted_rows_that_are_no_rows_are_a_sentence(tmp_path, text):
+    path = filled(tmp_path / "store.sqlite")
+    forged(path, text=text)
+    with pytest.raises(InputError, match=r"the rows of layer\.3 in .*leave out --resume to measure them again"):
+        Store(path, SETTINGS, resume=True, trust=True)
+
+
+def test_without_a_secret_nothing_is_believed_and_trust_goes_on(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SPECTRALBASIS_CACHE", str(tmp_path / "file"))
+    path = filled(tmp_path / "store.sqlite")
+    with pytest.raises(InputError, match="did not store"):
+        Store(path, SETTINGS, resume=True)

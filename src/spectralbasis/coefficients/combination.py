@@ -90,7 +90,7 @@ def combine(
     Raises:
         InputError: the adapters are not of one kind, have heads that no rule is given for, or a setting is wrong.
     """
-    check_output(Path(output), overwrite=overwrite, written_file=ADAPTER_CONFIG)
+    check_output(Path(output), overwrite=overwrite)
     given = _weights(adapters, weights)
     read = [read_spectral_adapter(Path(folder)) for folder in adapters]
     read = [with_names_of(read[0].config, one) for one in read]

@@ -155,7 +155,7 @@ def export_lora(
     """
     if rank is not None and rank < 1:
         raise InputError(f"rank={rank} is no rank; pass a whole number of 1 or more, or leave it out to lose nothing")
-    check_output(Path(output), overwrite=overwrite, written_file="adapter_config.json")
+    check_output(Path(output), overwrite=overwrite)
     opened = open_spectral_adapter(adapter, base, partial=partial)
     names = _ModuleNames(opened)
     layers = list(_layers(opened, names, rank))

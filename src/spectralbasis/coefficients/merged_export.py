@@ -141,7 +141,7 @@ def export_merged(
             is not what it should be.
         BaseMismatchError: the base is not the one that the adapter was trained on.
     """
-    check_output(Path(output), overwrite=overwrite, written_file="config.json")
+    check_output(Path(output), overwrite=overwrite)
     opened = open_spectral_adapter(adapter, base, partial=partial)
     _refuse_quantized(opened.base)
     parts, config, notes = _configured(opened, _parts(opened))

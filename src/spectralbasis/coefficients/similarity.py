@@ -23,7 +23,7 @@ from spectralbasis.coefficients.adapters import (
     with_names_of,
 )
 from spectralbasis.errors import InputError
-from spectralbasis.files import atomic_path
+from spectralbasis.files import atomic_path, check_output_files
 from spectralbasis.linalg import gram_cosines, inner_products
 
 Grams = Mapping[str, Tensor]
@@ -98,6 +98,8 @@ def similarity(
         raise InputError(f"{len(checkpoints)} checkpoint has nothing to be similar to; pass two or more")
     if of not in ("both", "coefficients", "updates"):
         raise InputError(f"of={of!r} is unknown; pass 'both', 'coefficients' or 'updates'")
+    if output is not None:
+        check_output_files(Path(output), "similarity.parquet", "similarity.json")
     coefficients = _coefficients(checkpoints, of)
     opened, start = ([], None) if of == "coefficients" else _open(checkpoints, base)
     updates = {} if start is None else _update_grams(start, opened, include, exclude)

@@ -15,6 +15,7 @@ from spectralbasis.commands.options import (
     Model,
     Ray,
     Tolerance,
+    Trust,
     draws_bars,
     stopped_by_hand,
 )
@@ -35,7 +36,9 @@ def basis(
     Example: `spectralbasis basis path/to/model -o basis.safetensors --leading 64`
     """
     from spectralbasis.basis import SpectralBasis
+    from spectralbasis.files import check_output_file
 
+    check_output_file(output)
     found = SpectralBasis.compute(
         model, leading, tolerance=tolerance, include=include or (), exclude=exclude or (), progress=draws_bars()
     )
@@ -61,6 +64,7 @@ def compare(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an earlier run into the folder stopped.")
     ] = False,
+    trust: Trust = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Compare nothing; say what it will take, and how long on each executor.")
     ] = False,
@@ -118,6 +122,7 @@ def compare(
             workers=workers,
             output=output,
             resume=resume,
+            trust=trust,
             progress=draws_bars(),
         )
     if not result.summary()["matrices"]:

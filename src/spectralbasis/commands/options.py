@@ -10,6 +10,7 @@ import typer
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left there.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Build also on results that another user or machine stored.")]
 Model = Annotated[str, typer.Argument(help="Folder, file, or hub id of a model.")]
 Leading = Annotated[
     str,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from spectralbasis import tables
-from spectralbasis.commands.options import AsJson, Data, Model, Overwrite, Ray, Task, draws_bars, stopped_by_hand
+from spectralbasis.commands.options import AsJson, Data, Model, Overwrite, Ray, Task, Trust, draws_bars, stopped_by_hand
 
 
 def quickstart(
@@ -138,6 +138,7 @@ def study(
     ray: Ray = None,
     retry: Annotated[bool, typer.Option("--retry", help="Try again what failed.")] = False,
     analyse_only: Annotated[bool, typer.Option("--analyse", help="Start no run; show what those done say.")] = False,
+    trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Run the experiments that test the claims, with their controls, and write what they show.
@@ -152,7 +153,15 @@ def study(
 
     with stopped_by_hand("finished runs are kept: give the same command again to go on"):
         content = run(
-            name, preset=preset, data=data, output=output, jobs=jobs, ray=ray, retry=retry, analyse_only=analyse_only
+            name,
+            preset=preset,
+            data=data,
+            output=output,
+            jobs=jobs,
+            ray=ray,
+            retry=retry,
+            analyse_only=analyse_only,
+            trust=trust,
         )
     tables.show_result(content, tables.claims_table, as_json)
     print(f"report: {output / 'index.html'}", file=sys.stderr)

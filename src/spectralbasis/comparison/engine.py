@@ -21,9 +21,13 @@ from spectralbasis.comparison.store import Store
 from spectralbasis.comparison.summary import summarise
 from spectralbasis.errors import InputError
 from spectralbasis.execution import open_executor
+from spectralbasis.files import check_output_files, unwritable
 from spectralbasis.linalg import Leading, parse_leading
 from spectralbasis.progress import track
 from spectralbasis.sizes import parse_size
+
+FILES = ("store.sqlite", "comparison.parquet", "sharing.parquet", "summary.json", "index.html")
+"""What `compare` writes into its output folder."""
 
 
 def compare(
@@ -46,6 +50,7 @@ def compare(
     memory_budget: str | int | None = None,
     output: str | Path | None = None,
     resume: bool = False,
+    trust: bool = False,
     progress: bool = False,
 ) -> Comparison:
     """Measure what finetuning did to the leading singular vectors of a base model.
@@ -75,6 +80,7 @@ def compare(
             that is free, divided among the processes; no limit on a Ray cluster.
         output: folder for `comparison.parquet`, `summary.json`, `index.html` and the store; None writes nothing.
         resume: take over what an earlier run into `output` measured on the same weights with the same settings.
+        trust: with `resume`, take over also what another user or machine stored in `output`; see `Store`.
         progress: draw a progress bar on stderr.
 
     Returns:
@@ -92,7 +98,7 @@ def compare(
     settings = Settings(parse_leading(leading), null, draws, seed, tolerance, device, trailing)
     pairing = open_pairs(base, tuned, include, exclude, partial=partial)
     run = _Run(pairing, settings, tasks)
-    with _open_store(output, settings, resume) as store:
+    with _open_store(output, settings, resume, trust) as store:
         run.measure(store, workers, ray, budget, progress)
         table = to_frame(store.rows(run.done))
         sharing = to_frame(store.shared_rows(run.shared), SharedRow) if len(pairing.tuned) > 1 else None
@@ -196,16 +202,17 @@ def _is_same(reason: str) -> bool:
     return reason == UNCHANGED or reason.startswith(ROUNDED)
 
 
-def _open_store(output: str | Path | None, settings: Settings, resume: bool) -> Store:
+def _open_store(output: str | Path | None, settings: Settings, resume: bool, trust: bool) -> Store:
     """The store of the output folder, or one in memory."""
     known = {name: str(value) for name, value in asdict(settings).items()}
     if output is None:
         return Store(None, known, resume=False)
+    check_output_files(Path(output), *FILES)
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot create {output}: {error.strerror}; choose another output folder") from error
-    return Store(Path(output) / "store.sqlite", known, resume=resume)
+        raise unwritable(Path(output), error) from error
+    return Store(Path(output) / "store.sqlite", known, resume=resume, trust=trust)
 
 
 def _check_device(device: str) -> None:

@@ -1,7 +1,9 @@
 """Spectral numerics: pure functions on tensors."""
 
 from spectralbasis.linalg.certificates import (
+    largest_value_outside,
     subspace_error_bound,
+    triplet_residuals,
     values_of_singular_vectors,
     vector_error_bounds,
     wedin_bound,
@@ -36,6 +38,7 @@ __all__ = [
     "haar_overlap",
     "haar_overlap_std",
     "inner_products",
+    "largest_value_outside",
     "leading_svd",
     "leading_svd_and_values",
     "marchenko_pastur_edge",
@@ -48,6 +51,7 @@ __all__ = [
     "subspace_error_bound",
     "subspace_overlap",
     "trailing_vectors",
+    "triplet_residuals",
     "values_of_singular_vectors",
     "vector_error_bounds",
     "wedin_bound",

@@ -5,13 +5,17 @@ import math
 import torch
 from torch import Tensor
 
-from spectralbasis.linalg.products import times, transposed_times
+from spectralbasis.linalg.products import times, times_and_back, transposed_times
+from spectralbasis.linalg.row_source import MatrixLike
 
 LARGEST_RESIDUAL = 1e-4
 """Of a pair of singular vectors over its singular value, up to which `W v = σ u` may stand for an equation."""
 
+_WIDTH = 8
+_STEPS = 8
 
-def triplet_residuals(A: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
+
+def triplet_residuals(A: MatrixLike, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
     """`sqrt(‖A v_i − σ_i u_i‖² + ‖Aᵀ u_i − σ_i v_i‖²)` for each triplet, (k,), float64, in the units of S.
 
     Args:
@@ -78,6 +82,30 @@ def ritz_error_bound(S: Tensor, R: Tensor, k: int) -> float:
         return 1.0
     error = float(torch.linalg.matrix_norm(R[:, :k])) / distance
     return min(1.0, error * math.hypot(1.0, coupling / gap))
+
+
+def largest_value_outside(A: MatrixLike, Vh: Tensor) -> float:
+    """About the largest singular value of `A (I − V Vᵀ)`, from below: what A does to directions orthogonal to V.
+
+    Block Lanczos from a few random vectors, without the accuracy that singular vectors would take. The estimate is
+    never too large but for rounding; it is too small by a few per cent where many values are nearly equal.
+
+    Args:
+        A: (m, n), any floating dtype.
+        Vh: (k, n) float64, rows orthonormal; 0 where they span everything.
+    """
+    k, n = Vh.shape
+    basis = torch.linalg.qr(Vh.T)[0]
+    block = torch.randn(n, _WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(Vh.device)
+    for _ in range(_STEPS):
+        for _ in range(3):  # of a matrix of low rank little but rounding remains, which is made orthogonal once more
+            block = torch.linalg.qr(block - basis @ (basis.T @ block))[0]
+        block = block[:, : n - basis.shape[1]]
+        if block.shape[1] == 0:
+            break
+        basis = torch.cat([basis, block], 1)
+        block = times_and_back(A, block)[1]
+    return float(torch.linalg.matrix_norm(times(A, basis[:, k:]), 2)) if basis.shape[1] > k else 0.0
 
 
 def values_of_singular_vectors(W: Tensor, U: Tensor, V: Tensor) -> Tensor | None:

@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from spectralbasis.errors import InputError
+from spectralbasis.files import check_output_files
 from spectralbasis.report import write_study_report
+from spectralbasis.report.study_page import FIGURES, RESULTS
 from spectralbasis.study.experiments import EXPERIMENTS, Experiment, find_experiment
 from spectralbasis.study.pages import Part, write_pages
 from spectralbasis.study.runs import Results, Run, with_needs
@@ -32,13 +34,14 @@ def study(
     ray: str | None = None,
     retry: bool = False,
     analyse_only: bool = False,
+    trust: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Conduct one experiment or all, and write what they show to the folder `output`.
 
     Every run is a row in `runs.sqlite` and done once: given again, the command goes on where it was stopped, and a
-    folder that holds only the exported `runs.parquet` and `measurements.parquet` goes on from those. Returns the
-    content of `results.json`.
+    folder that holds only the exported `runs.parquet` and `measurements.parquet` goes on from those with `trust`.
+    Returns the content of `results.json`.
 
     Args:
         name: of an experiment; "all"; or "quick", all with the preset "quick".
@@ -49,6 +52,7 @@ def study(
         ray: see `Workers`.
         retry: try again what failed.
         analyse_only: start no run; analyse those that are there.
+        trust: build also on runs that another user or machine stored, and on exported rows; see `RunStore`.
         progress: show what is done, what is left, and about how long it will take.
 
     Raises:
@@ -65,7 +69,8 @@ def study(
     def plan(results: Results) -> list[Run]:
         return [run for one, experiment in chosen.items() for run in experiment.plan(settings[one], results)]
 
-    with RunStore(Path(output)) as store:
+    check_output_files(Path(output), RESULTS, FIGURES, "index.html", *(f"{one}.md" for one in names))
+    with RunStore(Path(output), trust=trust) as store:
         if retry:
             store.forget_errors()
         try:

@@ -1,11 +1,14 @@
 """CIFAR-10 from an archive of JPEG images."""
 
 import io
+import os
 import sys
 import tarfile
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from spectralbasis.errors import InputError
 from spectralbasis.study import load_task
@@ -46,7 +49,7 @@ def test_images_are_decoded_with_their_class(tmp_path):
 def test_a_decoded_archive_is_not_decoded_again(tmp_path, private_cache, monkeypatch):
     small_archive(tmp_path)
     first = load_task("cifar10", tmp_path).train[:]["image"]
-    assert list(private_cache.glob("images/*.npz"))
+    assert list(private_cache.glob("images/*.safetensors"))
     monkeypatch.setattr("spectralbasis.study.tasks.jpegs._decode", lambda file: pytest.fail("decoded again"))
     assert np.array_equal(load_task("cifar10", tmp_path).train[:]["image"], first)
 
@@ -54,7 +57,20 @@ def test_a_decoded_archive_is_not_decoded_again(tmp_path, private_cache, monkeyp
 def test_a_damaged_cache_is_made_again(tmp_path, private_cache):
     small_archive(tmp_path)
     first = load_task("cifar10", tmp_path).train[:]["image"]
-    next(private_cache.glob("images/*.npz")).write_bytes(b"half a file")
+    next(private_cache.glob("images/*.safetensors")).write_bytes(b"half a file")
+    assert np.array_equal(load_task("cifar10", tmp_path).train[:]["image"], first)
+
+
+def test_cached_images_that_are_not_those_of_the_archive_are_made_again(tmp_path, private_cache):
+    small_archive(tmp_path)
+    first = load_task("cifar10", tmp_path).train[:]["image"]
+    file = next(private_cache.glob("images/*.safetensors"))
+    with safe_open(file, framework="np") as stored:
+        metadata = stored.metadata()
+    save_file({name: 255 - array for name, array in load_file(file).items()}, file, metadata=metadata)
+    assert np.array_equal(load_task("cifar10", tmp_path).train[:]["image"], first)
+    file.unlink()
+    os.mkfifo(file)
     assert np.array_equal(load_task("cifar10", tmp_path).train[:]["image"], first)
 
 

@@ -110,7 +110,7 @@ def test_an_adapter_folder_opens_with_peft_alone(tmp_path, model, data):
     output = tmp_path / "adapter"
     tune(model, task="sst2", data=data, output=output, leading=4, **SHORT)
     assert {file.name for file in output.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "README.md", "tuning.json"
+        ".spectralbasis", "adapter_config.json", "adapter_model.safetensors", "README.md", "tuning.json"
     }  # fmt: skip
     base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
     adapted = PeftModel.from_pretrained(base, output)
@@ -226,9 +226,11 @@ def test_a_folder_in_use_is_refused_and_replaced_only_on_purpose(tmp_path):
     (tmp_path / "a" / "note.txt").write_text("old")
     with pytest.raises(InputError, match=r"a is not empty; name a new one"):
         tune(model, output=tmp_path / "a", **options)
+    with pytest.raises(InputError, match=r"a holds note\.txt, which no earlier run wrote"):
+        tune(model, output=tmp_path / "a", overwrite=True, **options)
+    (tmp_path / "a" / "note.txt").rename(tmp_path / "note.txt")
     tune(model, output=tmp_path / "a", overwrite=True, **options)
-    assert not (tmp_path / "a" / "note.txt").exists()
-    with pytest.raises(InputError, match=r"holds no tuning\.json, so it is not replaced"):
+    with pytest.raises(InputError, match="was not made by spectralbasis, so it is not replaced"):
         tune(model, output=model, overwrite=True, **options)
     assert (model / "config.json").is_file()
 

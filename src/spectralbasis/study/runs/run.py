@@ -30,9 +30,7 @@ class Run:
     @cached_property
     def key(self) -> str:
         """Hash of the content, the needs' included."""
-        needs = {role: run.key for role, run in self.needs.items()}
-        content = json.dumps([self.action, self.settings, self.seed, needs], sort_keys=True, allow_nan=False)
-        return hashlib.sha256(content.encode()).hexdigest()[:24]
+        return run_key(self.action, self.settings, self.seed, {role: run.key for role, run in self.needs.items()})
 
     @property
     def kind(self) -> tuple[str, ...]:
@@ -58,6 +56,12 @@ class Run:
             elif isinstance(value, int | float) and value:
                 others.append(f"{name} {value:g}")
         return ", ".join([" ".join(words), *others, f"seed {self.seed}"])
+
+
+def run_key(action: str, settings: Mapping[str, Any], seed: int, needs: Mapping[str, str]) -> str:
+    """What tells a run apart; see `Run`. `needs` is role → key."""
+    content = json.dumps([action, settings, seed, needs], sort_keys=True, allow_nan=False)
+    return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
 def with_needs(runs: Iterable[Run]) -> Iterator[Run]:

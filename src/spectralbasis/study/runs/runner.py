@@ -3,7 +3,6 @@
 import platform
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from spectralbasis.errors import InputError
 from spectralbasis.execution import Crew, Executor, Failure, open_executor
 from spectralbasis.execution.executor import describe, out_of_memory
 from spectralbasis.files import came_of_no_room
+from spectralbasis.folders import atomic_folder, not_ours
 from spectralbasis.study.actions import find_action
 from spectralbasis.study.runs.run import Outcome, Results, Run, Site, with_needs
 from spectralbasis.study.runs.store import RunStore
@@ -159,7 +159,7 @@ class _Runner:
         needed = {need.key for run in with_needs(wanted) for need in run.needs.values()}
         busy = {run.key for run in self.crew.keys}
         for folder in self.artefacts.glob("*"):
-            if folder.name not in needed | busy and not folder.name.startswith("."):
+            if folder.name not in needed | busy and not folder.is_symlink() and not_ours(folder) == []:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -177,14 +177,8 @@ def perform(run: Run, folder: Path, data: Path | None, needs: Mapping[str, Path]
 
 
 def _make(run: Run, folder: Path, data: Path | None, needs: Mapping[str, Path]) -> Outcome:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent, ignore_cleanup_errors=True) as scratch:
-        fresh = Path(scratch) / "new"
-        fresh.mkdir()
-        outcome = find_action(run.action)(run, Site(data, fresh, needs))
-        shutil.rmtree(folder, ignore_errors=True)
-        fresh.rename(folder)
-    return outcome
+    with atomic_folder(folder) as fresh:
+        return find_action(run.action)(run, Site(data, fresh, needs))
 
 
 def _made_with() -> dict[str, Any]:

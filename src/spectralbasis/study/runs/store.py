@@ -3,7 +3,7 @@
 import io
 import json
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,26 +12,32 @@ from pathlib import Path
 from typing import Any, Self
 
 import pandas as pd
+import pyarrow.parquet
 import xxhash
 
 from spectralbasis.checksums import checksum
+from spectralbasis.databases import Kind, is_sealed, opened, seal
 from spectralbasis.errors import InputError
-from spectralbasis.files import atomic_path
-from spectralbasis.study.runs.run import Outcome, Record, Results, Run
+from spectralbasis.files import atomic_path, check_output_files, unwritable
+from spectralbasis.records import checked, parse_json
+from spectralbasis.study.runs.run import Outcome, Record, Results, Run, run_key
 
-FORMAT_VERSION = 1
 DATABASE = "runs.sqlite"
 ROWS = "runs.parquet"
 MEASUREMENTS = "measurements.parquet"
 _COLUMNS = ("key", "action", "settings", "seed", "needs", "result", "error", "seconds", "versions", "finished")
-_SCHEMA = (
-    "CREATE TABLE IF NOT EXISTS format (version INTEGER NOT NULL)",
-    f"CREATE TABLE IF NOT EXISTS runs ({', '.join(_COLUMNS)}, measurements BLOB, PRIMARY KEY (key))",
-    # Apart, so that a folder of an earlier version is one of this version, and the other way round.
-    "CREATE TABLE IF NOT EXISTS checksums (key PRIMARY KEY, checksum TEXT NOT NULL)",
+STORE = Kind(
+    application_id=0x53505253,
+    version=2,
+    tables=(
+        f"CREATE TABLE runs ({', '.join(_COLUMNS)}, measurements BLOB, seal TEXT NOT NULL, checksum TEXT NOT NULL,"
+        " PRIMARY KEY (key))",
+    ),
+    writer="study",
+    remedy=f"remove it to go on from the exported rows in {ROWS} (with --trust), or choose another folder",
 )
-_INSERT = f"INSERT OR REPLACE INTO runs VALUES ({', '.join('?' * (len(_COLUMNS) + 1))})"
-_INSERT_CHECKSUM = "INSERT OR REPLACE INTO checksums VALUES (?, ?)"
+_INSERT = f"INSERT OR REPLACE INTO runs VALUES ({', '.join('?' * (len(_COLUMNS) + 3))})"
+_VALUES: Any = tuple[str, str, str, int, str, str | None, str | None, float, str, str]
 
 
 @dataclass(frozen=True)
@@ -45,36 +51,41 @@ class Timing:
 class RunStore:
     """The runs of a study folder. One process at a time holds it; each run is written whole or not at all.
 
-    A folder without a database but with exported rows starts from those. A run whose row has not its checksum, as
-    where a bad disk has changed it, counts as not done.
+    A run whose row has not its checksum, as where a bad disk has changed it, counts as not done. A run is believed only
+    with its seal, which this user alone can make (`databases.seal`): those that were stored elsewhere are refused, or
+    taken over where the caller trusts them. Exported rows have no seals; a folder without a database starts from them
+    where they are trusted.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, trust: bool = False) -> None:
         """Open the store of a folder, which is made where it is absent.
 
         Raises:
-            InputError: the folder cannot be written, another study uses it, or its files are damaged or of a newer
-                version.
+            InputError: the folder cannot be written, another study uses it, its files are damaged or of another
+                version, or hold runs that this user did not store, without `trust`.
         """
         self.folder = folder
         self.path = folder / DATABASE
         self._records: dict[str, Record] = {}
         self._errors: dict[str, str] = {}
         self.timings: list[Timing] = []
-        with ExitStack() as on_failure:
+        check_output_files(folder, ROWS, MEASUREMENTS)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(folder, error) from error
+        if not trust:
+            self._check_exported()
+        with ExitStack() as stack:
+            self._connection = stack.enter_context(opened(self.path, STORE))
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                self._connection = sqlite3.connect(self.path, timeout=0)
-                on_failure.callback(self._connection.close)
-                self._connection.text_factory = partial(str, encoding="utf-8", errors="replace")
-                self._begin()
                 is_empty = self._connection.execute("SELECT 1 FROM runs").fetchone() is None
-            except (sqlite3.DatabaseError, OSError) as error:
-                raise InputError(self._explain(error)) from error
-            if is_empty and (folder / ROWS).exists():
-                self._import()
-            self._read()
-            on_failure.pop_all()
+                if trust and is_empty and (folder / ROWS).exists():
+                    self._import()
+                self._read(trust)
+            except sqlite3.DatabaseError as error:
+                raise InputError(f"{self.path} cannot be used ({error}); {STORE.remedy}") from error
+            self._closing = stack.pop_all()
 
     @property
     def results(self) -> Results:
@@ -105,9 +116,6 @@ class RunStore:
     def forget_errors(self) -> None:
         """Take failed runs for not done, so that they are tried again."""
         with self._connection:
-            self._connection.execute(
-                "DELETE FROM checksums WHERE key IN (SELECT key FROM runs WHERE error IS NOT NULL)"
-            )
             self._connection.execute("DELETE FROM runs WHERE error IS NOT NULL")
         self._errors.clear()
 
@@ -123,32 +131,24 @@ class RunStore:
             table = pd.concat(measured, names=["key"]).reset_index("key") if measured else pd.DataFrame({"key": []})
             table.to_parquet(temporary, index=False, compression="zstd", write_page_checksum=True)
 
-    def _begin(self) -> None:
-        # Held until the connection closes, also by a crash: a second study in the folder finds it locked.
-        self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-        with self._connection:
-            self._connection.execute("BEGIN EXCLUSIVE")
-            for statement in _SCHEMA:
-                self._connection.execute(statement)
-            found = self._connection.execute("SELECT version FROM format").fetchone()
-            if found is None:
-                self._connection.execute("INSERT INTO format VALUES (?)", (FORMAT_VERSION,))
-        (state,) = self._connection.execute("PRAGMA integrity_check(1)").fetchone()
-        if state != "ok":
-            raise sqlite3.DatabaseError(state)
-        if found is not None and found[0] > FORMAT_VERSION:
+    def _check_exported(self) -> None:
+        """Refuse exported rows that have come without their database."""
+        if not (self.folder / ROWS).exists() or (self.path.exists() and self.path.stat().st_size):
+            return
+        try:
+            rows = pyarrow.parquet.read_metadata(self.folder / ROWS).num_rows
+        except (OSError, ValueError) as error:
+            raise self._unreadable(error) from error
+        if rows:
             raise InputError(
-                f"{self.path} was written by a newer spectralbasis (format {found[0]}, this one reads up to "
-                f"{FORMAT_VERSION}); update spectralbasis, or choose another folder"
+                f"{self.folder} holds {rows} exported rows and no {DATABASE}; add --trust (trust=True) to build on "
+                f"{ROWS}, or move it away to start again"
             )
 
-    def _explain(self, error: Exception) -> str:
-        if isinstance(error, OSError):
-            return f"cannot write {self.folder}: {error.strerror}; choose a folder that you may write to"
-        if "locked" in str(error):
-            return f"another study is writing into {self.folder}; wait for it, or choose another folder"
-        return (
-            f"{self.path} cannot be used ({error}); remove it to go on from the exported rows, or choose another folder"
+    def _unreadable(self, error: Exception) -> InputError:
+        return InputError(
+            f"the rows in {self.folder} cannot be read ({error}); restore {ROWS} and {MEASUREMENTS}, "
+            "or move them away to start again"
         )
 
     def _import(self) -> None:
@@ -164,36 +164,51 @@ class RunStore:
                 for row in rows[list(_COLUMNS)].to_dict("records")
             ]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            self._connection.close()
-            self.path.unlink(missing_ok=True)
-            raise InputError(
-                f"the rows in {self.folder} cannot be read ({error}); restore {ROWS} and {MEASUREMENTS}, "
-                "or move them away to start again"
-            ) from error
+            raise self._unreadable(error) from error
         with self._connection:
-            self._connection.executemany(_INSERT, values)
-            self._connection.executemany(_INSERT_CHECKSUM, ((row[0], _checksum(row)) for row in values))
+            self._connection.executemany(_INSERT, map(_signed, values))
 
-    def _read(self) -> None:
-        self._forget_damaged()
-        columns = "key, action, settings, result, error, seconds, versions, seed, measurements"
-        for key, action, settings, result, error, seconds, versions, seed, blob in self._connection.execute(
-            f"SELECT {columns} FROM runs"
-        ):
-            if error is not None:
-                self._errors[key] = error
+    def _read(self, trust: bool) -> None:
+        """Take what is to be believed; what is damaged is dropped, so that it is done again."""
+        elsewhere = []
+        for *row, sealed, check in self._connection.execute("SELECT * FROM runs").fetchall():
+            if check != _checksum(*row, sealed):
+                with self._connection:
+                    self._connection.execute("DELETE FROM runs WHERE checksum IS ?", (check,))
                 continue
-            table = pd.DataFrame() if blob is None else pd.read_parquet(io.BytesIO(blob))
-            self._records[key] = Record(json.loads(result), table, seconds, json.loads(versions), seed)
-            self.timings.append(Timing(Run(action, json.loads(settings)).kind, seconds))
-
-    def _forget_damaged(self) -> None:
-        """Drop the runs whose rows have not their checksum; rows of earlier versions have none."""
-        kept = dict(self._connection.execute("SELECT key, checksum FROM checksums"))
-        rows = self._connection.execute(f"SELECT {', '.join(_COLUMNS)}, measurements FROM runs")
-        damaged = [row[:1] for row in rows if row[0] in kept and kept.pop(row[0]) != _checksum(row)]
+            if not is_sealed(sealed, *_parts(row)):
+                elsewhere.append(row)
+            self._take(row)
+        if elsewhere and not trust:
+            raise InputError(
+                f"{self.path} holds {len(elsewhere)} runs that this user did not store on this machine; add --trust "
+                "(trust=True) to build on them, or choose another folder"
+            )
         with self._connection:
-            self._connection.executemany("DELETE FROM runs WHERE key = ?", damaged)
+            self._connection.executemany(_INSERT, map(_signed, elsewhere))
+
+    def _take(self, row: list[Any]) -> None:
+        *values, blob = row
+        values = [repr(value) if isinstance(value, bytes) else value for value in values]
+        where = f"the run {values[0]} in {self.path}"
+        key, action, settings, seed, needs, result, error, seconds, versions, _ = checked(
+            values, _VALUES, where, STORE.remedy
+        )
+        content, roles = (checked(parse_json(text, where), dict[str, Any], where) for text in (settings, needs))
+        if key != run_key(action, content, seed, roles):
+            raise InputError(f"{where} is of another run; {STORE.remedy}")
+        if error is not None:
+            self._errors[key] = error
+            return
+        try:
+            table = pd.DataFrame() if blob is None else pd.read_parquet(io.BytesIO(blob))
+        except (OSError, ValueError, TypeError) as problem:
+            raise InputError(f"the measurements of {where} cannot be read ({problem}); {STORE.remedy}") from problem
+        found, made_with = (
+            checked(parse_json(text or "null", where), dict[str, Any], where) for text in (result, versions)
+        )
+        self._records[key] = Record(found, table, seconds, made_with, seed)
+        self.timings.append(Timing(Run(action, content).kind, seconds))
 
     def _write(
         self,
@@ -222,8 +237,7 @@ class RunStore:
         )
         try:
             with self._connection:
-                self._connection.execute(_INSERT, row)
-                self._connection.execute(_INSERT_CHECKSUM, (run.key, _checksum(row)))
+                self._connection.execute(_INSERT, _signed(row))
         except sqlite3.DatabaseError as problem:
             raise InputError(
                 f"{self.path} cannot be written ({problem}); what was finished before is kept: free some room, or "
@@ -234,13 +248,24 @@ class RunStore:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._connection.close()
+        self._closing.close()
 
 
-def _checksum(row: tuple[Any, ...]) -> str:
-    """Of a row of the table `runs`, as the database gives it back."""
+def _signed(row: Sequence[Any]) -> tuple[Any, ...]:
+    """A row with its seal and its checksum."""
+    sealed = seal(*_parts(row))
+    return (*row, sealed, _checksum(*row, sealed))
+
+
+def _parts(row: Sequence[Any]) -> list[str | bytes | None]:
+    """What a seal is of: the values as the database gives them back, and the measurements."""
     *values, measurements = row
-    return checksum(*map(repr, values), xxhash.xxh3_128_hexdigest(measurements or b""))
+    return [*map(repr, values), measurements if isinstance(measurements, bytes) else repr(measurements)]
+
+
+def _checksum(*row: Any) -> str:
+    """Of a row and its seal, of whatever types a damaged file may give it."""
+    return checksum(*(xxhash.xxh3_128_hexdigest(part) if isinstance(part, bytes) else repr(part) for part in row))
 
 
 def _to_bytes(table: pd.DataFrame) -> bytes:

@@ -3,16 +3,22 @@
 import hashlib
 import io
 import lzma
+import stat
 import tarfile
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
+from spectralbasis.checksums import checksum
+from spectralbasis.databases import seal
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path
 from spectralbasis.study.messages import first_line
@@ -44,15 +50,30 @@ def _kept(file: Path) -> tuple[Split, Split]:
     """The decoded archive, from the cache where it has been decoded before."""
     with file.open("rb") as handle:
         content = hashlib.file_digest(handle, "sha256").hexdigest()
-    kept = cache_folder() / "images" / f"{content}.npz"
-    try:
-        with np.load(kept, allow_pickle=False) as stored:
-            return _splits(stored)
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+    kept = cache_folder() / "images" / f"{content}.safetensors"
+    arrays = _from_cache(kept, content)
+    if arrays is None:
         arrays = _decode(file)
-    with atomic_path(kept) as temporary:
-        np.savez(temporary, **arrays)
+        with suppress(InputError), atomic_path(kept) as temporary:  # a cache that cannot be written costs time only
+            save_file(arrays, temporary, metadata={"seal": _seal(content, arrays)})
     return _splits(arrays)
+
+
+def _from_cache(kept: Path, content: str) -> dict[str, Any] | None:
+    """The images that this user decoded from an archive of this content; None where there are none."""
+    try:
+        if not stat.S_ISREG(kept.lstat().st_mode):
+            return None
+        with safe_open(kept, framework="np") as stored:
+            sealed = (stored.metadata() or {}).get("seal")
+            arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError):
+        return None
+    return arrays if sealed and sealed == _seal(content, arrays) else None
+
+
+def _seal(content: str, arrays: Mapping[str, Any]) -> str:
+    return seal(content, checksum(tensors={name: torch.from_numpy(array) for name, array in arrays.items()}))
 
 
 def _splits(arrays: Any) -> tuple[Split, Split]:

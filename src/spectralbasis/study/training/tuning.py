@@ -86,7 +86,7 @@ def tune(
         train_examples=train_examples,
         bf16=bf16,
     )
-    check_output(Path(output), overwrite=overwrite, written_file=TUNING_FILE)
+    check_output(Path(output), overwrite=overwrite)
     loaded = load_model(model, _load_task(task, data, settings), seed=seed, max_length=max_length)
     with atomic_folder(Path(output)) as folder:
         setup = Setup(loaded, options, folder, settings.total_steps(len(loaded.task.train)))
