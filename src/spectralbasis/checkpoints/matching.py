@@ -1,7 +1,7 @@
 """Pairing the matrices of two checkpoints: by name, never by position."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -187,10 +187,11 @@ def _without_prefix(short: Mapping[str, Matrix], long: Mapping[str, Matrix]) -> 
 
     A prefix counts only if it explains most of a stack on both sides: a stray suffix is no evidence.
     """
+    lengths = sorted({len(name) for name in short})
     candidates = [
         (name[: -len(suffix)], suffix)
         for name, matrix in long.items()
-        for suffix in _suffixes(name)
+        for suffix in _suffixes(name, lengths)
         if suffix in short and short[suffix].shape == matrix.shape
     ]
     fits = Counter(suffix for _, suffix in candidates)
@@ -264,9 +265,9 @@ def _parameters(matrices: Iterable[Matrix]) -> int:
     return sum(prod(matrix.shape) for matrix in matrices)
 
 
-def _suffixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[i:]) for i in range(1, len(parts))]
+def _suffixes(name: str, lengths: Iterable[int]) -> Iterator[str]:
+    """What comes after a dot of a name and has one of the lengths."""
+    return (name[-length:] for length in lengths if 0 < length < len(name) and name[-length - 1] == ".")
 
 
 def _size(matrix: Matrix) -> str:

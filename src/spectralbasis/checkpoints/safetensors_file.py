@@ -1,6 +1,5 @@
 """One `.safetensors` file."""
 
-import json
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 from spectralbasis.checkpoints.checkpoint import Checkpoint
 from spectralbasis.checkpoints.raw_file import read_tensor, sample, take_rows
 from spectralbasis.errors import InputError
+from spectralbasis.records import parse_json
 
 _DTYPES = {
     "F64": torch.float64,
@@ -65,6 +65,8 @@ class SafetensorsFile(Checkpoint):
         self.path = path
         try:
             self._entries = _read_header(path)
+        except InputError:
+            raise
         except (SafetensorError, OSError, ValueError, OverflowError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path} cannot be read as safetensors ({error}); it may be cut short or damaged, "
@@ -123,7 +125,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
         names = file.keys()
     with path.open("rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
-        header = json.loads(raw.read(length))
+        header = parse_json(raw.read(length), f"the header of {path}")
     return {name: _entry(header[name], 8 + length) for name in names}
 
 
