@@ -99,10 +99,14 @@ def _factors(adapter: Adapter) -> dict[str, dict[str, str]]:
 
 def _edit(adapter: Adapter, layouts: Layouts, module: str, factors: Mapping[str, str]) -> LoraEdit:
     pairs = [pair for pair in _PAIRS if any(factor in factors for factor in pair)]
-    if len(pairs) != 1 or not all(factor in factors for factor in pairs[0]):
+    if len(pairs) != 1:
         raise InputError(
-            f"the adapter in {adapter.folder} has {', '.join(map(repr, factors))} of {module}, expected one pair of "
-            f"LoRA factors; it is cut short or of two adapters"
+            f"the adapter in {adapter.folder} has {', '.join(factors)} of {module}, expected lora_A and lora_B, or "
+            f"lora_embedding_A and lora_embedding_B; save the adapter again"
+        )
+    if not all(factor in factors for factor in pairs[0]):
+        raise InputError(
+            f"the adapter in {adapter.folder} has one LoRA factor of {module} and not the other; it is cut short"
         )
     embedding = "lora_embedding_A" in pairs[0]
     A, B = (factors[factor] for factor in pairs[0])

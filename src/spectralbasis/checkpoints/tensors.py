@@ -172,8 +172,8 @@ def _refuse_nameless(state: Mapping[Any, Any], source: str) -> None:
     for key, value in state.items():
         if isinstance(value, Tensor) and not isinstance(key, str):
             raise InputError(f"{source} names a tensor {key!r}, expected a text; save model.state_dict()")
-        beside = isinstance(value, Mapping) and not str(key).endswith(_NOT_STATE) and "optim" not in str(key)
-        if beside and _holds_tensors(value, _DEEPEST):
+        beside = isinstance(value, Mapping) and value is not state and "optim" not in str(key)
+        if beside and not str(key).endswith(_NOT_STATE) and _holds_tensors(value, _DEEPEST):
             raise InputError(
                 f"{source} holds tensors, and beside them further ones in {key!r}; load it yourself and pass the "
                 f"state_dict that you mean"
