@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spectralbasis.checkpoints.checkpoint import Checkpoint
 from spectralbasis.checkpoints.quantized import Listed
+from spectralbasis.errors import InputError
 
 _OLD = re.compile(r"(?P<weight>(.+\.)?[^.]*weight[^.]*)_(?P<part>v|orig)")
 _NEW = re.compile(r"(?P<layer>(.+\.)?)parametrizations\.(?P<leaf>[^.]+)\.(?P<part>original\d*)")
@@ -140,7 +141,12 @@ def find_parametrized(checkpoint: Checkpoint) -> tuple[list[Parametrized], list[
         else:
             continue
         if found is not None and not isinstance(found, str):
-            weights[found.name] = found
+            other = weights.setdefault(found.name, found)
+            if other is not found:
+                raise InputError(
+                    f"{checkpoint.source} holds {found.name} more than once, in {other.parts[0]} and in "
+                    f"{found.parts[0]}; remove one of them"
+                )
     return list(weights.values()), list(listed.values())
 
 

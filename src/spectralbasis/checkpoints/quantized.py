@@ -23,6 +23,7 @@ from spectralbasis.checkpoints.quantized_formats import (
     method_of,
     settings_of,
 )
+from spectralbasis.errors import InputError
 
 _ADVICE = "compare the checkpoint that it was made from"
 # What a quantized layer holds besides its weight: it concerns the bias, activations or the cache only.
@@ -137,7 +138,7 @@ class _Search:
         strangers = self._strangers(group)
         dense = group.weight in strangers
         unknown = [stranger for stranger in strangers if stranger != group.weight]
-        found = form.plan(group) if form.plan and not strangers else None
+        found = _planned(form, group) if form.plan and not strangers else None
         if isinstance(found, QuantizedWeight | FourBitWeight):
             self.weights.append(found)
             self._claimed |= {*group.roles.values(), *found.parts}
@@ -206,6 +207,16 @@ class _Search:
         kind, leaf = self._checkpoint.dtype(name), name.rpartition(".")[2]
         known = kind.is_floating_point or kind in INTEGERS
         return known and bool(_COMPANION.search(leaf)) and not _APART.search(f".{name}")
+
+
+def _planned(form: Format, group: Group) -> QuantizedWeight | FourBitWeight | str | None:
+    """What a group stands for, which its format may have to read small tensors to know."""
+    try:
+        return form.plan(group) if form.plan else None
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, ArithmeticError):
+        return "whose description is damaged"
 
 
 def _fits(rest: str, end: str) -> bool:
