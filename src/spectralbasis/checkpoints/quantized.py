@@ -182,6 +182,8 @@ class _Search:
         if kind in FLOAT8 or kind in PARTS_ONLY:
             return len(shape) > 0
         named = bool(_PAYLOAD.search(leaf)) and len(shape) > 0
+        if kind == torch.bool:
+            return named
         return kind in INTEGERS and not _INDEX.search(leaf) and (named or len(shape) > 1)
 
     def _list_layer(self, module: str, names: list[str], numbers: list[str]) -> None:

@@ -149,7 +149,7 @@ def _names(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _matrix(checkpoint: Checkpoint, cut: Cut, name: str, shape: tuple[int, ...]) -> Matrix:
-    return Matrix(name, layer_number(name), kind_of(name), (shape[0], prod(shape[1:])), checkpoint, cut)
+    return Matrix(name, layer_number(name), kind_of(name), (prod(shape[:1]), prod(shape[1:])), checkpoint, cut)
 
 
 def _cuts(

@@ -87,7 +87,7 @@ def leading_svd_and_values(A: MatrixLike, k: int, *, tolerance: float = 1e-4) ->
     m, n = _check(A, k)
     if not isinstance(A, Tensor):
         return _gram(A, k, tolerance, REFINEMENTS)
-    A = _plain(A)
+    A = _numbers(A)
     solver = "dense"
     if gram_pays(m, n, k):
         result, values = _gram(A, k, tolerance)
@@ -154,7 +154,7 @@ def check_matrix(A: Factor) -> None:
         return
     if A.ndim != 2 or A.numel() == 0 or not A.is_floating_point():
         raise ValueError(f"expected a non-empty real matrix (m, n), got {A.dtype} of shape {tuple(A.shape)}")
-    A = _plain(A)
+    A = _numbers(A)
     if not bool(torch.isfinite(A.sum()) or torch.isfinite(A).all()):
         raise ValueError("the matrix holds NaN or infinite values, so it has no singular value decomposition")
 
@@ -168,9 +168,11 @@ def _check(A: Factor, k: int) -> tuple[int, int]:
 
 
 def _plain(A: Factor) -> Factor:
+    return _numbers(A) if isinstance(A, Tensor) else A
+
+
+def _numbers(A: Tensor) -> Tensor:
     """The numbers alone; those of 8 bits as float32, for torch stores them and does not compute with them."""
-    if not isinstance(A, Tensor):
-        return A
     return A.detach().float() if A.dtype.itemsize == 1 else A.detach()
 
 
