@@ -111,8 +111,8 @@ def _claims(matrices: Iterable[Matrix]) -> dict[str, list[str]]:
 
 def _several_claims(name: str, tensors: Sequence[str]) -> str:
     return (
-        f"{shortened(name)} is stored more than once, in {' and in '.join(map(shortened, tensors))}, and nothing tells "
-        f"which of them the model uses: leave the others out with exclude"
+        f"stored more than once: {shortened(name)} is in {' and in '.join(map(shortened, tensors))}, and nothing tells "
+        f"which of them the model uses; leave the others out with exclude"
     )
 
 
