@@ -16,6 +16,8 @@ from spectralbasis.checkpoints.roles import is_weight, left_out_by_default
 from spectralbasis.errors import InputError
 from spectralbasis.printable import shortened
 
+_MOST_EXPERTS = 1 << 16
+
 
 @dataclass(frozen=True)
 class Inventory:
@@ -123,6 +125,9 @@ def _matrices(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[tup
         reason = f"tied to {tied[tensor]}" if tensor in tied else checkpoint.unreadable(tensor)
         if reason is None and checkpoint.dtype(tensor).is_complex:
             reason = "it holds complex numbers, and only matrices of real numbers are measured"
+        shape = checkpoint.shape(tensor)
+        if reason is None and is_expert_stack(tensor, shape) and shape[0] > _MOST_EXPERTS:
+            reason = f"it is a stack of {shape[0]} experts, and at most {_MOST_EXPERTS} are measured"
         if reason is not None:
             yield _matrix(checkpoint, Cut(tensor), name, checkpoint.shape(tensor)), reason
             continue
