@@ -123,7 +123,9 @@ class DecodedCheckpoint(Checkpoint):
         return None if self._computed(name) else self.stored.module_type(name)
 
     def unreadable(self, name: str) -> str | None:
-        return self._listed[name].reason if name in self._listed else None
+        if name in self._listed:
+            return self._listed[name].reason
+        return None if name in self._encoded else self.stored.unreadable(name)
 
     def _computed(self, name: str) -> bool:
         return name in self._encoded or name in self._listed

@@ -45,6 +45,9 @@ class ShardedCheckpoint(Checkpoint):
     def alone(self, name: str) -> Checkpoint | None:
         return self._shards[name].alone(name)
 
+    def unreadable(self, name: str) -> str | None:
+        return self._shards[name].unreadable(name)
+
 
 def read_index(index: Path) -> dict[str, Path]:
     """Tensor name to shard, from a `*.index.json`; every shard exists and lies in the index's folder.
