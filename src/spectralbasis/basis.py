@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path
 from spectralbasis.linalg import Leading, parse_leading, resolve_leading
 from spectralbasis.progress import track
+from spectralbasis.sizes import check_memory
 from spectralbasis.triplets import (
     DEFAULT_TOLERANCE,
     Triplets,
@@ -187,6 +189,8 @@ class _StoredTriplets(Mapping[str, Triplets]):
 
 
 def _decompose(matrix: Matrix, leading: Leading, tolerance: float, cache: bool) -> Triplets:
+    stored_and_float32 = matrix.dtype.itemsize + 4
+    check_memory(stored_and_float32 * prod(matrix.shape), f"decomposing {matrix.name}")
     W = matrix.read()
     return compute_triplets(W, resolve_leading(leading, W), tolerance=tolerance, cache=cache)
 

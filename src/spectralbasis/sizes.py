@@ -3,11 +3,33 @@
 import math
 import re
 
+import psutil
+
 from spectralbasis.errors import InputError
 
+_UNCHECKED = 1 << 28
 _UNITS = {"": 1, "B": 1, **{f"{prefix}B": 1000**power for power, prefix in enumerate("kMGT", 1)}}
 _BINARY = {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}
 _FACTORS = {unit.upper(): factor for unit, factor in (_UNITS | _BINARY).items()}
+
+
+def available_memory() -> int:
+    """Bytes that processes can take without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
+def check_memory(count: int, what: str) -> None:
+    """Raise InputError unless that many bytes can be had, before the system ends a process for taking them.
+
+    Args:
+        count: bytes.
+        what: begins the message, such as "reading q.weight of model.safetensors".
+    """
+    if count > _UNCHECKED and count > (free := available_memory()):
+        raise InputError(
+            f"{what} takes {format_size(count, up=True)} of memory, and {format_size(free)} are free; use a machine "
+            f"with more memory, or leave it out"
+        )
 
 
 def parse_size(size: str | int) -> int:

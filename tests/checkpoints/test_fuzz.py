@@ -85,13 +85,14 @@ def test_invented_index(weight_map):
 @given(
     st.dictionaries(
         st.sampled_from(["model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "text_config"]),
-        st.sampled_from(["falcon", "gpt2", 0, -1, 3, 2**40, True, 1.5, [], {"num_attention_heads": 2}]),
-    )
+        st.sampled_from(["falcon", "gpt2", "codegen", 0, -1, 1, 3, 2**40, True, 1.5, [], {"num_attention_heads": 2}]),
+    ),
+    st.sampled_from([1, 3, 6, 12, 18, 24]),
 )
-def test_any_config(config):
-    checkpoint = TensorCheckpoint({f"0.{name}.weight": torch.ones(12, 4) for name in FUSED}, "invented", config)
+def test_any_config(config, rows):
+    checkpoint = TensorCheckpoint({f"0.{name}.weight": torch.ones(rows, 4) for name in FUSED}, "invented", config)
     matrices, _ = logical_matrices(checkpoint)
-    assert sum(prod(matrix.shape) for matrix in matrices.values()) == len(FUSED) * 48
+    assert sum(prod(matrix.shape) for matrix in matrices.values()) == len(FUSED) * rows * 4
     assert all(tuple(matrix.read().shape) == matrix.shape for matrix in matrices.values())
 
 

@@ -356,6 +356,8 @@ class _Fit:
         updates, whole = _parameters(adapter, method)
         self.adapted = tuple(dict.fromkeys((*updates, *whole)))
         places = {name: adapter.find_base_tensor(name) for name in self.adapted}
+        for names in (updates, whole):
+            _refuse_two_names(adapter, {name: places[name] for name in names})
         self.aliases, self.tied = _find_ties(adapter.base, {name: places[name] for name in updates})
         lost = {
             name
@@ -390,6 +392,17 @@ class _Fit:
                 if group == self.tied[table] and name not in self.stored:
                     self.stored[name] = self.stored[table]
                     self.tables = self.tables | {name}
+
+
+def _refuse_two_names(adapter: Adapter, places: Mapping[str, str | None]) -> None:
+    """Raise InputError if two parameters of one kind are one tensor of the base, so that one would hide the other."""
+    first: dict[str, str] = {}
+    for name, place in places.items():
+        if place is not None and first.setdefault(place, name) != name:
+            raise InputError(
+                f"the adapter in {adapter.folder} adapts {first[place]} and {name}, which are both {place} of its base "
+                f"{adapter.base.source}; remove one of them"
+            )
 
 
 def _parameters(adapter: Adapter, method: AdapterMethod) -> tuple[dict[str, list[str]], dict[str, str]]:

@@ -4,6 +4,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from spectralbasis.checkpoints.adapter import (
     PEFT_PREFIX,
@@ -13,9 +16,10 @@ from spectralbasis.checkpoints.adapter import (
     RenamedCheckpoint,
 )
 from spectralbasis.checkpoints.checkpoint import Checkpoint
-from spectralbasis.checkpoints.folder_files import inside, read_json
+from spectralbasis.checkpoints.folder_files import inside
 from spectralbasis.checkpoints.lora import LORA
 from spectralbasis.errors import InputError
+from spectralbasis.records import read_record
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_TENSORS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -63,7 +67,7 @@ def open_adapter(
     Raises:
         InputError: the base is not found or is an adapter itself, tensors are missing, or the type is not readable.
     """
-    config = read_json(inside(folder, ADAPTER_CONFIG))
+    config = read_record(inside(folder, ADAPTER_CONFIG), dict[str, Any])
     method = _method(folder, config.get("peft_type"))
     tensors = adapter_tensors(folder, open_tensors, file)
     if base is None:
@@ -82,7 +86,9 @@ def adapter_tensors(folder: Path, open_tensors: Callable[[Path], Checkpoint], fi
         InputError: there is no such file, it holds several adapters, two tensors of one name, or those of another tool.
     """
     stored = open_tensors(inside(folder, file) if file else _tensors_file(folder))
-    return RenamedCheckpoint(stored, _peft_names(stored.names(), folder))
+    named = _peft_names(stored.names(), folder)
+    _refuse_other_copies(stored, named, folder)
+    return RenamedCheckpoint(stored, named)
 
 
 def _peft_names(stored: Iterable[str], folder: Path) -> dict[str, str]:
@@ -104,6 +110,20 @@ def _peft_names(stored: Iterable[str], folder: Path) -> dict[str, str]:
                 f"one tensor; remove one of them"
             )
     return named
+
+
+def _refuse_other_copies(stored: Checkpoint, named: Mapping[str, str], folder: Path) -> None:
+    """Raise InputError if a copy of a retrained tensor, which is left out, holds other numbers than what is read."""
+    read = frozenset(named.values())
+    for name in stored.names():
+        match = _RETRAINED.fullmatch(_plain(name)) if name not in read else None
+        own = match and f"{PEFT_PREFIX}{match['module']}.{match['inner'].partition('.')[2] or match['inner']}"
+        kept = named.get(own or "")
+        if kept is not None and not torch.equal(stored.read(name), stored.read(kept)):
+            raise InputError(
+                f"the file of the adapter {folder} holds {kept} and {name}, which are two names of one tensor and hold "
+                f"different numbers; remove one of them"
+            )
 
 
 def _plain(name: str) -> str:

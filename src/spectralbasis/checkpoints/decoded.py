@@ -1,5 +1,6 @@
 """Weights stored as something else (quantized, normalised, pruned), read as the matrices that they are, or listed."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -64,6 +65,13 @@ class DecodedCheckpoint(Checkpoint):
         self._first = {group.parts[0]: group.name for group in self._groups}
         others = {part for group in self._groups for part in group.parts[1:]}
         self._names = tuple(self._first.get(name, name) for name in stored.names() if name not in others)
+        count = Counter(self._names)
+        for group in self._groups:
+            if count[group.name] > 1:
+                alike = [name for name in stored.names() if self._first.get(name, name) == group.name]
+                raise InputError(
+                    f"{self.source} holds {group.name} more than once, in {' and in '.join(alike)}; remove the others"
+                )
 
     def parts(self, name: str) -> tuple[str, ...]:
         """Names in `stored` of what a tensor is read from."""
@@ -115,7 +123,9 @@ class DecodedCheckpoint(Checkpoint):
         return None if self._computed(name) else self.stored.module_type(name)
 
     def unreadable(self, name: str) -> str | None:
-        return self._listed[name].reason if name in self._listed else None
+        if name in self._listed:
+            return self._listed[name].reason
+        return None if name in self._encoded else self.stored.unreadable(name)
 
     def _computed(self, name: str) -> bool:
         return name in self._encoded or name in self._listed

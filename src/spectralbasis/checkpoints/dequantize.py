@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spectralbasis.checkpoints.checkpoint import Checkpoint
+from spectralbasis.errors import InputError
 
 Parts = Mapping[str, Tensor]
 # E2M1 and E2M3 of the OCP microscaling specification (MX, version 1.0, section 5.3): bit patterns as indices.
@@ -47,8 +48,13 @@ class QuantizedWeight:
         return (*self.roles.values(), *self.belonging)
 
     def read(self, checkpoint: Checkpoint) -> Tensor:
-        """The real weight, float32."""
-        return self.formula({role: checkpoint.read(name) for role, name in self.roles.items()})
+        """The real weight, float32.
+
+        Raises:
+            InputError: the parts contradict each other.
+        """
+        parts = {role: checkpoint.read(name) for role, name in self.roles.items()}
+        return self._computed(parts, self.shape, checkpoint)
 
     def read_rows(self, checkpoint: Checkpoint, start: int, stop: int) -> Tensor:
         """`read(checkpoint)[start:stop]`; of a stack of experts, only the parts of these experts are read."""
@@ -58,7 +64,23 @@ class QuantizedWeight:
         for role, name in self.roles.items():
             stacked = checkpoint.shape(name)[:1] == self.shape[:1]
             parts[role] = checkpoint.read_rows(name, start, stop) if stacked else checkpoint.read(name)
-        return self.formula(parts)
+        count = len(range(*slice(start, stop).indices(self.shape[0])))
+        return self._computed(parts, (count, *self.shape[1:]), checkpoint)
+
+    def _computed(self, parts: Parts, shape: tuple[int, ...], checkpoint: Checkpoint) -> Tensor:
+        try:
+            W = self.formula(parts)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise InputError(
+                f"{self.name} of {checkpoint.source} is quantized, and its parts contradict each other ({error}); "
+                f"restore the file from the original"
+            ) from error
+        if tuple(W.shape) != shape:
+            raise InputError(
+                f"{self.name} of {checkpoint.source} is quantized, and its parts make a weight of shape "
+                f"{tuple(W.shape)}, expected {shape}; restore the file from the original"
+            )
+        return W
 
 
 def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
@@ -81,6 +103,18 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
     joined = torch.stack([data[..., byte].long() << (8 * byte) for byte in range(bits)]).sum(0)
     numbers = [((joined >> (bits * place)) & (2**bits - 1)).to(torch.uint8) for place in range(8)]
     return torch.stack(numbers, dim=-1).flatten(-2)[..., :count]
+
+
+def checked_groups(order: Tensor, count: int) -> Tensor:
+    """The group of each column, int64.
+
+    Raises:
+        ValueError: one of them is none of the `count` groups.
+    """
+    order = order.long()
+    if order.numel() and not 0 <= int(order.min()) <= int(order.max()) < count:
+        raise ValueError(f"groups are numbered {int(order.min())} to {int(order.max())}, expected 0 to {count - 1}")
+    return order
 
 
 def spread(factors: Tensor, shape: tuple[int, ...], block: tuple[int, ...]) -> Tensor:
@@ -161,8 +195,8 @@ def compressed_tensors(parts: Parts, *, shape: tuple[int, int], bits: int) -> Te
     middle, scale = 2 ** (bits - 1), parts["scale"].float().reshape(-1, parts["scale"].shape[-1])
     values = unpack_bits(parts["values"], bits, columns).float() - middle
     group = torch.arange(columns) // (columns // scale.shape[1])
-    if "order" in parts and (parts["order"] >= 0).all():
-        group = parts["order"].long()
+    if "order" in parts and not (parts["order"] == -1).all():  # -1 says that columns are in order
+        group = checked_groups(parts["order"], scale.shape[1])
     if "zero" in parts:
         zero = unpack_bits(parts["zero"].T, bits, rows).T.float() - middle
         values = values - zero[:, group]
@@ -182,7 +216,9 @@ def gptq(parts: Parts, *, bits: int, first: int) -> Tensor:
     inputs = parts["values"].shape[0] * 32 // bits
     values = unpack_bits(parts["values"].T, bits, inputs)
     zero = (unpack_bits(parts["zero"], bits, scale.shape[1]).int() + first) & (2**bits - 1)
-    group = parts["order"].long() if "order" in parts else torch.arange(inputs) // (inputs // len(scale))
+    group = torch.arange(inputs) // (inputs // len(scale) or 1)
+    if "order" in parts:
+        group = checked_groups(parts["order"], len(scale))
     return (values.float() - zero.T.float()[:, group]) * scale.T[:, group]
 
 

@@ -1,6 +1,5 @@
 """Finding files inside a checkpoint's folder, and never outside it."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from spectralbasis.checkpoints.foreign import recognise_folder, recognise_names
 from spectralbasis.errors import InputError
+from spectralbasis.records import read_record
 
 _STANDARD_NAMES = tuple(
     name + suffix
@@ -123,25 +123,6 @@ def inside(folder: Path, name: str, named_by: Path | None = None) -> Path:
     return path
 
 
-def read_json(path: Path) -> Mapping[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        InputError: the file cannot be read, is no JSON, or holds no object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no valid JSON ({error}); restore it from the original checkpoint") from error
-    if not isinstance(content, dict):
-        raise InputError(
-            f"{path} holds a JSON {type(content).__name__}, expected an object; restore it from the original"
-        )
-    return content
-
-
 def read_config(folder: Path) -> Mapping[str, Any]:
     """`config.json` of the folder, {} where there is none."""
-    return read_json(inside(folder, "config.json")) if (folder / "config.json").exists() else {}
+    return read_record(inside(folder, "config.json"), dict[str, Any]) if (folder / "config.json").exists() else {}

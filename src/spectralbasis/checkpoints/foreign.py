@@ -5,12 +5,12 @@ bytes, names or tensors it is recognised; a further kind is a further record.
 """
 
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from spectralbasis.checkpoints.archive import record_names
 from spectralbasis.checkpoints.checkpoint import Checkpoint
 from spectralbasis.errors import InputError
 
@@ -67,7 +67,7 @@ def refuse_file(path: Path, by_name: bool = True) -> None:
     """
     with path.open("rb") as file:
         start = file.read(_START)
-    members = _members(path) if start.startswith(b"PK") else []
+    members = record_names(path) if start.startswith(b"PK") else []
     found = next((kind for kind in KINDS if kind.starts(start) or _any_match(members, kind.members)), None)
     if found is None and by_name:
         found = next((kind for kind in KINDS if kind.names(path.name) and _has_beside(path.parent, kind)), None)
@@ -109,14 +109,6 @@ def refuse_state(checkpoint: Checkpoint) -> None:
         evidence = kind.state(checkpoint, list(names.values())) if kind.state else None
         if evidence is not None:
             raise InputError(f"{checkpoint.source} is {kind.called} ({evidence}); {kind.remedy}")
-
-
-def _members(path: Path) -> list[str]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.namelist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError):
-        return []
 
 
 def _any_match(names: list[str], globs: tuple[str, ...]) -> bool:

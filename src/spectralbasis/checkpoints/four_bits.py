@@ -5,20 +5,31 @@ where the scales are quantized too, they are 8-bit indices into `nested_quant_ma
 offset.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil, prod
-from typing import Any
+from math import prod
+from typing import NotRequired
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from spectralbasis.checkpoints.checkpoint import Checkpoint
 from spectralbasis.errors import InputError
+from spectralbasis.records import checked, parse_json
 
 _KINDS = ("nf4", "fp4")
 _LEVELS = 16
+_LONGEST_DESCRIPTION = 1 << 16
+
+
+class _Facts(TypedDict):
+    """What the description says; the rest of it (`quant_type`, `dtype`) concerns computing with the weight."""
+
+    shape: list[int]
+    blocksize: int
+    nested_blocksize: NotRequired[int | None]
+    nested_offset: NotRequired[float | None]
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,7 @@ class FourBitWeight:
 
 
 def _spread(scales: Tensor, block: int, count: int) -> Tensor:
-    return scales.repeat_interleave(block)[:count]
+    return scales.repeat_interleave(min(block, count))[:count]
 
 
 def find_four_bits(checkpoint: Checkpoint, name: str, names: frozenset[str]) -> FourBitWeight | None:
@@ -79,11 +90,14 @@ def find_four_bits(checkpoint: Checkpoint, name: str, names: frozenset[str]) -> 
     description = next((candidate for candidate in descriptions if candidate in names), None)
     if description is None:
         return None
+    where = f"the description of {name} of {checkpoint.source}"
+    facts = checked(parse_json(_text(checkpoint, description, where), where), _Facts, where)
+    found = _weight(name, facts, description)
+    stored = {part: checkpoint.shape(part) for part in found.parts if part in names or part == name}
+    kinds = {part: checkpoint.dtype(part) for part in stored}
     try:
-        facts = json.loads(bytes(checkpoint.read(description).to(torch.uint8).flatten().tolist()))
-        found = _weight(name, facts, description)
-        _check_sizes(found, {part: checkpoint.shape(part) for part in found.parts}, checkpoint.dtype(name))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        _check_parts(found, kinds, stored)
+    except ValueError as error:
         raise InputError(
             f"{name} of {checkpoint.source} is a 4-bit weight whose description is damaged ({error}); "
             f"restore the file from the original"
@@ -91,29 +105,42 @@ def find_four_bits(checkpoint: Checkpoint, name: str, names: frozenset[str]) -> 
     return found
 
 
-def _weight(name: str, facts: Mapping[str, Any], description: str) -> FourBitWeight:
-    nested = facts.get("nested_blocksize")
+def _text(checkpoint: Checkpoint, description: str, where: str) -> bytes:
+    """The JSON that a tensor of bytes holds."""
+    shape, kind = checkpoint.shape(description), checkpoint.dtype(description)
+    if kind != torch.uint8 or prod(shape) > _LONGEST_DESCRIPTION:
+        raise InputError(f"{where} is {kind} of shape {shape}, expected a short text; restore the file")
+    return bytes(checkpoint.read(description).flatten().tolist())
+
+
+def _weight(name: str, facts: "_Facts", description: str) -> FourBitWeight:
     return FourBitWeight(
         name=name,
-        shape=tuple(map(int, facts["shape"])),
-        block=int(facts["blocksize"]),
-        nested_block=None if nested is None else int(nested),
-        nested_offset=0.0 if nested is None else float(facts["nested_offset"]),
+        shape=tuple(facts["shape"]),
+        block=facts["blocksize"],
+        nested_block=facts.get("nested_blocksize"),
+        nested_offset=facts.get("nested_offset") or 0.0,
         description=description,
     )
 
 
-def _check_sizes(found: FourBitWeight, stored: Mapping[str, tuple[int, ...]], packed: torch.dtype) -> None:
-    """Raise ValueError or KeyError unless every part holds as many numbers as the others call for."""
-    sizes = {name: prod(shape) for name, shape in stored.items()}
+def _check_parts(found: FourBitWeight, kinds: Mapping[str, torch.dtype], stored: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError unless every part is there and holds as many numbers as the others call for, of its kind."""
     if min(found.shape, default=0) < 1 or found.block < 1 or (found.nested_block or 1) < 1:
         raise ValueError(f"shape {found.shape} in blocks of {found.block}")
-    count = prod(found.shape)
-    blocks = ceil(count / found.block)
-    expected = {found.name: ceil(count / 2) // packed.itemsize, "absmax": blocks, "quant_map": _LEVELS}
+    nested, count = found.nested_block is not None, prod(found.shape)
+    blocks = -(-count // found.block)
+    bytes_held = prod(stored[found.name]) * kinds[found.name].itemsize
+    if bytes_held != -(-count // 2):
+        raise ValueError(f"{found.name} holds {bytes_held} bytes, expected {-(-count // 2)}")
+    expected = {"absmax": (blocks, not nested), "quant_map": (_LEVELS, True)}
     if found.nested_block is not None:
-        expected |= {"nested_absmax": ceil(blocks / found.nested_block), "nested_quant_map": 256}
-    for part, size in expected.items():
-        name = part if part == found.name else f"{found.name}.{part}"
-        if sizes[name] != size:
-            raise ValueError(f"{name} holds {sizes[name]} numbers, expected {size}")
+        expected |= {"nested_absmax": (-(-blocks // found.nested_block), True), "nested_quant_map": (256, True)}
+    for part, (size, real) in expected.items():
+        name = f"{found.name}.{part}"
+        if name not in stored:
+            raise ValueError(f"{name} is missing")
+        if prod(stored[name]) != size:
+            raise ValueError(f"{name} holds {prod(stored[name])} numbers, expected {size}")
+        if not (kinds[name].is_floating_point if real else kinds[name] == torch.uint8):
+            raise ValueError(f"{name} holds {kinds[name]}, expected {'real numbers' if real else 'bytes'}")

@@ -92,7 +92,7 @@ def _key_value(rows: int, columns: int, config: Mapping[str, Any]) -> Parts | No
 def _grouped(rows: int, columns: int, config: Mapping[str, Any]) -> Parts | None:
     """All queries, then all keys, then all values; the config tells how many heads share a key (Phi-3, DBRX)."""
     for heads, shared, size in _heads(config, columns):
-        if model_type(config) == "codegen" and rows == 3 * heads * size:
+        if model_type(config) == "codegen" and rows == 3 * heads * size and rows % 12 == 0:
             return _codegen(rows)
         if parts := _grouped_if(rows, heads, shared, size):
             return parts
@@ -181,7 +181,7 @@ def _heads(config: Mapping[str, Any], columns: int) -> Iterator[tuple[int, int, 
 
 
 def _first(config: Mapping[str, Any], *keys: str) -> int | None:
-    return next((config[key] for key in keys if isinstance(config.get(key), int) and config[key] > 0), None)
+    return next((config[key] for key in keys if type(config.get(key)) is int and config[key] > 0), None)
 
 
 _SPLITS: dict[str, Split] = {

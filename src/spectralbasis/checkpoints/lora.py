@@ -5,11 +5,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from spectralbasis.checkpoints.adapter import AdaptedBase, Adapter, AdapterMethod, Edit, adapted_name
 from spectralbasis.checkpoints.layout import Layouts
 from spectralbasis.checkpoints.lora_edit import BiasEdit, LoraEdit
 from spectralbasis.checkpoints.lora_start import CONVERSION, STARTS
+from spectralbasis.checkpoints.matrix import dtype_name
 from spectralbasis.errors import InputError
+from spectralbasis.records import checked
 
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|lora_B\.bias)"
@@ -29,7 +33,16 @@ _UNREADABLE_OPTIONS = (
 )
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _LARGEST_ALPHA = 1e30
+_PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 _MERGE = "merge it with PEFT (model.merge_and_unload()), save the model and pass that folder"
+
+
+class _Switches(TypedDict, total=False):
+    """What `adapter_config.json` switches on; PEFT would take a text such as "no" for yes."""
+
+    use_rslora: bool | None
+    use_dora: bool | None
+    fan_in_fan_out: bool | None
 
 
 def lora_edits(adapter: Adapter) -> Mapping[str, Edit]:
@@ -51,6 +64,7 @@ def lora_edits(adapter: Adapter) -> Mapping[str, Edit]:
 
 
 def _refuse_variants(adapter: Adapter) -> None:
+    checked(dict(adapter.config), _Switches, f"adapter_config.json in {adapter.folder}")
     used = [option for option in _UNREADABLE_OPTIONS if adapter.config.get(option)]
     if used:
         raise InputError(
@@ -72,19 +86,37 @@ def _factors(adapter: Adapter) -> dict[str, dict[str, str]]:
         name = adapted_name(stored)
         match = _FACTOR.fullmatch(name)
         if match:
-            modules.setdefault(match["module"], {})[match["factor"]] = stored
+            factors = modules.setdefault(match["module"], {})
+            if factors.setdefault(match["factor"], stored) != stored:
+                raise InputError(
+                    f"the adapter in {adapter.folder} holds {factors[match['factor']]} and {stored}, two tensors for "
+                    f"one factor; remove one of them"
+                )
         elif "lora_" in name:
             raise InputError(f"the adapter in {adapter.folder} holds {stored}, which LoRA does not have; {_MERGE}")
     return modules
 
 
 def _edit(adapter: Adapter, layouts: Layouts, module: str, factors: Mapping[str, str]) -> LoraEdit:
-    embedding = "lora_embedding_A" in factors
-    A, B = (factors.get(f"lora_embedding_{x}" if embedding else f"lora_{x}") for x in "AB")
-    if A is None or B is None:
+    pairs = [pair for pair in _PAIRS if any(factor in factors for factor in pair)]
+    if len(pairs) != 1:
+        raise InputError(
+            f"the adapter in {adapter.folder} has {', '.join(factors)} of {module}, expected lora_A and lora_B, or "
+            f"lora_embedding_A and lora_embedding_B; save the adapter again"
+        )
+    if not all(factor in factors for factor in pairs[0]):
         raise InputError(
             f"the adapter in {adapter.folder} has one LoRA factor of {module} and not the other; it is cut short"
         )
+    embedding = "lora_embedding_A" in pairs[0]
+    A, B = (factors[factor] for factor in pairs[0])
+    for factor in (A, B):
+        shape, dtype = adapter.tensors.shape(factor), adapter.tensors.dtype(factor)
+        if len(shape) < 2 or 0 in shape or not dtype.is_floating_point:
+            raise InputError(
+                f"the adapter in {adapter.folder} holds {factor} as {dtype_name(dtype)} of shape {shape}, expected a "
+                f"matrix of real numbers of rank 1 at least; save the adapter again"
+            )
     return LoraEdit(
         adapter.tensors,
         A,
@@ -108,7 +140,7 @@ def _transposed(adapter: Adapter, layouts: Layouts, module: str, A: str, B: str)
     tensor = adapter.base_tensor(f"{module}.weight")
     weight = adapter.base.shape(tensor)
     size = (outputs, math.prod(inputs))
-    straight, turned = (weight[0], math.prod(weight[1:])) == size, weight == size[::-1]
+    straight, turned = (*weight[:1], math.prod(weight[1:])) == size, weight == size[::-1]
     if math.prod(inner) != rank or not (straight or turned):
         if (reason := adapter.base.unreadable(tensor)) is not None:
             raise InputError(f"{module}, which the adapter in {adapter.folder} updates, cannot be read: {reason}")

@@ -1,7 +1,7 @@
 """Pairing the matrices of two checkpoints: by name, never by position."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -187,34 +187,32 @@ def _without_prefix(short: Mapping[str, Matrix], long: Mapping[str, Matrix]) -> 
 
     A prefix counts only if it explains most of a stack on both sides: a stray suffix is no evidence.
     """
+    lengths = sorted({len(name) for name in short})
     candidates = [
         (name[: -len(suffix)], suffix)
         for name, matrix in long.items()
-        for suffix in _suffixes(name)
+        for suffix in _suffixes(name, lengths)
         if suffix in short and short[suffix].shape == matrix.shape
     ]
     fits = Counter(suffix for _, suffix in candidates)
-    certain = [(prefix, suffix) for prefix, suffix in candidates if fits[suffix] == 1]
+    by_prefix: dict[str, set[str]] = {}
+    for prefix, suffix in candidates:
+        if fits[suffix] == 1:
+            by_prefix.setdefault(prefix, set()).add(suffix)
+    sizes = [Counter(map(stack_of, names)) for names in (short, long)]
     found: dict[str, str] = {}
-    for prefix in dict.fromkeys(prefix for prefix, _ in certain):
-        explained = {suffix for one, suffix in certain if one == prefix}
+    for prefix, explained in by_prefix.items():
         stacks = {stack_of(suffix) for suffix in explained if layer_number(suffix) >= 0}
+        counts = [Counter(map(stack_of, explained)), Counter(stack_of(prefix + suffix) for suffix in explained)]
         whole = [
             stack
             for stack in stacks
-            if _mostly(stack, short, explained)
-            and _mostly(prefix + stack, long, {prefix + suffix for suffix in explained})
+            if 2 * counts[0][stack] > sizes[0][stack] and 2 * counts[1][prefix + stack] > sizes[1][prefix + stack]
         ]
         if whole or 2 * len(explained) > max(len(short), len(long)) > 1:
             inside = {suffix for suffix in explained if not stacks or whole}
             found |= {suffix: prefix + suffix for suffix in inside}
     return found
-
-
-def _mostly(stack: str, names: Iterable[str], explained: set[str]) -> bool:
-    """Whether more than half of the names in a stack are explained."""
-    inside = [name for name in names if stack_of(name) == stack]
-    return 2 * sum(name in explained for name in inside) > len(inside)
 
 
 def describe_unpaired(groups: Sequence[Unpaired], most: int = 6) -> str:
@@ -264,9 +262,9 @@ def _parameters(matrices: Iterable[Matrix]) -> int:
     return sum(prod(matrix.shape) for matrix in matrices)
 
 
-def _suffixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[i:]) for i in range(1, len(parts))]
+def _suffixes(name: str, lengths: Iterable[int]) -> Iterator[str]:
+    """What comes after a dot of a name and has one of the lengths."""
+    return (name[-length:] for length in lengths if 0 < length < len(name) and name[-length - 1] == ".")
 
 
 def _size(matrix: Matrix) -> str:

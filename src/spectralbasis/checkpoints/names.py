@@ -37,6 +37,7 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 # Words that only say "the stack of layers" and tell two matrices of one layer number apart no further.
 _STACKS = frozenset({"encoder", "layer", "layers", "h", "block", "blocks", "stages", "features", "resblocks"})
 _EXPERTS = frozenset({"experts", "input_linear", "output_linear"})
+_MOST_DIGITS = 9
 _LABELS = {2: ("gate", "up"), 3: ("query", "key", "value")}
 """Names of the parts of a fused weight, by how many there are; the order is that of the rows."""
 
@@ -119,7 +120,8 @@ def numberless(name: str) -> str:
 
 
 def _is_number(part: str) -> bool:
-    return part.isascii() and part.isdigit()
+    """Whether a component counts layers or experts; longer digits are a hash or a date, and no table holds them."""
+    return part.isascii() and part.isdigit() and len(part) <= _MOST_DIGITS
 
 
 class Conversions:

@@ -23,9 +23,11 @@ from spectralbasis.checkpoints.sharded import join_loose_shards, join_shards, re
 from spectralbasis.checkpoints.tensors import TensorCheckpoint, find_state
 from spectralbasis.checkpoints.torch_file import open_torch_file
 from spectralbasis.errors import InputError
+from spectralbasis.printable import shortened
 
 Source = str | Path | Mapping[str, Tensor] | nn.Module | Checkpoint
 """What `open_checkpoint` opens."""
+_LONGEST_NAME = 4096
 _LLAMA2C = ".bin"
 _TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 # The length of a header that is below 4 GB, and the header: it starts a file of safetensors, whatever its suffix.
@@ -75,7 +77,9 @@ def open_tensors(path: Path) -> Checkpoint:
         InputError: the file is damaged, is unsafe to read or is no file of tensors.
     """
     refuse_file(path, by_name=False)
-    return _read_file(path, str(path), {})
+    found = _read_file(path, str(path), {})
+    _refuse_names(found)
+    return found
 
 
 def _open_path(source: str, base: Source | None = None, *, partial: bool = False) -> Checkpoint:
@@ -111,8 +115,23 @@ def _open_adapter(folder: Path, source: str, base: Source | None, partial: bool,
 
 def _whole(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with its weights decoded, if these are all that its model is."""
+    _refuse_names(checkpoint)
     refuse_state(checkpoint)
     return decoded(checkpoint)
+
+
+def _refuse_names(checkpoint: Checkpoint) -> None:
+    """Raise InputError if a tensor has a name that no model's has, which would cost time or could not be stored."""
+    for name in checkpoint.names():
+        if len(name) > _LONGEST_NAME:
+            raise InputError(
+                f"{checkpoint.source} holds a tensor whose name has {len(name)} characters ({shortened(name, 60)}), "
+                f"expected at most {_LONGEST_NAME}; rename it"
+            )
+        if any("\ud800" <= character <= "\udfff" for character in name):
+            raise InputError(
+                f"{checkpoint.source} holds a tensor whose name, {shortened(name, 60)}, is no valid Unicode; rename it"
+            )
 
 
 def _open_file(path: Path, source: str, config: Mapping[str, Any]) -> Checkpoint:

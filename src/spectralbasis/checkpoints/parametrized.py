@@ -13,8 +13,8 @@ from torch import Tensor
 
 from spectralbasis.checkpoints.checkpoint import Checkpoint
 from spectralbasis.checkpoints.quantized import Listed
+from spectralbasis.errors import InputError
 
-_OLD = re.compile(r"(?P<weight>(.+\.)?[^.]*weight[^.]*)_(?P<part>v|orig)")
 _NEW = re.compile(r"(?P<layer>(.+\.)?)parametrizations\.(?P<leaf>[^.]+)\.(?P<part>original\d*)")
 _INNER = re.compile(r"(.+\.)?parametrizations\.[^.]+\.")
 _REMOVE = "remove the parametrization before saving"
@@ -125,7 +125,7 @@ def find_parametrized(checkpoint: Checkpoint) -> tuple[list[Parametrized], list[
         if (match := _INNER.match(name)) is not None:
             inner.setdefault(match[0], []).append(name)
     for name in checkpoint.names():
-        old, new = _OLD.fullmatch(name), _NEW.fullmatch(name)
+        (before, part), new = _by_hooks(name), _NEW.fullmatch(name)
         if len(checkpoint.shape(name)) < 2:
             continue
         if new is not None and (weight := new["layer"] + new["leaf"]) not in names:
@@ -133,15 +133,27 @@ def find_parametrized(checkpoint: Checkpoint) -> tuple[list[Parametrized], list[
             found = _parametrized_now(checkpoint, name, weight, new["part"], parts)
             if isinstance(found, str):
                 listed.setdefault(weight, Listed(weight, (name, *(part for part in parts if part != name)), found))
-        elif old is not None and old["weight"] not in names:
-            found = _parametrized_before(checkpoint, name, old["weight"], old["part"], names)
+        elif before and before not in names:
+            found = _parametrized_before(checkpoint, name, before, part, names)
             if isinstance(found, str):
                 listed[name] = Listed(name, (name,), found)
         else:
             continue
         if found is not None and not isinstance(found, str):
-            weights[found.name] = found
+            other = weights.setdefault(found.name, found)
+            if other is not found:
+                raise InputError(
+                    f"{checkpoint.source} holds {found.name} more than once, in {other.parts[0]} and in "
+                    f"{found.parts[0]}; remove one of them"
+                )
     return list(weights.values()), list(listed.values())
+
+
+def _by_hooks(name: str) -> tuple[str, str]:
+    """Name of the weight, and of the part that a tensor is of it; both empty where it is none."""
+    before, _, part = name.rpartition("_")
+    fits = part in ("v", "orig") and "weight" in before.rpartition(".")[2]
+    return (before, part) if fits else ("", "")
 
 
 def _parametrized_before(

@@ -23,6 +23,7 @@ from spectralbasis.checkpoints.quantized_formats import (
     method_of,
     settings_of,
 )
+from spectralbasis.errors import InputError
 
 _ADVICE = "compare the checkpoint that it was made from"
 # What a quantized layer holds besides its weight: it concerns the bias, activations or the cache only.
@@ -137,7 +138,7 @@ class _Search:
         strangers = self._strangers(group)
         dense = group.weight in strangers
         unknown = [stranger for stranger in strangers if stranger != group.weight]
-        found = form.plan(group) if form.plan and not strangers else None
+        found = _planned(form, group) if form.plan and not strangers else None
         if isinstance(found, QuantizedWeight | FourBitWeight):
             self.weights.append(found)
             self._claimed |= {*group.roles.values(), *found.parts}
@@ -181,6 +182,8 @@ class _Search:
         if kind in FLOAT8 or kind in PARTS_ONLY:
             return len(shape) > 0
         named = bool(_PAYLOAD.search(leaf)) and len(shape) > 0
+        if kind == torch.bool:
+            return named
         return kind in INTEGERS and not _INDEX.search(leaf) and (named or len(shape) > 1)
 
     def _list_layer(self, module: str, names: list[str], numbers: list[str]) -> None:
@@ -206,6 +209,16 @@ class _Search:
         kind, leaf = self._checkpoint.dtype(name), name.rpartition(".")[2]
         known = kind.is_floating_point or kind in INTEGERS
         return known and bool(_COMPANION.search(leaf)) and not _APART.search(f".{name}")
+
+
+def _planned(form: Format, group: Group) -> QuantizedWeight | FourBitWeight | str | None:
+    """What a group stands for, which its format may have to read small tensors to know."""
+    try:
+        return form.plan(group) if form.plan else None
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, ArithmeticError):
+        return "whose description is damaged"
 
 
 def _fits(rest: str, end: str) -> bool:

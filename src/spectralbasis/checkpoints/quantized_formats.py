@@ -59,6 +59,22 @@ class Group:
     def dtype(self, role: str) -> torch.dtype:
         return self.checkpoint.dtype(self.roles[role])
 
+    def real(self, *roles: str) -> bool:
+        """Whether those of the parts that are there hold ordinary floating-point numbers."""
+        kinds = [self.dtype(role) for role in roles if role in self.roles]
+        return all(kind.is_floating_point and kind.itemsize > 1 for kind in kinds)
+
+    def whole(self, *roles: str) -> bool:
+        """Whether those of the parts that are there hold whole numbers."""
+        return all(self.dtype(role) in INTEGERS for role in roles if role in self.roles)
+
+    def in_groups(self, length: int, count: int) -> bool:
+        """Whether `count` equal groups make up `length`, of the size that the config names if it names one."""
+        named = [self.settings, *_weight_arguments(self.settings)]
+        sizes = [found["group_size"] for found in named if isinstance(found.get("group_size"), int)]
+        sizes = [size for size in sizes if size > 0]
+        return count > 0 and length % count == 0 and (count == 1 or not sizes or length // count in sizes)
+
     def number(self, role: str) -> int:
         """A whole number that is stored as a tensor of its own."""
         return int(self.checkpoint.read(self.roles[role]).item())
@@ -123,7 +139,7 @@ def _bitsandbytes_4bit(group: Group) -> FourBitWeight | None:
 
 def _bitsandbytes_8bit(group: Group) -> QuantizedWeight | None:
     shape = group.shape(".weight")
-    if len(shape) != 2 or group.shape(".SCB") != shape[:1]:
+    if len(shape) != 2 or group.shape(".SCB") != shape[:1] or not group.real(".SCB"):
         return None
     return group.made(shape, dequantize.bitsandbytes_int8, {"values": ".weight", "scale": ".SCB"})
 
@@ -189,7 +205,7 @@ def _float8(group: Group) -> QuantizedWeight | str:
     shape, factors = group.shape(values), group.shape(scale)
     exponents = group.dtype(scale) == torch.float8_e8m0fnu or (group.dtype(scale) == torch.uint8)
     if group.dtype(values) == torch.int8:  # DeepSeek V4's experts: two 4-bit floats a byte, a scale for 32 of them
-        if exponents and len(shape) == 2 and factors == (shape[0], shape[1] // 16):
+        if exponents and len(shape) == 2 and shape == (shape[0], 16 * factors[-1]) and factors[:-1] == shape[:1]:
             return _small_floats(group, values, scale)
         return "whole numbers in a format of 8-bit floats"
     if group.method == "fbgemm_fp8" and len(shape) != 2:
@@ -222,18 +238,18 @@ def _weight_arguments(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _compressed_words(group: Group) -> QuantizedWeight | str:
     """compressed-tensors' `pack-quantized`: whole numbers without gaps in words."""
     stored, scale = group.shape("_packed"), group.shape("_scale")
-    if len(stored) != 2 or group.shape("_shape") != (2,) or len(scale) != 2:
+    if len(stored) != 2 or group.shape("_shape") != (2,) or len(scale) != 2 or not group.real("_scale"):
         return "packed in an unknown way"
     rows, columns = (int(side) for side in group.checkpoint.read(group.roles["_shape"]).tolist())
     fitting = [bits for bits in range(1, 9) if stored == (rows, ceil(columns * bits / 32))]
-    if len(fitting) != 1 or scale[0] not in (1, rows) or scale[1] == 0 or columns % scale[1]:
+    if len(fitting) != 1 or scale[0] not in (1, rows) or not group.in_groups(columns, scale[1]):
         return "packed in an unknown way"
     bits = fitting[0]
     if "_zero_point" in group.roles and (
         group.dtype("_zero_point") not in _WORD or group.shape("_zero_point") != (ceil(rows * bits / 32), scale[1])
     ):
         return "zeros packed in an unknown way"
-    if "_g_idx" in group.roles and group.shape("_g_idx") != (columns,):
+    if "_g_idx" in group.roles and (group.shape("_g_idx") != (columns,) or not group.whole("_g_idx")):
         return "groups in an unknown order"
     parts = {"values": "_packed", "scale": "_scale", "zero": "_zero_point", "order": "_g_idx"}
     shape = (rows, columns)
@@ -243,7 +259,8 @@ def _compressed_words(group: Group) -> QuantizedWeight | str:
 def _compressed_floats(group: Group) -> QuantizedWeight | str:
     """compressed-tensors' `nvfp4-`, `mxfp4-` and `mxfp6-pack-quantized`."""
     stored, scale, outer = group.shape("_packed"), group.shape("_scale"), group.shape("_global_scale")
-    if len(stored) != 2 or len(scale) != 2 or scale[0] != stored[0] or "_zero_point" in group.roles:
+    known = "_zero_point" not in group.roles and group.real("_global_scale")
+    if len(stored) != 2 or len(scale) != 2 or scale[0] != stored[0] or not known:
         return "packed in an unknown way"
     run, kind = divmod(stored[1], scale[1] or 1), group.dtype("_scale")
     if kind == torch.float8_e4m3fn and run == (8, 0) and "_global_scale" in group.roles and prod(outer) == 1:
@@ -256,6 +273,7 @@ def _compressed_floats(group: Group) -> QuantizedWeight | str:
 def _modelopt_nvfp4(group: Group) -> QuantizedWeight | None:
     stored, scale = group.shape(""), group.shape("_scale")
     known = group.dtype("_scale") == torch.float8_e4m3fn and prod(group.shape("_scale_2")) == 1
+    known = known and group.real("_scale_2")
     if not known or len(stored) != 2 or stored != (scale[0], 8 * scale[-1]):
         return None
     return _small_floats(group, "", "_scale", outer="_scale_2")
@@ -280,7 +298,10 @@ def _gptq(group: Group) -> QuantizedWeight | str:
     if layout not in ("gptq", "gptq_v2"):
         return f"checkpoint_format {layout}"
     stored, zeros, scale = (group.shape(role) for role in (".qweight", ".qzeros", ".scales"))
-    if not len(stored) == len(zeros) == len(scale) == 2 or zeros[0] != scale[0] or stored[1] != scale[1] or 0 in scale:
+    kinds = group.real(".scales") and group.dtype(".qzeros") in _WORD and group.whole(".g_idx")
+    if not kinds or not len(stored) == len(zeros) == len(scale) == 2 or 0 in scale:
+        return "packed in an unknown way"
+    if zeros[0] != scale[0] or stored[1] != scale[1]:
         return "packed in an unknown way"
     bits = zeros[1] * 32 // scale[1]
     inputs = stored[0] * 32 // max(bits, 1)
@@ -289,7 +310,7 @@ def _gptq(group: Group) -> QuantizedWeight | str:
         return "packed in an unknown way"
     if ".g_idx" in group.roles and group.shape(".g_idx") != (inputs,):
         return "groups in an unknown order"
-    if ".g_idx" not in group.roles and inputs % scale[0]:
+    if ".g_idx" not in group.roles and not group.in_groups(inputs, scale[0]):
         return "groups in an unknown order"
     parts = {"values": ".qweight", "scale": ".scales", "zero": ".qzeros", "order": ".g_idx"}
     first = 1 if layout == "gptq" else 0
@@ -306,7 +327,8 @@ def _awq(group: Group) -> QuantizedWeight | str:
     ):
         return f"{bits} bits, version {', '.join(map(str, told)) or 'unknown'}"
     stored, zeros, scale = (group.shape(role) for role in (".qweight", ".qzeros", ".scales"))
-    if not len(stored) == len(zeros) == len(scale) == 2 or 0 in scale or stored[0] % scale[0]:
+    kinds = group.real(".scales") and group.dtype(".qzeros") in _WORD
+    if not kinds or not len(stored) == len(zeros) == len(scale) == 2 or not group.in_groups(stored[0], scale[0]):
         return "packed in an unknown way"
     if 8 * stored[1] != scale[1] or zeros != (scale[0], stored[1]):
         return "packed in an unknown way"
@@ -324,6 +346,7 @@ def _mlx(group: Group) -> QuantizedWeight | str:
         return "whose config does not tell bits and group size"
     known = f"{bits} bits, groups of {size}"
     fits = len(stored) == len(scale) >= 2 and stored[:-1] == scale[:-1] and stored[-1] * 32 == bits * size * scale[-1]
+    fits = fits and size > 0 and group.real(".scales", offset)
     if mode != "affine" or not fits or not 1 <= bits <= 8 or group.shape(offset) != scale:
         return known if mode == "affine" else f"mode {mode}, {known}"
     columns = size * scale[-1]
@@ -350,9 +373,10 @@ def _hqq(group: Group) -> QuantizedWeight | str:
     held = 10 if bits == 3 else 8 // bits
     factors = (unpacked[0], 1) if axis == 1 else (1, unpacked[1])
     width = group.dtype(".W_q").itemsize
-    stored = (ceil(unpacked[0] / held) * unpacked[1] * (4 if bits == 3 else 1)) // width
+    stored, rest = divmod(ceil(unpacked[0] / held) * unpacked[1] * (4 if bits == 3 else 1), width)
     usual = packing == ("3bit_32" if bits == 3 else f"{bits}bit_u8")
     fits = prod(group.shape(".W_q")) == stored and group.shape(".scale") == group.shape(".zero") == factors
+    fits = fits and not rest and min(shape) > 0 and group.real(".scale", ".zero")
     if not usual or not fits or len(shape) != 2 or prod(unpacked) != prod(shape):
         return f"{bits} bits, packed in an unknown way"
     parts = {"values": ".W_q", "scale": ".scale", "zero": ".zero"}
@@ -367,7 +391,8 @@ def _quanto(group: Group) -> QuantizedWeight | str:
 
 def _bitnet(group: Group) -> QuantizedWeight | str:
     stored, kind = group.shape(""), group.settings.get("linear_class", "bitlinear")
-    if len(stored) != 2 or prod(group.shape("_scale")) != 1 or kind not in ("bitlinear", "autobitlinear"):
+    one = prod(group.shape("_scale")) == 1 and group.real("_scale")
+    if len(stored) != 2 or not one or kind not in ("bitlinear", "autobitlinear"):
         return f"linear_class {kind}"
     parts = {"values": "", "scale": "_scale"}
     return group.made((4 * stored[0], stored[1]), partial(dequantize.bitnet, divided=kind == "bitlinear"), parts)

@@ -11,6 +11,7 @@ import xxhash
 from torch import Tensor
 
 from spectralbasis.errors import InputError
+from spectralbasis.sizes import check_memory
 
 Run = tuple[int, int]
 """Where consecutive bytes begin in a file, and how many they are."""
@@ -48,8 +49,14 @@ def take_rows(path: Path, offset: int, rows: Tensor, width: int, dtype: torch.dt
 
 
 def _read_runs(path: Path, runs: Sequence[Run], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The bytes of all runs, one after the other, as a tensor."""
-    data = bytearray(prod(shape) * dtype.itemsize)
+    """The bytes of all runs, one after the other, as a tensor.
+
+    Raises:
+        InputError: as `read_tensor` does, or the memory is too small.
+    """
+    count = prod(shape) * dtype.itemsize
+    check_memory(count, f"reading {'×'.join(map(str, shape))} values of {path}")
+    data = bytearray(count)
     if not data:
         return torch.empty(shape, dtype=dtype)
     view, filled, complete = memoryview(data), 0, True

@@ -30,7 +30,7 @@ _NOT_WEIGHTS = re.compile(
 def is_weight(checkpoint: Checkpoint, tensor: str) -> bool:
     """Whether the tensor could be a matrix at all: no vector, norm, bias, mask or table of positions.
 
-    One that cannot be read counts, so that it is listed.
+    One that cannot be read counts, and one of complex numbers, so that it is listed.
     """
     if checkpoint.unreadable(tensor) is not None:
         return True
@@ -40,7 +40,8 @@ def is_weight(checkpoint: Checkpoint, tensor: str) -> bool:
         return False
     if owners and _NORM.search(owners[-1]):
         return False
-    return checkpoint.dtype(tensor).is_floating_point
+    dtype = checkpoint.dtype(tensor)
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def is_embedding_table(checkpoint: Checkpoint, tensor: str) -> bool:

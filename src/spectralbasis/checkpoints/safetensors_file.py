@@ -1,6 +1,5 @@
 """One `.safetensors` file."""
 
-import json
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
@@ -9,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from spectralbasis.checkpoints.checkpoint import Checkpoint
 from spectralbasis.checkpoints.raw_file import read_tensor, sample, take_rows
 from spectralbasis.errors import InputError
+from spectralbasis.printable import shortened
+from spectralbasis.records import checked, parse_json
 
 _DTYPES = {
     "F64": torch.float64,
@@ -37,6 +38,20 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+_PACKED = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+"""Bits of what torch cannot represent."""
+_LENGTH = 8
+_LONGEST_HEADER = 100_000_000  # as the library of the format has it
+
+
+class _Described(TypedDict):
+    """What a header says of one tensor."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -65,7 +80,9 @@ class SafetensorsFile(Checkpoint):
         self.path = path
         try:
             self._entries = _read_header(path)
-        except (SafetensorError, OSError, ValueError, OverflowError, KeyError, TypeError) as error:
+        except InputError:
+            raise
+        except (OSError, ValueError) as error:
             raise InputError(
                 f"{path} cannot be read as safetensors ({error}); it may be cut short or damaged, "
                 f"so compare its size with the original's and copy or download it again"
@@ -119,16 +136,50 @@ class SafetensorsFile(Checkpoint):
 
 
 def _read_header(path: Path) -> dict[str, _Entry]:
-    with safe_open(str(path), framework="pt") as file:  # checks sizes, order and overlaps of all entries
-        names = file.keys()
-    with path.open("rb") as raw:
-        length = int.from_bytes(raw.read(8), "little")
-        header = json.loads(raw.read(length))
-    return {name: _entry(header[name], 8 + length) for name in names}
+    """Every tensor by its name, once it is certain that they fill the file one after the other.
+
+    The file is not mapped, which a limit of the address space would forbid a large one.
+
+    Raises:
+        ValueError: the header is cut short or damaged, or is not that of this file.
+    """
+    with path.open("rb") as file:
+        held = path.stat().st_size - _LENGTH
+        length = int.from_bytes(file.read(_LENGTH), "little")
+        if not 2 <= length <= min(held, _LONGEST_HEADER):
+            raise ValueError(f"its header claims {length} bytes of {max(held, 0)}")
+        header = parse_json(file.read(length), f"the header of {path}")
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    header.pop("__metadata__", None)
+    described = checked(header, dict[str, _Described], f"the header of {path}")
+    ends = 0
+    for name, one in sorted(described.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = one["data_offsets"]
+        if start != ends or stop - start != _size_of(name, one):
+            raise ValueError(f"{shortened(name, 80)} claims the bytes {start} to {stop}, which do not fit its shape")
+        ends = stop
+    if ends != held - length:
+        raise ValueError(f"its tensors take {ends} bytes, and the file holds {held - length}")
+    return {name: _entry(described[name], _LENGTH + length) for name in header}
 
 
-def _entry(described: Mapping[str, Any], data: int) -> _Entry:
+def _size_of(name: str, described: "_Described") -> int:
+    """Bytes that a tensor of this type and shape takes.
+
+    Raises:
+        ValueError: the type is not known, the shape is negative, or the numbers do not fill whole bytes.
+    """
+    kind, shape = described["dtype"], described["shape"]
+    bits = _DTYPES[kind].itemsize * 8 if kind in _DTYPES else _PACKED.get(kind)
+    if bits is None or min(shape, default=0) < 0 or prod(shape) * bits % 8:
+        raise ValueError(f"{shortened(name, 80)} has the type {shortened(kind, 40)} and the shape {shape[:9]}")
+    return prod(shape) * bits // 8
+
+
+def _entry(described: "_Described", data: int) -> _Entry:
     # Types that torch has no name for (packed 4- and 6-bit floats) are bytes to us, as other quantized weights are.
     named = described["dtype"]
-    dtype = _DTYPES.get(named, torch.uint8)
-    return _Entry(dtype, named, tuple(described["shape"]), data + described["data_offsets"][0])
+    return _Entry(
+        _DTYPES.get(named, torch.uint8), named, tuple(described["shape"]), data + described["data_offsets"][0]
+    )

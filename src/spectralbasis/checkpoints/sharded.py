@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from spectralbasis.checkpoints.checkpoint import Checkpoint
-from spectralbasis.checkpoints.folder_files import inside, read_json
+from spectralbasis.checkpoints.folder_files import inside
 from spectralbasis.errors import InputError
+from spectralbasis.records import read_record
 
 
 class ShardedCheckpoint(Checkpoint):
@@ -44,6 +45,9 @@ class ShardedCheckpoint(Checkpoint):
     def alone(self, name: str) -> Checkpoint | None:
         return self._shards[name].alone(name)
 
+    def unreadable(self, name: str) -> str | None:
+        return self._shards[name].unreadable(name)
+
 
 def read_index(index: Path) -> dict[str, Path]:
     """Tensor name to shard, from a `*.index.json`; every shard exists and lies in the index's folder.
@@ -51,7 +55,7 @@ def read_index(index: Path) -> dict[str, Path]:
     Raises:
         InputError: the JSON is damaged, has no `weight_map`, or names a shard that is missing or elsewhere.
     """
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_record(index, dict[str, Any]).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index} has no weight_map; expected the index that save_pretrained writes beside its shards")
     strangers = [file for file in weight_map.values() if not isinstance(file, str)]
@@ -76,12 +80,21 @@ def join_shards(
     """One checkpoint from an index and its opened shards.
 
     Raises:
-        InputError: a shard lacks a tensor that the index places in it.
+        InputError: the index does not place exactly those tensors in a shard that the shard holds. What a library
+            makes of the others differs: one reads the shard's, another one the index's.
     """
     held = {path: frozenset(shard.names()) for path, shard in opened.items()}
     for name, path in located.items():
         if name not in held[path]:
             raise InputError(f"the index of {source} places {name} in {path.name}, which lacks it; download both again")
+    for path in held:
+        stranger = next((name for name in opened[path].names() if located.get(name) != path), None)
+        if stranger is not None:
+            place = located[stranger].name if stranger in located else "no shard"
+            raise InputError(
+                f"{path.name} of {source} holds {stranger}, which the index places in {place}; download the index and "
+                f"the shards again, or save the model again"
+            )
     return ShardedCheckpoint({name: opened[path] for name, path in located.items()}, source, config)
 
 

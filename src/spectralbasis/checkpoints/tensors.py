@@ -28,9 +28,12 @@ _STATE_KEYS = (
     "weights",
     "encoder",
 )
+_NOT_STATE = "_extra_state"  # what a layer of torch saves beside its tensors
 _DEEPEST = 4  # a pickle may contain itself, so there is a limit
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _IN_PIECES = frozenset({"DTensor", "ShardedTensor"})
+_LARGEST_REPEATED = 1 << 30
+"""Bytes of a tensor that claims more numbers than are stored (expanded, or sparse), at most."""
 
 
 class TensorCheckpoint(Checkpoint):
@@ -50,13 +53,14 @@ class TensorCheckpoint(Checkpoint):
             )
         self.source = source
         self.config = config
-        self._tensors = dict(tensors)
+        self._tensors = {name: _bare(tensor) for name, tensor in tensors.items()}
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
+        tensor = self._tensors[name]
+        return (tensor.numel(),) if tensor.is_nested else tuple(tensor.shape)
 
     def dtype(self, name: str) -> torch.dtype:
         tensor = self._tensors[name]
@@ -68,10 +72,20 @@ class TensorCheckpoint(Checkpoint):
             raise InputError(
                 f"{name} of {self.source} is on the meta device and has no values; load the weights before comparing"
             )
-        tensor = tensor.detach()
+        if (reason := self.unreadable(name)) is not None:
+            raise InputError(f"{name} of {self.source} cannot be read: {reason}")
         if tensor.layout != torch.strided:
             tensor = tensor.to_dense()
-        return (_real(tensor, name, self.source) if _is_encoded(tensor) else tensor).cpu()
+        return (_real(tensor, name, self.source) if _is_encoded(tensor) else tensor).cpu().resolve_conj().resolve_neg()
+
+    def unreadable(self, name: str) -> str | None:
+        tensor = self._tensors[name]
+        if tensor.is_nested:
+            return "a nested tensor, whose rows have several lengths: save its parts one by one"
+        claimed = tensor.numel() * tensor.element_size()
+        if _is_encoded(tensor) or tensor.is_meta or claimed <= max(_LARGEST_REPEATED, _held_bytes(tensor)):
+            return None
+        return f"it repeats few stored numbers to {claimed} bytes: save it with .contiguous(), or leave it out"
 
     def holds_rows(self, name: str) -> bool:
         tensor = self._tensors[name]
@@ -80,6 +94,21 @@ class TensorCheckpoint(Checkpoint):
 
     def tied(self) -> Mapping[str, str]:
         return tied_names(self._tensors)
+
+
+def _bare(tensor: Tensor) -> Tensor:
+    """The tensor without what else was put on the object, such as an attribute in place of a method."""
+    try:
+        return torch.Tensor.detach(tensor)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        return tensor
+
+
+def _held_bytes(tensor: Tensor) -> int:
+    """Bytes that a plain or sparse tensor takes where it lies."""
+    if tensor.layout == torch.strided:
+        return tensor.untyped_storage().nbytes()
+    return 0
 
 
 def is_wrapper(tensor: Tensor) -> bool:
@@ -107,7 +136,13 @@ def tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     first: dict[tuple[Any, ...], str] = {}
     tied = {}
     for name, tensor in tensors.items():
-        if tensor.is_meta or tensor.numel() == 0 or tensor.layout != torch.strided or is_wrapper(tensor):
+        if (
+            tensor.is_nested
+            or tensor.is_meta
+            or tensor.numel() == 0
+            or tensor.layout != torch.strided
+            or is_wrapper(tensor)
+        ):
             continue
         identity = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if identity in first:
@@ -127,7 +162,22 @@ def find_state(loaded: object, source: str) -> dict[str, Tensor]:
         raise InputError(
             f"{source} holds a {type(loaded).__name__}, not a mapping of names to tensors; save model.state_dict()"
         )
-    return _without_wrappers(_tensors_of(_descend(loaded, source, _DEEPEST)))
+    state = _descend(loaded, source, _DEEPEST)
+    _refuse_nameless(state, source)
+    return _without_wrappers(_tensors_of(state))
+
+
+def _refuse_nameless(state: Mapping[Any, Any], source: str) -> None:
+    """Raise InputError if a tensor of a state would be lost: its key is no name, or it lies in a mapping beside."""
+    for key, value in state.items():
+        if isinstance(value, Tensor) and not isinstance(key, str):
+            raise InputError(f"{source} names a tensor {key!r}, expected a text; save model.state_dict()")
+        beside = isinstance(value, Mapping) and value is not state and "optim" not in str(key)
+        if beside and not str(key).endswith(_NOT_STATE) and _holds_tensors(value, _DEEPEST):
+            raise InputError(
+                f"{source} holds tensors, and beside them further ones in {key!r}; load it yourself and pass the "
+                f"state_dict that you mean"
+            )
 
 
 def _descend(loaded: Mapping[Any, Any], source: str, depth: int) -> Mapping[Any, Any]:

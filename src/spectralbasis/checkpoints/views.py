@@ -1,7 +1,7 @@
 """From stored tensors to logical matrices."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -14,6 +14,9 @@ from spectralbasis.checkpoints.matrix import Cut, Matrix
 from spectralbasis.checkpoints.names import clashing, expert_name, kind_of, layer_number, matrix_name, plain_name
 from spectralbasis.checkpoints.roles import is_weight, left_out_by_default
 from spectralbasis.errors import InputError
+from spectralbasis.printable import shortened
+
+_MOST_EXPERTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -68,24 +71,51 @@ def take_inventory(
     skipped: dict[str, str] = {}
     unreadable: dict[str, int] = {}
     tied = checkpoint.tied()
-    for matrix, reason in _matrices(checkpoint, config):
-        named = _matches(include, matrix)
-        if _matches(exclude, matrix):
-            reason = "left out by exclude"
-        elif include and not named:
-            reason = "not named by include"
-        elif reason is not None:
-            if matrix.cut.tensor not in tied:
-                unreadable[matrix.name] = prod(matrix.shape)
-        elif not named:
-            reason = left_out_by_default(checkpoint, matrix.cut.tensor, matrix.name)
+    found = list(_matrices(checkpoint, config))
+    left_out = [_left_out(matrix, include, exclude) for matrix, _ in found]
+    claims = _claims([matrix for matrix, _ in found])
+    wanted = _claims([matrix for (matrix, _), reason in zip(found, left_out, strict=True) if reason is None])
+    for (matrix, reason), left in zip(found, left_out, strict=True):
+        tensor, name = matrix.cut.tensor, matrix.name
+        clash = len(wanted.get(name, ())) > 1
+        label = name if len(claims[name]) == 1 else tensor  # so that none hides another
+        if left is not None:
+            reason = left
+        elif clash or reason is not None:
+            reason = _several_claims(name, wanted[name]) if clash else reason
+            if tensor not in tied:
+                unreadable[label] = unreadable.get(label, 0) + prod(matrix.shape)
+        elif not _matches(include, matrix):
+            reason = left_out_by_default(checkpoint, tensor, name)
         if reason is None:
-            matrices[matrix.name] = matrix
+            matrices[name] = matrix
         else:
-            skipped[matrix.name] = reason
+            skipped[label] = reason
     if include and not matrices:
         raise InputError(_nothing_included(checkpoint, include, skipped))
     return Inventory(matrices, skipped, unreadable)
+
+
+def _left_out(matrix: Matrix, include: Sequence[str], exclude: Sequence[str]) -> str | None:
+    """Why a person does not want the matrix; None where that is not said."""
+    if _matches(exclude, matrix):
+        return "left out by exclude"
+    return "not named by include" if include and not _matches(include, matrix) else None
+
+
+def _claims(matrices: Iterable[Matrix]) -> dict[str, list[str]]:
+    """Name of a matrix → the stored tensors that are, or hold, a matrix of this name."""
+    found: dict[str, list[str]] = {}
+    for matrix in matrices:
+        found.setdefault(matrix.name, []).append(matrix.cut.tensor)
+    return found
+
+
+def _several_claims(name: str, tensors: Sequence[str]) -> str:
+    return (
+        f"stored more than once: {shortened(name)} is in {' and in '.join(map(shortened, tensors))}, and nothing tells "
+        f"which of them the model uses; leave the others out with exclude"
+    )
 
 
 def _matrices(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[tuple[Matrix, str | None]]:
@@ -93,6 +123,11 @@ def _matrices(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[tup
     layouts, tied = Layouts(checkpoint, config), checkpoint.tied()
     for tensor, name in _names(checkpoint).items():
         reason = f"tied to {tied[tensor]}" if tensor in tied else checkpoint.unreadable(tensor)
+        if reason is None and checkpoint.dtype(tensor).is_complex:
+            reason = "it holds complex numbers, and only matrices of real numbers are measured"
+        shape = checkpoint.shape(tensor)
+        if reason is None and is_expert_stack(tensor, shape) and shape[0] > _MOST_EXPERTS:
+            reason = f"it is a stack of {shape[0]} experts, and at most {_MOST_EXPERTS} are measured"
         if reason is not None:
             yield _matrix(checkpoint, Cut(tensor), name, checkpoint.shape(tensor)), reason
             continue
@@ -112,11 +147,14 @@ def _names(checkpoint: Checkpoint) -> dict[str, str]:
             names[tensor] = matrix_name(tensor)
         else:
             names[tensor] = plain_name(tensor) if plain[plain_name(tensor)] == 1 else tensor
+    while len(set(names.values())) < len(names):  # a name may be the whole of one tensor's and the short of another's
+        count = Counter(names.values())
+        names = {tensor: name if count[name] == 1 else tensor for tensor, name in names.items()}
     return names
 
 
 def _matrix(checkpoint: Checkpoint, cut: Cut, name: str, shape: tuple[int, ...]) -> Matrix:
-    return Matrix(name, layer_number(name), kind_of(name), (shape[0], prod(shape[1:])), checkpoint, cut)
+    return Matrix(name, layer_number(name), kind_of(name), (prod(shape[:1]), prod(shape[1:])), checkpoint, cut)
 
 
 def _cuts(

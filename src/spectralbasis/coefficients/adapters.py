@@ -11,10 +11,11 @@ from torch import Tensor
 from spectralbasis.checkpoints import matrix_name, open_checkpoint
 from spectralbasis.checkpoints.adapter import AdapterCheckpoint, adapted_name
 from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG, adapter_tensors
-from spectralbasis.checkpoints.folder_files import inside, read_json
+from spectralbasis.checkpoints.folder_files import inside
 from spectralbasis.checkpoints.installed import installed_folder
 from spectralbasis.checkpoints.opening import Source, open_tensors
 from spectralbasis.errors import InputError
+from spectralbasis.records import read_record
 from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.forms import FORMS
 from spectralbasis.tuner.preparation import PROBE_TOLERANCE
@@ -57,7 +58,7 @@ def is_spectral_adapter(source: Any) -> bool:
     folder = Path(source) if isinstance(source, str | Path) else None
     if folder is None or not (folder / ADAPTER_CONFIG).is_file():
         return False
-    return read_json(inside(folder, ADAPTER_CONFIG)).get("peft_type") == METHOD
+    return read_record(inside(folder, ADAPTER_CONFIG), dict[str, Any]).get("peft_type") == METHOD
 
 
 def read_spectral_adapter(folder: Path) -> SpectralAdapter:

@@ -15,7 +15,7 @@ from torch import Tensor
 from spectralbasis.checkpoints import matrix_name
 from spectralbasis.checkpoints.adapter import adapted_name
 from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG
-from spectralbasis.checkpoints.folder_files import inside, read_json
+from spectralbasis.checkpoints.folder_files import inside
 from spectralbasis.coefficients.adapters import (
     COEFFICIENTS,
     SpectralAdapter,
@@ -28,6 +28,7 @@ from spectralbasis.coefficients.adapters import (
 from spectralbasis.coefficients.arithmetic import find_method, weighted_mean
 from spectralbasis.errors import InputError
 from spectralbasis.folders import atomic_folder, check_output
+from spectralbasis.records import read_record
 from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.factors import BASES
 
@@ -185,7 +186,7 @@ def _write(folder: Path, first: SpectralAdapter, stored: Mapping[str, Tensor], o
 
 def _write_config(folder: Path, first: SpectralAdapter, changes: Mapping[str, Any], *, headless: bool) -> None:
     """The first adapter's config with changes, and its basis file."""
-    config = {**read_json(inside(first.folder, ADAPTER_CONFIG)), **changes}
+    config = {**read_record(inside(first.folder, ADAPTER_CONFIG), dict[str, Any]), **changes}
     if headless:
         # With a task type, PEFT asks for the head of the task.
         config |= {"modules_to_save": None, "bias": "none", "task_type": None}

@@ -10,8 +10,7 @@ from spectralbasis.comparison.measuring import MatrixTask, Outcome, measure_matr
 from spectralbasis.comparison.memory import PROCESS_MEMORY, expected_k, working_memory
 from spectralbasis.comparison.sending import Parcel, measure_parcel, with_contents, with_places
 from spectralbasis.execution import Crew, Executor, Failure
-from spectralbasis.execution.machine import available_memory
-from spectralbasis.sizes import format_size
+from spectralbasis.sizes import available_memory, format_size
 
 Tasks = Iterable[MatrixTask]
 

@@ -20,10 +20,10 @@ from spectralbasis.comparison.pairing import Pairing, open_pairs
 from spectralbasis.comparison.rates import Clock, Rates, calibrate
 from spectralbasis.errors import InputError
 from spectralbasis.execution import RayCluster
-from spectralbasis.execution.machine import available_memory, cores
+from spectralbasis.execution.machine import cores
 from spectralbasis.linalg import Leading, parse_leading
 from spectralbasis.linalg.svd import gram_pays, krylov_pays
-from spectralbasis.sizes import parse_size
+from spectralbasis.sizes import available_memory, parse_size
 
 SMALL = (96, 80)
 """Shape of the matrix that is measured to see what a matrix takes whatever its size."""

@@ -2,7 +2,6 @@
 
 import os
 
-import psutil
 import torch
 
 
@@ -15,8 +14,3 @@ def cores() -> int:
     """How many cores this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def available_memory() -> int:
-    """Bytes that processes can take without swapping."""
-    return int(psutil.virtual_memory().available)

@@ -72,7 +72,7 @@ def leading_svd(A: MatrixLike, k: int, *, tolerance: float = 1e-4) -> LeadingSVD
         ValueError: `A` is not a finite matrix, or k is out of range.
     """
     m, n = _check(A, k)
-    found = _krylov(_detached(A), k, tolerance) if krylov_pays(m, n, k) else None
+    found = _krylov(_plain(A), k, tolerance) if krylov_pays(m, n, k) else None
     return found or leading_svd_and_values(A, k, tolerance=tolerance)[0]
 
 
@@ -87,7 +87,7 @@ def leading_svd_and_values(A: MatrixLike, k: int, *, tolerance: float = 1e-4) ->
     m, n = _check(A, k)
     if not isinstance(A, Tensor):
         return _gram(A, k, tolerance, REFINEMENTS)
-    A = A.detach()
+    A = _numbers(A)
     solver = "dense"
     if gram_pays(m, n, k):
         result, values = _gram(A, k, tolerance)
@@ -108,7 +108,7 @@ def singular_values(A: MatrixLike) -> Tensor:
         ValueError: `A` is not a finite matrix.
     """
     check_matrix(A)
-    tall = _detached(A if A.shape[0] >= A.shape[1] else A.T)
+    tall = _plain(A if A.shape[0] >= A.shape[1] else A.T)
     return eigenvalues(gram(tall)).clamp_min(0).sqrt()
 
 
@@ -124,7 +124,7 @@ def trailing_vectors(A: Factor, k: int) -> tuple[Tensor, Tensor]:
     m, n = _check(A, k)
     if m < n:
         return trailing_vectors(A.T, k)[::-1]
-    A = _detached(A)
+    A = _plain(A)
     squares, V = torch.linalg.eigh(gram(A))
     if squares[0] > SQUARED**2 * squares[-1]:
         return times(A, V[:, :k]) / squares[:k].sqrt(), V[:, :k]
@@ -154,6 +154,7 @@ def check_matrix(A: Factor) -> None:
         return
     if A.ndim != 2 or A.numel() == 0 or not A.is_floating_point():
         raise ValueError(f"expected a non-empty real matrix (m, n), got {A.dtype} of shape {tuple(A.shape)}")
+    A = _numbers(A)
     if not bool(torch.isfinite(A.sum()) or torch.isfinite(A).all()):
         raise ValueError("the matrix holds NaN or infinite values, so it has no singular value decomposition")
 
@@ -166,8 +167,13 @@ def _check(A: Factor, k: int) -> tuple[int, int]:
     return m, n
 
 
-def _detached(A: Factor) -> Factor:
-    return A.detach() if isinstance(A, Tensor) else A
+def _plain(A: Factor) -> Factor:
+    return _numbers(A) if isinstance(A, Tensor) else A
+
+
+def _numbers(A: Tensor) -> Tensor:
+    """The numbers alone; those of 8 bits as float32, for torch stores them and does not compute with them."""
+    return A.detach().float() if A.dtype.itemsize == 1 else A.detach()
 
 
 def _krylov(A: Factor, k: int, tolerance: float) -> LeadingSVD | None:
