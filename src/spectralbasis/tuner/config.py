@@ -114,6 +114,8 @@ class SpectralConfig(PeftConfig):
         self.peft_type = PeftType(METHOD)
         self.basis = str(self.basis)
         self.bound = self.base_hashes is not None
+        if self.bound and self.ranks:
+            self.rank_pattern = {}  # which the ranks were made of
         # `target_parameters` as a model set them for what target_modules reach there, and as they were given.
         self.reached: tuple[list[str], list[str] | None] | None = None
         self.renamed: dict[str, str] = {}  # matrix name as it was recorded → as a model calls it
@@ -144,7 +146,7 @@ class SpectralConfig(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, put the basis file beside it, and say in a model card that is there what to import."""
+        """Write adapter_config.json with the basis file beside it, and say in a model card what to import."""
         given = self.basis
         if given not in BASES:
             self.basis = self._keep_basis(Path(save_directory))
