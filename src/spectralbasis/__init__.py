@@ -3,7 +3,7 @@
 PEFT knows the method `SPECTRAL` once both are imported, in either order. Public names are loaded when first used.
 """
 
-# ruff: noqa: E402, I001
+# ruff: noqa: E402
 from spectralbasis.working_folder import leave_out
 
 leave_out()  # before anything else is imported

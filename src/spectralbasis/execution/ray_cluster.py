@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 from collections.abc import Hashable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,8 +120,8 @@ class _Importable(list[str]):
     """Folders that workers import from: those alone that this process imports from too."""
 
     def extend(self, folders: Iterable[str]) -> None:
-        here = {os.path.abspath(folder) for folder in sys.path}
-        super().extend(folder for folder in folders if os.path.abspath(folder) in here)
+        here = {Path(folder).absolute() for folder in sys.path}
+        super().extend(folder for folder in folders if Path(folder).absolute() in here)
 
 
 def _job_config(ray: Any) -> Any:

@@ -22,7 +22,7 @@ from spectralbasis.errors import InputError, SpectralBasisError
 from spectralbasis.execution.machine import available_memory
 from spectralbasis.patterns import names_only
 from spectralbasis.printable import shortened
-from spectralbasis.study.messages import first_line
+from spectralbasis.study.messages import described
 
 CONFIG = "config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -50,10 +50,8 @@ def reading(place: str | Path, what: str) -> Iterator[None]:
     except SpectralBasisError:
         raise
     except Exception as error:
-        kind = "" if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: "
         raise InputError(
-            f"the {what} in {place} cannot be read: {kind}{shortened(first_line(error))}; "
-            "save it again, or name another"
+            f"the {what} in {place} cannot be read: {described(error)}; save it again, or name another"
         ) from error
 
 
@@ -184,7 +182,7 @@ def check_size(folder: Path, config: PretrainedConfig, build: Callable[[Pretrain
             return
         raise InputError(
             f"{folder / CONFIG} describes a {config.model_type} model that cannot be built "
-            f"({type(error).__name__}: {shortened(first_line(error))}); restore it from the original"
+            f"({described(error)}); restore it from the original"
         ) from error
     numbers = sum(tensor.numel() for part in (model.parameters(), model.buffers()) for tensor in part)
     stored = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in _WEIGHTS)

@@ -95,6 +95,8 @@ def image_collator(folder: Path, config: PretrainedConfig) -> ImageCollator:
     try:
         with reading(folder, "image processor"):
             settings, _ = ImageProcessingMixin.get_image_processor_dict(folder)
+            if not isinstance(settings, dict):
+                raise InputError(f"the image settings in {folder} are a {type(settings).__name__}, expected an object")
     except InputError as error:
         if not isinstance(error.__cause__, OSError):
             raise

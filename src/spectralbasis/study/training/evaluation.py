@@ -14,7 +14,7 @@ from torch import nn
 
 from spectralbasis.errors import InputError, SpectralBasisError
 from spectralbasis.progress import track
-from spectralbasis.study.messages import first_line
+from spectralbasis.study.messages import described
 from spectralbasis.study.models.collators import Collator
 from spectralbasis.study.models.handing_over import adapter_config
 from spectralbasis.study.models.loading import LoadedModel, load_model
@@ -88,7 +88,7 @@ def attach_adapter(loaded: LoadedModel, adapter: Path) -> nn.Module:
     except SpectralBasisError:
         raise
     except Exception as error:  # PEFT raises all kinds
-        raise InputError(f"the adapter {adapter} does not fit {loaded.source}: {first_line(error)}") from error
+        raise InputError(f"the adapter {adapter} does not fit {loaded.source}: {described(error)}") from error
     if loaded.head and not any(
         "modules_to_save" in name and in_modules(name, loaded.head) for name, _ in adapted.named_parameters()
     ):
