@@ -128,34 +128,48 @@ def _ends_with(name: str, endings: Iterable[str]) -> bool:
 
 
 def names_only(config: Any, names: Sequence[str]) -> None:
-    """Replace the patterns of a PEFT config by the names of modules that they match, and leave no expression in it.
+    """Replace the expressions of a PEFT config by the names of modules that they match.
+
+    What says names stays as it is, since PEFT knows some by which an older release of transformers called modules.
+
+    Args:
+        config: is changed.
+        names: of all modules of the model.
 
     Raises:
-        InputError: a pattern is none, takes too long, or matches nothing.
+        InputError: an expression is none, takes too long, or matches nothing.
     """
+    _check_saved(config)
     wanted = getattr(config, "target_modules", None)
-    found = list(names)
-    if isinstance(wanted, str) and wanted.lower() == _ALL_LINEAR:
-        found = [name for name in names if not excludes(config, name)]
-    elif wanted is not None:
-        found = [name for name in names if targets(config, name) and not excludes(config, name)]
+    everything = isinstance(wanted, str) and wanted.lower() == _ALL_LINEAR
+    found = [name for name in names if not excludes(config, name) and (everything or targets(config, name))]
+    if (isinstance(wanted, str) and not everything) or _has_expressions(getattr(config, "layers_pattern", None)):
         if not found:
             raise InputError(f"target_modules={shortened(repr(wanted))} matches no module of the model")
         config.target_modules = set(found)
         for field in ("layers_to_transform", "layers_pattern"):
             if hasattr(config, field):
                 setattr(config, field, None)
-    if isinstance(getattr(config, "exclude_modules", None), str):
-        config.exclude_modules = {name for name in names if expression(config.exclude_modules).matches(name)}
-    if isinstance(getattr(config, "feedforward_modules", None), str):
-        config.feedforward_modules = {name for name in names if expression(config.feedforward_modules).matches(name)}
+    for field in ("exclude_modules", "feedforward_modules"):
+        value = getattr(config, field, None)
+        if isinstance(value, str):
+            setattr(config, field, {name for name in names if expression(value).matches(name)})
     for field, value in list(vars(config).items()):
-        if field.endswith("_pattern") and isinstance(value, Mapping):
+        if field.endswith("_pattern") and isinstance(value, Mapping) and _has_expressions(value):
             setattr(config, field, _of_names(value, found))
-    saved = getattr(config, "modules_to_save", None) or ()
-    unusual = [module for module in saved if not _NAME.fullmatch(str(module))]
-    if unusual:
-        raise InputError(f"modules_to_save names {shortened(repr(unusual[0]))}, expected names of modules")
+
+
+def _check_saved(config: Any) -> None:
+    for module in getattr(config, "modules_to_save", None) or ():
+        if not _NAME.fullmatch(str(module)):
+            raise InputError(f"modules_to_save has {shortened(repr(module))}, expected names of modules")
+
+
+def _has_expressions(patterns: Any) -> bool:
+    """Whether one of these is more than a name."""
+    if patterns is None or isinstance(patterns, str):
+        return bool(patterns) and not _NAME.fullmatch(patterns)
+    return not all(_NAME.fullmatch(str(pattern)) for pattern in patterns)
 
 
 def _of_names(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG, ADAPTER_TENSORS
 from spectralbasis.checkpoints.folder_files import inside, is_index, read_json
+from spectralbasis.checkpoints.layout import is_expert_stack
 from spectralbasis.checkpoints.names import check_counts
 from spectralbasis.checkpoints.opening import open_tensors
 from spectralbasis.errors import InputError, SpectralBasisError
@@ -23,6 +24,7 @@ from spectralbasis.execution.machine import available_memory
 from spectralbasis.patterns import names_only
 from spectralbasis.printable import shortened
 from spectralbasis.study.messages import described
+from spectralbasis.tuner.config import SpectralConfig
 
 CONFIG = "config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -217,8 +219,21 @@ def adapter_config(folder: Path, model: PreTrainedModel) -> PeftConfig:
     _check_sizes(file, folder, content)
     with reading(folder, "adapter's config"):
         config: PeftConfig = PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(str(folder))
-        names_only(config, [name for name, _ in model.named_modules() if name])
+        if not isinstance(config, SpectralConfig):  # whose patterns this package matches itself
+            if isinstance(getattr(config, "target_modules", None), str):
+                _check_layers(file, model)
+            names_only(config, [name for name, _ in model.named_modules() if name])
     return config
+
+
+def _check_layers(file: Path, model: PreTrainedModel) -> None:
+    """Refuse an expression for a model that has experts in stacks: it may mean layers that were made into these."""
+    stack = next((name for name, part in model.named_parameters() if is_expert_stack(name, tuple(part.shape))), None)
+    if stack is not None:
+        raise InputError(
+            f"{file} has an expression as its target_modules, and {stack} of the model is a stack of experts, which it "
+            "does not tell of; write the names of the layers as a list"
+        )
 
 
 def _check_replication(file: Path, layers: Any) -> None:
