@@ -3,6 +3,11 @@
 PEFT knows the method `SPECTRAL` once both are imported, in either order. Public names are loaded when first used.
 """
 
+# ruff: noqa: E402
+from spectralbasis.working_folder import leave_out
+
+leave_out()  # before anything else is imported
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -220,3 +220,41 @@ def test_density_counts_what_was_trained(adapter, base, tmp_path):
     before, after = (load_file(one / "adapter_model.safetensors") for one in (folder, tmp_path / "out"))
     total = sum(T.numel() for T in before.values())
     assert sum(int(T.count_nonzero()) for T in after.values()) == round(0.25 * total)
+
+
+def with_basis_of(folder, basis):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"basis": basis}))
+
+
+@pytest.mark.parametrize("named", ["{elsewhere}", "../elsewhere.safetensors", "x/../../elsewhere.safetensors"])
+def test_a_basis_that_an_adapter_names_outside_of_its_folder_is_not_copied(base, tmp_path, named, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    elsewhere = sb.SpectralBasis.compute(base, leading=6).save(tmp_path / "elsewhere.safetensors")
+    for name in "ab":
+        save_adapter(tmp_path / name, base, "", target_modules=["query"])
+        with_basis_of(tmp_path / name, named.format(elsewhere=elsewhere))
+    sb.combine([tmp_path / "a", tmp_path / "b"], output=tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    with pytest.raises(sb.InputError, match=r"no basis file at .*out"):
+        updates(tmp_path / "out", base)
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ("basis.safetensors", "leads out of"),
+        ("x/adapter_model.safetensors", "no basis"),
+        ("adapter_config.json", "cannot be read"),
+    ],
+)
+def test_what_is_no_basis_of_the_adapter_is_refused(base, tmp_path, named, message):
+    (tmp_path / "secret").write_text("secret")
+    for name in "ab":
+        save_adapter(tmp_path / name, base, "", target_modules=["query"])
+        with_basis_of(tmp_path / name, named)
+        if named == "basis.safetensors":
+            (tmp_path / name / named).symlink_to(tmp_path / "secret")
+    with pytest.raises(sb.InputError, match=message):
+        sb.combine([tmp_path / "a", tmp_path / "b"], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -181,6 +181,38 @@ def test_a_basis_file_in_the_adapter_folder_is_used(tmp_path):
     assert torch.equal(case.output(loaded), case.output(trained))
 
 
+def test_a_basis_file_is_saved_with_the_adapter(tmp_path):
+    case = CASES["mlp"]
+    file = SpectralBasis.compute({"lin0.weight": case.base().lin0.weight}, leading=10).save(tmp_path / "b.safetensors")
+    trained = case.adapted(basis=str(file), coefficients="core")
+    for _ in range(2):  # saving again over it changes nothing
+        trained.save_pretrained(tmp_path / "adapter")
+    assert trained.peft_config["default"].basis == str(file)
+    file.unlink()
+    loaded = PeftModel.from_pretrained(case.base(), tmp_path / "adapter")
+    assert torch.equal(case.output(loaded), case.output(trained))
+    (tmp_path / "adapter").rename(tmp_path / "moved")
+    with pytest.warns(UserWarning, match=r"no basis file .* put the file there as basis\.safetensors"):
+        loaded.save_pretrained(tmp_path / "again")  # what was trained is not lost
+
+
+def test_an_adapter_chooses_no_basis_file_outside_of_its_folder(tmp_path):
+    save(CASES["mlp"], tmp_path / "adapter")
+    weight = CASES["mlp"].base().lin0.weight
+    SpectralBasis.compute({"lin0.weight": weight}, leading=10).save(tmp_path / "b.safetensors")
+    edit(tmp_path / "adapter", basis=str(tmp_path / "b.safetensors"))
+    with pytest.raises(InputError, match=r"no basis file at .*adapter.b\.safetensors"):
+        PeftModel.from_pretrained(CASES["mlp"].base(), tmp_path / "adapter")
+    (tmp_path / "adapter" / "b.safetensors").symlink_to(tmp_path / "b.safetensors")
+    with pytest.raises(InputError, match="leads out of"):
+        PeftModel.from_pretrained(CASES["mlp"].base(), tmp_path / "adapter")
+    (tmp_path / "adapter" / "b.safetensors").unlink()
+    edit(tmp_path / "adapter", basis="pretrained")
+    config = SpectralConfig.from_pretrained(str(tmp_path / "adapter"))
+    config.basis = str(tmp_path / "b.safetensors")  # which a person gives
+    PeftModel.from_pretrained(CASES["mlp"].base(), tmp_path / "adapter", config=config)
+
+
 def test_a_hub_adapter_cannot_point_into_this_machine(tmp_path, monkeypatch):
     save(CASES["mlp"], tmp_path)
     edit(tmp_path, basis=str(tmp_path / "b.safetensors"))

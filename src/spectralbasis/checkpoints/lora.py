@@ -13,6 +13,7 @@ from spectralbasis.checkpoints.lora_edit import BiasEdit, LoraEdit
 from spectralbasis.checkpoints.lora_start import CONVERSION, STARTS
 from spectralbasis.checkpoints.matrix import dtype_name
 from spectralbasis.errors import InputError
+from spectralbasis.patterns import pattern_of
 from spectralbasis.records import checked
 
 _FACTOR = re.compile(
@@ -182,12 +183,12 @@ def _alpha(adapter: Adapter, module: str) -> Any:
             f"adapter_config.json in {adapter.folder} has alpha_pattern={patterns!r}, expected names with their alpha"
         )
     try:
-        return next(
-            (patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", module)),
-            adapter.config.get("lora_alpha", 8),
-        )
-    except re.error as error:
-        raise InputError(f"adapter_config.json in {adapter.folder} has an invalid alpha_pattern: {error}") from error
+        found = pattern_of(patterns, module)
+    except InputError as error:
+        raise InputError(
+            f"adapter_config.json in {adapter.folder} has an alpha_pattern that cannot be used: {error}"
+        ) from error
+    return adapter.config.get("lora_alpha", 8) if found is None else patterns[found]
 
 
 LORA = AdapterMethod(prefix="lora_", edits=lora_edits)

@@ -315,9 +315,16 @@ def modules_of(config: Mapping[str, Any] | None) -> dict[str, type[nn.Module]]:
     return {name: type(module) for name, module in model.named_modules() if name}
 
 
+_COUNTED = ("layer", "block", "depth", "expert", "stage", "heads")
+_MEASURED = ("size", "dim", "width", "length", "channel", "capacity", "token")
 _LARGEST_COUNT = 4096
-"""Layers, experts or heads beyond any model: a config with more is not built."""
-_UNSAFE_KEYS = ("auto_map", "quantization_config", "compression_config", "implementation", "kernel")
+_LARGEST = {"num_labels": 1 << 20, "position": 1 << 26, "image_size": 1 << 14}
+"""Part of a key → what no model has more of: a config that says so is not built."""
+_LARGEST_PRODUCT = 1 << 17
+_UNSAFE_KEYS = (
+    "auto_map", "quantization_config", "compression_config", "implementation", "use_kernels", "kernel_config",
+    "checkpoint_path", "use_pretrained_backbone",
+)  # fmt: skip
 
 
 def _architecture(config: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -326,7 +333,7 @@ def _architecture(config: Mapping[str, Any]) -> tuple[Any, Any]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-    settings = CONFIG_MAPPING[config["model_type"]].from_dict(_harmless(config))
+    settings = CONFIG_MAPPING[config["model_type"]].from_dict(harmless(config))
     names = config.get("architectures") or []
     found = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
@@ -334,21 +341,49 @@ def _architecture(config: Mapping[str, Any]) -> tuple[Any, Any]:
     return found, settings
 
 
-def _harmless(config: Any) -> Any:
+def check_counts(config: Any) -> None:
+    """Raise ValueError where a config has more layers, experts, heads or labels than any model."""
+    largest = {"layer": 0, "expert": 0}
+    _check_counts(config, largest)
+    if largest["layer"] * largest["expert"] > _LARGEST_PRODUCT:
+        raise ValueError(f"{largest['layer']} layers of {largest['expert']} experts")
+
+
+def _check_counts(config: Any, largest: dict[str, int]) -> None:
+    for value in config if isinstance(config, list) else ():
+        _check_counts(value, largest)
+    for key, value in config.items() if isinstance(config, dict) else ():
+        limit = next((limit for word, limit in _LARGEST.items() if word in key), None)
+        counted = not any(word in key for word in _MEASURED)
+        if counted and any(word in key for word in _COUNTED):
+            limit = _LARGEST_COUNT
+        for one in value if isinstance(value, list) else [value]:
+            if limit is not None and isinstance(one, int | float) and not abs(one) <= limit:
+                raise ValueError(f"{key}={one}")
+        for word in largest:
+            if counted and word in key and isinstance(value, int):
+                largest[word] = max(largest[word], value)
+        _check_counts(value, largest)
+
+
+def harmless(config: Any) -> Any:
     """A config without keys that choose code or weights, and with counts that a model may have.
 
     Raises:
         ValueError: a count is beyond any model.
     """
+    check_counts(config)
+    return _without_unsafe(config)
+
+
+def _without_unsafe(config: Any) -> Any:
     if isinstance(config, list):
-        return [_harmless(value) for value in config[:_LARGEST_COUNT]]
+        return [_without_unsafe(value) for value in config]
     if not isinstance(config, dict):
         return config
-    for key, value in config.items():
-        counts = any(word in key for word in ("layer", "block", "depth", "expert", "stage", "num_heads"))
-        if counts and isinstance(value, int) and value > _LARGEST_COUNT:
-            raise ValueError(f"{key}={value}")
-    return {key: _harmless(value) for key, value in config.items() if not any(word in key for word in _UNSAFE_KEYS)}
+    return {
+        key: _without_unsafe(value) for key, value in config.items() if not any(word in key for word in _UNSAFE_KEYS)
+    }
 
 
 def _skeleton(architecture: Any, settings: Any) -> nn.Module:

@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor
 from transformers.models.auto import modeling_auto
 
+from spectralbasis.checkpoints.names import harmless
 from spectralbasis.errors import InputError
 
 _CLASSES = {
@@ -169,7 +170,7 @@ def _load(model_class: Any, config: Mapping[str, Any], tensors: Mapping[str, Ten
     with _quiet():
         loaded: tuple[Any, Mapping[str, Any]] = model_class.from_pretrained(
             None,
-            config=model_class.config_class.from_dict(dict(config)),
+            config=model_class.config_class.from_dict(harmless(config)),
             state_dict=dict(tensors),
             device_map="meta",
             output_loading_info=True,

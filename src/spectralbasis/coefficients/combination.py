@@ -1,7 +1,6 @@
 """Arithmetic on adapters of one base: the result is an adapter again."""
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
@@ -29,7 +28,7 @@ from spectralbasis.coefficients.arithmetic import find_method, weighted_mean
 from spectralbasis.errors import InputError
 from spectralbasis.folders import atomic_folder, check_output
 from spectralbasis.records import read_record
-from spectralbasis.tuner.config import SpectralConfig
+from spectralbasis.tuner.config import BASIS_FILE, SpectralConfig, place_basis
 from spectralbasis.tuner.factors import BASES
 
 HEADS = ("refuse", "first", "mean", "none")
@@ -190,7 +189,7 @@ def _write_config(folder: Path, first: SpectralAdapter, changes: Mapping[str, An
     if headless:
         # With a task type, PEFT asks for the head of the task.
         config |= {"modules_to_save": None, "bias": "none", "task_type": None}
-    if first.config.basis not in BASES and Path(first.config.basis).is_file():
-        config["basis"] = Path(first.config.basis).name
-        shutil.copyfile(first.config.basis, folder / config["basis"])
+    basis = first.config.basis
+    if basis not in BASES:
+        config["basis"] = place_basis(Path(basis), folder) if Path(basis).is_file() else BASIS_FILE
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

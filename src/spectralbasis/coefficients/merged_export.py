@@ -124,7 +124,8 @@ def export_merged(
 
     The weights are those of PEFT's `merge_and_unload()`, in the dtype of the base. One file of weights is in memory at
     a time. The tokenizer and the config lie beside them; the config has the adapter's class, its number of labels, the
-    size of its vocabulary, and says whether the head is still tied to the embedding table.
+    size of its vocabulary, and says whether the head is still tied to the embedding table. A base that only the adapter
+    names gives its tokenizer too, since by then its weights have the hashes that the adapter records.
 
     The folder takes its place after every tensor was read back and compared with what it should be, and after
     transformers, where it knows the architecture, has found every parameter in it.

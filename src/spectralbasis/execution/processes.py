@@ -1,6 +1,7 @@
 """Work in local processes side by side."""
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from spectralbasis.execution.executor import Call, Death, Executor, Failure, per
 START_METHOD = "spawn"
 """New interpreters: forking a process whose BLAS has started threads can hang it."""
 _READY = "ready"
+_SAFE_PATH = "PYTHONSAFEPATH"
 
 
 class Processes(Executor):
@@ -83,7 +85,7 @@ class _Worker:
         context = multiprocessing.get_context(START_METHOD)
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, threads))  # type: ignore[attr-defined]
-        with _born_deaf_to_interrupts():
+        with _without_working_folder(), _ignoring_interrupts():
             self.process.start()
         theirs.close()
         self.ready = False
@@ -136,7 +138,25 @@ def _serve(connection: Connection, threads: int) -> None:
 
 
 @contextmanager
-def _born_deaf_to_interrupts() -> Iterator[None]:
+def _without_working_folder() -> Iterator[None]:
+    """Keep processes that are started here from importing modules of the working folder.
+
+    A new interpreter would look there even for `multiprocessing`. It then takes over the path of this one, so that a
+    script's own modules are found in workers as they are here.
+    """
+    before = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_SAFE_PATH]
+        else:
+            os.environ[_SAFE_PATH] = before
+
+
+@contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
     """Block Ctrl-C in processes that are started here, which would answer it with a traceback while they import.
 
     One that is pressed meanwhile reaches this process afterwards.

@@ -3,7 +3,9 @@
 import logging
 import os
 import socket
-from collections.abc import Hashable
+import sys
+from collections.abc import Hashable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,10 +108,31 @@ def _connect(address: str) -> tuple[Any, bool]:
         _check_port(address)
     options: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        ray.init(
+            address=address, log_to_driver=False, logging_level=logging.ERROR, job_config=_job_config(ray), **options
+        )
     except (ConnectionError, ValueError) as error:
         raise _no_cluster(address, error) from error
     return ray, True
+
+
+class _Importable(list[str]):
+    """Folders that workers import from: those alone that this process imports from too."""
+
+    def extend(self, folders: Iterable[str]) -> None:
+        here = {Path(folder).absolute() for folder in sys.path}
+        super().extend(folder for folder in folders if Path(folder).absolute() in here)
+
+
+def _job_config(ray: Any) -> Any:
+    """How Ray runs our work.
+
+    Ray extends this list by the working folder, in which its workers would then look for `numpy` and for this package
+    first; it has no setting to leave that out.
+    """
+    config = ray.job_config.JobConfig()
+    config._py_driver_sys_path = _Importable()
+    return config
 
 
 def _check_port(address: str) -> None:

@@ -5,11 +5,19 @@ from contextlib import contextmanager
 
 import transformers
 
+from spectralbasis.printable import shortened
+
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, without its full stop, or its class name where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(". ") if lines else type(error).__name__
+
+
+def described(error: BaseException) -> str:
+    """The first line of an error's text, after its class where the text alone says little, as of a KeyError."""
+    plain = isinstance(error, OSError | ValueError | RuntimeError)
+    return shortened(first_line(error) if plain else f"{type(error).__name__}: {first_line(error)}")
 
 
 @contextmanager

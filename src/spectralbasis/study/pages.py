@@ -101,7 +101,10 @@ def markdown_table(table: pd.DataFrame) -> str:
 
 def commit() -> str:
     """The commit of the code, where it runs from a checkout, else its version."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*"]
+    checkout = Path(__file__).parents[3]
+    if not (checkout / ".git").exists():  # an installed package may lie within somebody else's repository
+        return library_versions()["spectralbasis"]
+    command = ["git", "-C", str(checkout), "describe", "--always", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -1,5 +1,8 @@
 """What a spectral adapter is asked to be, and what the model that it was made on resolved that to."""
 
+import os
+import shutil
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -7,7 +10,10 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
+from spectralbasis.basis import SpectralBasis
+from spectralbasis.checkpoints.folder_files import inside
 from spectralbasis.errors import InputError
+from spectralbasis.files import atomic_path
 from spectralbasis.linalg import Leading, parse_leading
 from spectralbasis.triplets import DEFAULT_TOLERANCE
 from spectralbasis.tuner.card import note_import
@@ -26,6 +32,8 @@ from spectralbasis.tuner.record import RECORD, check_record
 from spectralbasis.tuner.registration import METHOD
 
 BIASES = ("none", "all", "spectral_only")
+BASIS_FILE = "basis.safetensors"
+"""The basis file that lies beside an adapter that was trained on one."""
 
 
 @dataclass
@@ -62,7 +70,7 @@ class SpectralConfig(PeftConfig):
             `leading` for sparse coefficients: how many entries `calibrate` picks among the k×k of every matrix.
         rank_pattern: end of a module name, as a regular expression → k; wins over `leading` and `budget`.
         basis: "pretrained" (leading singular vectors of each weight), "minor" (the trailing ones), "random"
-            (Haar-distributed) or the path of a basis file.
+            (Haar-distributed) or the path of a basis file, which is saved with the adapter.
         basis_seed: of the "random" basis.
         tolerance: largest sine between computed and true singular subspaces.
         init_weights: False starts from random coefficients instead of zero, which is for tests.
@@ -106,6 +114,8 @@ class SpectralConfig(PeftConfig):
         self.peft_type = PeftType(METHOD)
         self.basis = str(self.basis)
         self.bound = self.base_hashes is not None
+        if self.bound and self.ranks:
+            self.rank_pattern = {}  # which the ranks were made of
         # `target_parameters` as a model set them for what target_modules reach there, and as they were given.
         self.reached: tuple[list[str], list[str] | None] | None = None
         self.renamed: dict[str, str] = {}  # matrix name as it was recorded → as a model calls it
@@ -123,19 +133,38 @@ class SpectralConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> "SpectralConfig":
-        """Read the configuration of an adapter; a basis file that lies in the adapter's folder is found there.
+        """Read the configuration of an adapter, whose basis file lies in the adapter's folder.
+
+        Of a path that the configuration gives, its last part counts: what somebody wrote into an adapter chooses no
+        other file of this machine. To use one elsewhere, set `basis` on the result and give that as `config`.
 
         Raises:
-            InputError: an adapter from a hub names a basis file, which could lead anywhere on this machine.
+            InputError: the basis file is a link out of the folder, or an adapter from a hub needs one.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config.basis = _find_basis(config.basis, Path(pretrained_model_name_or_path) / (subfolder or ""))
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, and say in the model card, where there is one, what to import."""
-        super().save_pretrained(save_directory, **kwargs)
+        """Write adapter_config.json with the basis file beside it, and say in a model card what to import."""
+        given = self.basis
+        if given not in BASES:
+            self.basis = self._keep_basis(Path(save_directory))
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.basis = given
         note_import(Path(save_directory) / "README.md")
+
+    def _keep_basis(self, folder: Path) -> str:
+        """Put the basis file into an adapter's folder; returns its name there."""
+        try:
+            return place_basis(Path(self.basis), folder)
+        except InputError as error:  # what was trained must not be lost for it
+            warnings.warn(
+                f"{error}; the adapter in {folder} needs it: put the file there as {BASIS_FILE}", stacklevel=3
+            )
+            return BASIS_FILE
 
     def parametrisation(self, name: str) -> Parametrisation:
         """What makes C of a matrix from its stored numbers, once a model, or a file, has set the record of it."""
@@ -187,15 +216,34 @@ class SpectralConfig(PeftConfig):
             raise InputError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, such as [0, 1]")
 
 
+def place_basis(file: Path, folder: Path) -> str:
+    """Put a basis file into an adapter's folder as `BASIS_FILE`, by a second name of the file where that is possible.
+
+    Returns:
+        `BASIS_FILE`.
+
+    Raises:
+        InputError: it is no basis file, or cannot be written.
+    """
+    SpectralBasis.load(file)
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / BASIS_FILE
+    if place.exists() and place.samefile(file):
+        return BASIS_FILE
+    try:
+        os.link(file.resolve(), place)
+    except OSError:  # another file is there, or the disk is another, or knows no second names
+        with atomic_path(place) as temporary:
+            shutil.copyfile(file, temporary)
+    return BASIS_FILE
+
+
 def _find_basis(basis: str, folder: Path) -> str:
     if basis in BASES:
         return basis
-    beside = folder / Path(basis).name
-    if beside.is_file():
-        return str(beside)
     if not folder.is_dir():
         raise InputError(
             f"the adapter {folder} needs the basis file {Path(basis).name}; download the adapter's folder, "
             "put the file there and load the adapter from that folder"
         )
-    return basis
+    return str(inside(folder, Path(basis).name))

@@ -4,10 +4,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from spectralbasis.errors import BaseMismatchError, InputError
+from spectralbasis.patterns import pattern_of
 from spectralbasis.tuner.allocation import allocate_budget, allocate_leading
 from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.factors import Directions, Factors, directions_of, source_of
@@ -90,8 +90,8 @@ def resolve_ranks(config: SpectralConfig, targets: Sequence[Target], total: int)
 
 
 def _pattern_of(target: Target, patterns: Mapping[str, int]) -> str | None:
-    found = (get_pattern_key(patterns, key) for key in (target.key, *target.also))
-    return next((pattern for pattern in found if pattern in patterns), None)
+    found = (pattern_of(patterns, key) for key in (target.key, *target.also))
+    return next((pattern for pattern in found if pattern is not None), None)
 
 
 def _measure_scales(

@@ -14,7 +14,6 @@ from peft.tuners.tuners_utils import (
     _ExcludedModule,
     _find_minimal_target_modules,
     _maybe_include_all_linear_layers,
-    check_target_module_exists,
 )
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from spectralbasis.checkpoints import matrix_name
 from spectralbasis.checkpoints.layout import is_expert_stack
 from spectralbasis.checkpoints.names import conversions_of, same_names
 from spectralbasis.errors import InputError
+from spectralbasis.patterns import excludes, targets
 from spectralbasis.tuner.allocation import count_parameters
 from spectralbasis.tuner.callers import check_called, leave_out_refused, reader_of
 from spectralbasis.tuner.config import SpectralConfig
@@ -211,7 +211,12 @@ def is_targeted(config: SpectralConfig, key: str) -> Any:
     """Whether a module is to be adapted: one that a record names, or one that the patterns match (truthy)."""
     if config.bound and matrix_name(key) in (config.ranks or {}):
         return True
-    return check_target_module_exists(config, key)
+    return _meant(config, key)
+
+
+def _meant(config: SpectralConfig, key: str) -> Any:
+    """Whether the patterns match a module, as PEFT's own function of it answers."""
+    return _ExcludedModule() if excludes(config, key) else targets(config, key)
 
 
 def is_all_linear(config: SpectralConfig) -> bool:
@@ -289,15 +294,15 @@ def _reaches(config: SpectralConfig, held: Held, keys: Sequence[str], former: Se
     stack = [key.removesuffix(".weight") for key in keys]
     if _is_excluded(config, held, [*stack, *(key for options in former for key in options)]):
         return False
-    if held.parameter.ndim == 3 and any(check_target_module_exists(config, key) for key in stack):
+    if held.parameter.ndim == 3 and any(_meant(config, key) for key in stack):
         return True
-    return bool(former) and all(any(check_target_module_exists(config, key) for key in keys) for keys in former)
+    return bool(former) and all(any(_meant(config, key) for key in keys) for keys in former)
 
 
 def _is_excluded(config: SpectralConfig, held: Held, keys: Iterable[str]) -> bool:
     """Whether a parameter is left out on purpose: by its name, by that of its module or by one of these."""
     every = (held.key, held.key.rpartition(".")[0], *keys)
-    return any(isinstance(check_target_module_exists(config, key), _ExcludedModule) for key in every)
+    return any(excludes(config, key) for key in every)
 
 
 def _is_layer(module: nn.Module) -> bool:

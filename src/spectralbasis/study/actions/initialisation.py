@@ -4,14 +4,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PretrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from spectralbasis.errors import InputError
 from spectralbasis.study.messages import quiet_transformers
 from spectralbasis.study.models.architectures import find_architecture, random_model
+from spectralbasis.study.models.handing_over import check_size, reading
 from spectralbasis.study.models.limu_bert import read_released
 from spectralbasis.study.models.preprocessing import image_collator, load_tokenizer
-from spectralbasis.study.models.sources import UNREADABLE, resolve_source, unreadable
+from spectralbasis.study.models.sources import checked_folder, resolve_source
 from spectralbasis.study.runs import Outcome, Run, Site
 from spectralbasis.study.tasks.data_folders import folder_of
 
@@ -59,8 +60,10 @@ def _write_released(name: str, site: Site) -> Any:
 
 
 def _write_twin(source: str, seed: int, folder: Path) -> Any:
-    place = resolve_source(source)
-    config = _read_config(place)
+    place = checked_folder(resolve_source(source))
+    with reading(place, "model"):
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    check_size(place, config, AutoModel.from_config)
     model = random_model(AutoModel, config, seed)
     model.save_pretrained(folder)
     if type(config) in AutoModelForImageClassification._model_mapping:
@@ -68,10 +71,3 @@ def _write_twin(source: str, seed: int, folder: Path) -> Any:
     else:
         load_tokenizer(place).save_pretrained(folder)
     return model
-
-
-def _read_config(place: str) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(place, trust_remote_code=False)
-    except UNREADABLE as error:
-        raise unreadable(place, "model", error) from error

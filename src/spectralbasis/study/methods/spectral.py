@@ -14,10 +14,10 @@ from spectralbasis.study.models.loading import LoadedModel
 from spectralbasis.study.tasks.arrays import batches
 from spectralbasis.tuner import SpectralConfig
 from spectralbasis.tuner.calibration import calibrate, plan_ranks
+from spectralbasis.tuner.config import BASIS_FILE
 from spectralbasis.tuner.curvature import curvature_basis
 from spectralbasis.tuner.targets import targeted_modules
 
-BASIS_FILE = "basis.safetensors"
 CALIBRATION_EXAMPLES = 256
 """Training examples that sparse coefficients and a curvature basis are calibrated on, or all where there are fewer."""
 CALIBRATION_BATCH = 32

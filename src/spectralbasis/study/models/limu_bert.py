@@ -13,7 +13,6 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass, _LazyAuto
 
 from spectralbasis.errors import InputError
 from spectralbasis.study.messages import first_line
-from spectralbasis.study.models.sources import UNREADABLE
 
 
 class LimuBertConfig(PretrainedConfig):
@@ -179,6 +178,6 @@ def read_released(file: Path) -> LimuBertModel:
         stored = torch.load(file, map_location="cpu", weights_only=True)
         encoder = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
         model.load_state_dict(encoder)
-    except (*UNREADABLE, AttributeError) as error:
+    except Exception as error:  # torch raises all kinds over what such a file may hold
         raise InputError(f"{file} cannot be read as weights of LIMU-BERT-X: {first_line(error)}") from error
     return model

@@ -18,9 +18,10 @@ from transformers import (
 from spectralbasis.errors import InputError
 from spectralbasis.study.messages import quiet_transformers
 from spectralbasis.study.models.collators import Collator
+from spectralbasis.study.models.handing_over import check_size, reading
 from spectralbasis.study.models.limu_bert import AutoModelForSignalClassification
 from spectralbasis.study.models.preprocessing import load_collator
-from spectralbasis.study.models.sources import UNREADABLE, resolve_source, unreadable
+from spectralbasis.study.models.sources import checked_folder, resolve_source
 from spectralbasis.study.tasks.task import Task
 from spectralbasis.tuner.optimization import in_modules
 
@@ -70,12 +71,14 @@ def load_model(
             task, or `max_length` is more than it can read.
     """
     place = resolve_source(source)
+    folder = checked_folder(place)
     with quiet_transformers():
-        config = _load_config(place, task)
-        collator = load_collator(place, config, task, max_length)
+        config = _load_config(place, folder, task)
+        collator = load_collator(folder, config, task, max_length)
         with torch.random.fork_rng(devices=[]):
+            check_size(folder, config, auto_model_of(task).from_config)
             torch.manual_seed(seed)
-            model, unusable = _load_weights(place, config, task)
+            model, unusable = _load_weights(place, folder, config, task)
             beside = _beside_backbone(model)
             poolers = _poolers(place, model, [name for name in unusable if not in_modules(name, beside)])
             if task.kind == "masked_language" and not unusable:
@@ -92,11 +95,9 @@ def auto_model_of(task: Task) -> Any:
     return AutoModelForMaskedLM if task.kind == "masked_language" else AUTO_MODELS[task.modality]
 
 
-def _load_config(place: str, task: Task) -> PretrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False, **_labels_of(task))
-    except UNREADABLE as error:
-        raise unreadable(place, "model", error) from error
+def _load_config(place: str, folder: Path, task: Task) -> PretrainedConfig:
+    with reading(place, "model"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **_labels_of(task))
     if type(config) not in auto_model_of(task)._model_mapping:
         work = "fill in masked words" if task.kind == "masked_language" else f"classify {task.modality}s"
         raise InputError(
@@ -116,14 +117,13 @@ def _labels_of(task: Task) -> dict[str, Any]:
     }
 
 
-def _load_weights(place: str, config: PretrainedConfig, task: Task) -> tuple[PreTrainedModel, list[str]]:
+def _load_weights(place: str, folder: Path, config: PretrainedConfig, task: Task) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of the weights that the checkpoint lacks or has in another shape."""
-    try:
+    with reading(place, "model"):
         model, report = auto_model_of(task).from_pretrained(
-            place, config=config, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False
+            folder, config=config, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False
         )
-    except UNREADABLE as error:
-        raise unreadable(place, "model", error) from error
+    model.name_or_path = model.config._name_or_path = place  # what an adapter records as its base
     mismatched = [name if isinstance(name, str) else name[0] for name in report["mismatched_keys"]]
     return model, sorted({*report["missing_keys"], *mismatched})
 

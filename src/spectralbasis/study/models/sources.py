@@ -1,25 +1,11 @@
 """What the word for a model stands for: a folder, a hub id, or an installed extra."""
 
-import pickle
-import re
 from pathlib import Path
 
-from safetensors import SafetensorError
-
+from spectralbasis.checkpoints.hub import download, is_hub_id
 from spectralbasis.checkpoints.installed import installed_folder
 from spectralbasis.errors import InputError
-from spectralbasis.study.messages import first_line
-
-UNREADABLE = (
-    OSError,
-    ValueError,
-    TypeError,
-    RuntimeError,
-    EOFError,
-    ImportError,  # transformers looks for a tokenizer that needs a package which may be absent
-    SafetensorError,
-    pickle.UnpicklingError,
-)
+from spectralbasis.study.models.handing_over import CONFIG, check_model_folder, reading
 
 
 def resolve_source(source: str | Path) -> str:
@@ -40,16 +26,21 @@ def resolve_source(source: str | Path) -> str:
         raise InputError(f"{path} has no config.json; give a folder that transformers' save_pretrained wrote")
     if path.exists():
         raise InputError(f"{path} is a file; tuning needs a folder with config.json, the weights and the tokenizer")
-    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(source)):
+    if not is_hub_id(str(source)):
         raise InputError(f"the model folder {source} does not exist; give a folder, a hub id, or minilm")
     return str(source)
 
 
-def unreadable(place: str, what: str, error: BaseException) -> InputError:
-    """The error for a model, tokenizer or adapter at `place` that raised one of `UNREADABLE` when it was loaded."""
-    if Path(place).is_dir():
-        return InputError(f"the {what} in {place} cannot be read: {first_line(error)}; save it again, or name another")
-    return InputError(
-        f"there is no folder {place}, and as a hub id its {what} cannot be loaded: {first_line(error)}; "
-        "check the name and the connection"
-    )
+def checked_folder(place: str) -> Path:
+    """The folder that `resolve_source` found, or that of a hub id once it is here, checked before a library opens it.
+
+    Raises:
+        InputError: the model cannot be had, or `check_model_folder` refuses it.
+    """
+    path = Path(place)
+    folder = path if path.is_dir() else download(place)
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"{place} has no {CONFIG}; give a model that transformers' save_pretrained wrote")
+    with reading(place, "model"):
+        check_model_folder(folder)
+    return folder

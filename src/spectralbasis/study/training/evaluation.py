@@ -14,10 +14,10 @@ from torch import nn
 
 from spectralbasis.errors import InputError, SpectralBasisError
 from spectralbasis.progress import track
-from spectralbasis.study.messages import first_line
+from spectralbasis.study.messages import described
 from spectralbasis.study.models.collators import Collator
+from spectralbasis.study.models.handing_over import adapter_config
 from spectralbasis.study.models.loading import LoadedModel, load_model
-from spectralbasis.study.models.sources import UNREADABLE
 from spectralbasis.study.tasks.arrays import batches
 from spectralbasis.study.tasks.likelihood import masked_token_scores
 from spectralbasis.study.tasks.masking import MaskingCollator
@@ -82,12 +82,13 @@ def attach_adapter(loaded: LoadedModel, adapter: Path) -> nn.Module:
             f"{adapter} has no adapter_config.json; give the folder of an adapter, "
             "or give a fully tuned model as MODEL, without an adapter"
         )
+    config = adapter_config(adapter, loaded.model)
     try:
-        adapted = PeftModel.from_pretrained(loaded.model, str(adapter))
+        adapted = PeftModel.from_pretrained(loaded.model, str(adapter), config=config)
     except SpectralBasisError:
         raise
-    except UNREADABLE as error:
-        raise InputError(f"the adapter {adapter} does not fit {loaded.source}: {first_line(error)}") from error
+    except Exception as error:  # PEFT raises all kinds
+        raise InputError(f"the adapter {adapter} does not fit {loaded.source}: {described(error)}") from error
     if loaded.head and not any(
         "modules_to_save" in name and in_modules(name, loaded.head) for name, _ in adapted.named_parameters()
     ):
