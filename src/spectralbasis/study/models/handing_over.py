@@ -15,14 +15,15 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from transformers import PretrainedConfig, PreTrainedModel
 
 from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG, ADAPTER_TENSORS
-from spectralbasis.checkpoints.folder_files import inside, is_index, read_json
+from spectralbasis.checkpoints.folder_files import inside, is_index
 from spectralbasis.checkpoints.layout import is_expert_stack
 from spectralbasis.checkpoints.names import check_counts
 from spectralbasis.checkpoints.opening import open_tensors
 from spectralbasis.errors import InputError, SpectralBasisError
-from spectralbasis.execution.machine import available_memory
 from spectralbasis.patterns import names_only
 from spectralbasis.printable import shortened
+from spectralbasis.records import read_record
+from spectralbasis.sizes import available_memory
 from spectralbasis.study.messages import described
 from spectralbasis.tuner.config import SpectralConfig
 
@@ -65,7 +66,7 @@ def check_model_folder(folder: Path) -> None:
             the folder holds an adapter too, the weights are quantized, or a size is beyond any model.
     """
     _check_links(folder)
-    config = read_json(inside(folder, CONFIG))
+    config = read_record(inside(folder, CONFIG), dict[str, Any])
     if (folder / ADAPTER_CONFIG).exists():
         raise InputError(
             f"{folder} has both {CONFIG} and {ADAPTER_CONFIG}; put the adapter into a folder of its own, and give the "
@@ -86,7 +87,7 @@ def _check_links(folder: Path) -> None:
 
 
 def _check_index(folder: Path, index: Path) -> None:
-    located = read_json(index).get("weight_map")
+    located = read_record(index, dict[str, Any]).get("weight_map")
     if not isinstance(located, dict) or not all(isinstance(name, str) for name in located.values()):
         raise InputError(f"{index} names no files under weight_map; restore it from the original")
     for name in set(located.values()):
@@ -95,7 +96,7 @@ def _check_index(folder: Path, index: Path) -> None:
 
 def _check_files_named(folder: Path, name: str) -> None:
     """Refuse a tokenizer that names a file which is here, but not in its folder; one that is nowhere does no harm."""
-    for key, value in read_json(folder / name).items():
+    for key, value in read_record(folder / name, dict[str, Any]).items():
         named = key.endswith("_file") and isinstance(value, str) and value != "" and _is_file(value)
         if named and not Path(value).resolve().is_relative_to(folder.resolve()):
             raise InputError(
@@ -204,7 +205,7 @@ def adapter_config(folder: Path, model: PreTrainedModel) -> PeftConfig:
     """
     _check_links(folder)
     file = inside(folder, ADAPTER_CONFIG)
-    content = read_json(file)
+    content = read_record(file, dict[str, Any])
     kind = content.get("peft_type")
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise InputError(f"{file} has peft_type={shortened(repr(kind), 80)}, which PEFT does not know; correct it")
