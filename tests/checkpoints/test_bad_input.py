@@ -243,3 +243,19 @@ def test_meta_weights_are_refused_when_read():
     checkpoint = open_checkpoint(nn.Linear(2, 2, device="meta"))
     with pytest.raises(InputError, match="meta device"):
         checkpoint.read("weight")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "model.safetensors.index.json"])
+def test_what_is_no_file_is_refused_at_once(tmp_path, kind, name):
+    place = tmp_path / name
+    if name == "config.json":
+        save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "folder":
+        place.mkdir()
+    else:
+        place.symlink_to(name)
+    with pytest.raises(InputError):
+        open_checkpoint(tmp_path)

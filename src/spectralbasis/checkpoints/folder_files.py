@@ -1,6 +1,8 @@
 """Finding files inside a checkpoint's folder, and never outside it."""
 
+import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -106,23 +108,32 @@ def _listed(names: Any) -> str:
 
 
 def inside(folder: Path, name: str, named_by: Path | None = None) -> Path:
-    """`folder / name`, if that stays in the folder once links are followed.
+    """`folder / name`, if that stays in the folder once links are followed, and is a file or is absent.
 
     A snapshot in the hub's cache links to the blobs beside it, so there the whole repository's cache is the folder.
 
     Raises:
-        InputError: the path leads elsewhere.
+        InputError: the path leads elsewhere, or to a folder, a pipe or a device, which would never end.
     """
     path = folder / name
     root = folder.resolve()
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
         root = root.parent.parent
-    if not path.resolve().is_relative_to(root):
-        culprit = f"{named_by} names the file {name}" if named_by else f"{path} is a link"
+    culprit = f"{named_by} names the file {name}" if named_by else f"{path} is a link"
+    try:
+        place = path.resolve()
+        kind = stat.S_IFMT(path.stat().st_mode) if path.exists() else stat.S_IFREG
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that no file can have
+        raise InputError(f"{culprit}, which leads nowhere ({error}); put the file into {folder}") from error
+    if not place.is_relative_to(root):
         raise InputError(f"{culprit}, which leads out of {folder}; that is refused, so put the file into the folder")
+    if kind != stat.S_IFREG:
+        raise InputError(f"{path} is no file; restore it from the original")
     return path
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
     """`config.json` of the folder, {} where there is none."""
-    return read_record(inside(folder, "config.json"), dict[str, Any]) if (folder / "config.json").exists() else {}
+    if not os.path.lexists(folder / "config.json"):  # a link that leads nowhere is a config that is missing
+        return {}
+    return read_record(inside(folder, "config.json"), dict[str, Any])

@@ -82,7 +82,7 @@ def check_model_folder(folder: Path) -> None:
 
 def _check_links(folder: Path) -> None:
     for path in folder.iterdir():
-        if path.is_symlink() and not path.is_dir():
+        if not path.is_dir():
             inside(folder, path.name)
 
 
