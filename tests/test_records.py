@@ -3,14 +3,14 @@
 import json
 import os
 from pathlib import Path
-from typing import NotRequired
+from typing import Any, NotRequired
 
 import pytest
 from typing_extensions import TypedDict
 
 from spectralbasis.errors import InputError
 from spectralbasis.printable import in_markdown, in_markup, printable, shortened
-from spectralbasis.records import LARGEST, checked, parse_json, read_record
+from spectralbasis.records import LARGEST, Count, Finite, Positive, checked, parse_json, read_record
 
 
 class Planet(TypedDict):
@@ -42,6 +42,41 @@ def test_a_difference_is_one_sentence_with_field_value_and_expectation(change: d
     with pytest.raises(InputError) as raised:
         checked({**EARTH, **change}, Planet, "planet")
     assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("schema", "content", "said"),
+    [
+        (int | str, 1.5, "the whole is 1.5, expected a valid integer or a valid string"),
+        (dict[str, list[int] | int], {"a": [1, "b"]}, "a[1] is 'b', expected a valid integer"),
+        (dict[str, bool], {"a": 1}, "a is 1, expected true or false"),
+        (list[dict[str, int]], [3], "[0] is 3, expected an object"),
+        (tuple[int, int], [1, 2, 3], "the whole is [1, 2, 3], expected at most 2 items"),
+        (tuple[int, int], [1], "[1] is missing"),
+        (Finite, float("nan"), "the whole is nan, expected a finite number"),
+        (dict[str, Finite], {"a": 10**400}, "expected a finite number"),
+        (Count, -1, "the whole is -1, expected at least 0"),
+        (Count, 10**30, "expected at most 9007199254740992"),
+        (Positive, 0, "expected at least 1"),
+    ],
+)
+def test_what_is_expected_is_said_plainly(schema: Any, content: object, said: str) -> None:
+    with pytest.raises(InputError) as raised:
+        checked(content, schema, "it")
+    assert f"it: {said}" in str(raised.value) or said in str(raised.value)
+
+
+def test_names_that_are_no_utf8_are_spelled_out() -> None:
+    assert checked({"\udcff": "a\ud800"}, dict[str, str], "it") == {r"\udcff": r"a\ud800"}
+
+
+@pytest.mark.parametrize("depth", [500, 100_000])
+def test_content_of_any_depth_is_refused_in_a_sentence(depth: int) -> None:
+    content: object = 1
+    for _ in range(depth):
+        content = [content]
+    with pytest.raises(InputError, match="nests more deeply"):
+        checked(content, dict[str, int], "it")
 
 
 def test_a_missing_field_is_named() -> None:
