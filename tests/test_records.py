@@ -56,14 +56,14 @@ def test_a_difference_is_one_sentence_with_field_value_and_expectation(change: d
         (Finite, float("nan"), "the whole is nan, expected a finite number"),
         (dict[str, Finite], {"a": 10**400}, "expected a finite number"),
         (Count, -1, "the whole is -1, expected at least 0"),
-        (Count, 10**30, "expected at most 9007199254740992"),
+        (Count, 10**30, "expected at most 9223372036854775807"),
         (Positive, 0, "expected at least 1"),
     ],
 )
 def test_what_is_expected_is_said_plainly(schema: Any, content: object, said: str) -> None:
     with pytest.raises(InputError) as raised:
         checked(content, schema, "it")
-    assert f"it: {said}" in str(raised.value) or said in str(raised.value)
+    assert said in str(raised.value)
 
 
 def test_names_that_are_no_utf8_are_spelled_out() -> None:

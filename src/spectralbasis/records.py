@@ -45,10 +45,10 @@ _COUNTED = re.compile(r" should have (at (?:most|least) \d+ \w+)")
 
 Finite = Annotated[float, Predicate(math.isfinite)]
 """A number that is neither NaN nor infinite."""
-Count = Annotated[int, Ge(0), Le(2**53)]
-"""A whole number from 0 on that a float holds exactly."""
-Positive = Annotated[int, Ge(1), Le(2**53)]
-"""A whole number from 1 on that a float holds exactly."""
+Count = Annotated[int, Ge(0), Le(2**63 - 1)]
+"""A whole number from 0 on, of 64 bits."""
+Positive = Annotated[int, Ge(1), Le(2**63 - 1)]
+"""A whole number from 1 on, of 64 bits."""
 
 
 def parse_json(text: str | bytes, where: str, remedy: str = "restore it from the original") -> Any:
