@@ -165,9 +165,7 @@ def test_tensors_that_cannot_be_triplets_are_refused_in_a_sentence(stored, field
 
 def test_more_directions_than_a_matrix_has_are_refused(stored):
     forged = {"U": torch.eye(3, 5), "S": torch.ones(5), "Vh": torch.eye(5, 9), "residuals": torch.zeros(5)}
-    rewritten(
-        stored, change_tensors=lambda t: t.update({f"layer.0.dense.{f}": forged[f] for f in forged})
-    )
+    rewritten(stored, change_tensors=lambda t: t.update({f"layer.0.dense.{f}": forged[f] for f in forged}))
     with pytest.raises(InputError, match=r"1 <= k <= min\(m, n\)"):
         SpectralBasis.load(stored)
 

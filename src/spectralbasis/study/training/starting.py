@@ -9,6 +9,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from spectralbasis.errors import InputError
+from spectralbasis.records import read_record
 from spectralbasis.study.methods import Method
 from spectralbasis.study.models.loading import LoadedModel
 from spectralbasis.study.training.results import stored
@@ -53,7 +54,7 @@ def _outside_head(tensors: Mapping[str, Tensor], loaded: LoadedModel) -> dict[st
 def _check_meaning(model: PeftModel, folder: Path) -> None:
     """Refuse numbers that mean something else here: other directions, entries, units or seeds."""
     here = _as_json(model.peft_config["default"].to_dict())
-    there = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    there = read_record(folder / "adapter_config.json", dict[str, Any])
     for name in sorted(here.keys() & there.keys() - NO_MATTER, reverse=True):
         if here[name] != there[name]:
             raise InputError(
