@@ -2,9 +2,6 @@
 
 import hashlib
 import io
-import lzma
-import tarfile
-import zipfile
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path, PurePosixPath
@@ -16,6 +13,7 @@ from numpy.typing import NDArray
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path
 from spectralbasis.study.messages import first_line
+from spectralbasis.study.tasks.data_files import read_npz, tar_members
 from spectralbasis.study.tasks.data_folders import find_data_file
 from spectralbasis.study.tasks.images import Split, shuffled
 from spectralbasis.study.tasks.task import Task, register_task
@@ -37,7 +35,7 @@ def load_cifar10(data: Path | None) -> Task:
     """
     file = find_data_file("CIFAR-10", "cifar10_jpg", "cifar10_jpg.tar.xz", data)
     train, test = _kept(file)
-    return Task.from_arrays("CIFAR-10", shuffled(train), test, label_names=OBJECTS, evaluation_split="test")
+    return Task.from_arrays("CIFAR-10", shuffled(train, str(file)), test, label_names=OBJECTS, evaluation_split="test")
 
 
 def _kept(file: Path) -> tuple[Split, Split]:
@@ -46,9 +44,8 @@ def _kept(file: Path) -> tuple[Split, Split]:
         content = hashlib.file_digest(handle, "sha256").hexdigest()
     kept = cache_folder() / "images" / f"{content}.npz"
     try:
-        with np.load(kept, allow_pickle=False) as stored:
-            return _splits(stored)
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+        return _splits(read_npz(kept, ("x_train", "y_train", "x_test", "y_test")))
+    except InputError:
         arrays = _decode(file)
     with atomic_path(kept) as temporary:
         np.savez(temporary, **arrays)
@@ -73,18 +70,11 @@ def _decode(file: Path) -> dict[str, Any]:
 
 
 def _members(file: Path) -> Iterator[tuple[str, int, bytes]]:
-    """Split, label and bytes of each member SPLIT/CLASS/NAME.jpg; nothing is unpacked to disk."""
-    try:
-        with tarfile.open(file) as archive:
-            for member in archive:
-                parts = PurePosixPath(member.name).parts
-                if len(parts) != 3 or parts[0] not in ("train", "test") or parts[1] not in OBJECTS:
-                    continue
-                handle = archive.extractfile(member) if member.isfile() and member.size <= LARGEST else None
-                if handle is not None and parts[2].endswith(".jpg"):
-                    yield parts[0], OBJECTS.index(parts[1]), handle.read()
-    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
-        raise InputError(f"{file} cannot be read as an archive of images: {first_line(error)}") from error
+    """Split, label and bytes of each member SPLIT/CLASS/NAME.jpg."""
+    for name, content in tar_members(file, LARGEST):
+        parts = PurePosixPath(name).parts
+        if len(parts) == 3 and parts[0] in ("train", "test") and parts[1] in OBJECTS and parts[2].endswith(".jpg"):
+            yield parts[0], OBJECTS.index(parts[1]), content
 
 
 def _pixels(file: Path, content: bytes) -> NDArray[np.uint8]:
