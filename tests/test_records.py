@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -9,7 +10,7 @@ import pytest
 from typing_extensions import TypedDict
 
 from spectralbasis.errors import InputError
-from spectralbasis.printable import in_markdown, in_markup, printable, shortened
+from spectralbasis.printable import in_code, in_file_name, in_markdown, in_markup, printable, shortened, warn
 from spectralbasis.records import LARGEST, Count, Finite, Positive, checked, parse_json, read_record
 
 
@@ -133,3 +134,25 @@ def test_messages_of_errors_are_one_printable_paragraph() -> None:
     assert "\x1b" not in str(error)
     assert "\n" not in str(error)
     assert len(str(error)) < 5000
+
+
+@pytest.mark.parametrize(
+    "name", ["..", "", ".", "CON", "nul.txt", "a/b", "a\\b", "a:b", "a\x00b", "a\n", "é", "x" * 300]
+)
+def test_a_name_becomes_one_part_of_a_path_that_every_system_takes(name: str) -> None:
+    part = in_file_name(name)
+    assert re.fullmatch(r"[A-Za-z0-9._+=@ -]{1,100}", part)
+    assert part.split(".")[0].upper() not in {"", "CON", "NUL"}
+    assert part != in_file_name(name + "x")
+    assert in_file_name("STS-B") == "STS-B"
+
+
+def test_a_span_of_code_holds_any_text() -> None:
+    assert in_code("a") == "`a`"
+    assert in_code("`a``b`\n") == "``` `a``b`\\n ```"
+    assert in_code("``") == "``` `` ```"
+
+
+def test_a_warning_is_printable() -> None:
+    with pytest.warns(UserWarning, match=r"a \\x1b\[31mname"):
+        warn("a \x1b[31mname")

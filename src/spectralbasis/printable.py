@@ -1,14 +1,15 @@
 """Text of unknown origin, made safe for the place where it is shown.
 
 Names of tensors, files, tasks and labels come from files that others wrote. Every one passes through the function of
-the place that it reaches: `printable` for a terminal, a log or a message, `in_markup` for a table drawn with rich,
-`in_markdown` and `in_code` for a model card, `in_file_name` for a part of a path. Pages make names visible and escape
-them in their templates (`report/embed.py`).
+the place that it reaches: `printable` for a terminal, a log or a message, `warn` for a warning, `in_markup` for a table
+drawn with rich, `in_markdown` and `in_code` for a model card, `in_file_name` for a part of a path. Pages make names
+visible and escape them in their templates (`report/embed.py`).
 """
 
 import hashlib
 import re
 import unicodedata
+import warnings
 
 _UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode categories that a reader does not see as they are: control and format characters, surrogates, separators."""
@@ -21,6 +22,7 @@ _RESERVED = frozenset(
 """Names that Windows gives to devices, with any ending."""
 _LONGEST_NAME = 80
 _LONGEST = 300
+_LONGEST_WARNING = 4000
 
 
 def printable(text: object, *, lines: bool = False) -> str:
@@ -54,6 +56,11 @@ def shortened(text: object, longest: int = _LONGEST) -> str:
         return shown
     half = longest // 2 - 1
     return f"{shown[:half]}…{shown[-half:]}"
+
+
+def warn(message: str, stacklevel: int = 2) -> None:
+    """As `warnings.warn`, of a message that may quote names out of files."""
+    warnings.warn(shortened(message, _LONGEST_WARNING), stacklevel=stacklevel + 1)
 
 
 def in_markup(text: object) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from spectralbasis.linalg import (
     subspace_error_bound,
 )
 from spectralbasis.linalg.row_source import MatrixLike, row_slices
+from spectralbasis.printable import warn
 
 DEFAULT_TOLERANCE = 1e-4
 _CACHE_VERSION = "2"
@@ -258,7 +258,7 @@ def _to_cache(triplets: Triplets) -> None:
         with atomic_path(_cache_files(triplets.base_hash) / f"k{triplets.k}.safetensors") as temporary:
             save_file(tensors, temporary, metadata={"triplets": facts, "checksum": checksum(facts, tensors=tensors)})
     except InputError:
-        warnings.warn(
+        warn(
             f"the cache {cache_folder()} is full or cannot be written, so triplets are computed anew each time; "
             "make room, or set SPECTRALBASIS_CACHE",
             stacklevel=2,

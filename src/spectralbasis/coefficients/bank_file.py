@@ -177,8 +177,9 @@ def _layout(path: Path, metadata: Mapping[str, str], tasks: int, shape: tuple[in
     place = str(basis_beside(path)) if record["basis"] == _FILE else record["basis"]
     if record["basis"] == _FILE and not Path(place).is_file():
         raise InputError(f"the bank {path} needs the basis file {Path(place).name} beside it; put it there")
+    settings: dict[str, Any] = {**record, "basis": place}
     try:
-        config = SpectralConfig(**{**record, "basis": place})
+        config = SpectralConfig(**settings)
     except InputError as error:
         raise InputError(f"the config of the bank {path}: {error}") from error
     width = sum(prod(config.stored_shape(name)) for name in record["ranks"])

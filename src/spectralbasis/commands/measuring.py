@@ -19,6 +19,7 @@ from spectralbasis.commands.options import (
     stopped_by_hand,
 )
 from spectralbasis.errors import InputError
+from spectralbasis.printable import printable
 
 
 def basis(
@@ -124,7 +125,7 @@ def compare(
         raise InputError(" ".join(result.summary()["notes"]))
     tables.show_result(result.summary(), tables.findings_table, as_json)
     if output is not None:
-        print(f"report: {output / 'index.html'}", file=sys.stderr)
+        print(printable(f"report: {output / 'index.html'}"), file=sys.stderr)
 
 
 def similarity(

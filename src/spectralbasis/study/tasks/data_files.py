@@ -8,6 +8,7 @@ import gzip
 import lzma
 import math
 import tarfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ _NUMBERS = "biuf"
 _UNREADABLE = (
     EOFError,
     KeyError,
+    MemoryError,
     OSError,
     OverflowError,
     RuntimeError,
@@ -37,6 +39,7 @@ _UNREADABLE = (
     ValueError,
     lzma.LZMAError,
     tarfile.TarError,
+    tokenize.TokenError,
     zipfile.BadZipFile,
     zlib.error,
 )
