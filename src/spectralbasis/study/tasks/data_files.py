@@ -80,7 +80,8 @@ def _member(file: Path, archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
 
 def _array(file: Path, archive: zipfile.ZipFile, name: str, member: zipfile.ZipInfo) -> NDArray[Any]:
     """An array, once its header is known to speak of as many bytes as the archive says it has."""
-    with archive.open(member) as stored:
+    opened: Any = archive.open(member)
+    with opened as stored:
         version = np.lib.format.read_magic(stored)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         if version not in read_header:
@@ -147,7 +148,9 @@ def tar_members(file: Path, largest: int = LARGEST) -> Iterator[tuple[str, bytes
     _check_file(file)
     total = 0
     try:
-        with _unpacked(file) as packed, tarfile.open(fileobj=_Limited(file, packed), mode="r|") as archive:
+        with _unpacked(file) as packed:
+            limited: Any = _Limited(file, packed)
+            archive = tarfile.open(fileobj=limited, mode="r|")  # noqa: SIM115
             for count, member in enumerate(archive):
                 total += max(member.size, 0)
                 _check_size(file, total)
@@ -171,7 +174,7 @@ def _unpacked(file: Path) -> IO[bytes]:
 
 
 class _Limited:
-    """What a file unpacks to, up to `LARGEST` bytes."""
+    """What a file unpacks to, up to `LARGEST` bytes; it can be read once from its start to its end."""
 
     def __init__(self, file: Path, packed: IO[bytes]) -> None:
         self._file = file
