@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from spectralbasis import SpectralBasis
+from spectralbasis.checksums import checksum
 from spectralbasis.errors import InputError
 from spectralbasis.triplets import matrix_hash
 from tests.matrices import power_law, with_spectrum
@@ -85,9 +86,93 @@ def test_a_file_of_another_kind_or_version_or_damaged_is_refused(state, tmp_path
     file = SpectralBasis.compute(state, leading=2).save(tmp_path / "basis.safetensors")
     with safe_open(file, framework="pt") as opened:
         header = json.loads(opened.metadata()["spectralbasis"])
-    save_file(load_file(file), other, metadata={"spectralbasis": json.dumps({**header, "version": 99})})
-    with pytest.raises(InputError, match="format 99, this version reads up to 2"):
+    text = json.dumps({**header, "version": 99})
+    save_file(load_file(file), other, metadata={"spectralbasis": text, "checksum": checksum(text)})
+    with pytest.raises(InputError, match="version is 99, expected 2"):
         SpectralBasis.load(other)
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(InputError, match="cannot be read as safetensors"):
         SpectralBasis.load(file)
+
+
+def rewritten(file, change_header=lambda header: None, change_tensors=lambda tensors: None, name="layer.0.dense"):
+    """A basis file as whoever forges one would write it: with right checksums."""
+    with safe_open(file, framework="pt") as opened:
+        header = json.loads(opened.metadata()["spectralbasis"])
+    tensors = load_file(file)
+    change_tensors(tensors)
+    part = {
+        field: tensors[f"{name}.{field}"] for field in ("U", "S", "Vh", "residuals") if f"{name}.{field}" in tensors
+    }
+    header["checksums"][name] = checksum(tensors=part)
+    change_header(header)
+    text = json.dumps(header)
+    save_file(tensors, file, metadata={"spectralbasis": text, "checksum": checksum(text)})
+    return file
+
+
+@pytest.fixture
+def stored(state, tmp_path):
+    return SpectralBasis.compute(state, leading=4).save(tmp_path / "basis.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda header: header.pop("kind"), "kind is missing"),
+        (lambda header: header.update(skipped=["a"]), r"skipped is \['a'\], expected an object"),
+        (lambda header: header.update(leading=None), "leading is None, expected a valid integer or a valid number or"),
+        (lambda header: header.update(version=1), "version is 1, expected 2"),
+        (lambda header: header.update(more=1), "more is not known"),
+        (lambda header: header["matrices"]["layer.0.dense"].update(evil=1), "layer.0.dense.evil is not known"),
+        (lambda header: header["matrices"]["layer.0.dense"].pop("solver"), "layer.0.dense.solver is missing"),
+        (
+            lambda header: header["matrices"]["layer.0.dense"].update(subspace_error_bound=float("nan")),
+            "subspace_error_bound is nan, expected a finite number",
+        ),
+        (
+            lambda header: header["matrices"].update(other=header["matrices"]["layer.0.dense"]),
+            "its header and its tensors differ in other",
+        ),
+        (lambda header: header["checksums"].pop("layer.1.dense"), "differ in layer.1.dense"),
+    ],
+)
+def test_a_header_that_is_not_ours_is_refused_in_a_sentence(stored, change, said):
+    rewritten(stored, change)
+    with pytest.raises(InputError, match=said):
+        SpectralBasis.load(stored)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("U", torch.eye(30, 4) * torch.nan, "U has a NaN or infinite entry"),
+        ("U", torch.ones(30, 4), "columns of U are not orthonormal"),
+        ("Vh", 2 * torch.eye(4, 20), "rows of Vh are not orthonormal"),
+        ("S", torch.tensor([1.0, 2.0, 3.0, 4.0]), "S is not descending"),
+        ("residuals", -torch.ones(4), "residuals has a negative entry"),
+        ("U", torch.eye(30, 5), "has tensors of shapes"),
+        ("S", torch.ones(7), "has tensors of shapes"),
+        ("S", torch.tensor(1.0), "has tensors of shapes"),
+        ("U", torch.eye(30, 4).double(), "has tensors of type F32, F64, expected F32"),
+    ],
+)
+def test_tensors_that_cannot_be_triplets_are_refused_in_a_sentence(stored, field, value, said):
+    rewritten(stored, change_tensors=lambda tensors: tensors.update({f"layer.0.dense.{field}": value}))
+    with pytest.raises(InputError, match=said):
+        SpectralBasis.load(stored)["layer.0.dense"]
+
+
+def test_more_directions_than_a_matrix_has_are_refused(stored):
+    forged = {"U": torch.eye(3, 5), "S": torch.ones(5), "Vh": torch.eye(5, 9), "residuals": torch.zeros(5)}
+    rewritten(stored, change_tensors=lambda t: t.update({f"layer.0.dense.{f}": forged[f] for f in forged}))
+    with pytest.raises(InputError, match=r"1 <= k <= min\(m, n\)"):
+        SpectralBasis.load(stored)
+
+
+def test_a_file_without_a_checksum_is_refused(stored):
+    with safe_open(stored, framework="pt") as opened:
+        text = opened.metadata()["spectralbasis"]
+    save_file(load_file(stored), stored, metadata={"spectralbasis": text})
+    with pytest.raises(InputError, match="its header fails its checksum"):
+        SpectralBasis.load(stored)

@@ -2,15 +2,16 @@
 
 import json
 import os
+import re
 from pathlib import Path
-from typing import NotRequired
+from typing import Any, NotRequired
 
 import pytest
 from typing_extensions import TypedDict
 
 from spectralbasis.errors import InputError
-from spectralbasis.printable import in_markdown, in_markup, printable, shortened
-from spectralbasis.records import LARGEST, checked, parse_json, read_record
+from spectralbasis.printable import in_code, in_file_name, in_markdown, in_markup, printable, shortened, warn
+from spectralbasis.records import LARGEST, Count, Finite, Positive, checked, parse_json, read_record
 
 
 class Planet(TypedDict):
@@ -42,6 +43,41 @@ def test_a_difference_is_one_sentence_with_field_value_and_expectation(change: d
     with pytest.raises(InputError) as raised:
         checked({**EARTH, **change}, Planet, "planet")
     assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("schema", "content", "said"),
+    [
+        (int | str, 1.5, "the whole is 1.5, expected a valid integer or a valid string"),
+        (dict[str, list[int] | int], {"a": [1, "b"]}, "a[1] is 'b', expected a valid integer"),
+        (dict[str, bool], {"a": 1}, "a is 1, expected true or false"),
+        (list[dict[str, int]], [3], "[0] is 3, expected an object"),
+        (tuple[int, int], [1, 2, 3], "the whole is [1, 2, 3], expected at most 2 items"),
+        (tuple[int, int], [1], "[1] is missing"),
+        (Finite, float("nan"), "the whole is nan, expected a finite number"),
+        (dict[str, Finite], {"a": 10**400}, "expected a finite number"),
+        (Count, -1, "the whole is -1, expected at least 0"),
+        (Count, 10**30, "expected at most 9223372036854775807"),
+        (Positive, 0, "expected at least 1"),
+    ],
+)
+def test_what_is_expected_is_said_plainly(schema: Any, content: object, said: str) -> None:
+    with pytest.raises(InputError) as raised:
+        checked(content, schema, "it")
+    assert said in str(raised.value)
+
+
+def test_names_that_are_no_utf8_are_spelled_out() -> None:
+    assert checked({"\udcff": "a\ud800"}, dict[str, str], "it") == {r"\udcff": r"a\ud800"}
+
+
+@pytest.mark.parametrize("depth", [500, 100_000])
+def test_content_of_any_depth_is_refused_in_a_sentence(depth: int) -> None:
+    content: object = 1
+    for _ in range(depth):
+        content = [content]
+    with pytest.raises(InputError, match="nests more deeply"):
+        checked(content, dict[str, int], "it")
 
 
 def test_a_missing_field_is_named() -> None:
@@ -98,3 +134,25 @@ def test_messages_of_errors_are_one_printable_paragraph() -> None:
     assert "\x1b" not in str(error)
     assert "\n" not in str(error)
     assert len(str(error)) < 5000
+
+
+@pytest.mark.parametrize(
+    "name", ["..", "", ".", "CON", "nul.txt", "a/b", "a\\b", "a:b", "a\x00b", "a\n", "é", "x" * 300]
+)
+def test_a_name_becomes_one_part_of_a_path_that_every_system_takes(name: str) -> None:
+    part = in_file_name(name)
+    assert re.fullmatch(r"[A-Za-z0-9._+=@ -]{1,100}", part)
+    assert part.split(".")[0].upper() not in {"", "CON", "NUL"}
+    assert part != in_file_name(name + "x")
+    assert in_file_name("STS-B") == "STS-B"
+
+
+def test_a_span_of_code_holds_any_text() -> None:
+    assert in_code("a") == "`a`"
+    assert in_code("`a``b`\n") == "``` `a``b`\\n ```"
+    assert in_code("``") == "``` `` ```"
+
+
+def test_a_warning_is_printable() -> None:
+    with pytest.warns(UserWarning, match=r"a \\x1b\[31mname"):
+        warn("a \x1b[31mname")

@@ -1,15 +1,21 @@
 """The spectral basis of a model: the leading singular triplets of every weight matrix, in one file."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import torch
+from annotated_types import Ge, Le
+from pydantic import with_config
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
+from typing_extensions import TypedDict
 
 from spectralbasis.checkpoints import Checkpoint, Matrix, logical_matrices, open_checkpoint
 from spectralbasis.checksums import checksum
@@ -17,6 +23,7 @@ from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path
 from spectralbasis.linalg import Leading, parse_leading, resolve_leading
 from spectralbasis.progress import track
+from spectralbasis.records import Finite, checked, parse_json
 from spectralbasis.sizes import check_memory
 from spectralbasis.triplets import (
     DEFAULT_TOLERANCE,
@@ -27,7 +34,33 @@ from spectralbasis.triplets import (
 )
 
 FORMAT_VERSION = 2
-_WITHOUT_CHECKSUMS = 1
+_FIELDS = ("U", "S", "Vh", "residuals")
+_DEFECT = 1e-3
+"""By how much columns may miss being orthonormal: float32 leaves a hundredth of it."""
+_ANEW = "compute the basis again"
+
+
+@with_config(extra="forbid")
+class _Facts(TypedDict):
+    """What the header says of one matrix; see `Triplets`."""
+
+    next_singular_value: Annotated[float, Ge(0)]
+    subspace_error_bound: Annotated[Finite, Ge(0), Le(1)]
+    solver: str
+    base_hash: str
+
+
+@with_config(extra="forbid")
+class _Header(TypedDict):
+    """The header of a basis file."""
+
+    version: Literal[2]
+    kind: str
+    source: str
+    leading: int | Finite | str
+    skipped: dict[str, str]
+    matrices: dict[str, _Facts]
+    checksums: dict[str, str]
 
 
 class SpectralBasis(Mapping[str, Triplets]):
@@ -148,7 +181,7 @@ class SpectralBasis(Mapping[str, Triplets]):
         """
         header, handle = _open(Path(file))
         return cls(
-            _StoredTriplets(Path(file), handle, header["matrices"], header.get("checksums", {})),
+            _StoredTriplets(Path(file), handle, header["matrices"], header["checksums"]),
             kind=header["kind"],
             source=header["source"],
             leading=header["leading"],
@@ -157,11 +190,9 @@ class SpectralBasis(Mapping[str, Triplets]):
 
 
 class _StoredTriplets(Mapping[str, Triplets]):
-    """Triplets of a basis file, read on access, and held against their checksum where the file has them."""
+    """Triplets of a basis file, read on access and checked."""
 
-    def __init__(
-        self, file: Path, handle: Any, facts: Mapping[str, Mapping[str, Any]], checksums: Mapping[str, str]
-    ) -> None:
+    def __init__(self, file: Path, handle: Any, facts: Mapping[str, _Facts], checksums: Mapping[str, str]) -> None:
         self._file = file
         self._handle = handle
         self._facts = facts
@@ -170,11 +201,14 @@ class _StoredTriplets(Mapping[str, Triplets]):
     def __getitem__(self, name: str) -> Triplets:
         facts = self._facts[name]
         try:
-            tensors = {field: self._handle.get_tensor(f"{name}.{field}") for field in ("U", "S", "Vh", "residuals")}
+            tensors = {field: self._handle.get_tensor(f"{name}.{field}") for field in _FIELDS}
         except SafetensorError as error:
             raise InputError(f"{self._file} is damaged: {error}; compute the basis again") from error
-        if name in self._checksums and checksum(tensors=tensors) != self._checksums[name]:
-            raise InputError(f"{self._file} is damaged: {name} has not its checksum; compute the basis again")
+        if checksum(tensors=tensors) != self._checksums[name]:
+            raise InputError(f"{self._file} is damaged: {name} fails its checksum; {_ANEW}")
+        wrong = _defect(tensors, ordered=math.isfinite(facts["next_singular_value"]))
+        if wrong:
+            raise InputError(f"{self._file}: {name} holds no triplets, since {wrong}; {_ANEW}")
         return Triplets(**tensors, **facts)
 
     def hashes(self) -> dict[str, str]:
@@ -200,7 +234,7 @@ def _nothing_found(checkpoint: Checkpoint, skipped: Mapping[str, str]) -> str:
     return f"no matrix of {checkpoint.source} could be decomposed; {name + ': ' if name else ''}{reason}"
 
 
-def _open(file: Path) -> tuple[dict[str, Any], Any]:
+def _open(file: Path) -> tuple[_Header, Any]:
     if not file.is_file():
         raise InputError(f"no basis file at {file}; write one with: spectralbasis basis MODEL -o {file}")
     try:
@@ -208,19 +242,56 @@ def _open(file: Path) -> tuple[dict[str, Any], Any]:
         if isinstance(handle, AbstractContextManager):
             handle = handle.__enter__()
         metadata = handle.metadata() or {}
-        text = metadata.get("spectralbasis", "null")
-        header = json.loads(text)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as safetensors ({error}); compute the basis again") from error
-    if not isinstance(header, dict) or not isinstance(header.get("matrices"), dict):
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} cannot be read as safetensors ({error}); {_ANEW}") from error
+    text = metadata.get("spectralbasis")
+    if text is None:
         raise InputError(
             f"{file} is a safetensors file but no basis; write one with: spectralbasis basis MODEL -o FILE"
         )
-    if header.get("version") not in (FORMAT_VERSION, _WITHOUT_CHECKSUMS):
-        raise InputError(
-            f"{file} has basis format {header.get('version')}, this version reads up to {FORMAT_VERSION}; "
-            "update spectralbasis, or compute the basis again"
-        )
-    if header["version"] != _WITHOUT_CHECKSUMS and metadata.get("checksum") != checksum(text):
-        raise InputError(f"{file} is damaged: its header has not its checksum; compute the basis again")
+    if metadata.get("checksum") != checksum(text):
+        raise InputError(f"{file} is damaged: its header fails its checksum; {_ANEW}")
+    header = checked(parse_json(text, f"the header of {file}", _ANEW), _Header, f"the header of {file}", _ANEW)
+    _check_contents(file, header, handle)
     return header, handle
+
+
+def _check_contents(file: Path, header: _Header, handle: Any) -> None:
+    """Refuse a file whose tensors are not those of its header, or not of the shapes of triplets; no data is read."""
+    expected = {f"{name}.{field}" for name in header["matrices"] for field in _FIELDS}
+    odd = sorted(expected ^ set(handle.keys())) or sorted(header["matrices"].keys() ^ header["checksums"].keys())
+    if odd:
+        raise InputError(f"{file}: its header and its tensors differ in {odd[0]}; {_ANEW}")
+    for name in header["matrices"]:
+        slices = {field: handle.get_slice(f"{name}.{field}") for field in _FIELDS}
+        shapes = {field: tuple(one.get_shape()) for field, one in slices.items()}
+        m, n, k = shapes["U"][0] if shapes["U"] else 0, shapes["Vh"][-1] if shapes["Vh"] else 0, math.prod(shapes["S"])
+        if shapes != {"U": (m, k), "S": (k,), "Vh": (k, n), "residuals": (k,)} or not 1 <= k <= min(m, n):
+            raise InputError(
+                f"{file}: {name} has tensors of shapes {', '.join(f'{field} {shapes[field]}' for field in _FIELDS)}, "
+                f"expected (m, k), (k,), (k, n) and (k,) with 1 <= k <= min(m, n); {_ANEW}"
+            )
+        types = {one.get_dtype() for one in slices.values()}
+        if types != {"F32"}:
+            raise InputError(f"{file}: {name} has tensors of type {', '.join(sorted(types))}, expected F32; {_ANEW}")
+
+
+def _defect(tensors: Mapping[str, Tensor], *, ordered: bool) -> str:
+    """Why these cannot be triplets; empty where nothing speaks against it.
+
+    Four random combinations of the directions tell with certainty enough, at the cost of one product with them, whether
+    those are orthonormal.
+    """
+    for field, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            return f"{field} has a NaN or infinite entry"
+    S = tensors["S"]
+    if ordered and (bool((S < 0).any()) or bool((S.diff() > _DEFECT * S[0]).any())):
+        return "S is not descending from a value of 0 or more"
+    if bool((tensors["residuals"] < 0).any()):
+        return "residuals has a negative entry"
+    mixed = torch.randn(S.numel(), 4, generator=torch.Generator().manual_seed(0))
+    for field, directions in (("columns of U", tensors["U"]), ("rows of Vh", tensors["Vh"].T)):
+        if not float((directions.T @ (directions @ mixed) - mixed).abs().max()) <= _DEFECT:
+            return f"the {field} are not orthonormal"
+    return ""

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Annotated
 
@@ -11,6 +12,7 @@ import typer
 
 from spectralbasis.commands import COMMANDS
 from spectralbasis.errors import InputError, SpectralBasisError
+from spectralbasis.printable import printable
 from spectralbasis.version import __version__
 
 app = typer.Typer(
@@ -29,6 +31,20 @@ NOISE = {
 """Logger → words of a warning that it gives whenever PEFT imports torchao and bitsandbytes, whether used or not."""
 
 
+class _PrintableRecord(logging.LogRecord):
+    """A log record whose message may quote names out of files, by whichever library."""
+
+    def getMessage(self) -> str:
+        return printable(super().getMessage(), lines=True)
+
+
+def _show_printable() -> None:
+    """Escape what a terminal would act on in the warnings and logs of this process."""
+    logging.setLogRecordFactory(_PrintableRecord)
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **kwargs: printable(plain(*args, **kwargs), lines=True)
+
+
 def _without(words: str) -> Callable[[logging.LogRecord], bool]:
     """A filter that drops the log records that hold these words."""
     return lambda record: words not in record.getMessage()
@@ -42,6 +58,7 @@ def main() -> None:
     """Run the command line; errors meant for people end as one paragraph and exit code 1."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    _show_printable()
     try:
         if "\0" in "".join(arguments):
             raise InputError("an argument holds the character NUL, which no name can hold; leave it out")
@@ -52,7 +69,7 @@ def main() -> None:
         sys.exit(1)
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            print(printable(traceback.format_exc(), lines=True), file=sys.stderr)
         print(_paragraph(error), file=sys.stderr)
         sys.exit(1)
 
@@ -60,7 +77,8 @@ def main() -> None:
 def _paragraph(error: Exception) -> str:
     if isinstance(error, SpectralBasisError):
         return f"error: {error}"
-    return f"unexpected {type(error).__name__}: {error}\nRun the command again with --debug to see where it comes from."
+    said = printable(error, lines=True)
+    return f"unexpected {type(error).__name__}: {said}\nRun the command again with --debug to see where it comes from."
 
 
 def _version(wanted: bool) -> None:

@@ -1,17 +1,28 @@
 """Text of unknown origin, made safe for the place where it is shown.
 
 Names of tensors, files, tasks and labels come from files that others wrote. Every one passes through the function of
-the place that it reaches: `printable` for a terminal, a log or a message, `in_markup` for a table drawn with rich,
-`in_markdown` for a model card. Pages escape names in their templates (`report/page.py`).
+the place that it reaches: `printable` for a terminal, a log or a message, `warn` for a warning, `in_markup` for a table
+drawn with rich, `in_markdown` and `in_code` for a model card, `in_file_name` for a part of a path. Pages make names
+visible and escape them in their templates (`report/embed.py`).
 """
 
+import hashlib
 import re
 import unicodedata
+import warnings
 
 _UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode categories that a reader does not see as they are: control and format characters, surrogates, separators."""
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+!|~$&-])")
+_BACKTICKS = re.compile("`+")
+_NOT_IN_FILES = re.compile(r"[^A-Za-z0-9._+=@ -]+")
+_RESERVED = frozenset(
+    {"", "CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(10))}
+)
+"""Names that Windows gives to devices, with any ending."""
+_LONGEST_NAME = 80
 _LONGEST = 300
+_LONGEST_WARNING = 4000
 
 
 def printable(text: object, *, lines: bool = False) -> str:
@@ -25,10 +36,12 @@ def printable(text: object, *, lines: bool = False) -> str:
         >>> printable("layer\x1b[31m.weight")
         'layer\\x1b[31m.weight'
     """
-    kept = "\n\t" if lines else ""
+    shown, kept = str(text), "\n\t" if lines else ""
+    if shown.isprintable():
+        return shown
     return "".join(
         character if character in kept or unicodedata.category(character) not in _UNSEEN else _escaped(character)
-        for character in str(text)
+        for character in shown
     )
 
 
@@ -45,6 +58,11 @@ def shortened(text: object, longest: int = _LONGEST) -> str:
     return f"{shown[:half]}…{shown[-half:]}"
 
 
+def warn(message: str, stacklevel: int = 2) -> None:
+    """As `warnings.warn`, of a message that may quote names out of files."""
+    warnings.warn(shortened(message, _LONGEST_WARNING), stacklevel=stacklevel + 1)
+
+
 def in_markup(text: object) -> str:
     """The text for a table drawn with rich, which then shows it as it is."""
     from rich.markup import escape  # takes longer to import than a command that fails at once
@@ -55,3 +73,28 @@ def in_markup(text: object) -> str:
 def in_markdown(text: object) -> str:
     """The text for a Markdown file, which then shows it as it is, on one line."""
     return _MARKDOWN.sub(r"\\\1", printable(text))
+
+
+def in_code(text: object) -> str:
+    """The text as a span of code in a Markdown file, on one line, whatever backticks it holds."""
+    shown = printable(text)
+    fence = "`" * (max(map(len, _BACKTICKS.findall(shown)), default=0) + 1)
+    pad = " " if shown.startswith("`") or shown.endswith("`") else ""
+    return f"{fence}{pad}{shown}{pad}{fence}"
+
+
+def in_file_name(text: object) -> str:
+    """One part of a path that stands for the text on every system; other texts have other names.
+
+    Example:
+        >>> in_file_name("RTE")
+        'RTE'
+        >>> in_file_name("../a:b")
+        'a-b-6d79d0a9'
+    """
+    given = str(text)
+    name = _NOT_IN_FILES.sub("-", given).strip("-. ")[:_LONGEST_NAME].rstrip("-. ")
+    if name == given and name.split(".")[0].upper() not in _RESERVED:
+        return name
+    digest = hashlib.sha256(given.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return "-".join(part for part in ("" if name.split(".")[0].upper() in _RESERVED else name, digest) if part)

@@ -5,11 +5,15 @@ beside the code that writes it.
 """
 
 import json
+import math
+import re
 import stat
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
+
+from annotated_types import Ge, Le, Predicate
 
 from spectralbasis.errors import InputError
 from spectralbasis.printable import shortened
@@ -17,6 +21,34 @@ from spectralbasis.printable import shortened
 Schema = TypeVar("Schema")
 LARGEST = 256 << 20
 """Bytes of JSON that are read at most: the indexes and records of the largest models take a few per cent of it."""
+
+_LONE = re.compile("[\ud800-\udfff]")
+"""Halves of a character, which JSON can hold and UTF-8 cannot: how Python names a file whose name is no UTF-8."""
+_PLAIN = (
+    ("Input should be ", ""),
+    ("Value error, ", ""),
+    ("greater than or equal to ", "at least "),
+    ("greater than ", "more than "),
+    ("less than or equal to ", "at most "),
+    ("Predicate 'isfinite' failed", "a finite number"),
+    ("a valid dictionary or instance of ", "an object, as of "),
+    ("a valid dictionary", "an object"),
+    ("a valid array", "a list"),
+    ("a valid tuple", "a list"),
+    ("a valid list", "a list"),
+    ("a valid set", "a list"),
+    ("a valid boolean", "true or false"),
+    ("String should match pattern ", "a text that matches "),
+)
+"""How pydantic says what it expects → how a person would."""
+_COUNTED = re.compile(r" should have (at (?:most|least) \d+ \w+)")
+
+Finite = Annotated[float, Predicate(math.isfinite)]
+"""A number that is neither NaN nor infinite."""
+Count = Annotated[int, Ge(0), Le(2**63 - 1)]
+"""A whole number from 0 on, of 64 bits."""
+Positive = Annotated[int, Ge(1), Le(2**63 - 1)]
+"""A whole number from 1 on, of 64 bits."""
 
 
 def parse_json(text: str | bytes, where: str, remedy: str = "restore it from the original") -> Any:
@@ -85,22 +117,61 @@ def checked(content: object, schema: type[Schema], where: str, remedy: str = "re
     from pydantic import ValidationError
 
     try:
-        found: Schema = _adapter(cast(Hashable, schema)).validate_json(json.dumps(content), strict=True)
+        text = json.dumps(content, ensure_ascii=False)
+    except RecursionError as error:
+        raise InputError(f"{where} nests more deeply than any such file does; {remedy}") from error
+    try:
+        found: Schema = _adapter(cast(Hashable, schema)).validate_json(_LONE.sub(_spelled, text), strict=True)
     except ValidationError as error:
-        raise InputError(f"{where}: {_difference(error)}; {remedy}") from error
+        raise InputError(f"{where}: {_difference(content, error)}; {remedy}") from error
     return found
 
 
-def _difference(error: Any) -> str:
-    """The first difference as a clause: field, value, expectation."""
-    first = error.errors(include_url=False)[0]
-    field = _path(first["loc"])
+def _spelled(half: re.Match[str]) -> str:
+    """Half a character as a text of six characters, which a reader sees."""
+    return f"\\\\u{ord(half[0]):04x}"
+
+
+def _difference(content: object, error: Any) -> str:
+    """The difference as a clause: field, value, expectation.
+
+    Where a value may be of several kinds, each gives an error: those of the place deepest in the content come from the
+    kind that fits best, and all that they expect is said.
+    """
+    errors = [(_location(content, one["loc"], one["type"]), one) for one in error.errors(include_url=False)]
+    place, first = max(errors, key=lambda one: len(one[0]))
+    field = _path(place) or "the whole"
     if first["type"] == "missing":
         return f"{field} is missing"
     if first["type"] == "extra_forbidden":
         return f"{field} is not known"
-    expectation = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{field or 'the whole'} is {shortened(repr(first['input']), 80)}, expected {expectation}"
+    if first["type"] == "json_invalid":
+        return "it nests more deeply than any such file does"
+    expected = dict.fromkeys(_plain(one["msg"]) for where, one in errors if where == place)
+    value = f"the key {field}" if first["loc"][-1:] == ("[key]",) else field
+    return f"{value} is {shortened(repr(first['input']), 80)}, expected {' or '.join(expected)}"
+
+
+def _plain(message: str) -> str:
+    if counted := _COUNTED.search(message):
+        return counted[1]
+    for technical, plain in _PLAIN:
+        message = message.replace(technical, plain)
+    return message
+
+
+def _location(content: object, location: Sequence[str | int], kind: str) -> tuple[str | int, ...]:
+    """The part of pydantic's location that leads through the content; the rest names kinds that the value may be of."""
+    found: list[str | int] = []
+    for part in location:
+        if isinstance(content, Mapping) and part in content:
+            content = content[part]
+        elif isinstance(content, Sequence) and not isinstance(content, str) and isinstance(part, int):
+            content = content[part] if part < len(content) else None
+        else:
+            continue
+        found.append(part)
+    return (*found, location[-1]) if kind == "missing" and found[-1:] != [location[-1]] else tuple(found)
 
 
 def _path(location: Sequence[str | int]) -> str:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
-from rich.markup import escape
 from rich.table import Table
+
+from spectralbasis.printable import in_markup, printable
 
 if TYPE_CHECKING:
     from spectralbasis.basis import SpectralBasis
@@ -31,7 +32,7 @@ def show_result(result: Mapping[str, Any], table: Callable[[Mapping[str, Any]], 
 
 def show_report(page: Path, as_json: bool) -> None:
     """Print where a report lies, on stdout."""
-    print(json.dumps({"report": str(page)}) if as_json else page)
+    print(json.dumps({"report": str(page)}) if as_json else printable(page))
 
 
 def basis_facts(basis: "SpectralBasis", file: Path) -> dict[str, Any]:
@@ -63,9 +64,11 @@ def basis_table(facts: Mapping[str, Any]) -> Table:
     )
     for name, one in facts["matrices"].items():
         m, n = one["shape"]
-        table.add_row(escape(name), f"{m}×{n}", str(one["k"]), f"{one['subspace_error_bound']:.1e}", one["solver"])
+        table.add_row(
+            in_markup(name), f"{m}×{n}", str(one["k"]), f"{one['subspace_error_bound']:.1e}", in_markup(one["solver"])
+        )
     for name, reason in facts["skipped"].items():
-        table.add_row(escape(name), "", "", "", f"skipped: {escape(reason)}")
+        table.add_row(in_markup(name), "", "", "", f"skipped: {in_markup(reason)}")
     return table
 
 
@@ -82,12 +85,12 @@ def findings_table(summary: Mapping[str, Any]) -> Table:
     for label, finding in findings.items():
         for measure in ("stability", "trailing_stability", "coverage", "trailing_coverage"):
             if measure in finding:
-                table.add_row(escape(label), measure.replace("_", " "), *_finding_cells(finding[measure]))
+                table.add_row(in_markup(label), measure.replace("_", " "), *_finding_cells(finding[measure]))
     if "sharing" in summary:
         sharing = summary["sharing"]
         table.add_row(f"pairs: {sharing['over']}", "sharing", *_finding_cells(sharing))
     notes = [f"{m}: {summary[m]['note']}" for m in ("stability", "coverage") if summary[m].get("note")]
-    table.caption = escape("\n".join([*summary.get("notes", ()), *notes]))
+    table.caption = in_markup("\n".join([*summary.get("notes", ()), *notes]))
     return table
 
 
@@ -108,14 +111,14 @@ def plan_table(plan: Mapping[str, Any]) -> Group:
     )
     for one in plan["matrices"]:
         m, n = one["shape"]
-        cells = (f"{m}×{n}", str(one["count"]), str(one["k"]), one["solver"])
+        cells = (f"{m}×{n}", str(one["count"]), str(one["k"]), in_markup(one["solver"]))
         matrices.add_row(*cells, f"{one['seconds']:.3g}", f"{one['memory_bytes'] / 1e9:.3g} GB")
     steps = _table(f"{plan['operations']:.3g} floating-point operations", ["step", "operations", "time of one worker"])
     for name, step in plan["steps"].items():
         steps.add_row(name, f"{step['operations']:.3g}", duration(step["seconds"]))
     executors = _table("expected time", ["where", "time"])
     for one in plan["executors"]:
-        executors.add_row(escape(one["name"]), duration(one["seconds"]))
+        executors.add_row(in_markup(one["name"]), duration(one["seconds"]))
     return Group(matrices, "", steps, "", executors)
 
 
@@ -132,7 +135,7 @@ def similarity_table(result: Mapping[str, Any]) -> Table:
     table = _table(f"{result['matrices']} matrices", ["checkpoint", "checkpoint", "coefficients", "updates"])
     for pair in result["pairs"]:
         cosines = (_number(pair[kind], "+.4f") for kind in ("coefficients", "updates"))
-        table.add_row(escape(pair["a"]), escape(pair["b"]), *cosines)
+        table.add_row(in_markup(pair["a"]), in_markup(pair["b"]), *cosines)
     return table
 
 
@@ -150,7 +153,7 @@ def lora_table(result: Mapping[str, Any]) -> Table:
 
 def _with_notes(table: Table, notes: list[str]) -> Table:
     for note in notes:
-        table.add_row("note", escape(note))
+        table.add_row("note", in_markup(note))
     return table
 
 
@@ -167,7 +170,7 @@ def combination_table(result: Mapping[str, Any]) -> Table:
     """What an adapter was combined from."""
     table = _table(f"{result['method']} → {result['output']}", ["adapter", "weight"])
     for adapter, weight in zip(result["adapters"], result["weights"], strict=True):
-        table.add_row(escape(adapter), f"{weight:g}")
+        table.add_row(in_markup(adapter), f"{weight:g}")
     table.caption = f"{result['coefficients']} coefficients of {result['matrices']} matrices"
     return table
 
@@ -178,8 +181,8 @@ def claims_table(content: Mapping[str, Any]) -> Table:
     for name, part in content["experiments"].items():
         runs = f"{part['finished']}/{part['planned']}"
         for claim in part["claims"] or [{"text": "", "effect": None, "p_value": None, "verdict": ""}]:
-            cells = (_number(claim["effect"], "+.4g"), _number(claim["p_value"], ".2g"), claim["verdict"])
-            table.add_row(escape(name), runs, escape(claim["text"]), *cells)
+            cells = (_number(claim["effect"], "+.4g"), _number(claim["p_value"], ".2g"), in_markup(claim["verdict"]))
+            table.add_row(in_markup(name), runs, in_markup(claim["text"]), *cells)
     return table
 
 
@@ -188,17 +191,19 @@ def machine_table(facts: Mapping[str, Any]) -> Table:
     machine, speed, cache = facts["machine"], facts["speed"], facts["cache"]
     table = _facts("this machine")
     for name, version in {**facts["versions"], **facts["optional"]}.items():
-        table.add_row(escape(name), version or "–")
-    table.add_row("system", f"{machine['system']}, {machine['instructions']}{', bf16' if machine['bf16'] else ''}")
+        table.add_row(in_markup(name), in_markup(version or "–"))
+    table.add_row(
+        "system", in_markup(f"{machine['system']}, {machine['instructions']}{', bf16' if machine['bf16'] else ''}")
+    )
     table.add_row(
         "cores, threads, load", f"{machine['cores']}, {machine['threads']}, {_number(machine['load'], '.1f')}"
     )
     memory = (machine["available_bytes"] / 1e9, machine["memory_bytes"] / 1e9)
     table.add_row("memory", "{:.1f} GB free of {:.1f} GB".format(*memory))
-    table.add_row("devices", escape(", ".join(machine["devices"])) or "none but the processor")
+    table.add_row("devices", in_markup(", ".join(machine["devices"])) or "none but the processor")
     table.add_row("GFLOP/s, float32", f"{speed['one_thread']:g} with one thread, {speed['all_threads']:g} with all")
-    table.add_row("cache", f"{escape(cache['folder'])}: {cache['files']} files, {cache['bytes'] / 1e6:.1f} MB")
-    table.caption = escape("\n".join(f"• {sentence}" for sentence in facts["advice"]))
+    table.add_row("cache", f"{in_markup(cache['folder'])}: {cache['files']} files, {cache['bytes'] / 1e6:.1f} MB")
+    table.caption = in_markup("\n".join(f"• {sentence}" for sentence in facts["advice"]))
     return table
 
 
@@ -235,8 +240,8 @@ def scores_table(result: Mapping[str, Any]) -> Table:
 
 def _add_scores(table: Table, result: Mapping[str, Any]) -> None:
     for name, value in result["metrics"].items():
-        table.add_row(f"[bold]{name}[/]" if name == result["metric"] else name, f"{value:.4f}")
-    table.add_row("scored on", escape(str(result["evaluation_split"])))
+        table.add_row(f"[bold]{in_markup(name)}[/]" if name == result["metric"] else in_markup(name), f"{value:.4f}")
+    table.add_row("scored on", in_markup(str(result["evaluation_split"])))
 
 
 def _count(count: int, share: float) -> str:
@@ -255,7 +260,7 @@ def _facts(title: str) -> Table:
 
 def _table(title: str, columns: list[str]) -> Table:
     table = Table(
-        title=escape(title),
+        title=in_markup(title),
         title_justify="left",
         caption_justify="left",
         box=None,

@@ -5,7 +5,6 @@ import math
 import os
 import re
 import stat
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from spectralbasis.linalg import (
     triplet_residuals,
 )
 from spectralbasis.linalg.row_source import MatrixLike, row_slices
+from spectralbasis.printable import warn
 from spectralbasis.records import checked, parse_json
 
 DEFAULT_TOLERANCE = 1e-4
@@ -347,7 +347,7 @@ def _to_cache(triplets: Triplets) -> None:
         with atomic_path(_cache_files(triplets.base_hash) / f"k{triplets.k}.safetensors") as temporary:
             save_file(tensors, temporary, metadata={"triplets": facts, "checksum": checksum(facts, tensors=tensors)})
     except InputError:
-        warnings.warn(
+        warn(
             f"the cache {cache_folder()} is full or cannot be written, so triplets are computed anew each time; "
             "make room, or set SPECTRALBASIS_CACHE",
             stacklevel=2,

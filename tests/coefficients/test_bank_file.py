@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import xxhash
 from safetensors import safe_open
 
 import spectralbasis as sb
@@ -165,15 +166,99 @@ def test_a_file_with_a_turned_bit_is_a_sentence(bank, tmp_path):
             read_bank(file)
 
 
-def test_a_file_of_the_version_before_is_read_and_a_newer_one_refused(bank, base, tmp_path):
+def test_a_file_of_another_version_or_without_a_checksum_is_refused(bank, base, tmp_path):
     file = tmp_path / "bank.safetensors"
     bank.save(file)
     content = file.read_bytes()
-    file.write_bytes(_rewritten(content, bank="1", checksum=None))
-    assert torch.equal(logits(sb.CoefficientBank.open(file, load_base(base)), ["a", "b"]), logits(bank, ["a", "b"]))
-    file.write_bytes(_rewritten(content, bank="3"))
-    with pytest.raises(sb.InputError, match="no bank of version 2 or before; update spectralbasis"):
-        sb.CoefficientBank.open(file, load_base(base))
+    for changes, said in (({"bank": "1"}, "no bank of version 2"), ({"checksum": None}, "lacks its checksum")):
+        file.write_bytes(_rewritten(content, **changes))
+        with pytest.raises(sb.InputError, match=said):
+            sb.CoefficientBank.open(file, load_base(base))
+
+
+def _forged(file, **changes):
+    """Change the metadata of a bank as whoever forges one would: with a right checksum."""
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header, rows = json.loads(content[8 : 8 + size]), content[8 + size :]
+    metadata = header["__metadata__"]
+    for name, change in changes.items():
+        value = json.loads(metadata[name])
+        metadata[name] = json.dumps(change(value))
+    digest = xxhash.xxh3_128(json.dumps([metadata[name] for name in ("config", "heads", "tasks")]).encode())
+    digest.update(rows)
+    metadata["checksum"] = digest.hexdigest()
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + rows)
+
+
+def _config(**fields):
+    return {"config": lambda config: {**config, **fields}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (_config(basis="/etc/passwd"), "basis is '/etc/passwd', expected 'pretrained', 'minor', 'random' or 'file'"),
+        (_config(basis="file"), r"needs the basis file bank.basis.safetensors beside it"),
+        (_config(rank_pattern={"(a+)+b": 2}), "rank_pattern is not known"),
+        (_config(target_modules=["q"]), "target_modules is not known"),
+        (_config(scaling="x"), "scaling is 'x', expected"),
+        (_config(base_hashes=None), "base_hashes is None, expected an object"),
+        (_config(bandwidth=-1), "bandwidth is -1, expected at least 0"),
+        (_config(tolerance=float("nan")), "tolerance is nan, expected a finite number"),
+        ({"config": lambda c: {**c, "ranks": dict.fromkeys(c["ranks"], 10**9)}}, "expected at most 65536"),
+        ({"config": lambda c: {**c, "ranks": dict.fromkeys(c["ranks"], 60_000)}}, "expected 3 tasks of"),
+        ({"heads": lambda _: {"classifier": [10**12, 10**12]}}, "expected 3 tasks of"),
+        ({"heads": lambda _: {"classifier": [-1, 3]}}, r"classifier\[0\] is -1, expected at least 1"),
+        ({"heads": lambda _: {"classifier": [float("inf"), 3]}}, r"classifier\[0\] is inf, expected a valid integer"),
+        ({"heads": lambda _: ["classifier"]}, "expected an object"),
+        ({"tasks": lambda _: ["a", "b", "b"]}, "has the task 'b' twice"),
+        ({"tasks": lambda _: {"a": 1}}, "expected a list"),
+    ],
+)
+def test_what_no_bank_says_is_refused_in_a_sentence_before_anything_is_made_of_it(bank, tmp_path, changes, said):
+    file = tmp_path / "bank.safetensors"
+    bank.save(file)
+    _forged(file, **changes)
+    with pytest.raises(sb.InputError, match=said):
+        read_bank(file)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (0, float("nan"), "not finite among the coefficients of"),
+        (0, -float("inf"), "not finite among the coefficients of"),
+        (-4, -float("inf"), "no label, a gap between labels"),
+        (-3, -float("inf"), "no label, a gap between labels"),
+        (-1, float("inf"), "among the bias of classifier"),
+    ],
+)
+def test_rows_that_no_adapter_gives_are_refused(bank, tmp_path, place, value, said):
+    file = tmp_path / "bank.safetensors"
+    bank.save(file)
+    rows = bank._rows.read([0, 1, 2])
+    rows[2, place] = value
+    content = file.read_bytes()[: -rows.numel() * 4]
+    file.write_bytes(content + rows.numpy().tobytes())
+    _forged(file)
+    with pytest.raises(sb.InputError, match=f"the task 'ü/c' of the bank .* {said}"):
+        read_bank(file)
+
+
+def test_a_basis_file_goes_with_the_bank_and_is_found_nowhere_else(base, tmp_path):
+    basis = sb.SpectralBasis.compute(base, leading=4).save(tmp_path / "elsewhere.safetensors")
+    save_adapter(tmp_path / "one", base, basis=str(basis), leading=4)
+    kept = sb.CoefficientBank.from_adapters(load_base(base), {"one": tmp_path / "one"})
+    kept.save(tmp_path / "moved" / "bank.safetensors")
+    basis.unlink()
+    opened = sb.CoefficientBank.open(tmp_path / "moved" / "bank.safetensors", load_base(base))
+    assert torch.equal(logits(opened, ["one"]), logits(kept, ["one"]))
+    opened.save(tmp_path / "moved" / "bank.safetensors")
+    (tmp_path / "moved" / "bank.basis.safetensors").unlink()
+    with pytest.raises(sb.InputError, match=r"needs the basis file bank\.basis\.safetensors beside it"):
+        read_bank(tmp_path / "moved" / "bank.safetensors")
 
 
 def test_a_file_that_is_not_there_is_a_sentence(base, tmp_path):

@@ -124,6 +124,9 @@ def finding(value: float, null: float | None, low: float | None, high: float | N
         "ci_high": high,
         "p_value": p,
         "verdict": verdict,
+        "matrices": 37,
+        "relative_effect": None,
+        "significant": {"above_null": 0, "below_null": 0, "of": 37, "false_discovery_rate": 0.05},
     }
 
 
@@ -143,15 +146,21 @@ def summary(tuned: Sequence[str] = ("rte", "sst2"), *, null: bool = True, **chan
     return {
         "base": "/models/minilm",
         "tuned": list(tuned),
+        "tuned_sources": {name: f"/models/{name}" for name in tuned},
         "leading": 64,
         "null": "scrambled" if null else None,
         "draws": 5 if null else 0,
+        "tolerance": 1e-4,
         "seed": 0,
         "matrices": 37,
         "skipped": {"classifier": "only in the finetuned checkpoint", "embeddings.norm": "a vector, not a matrix"},
+        "unpaired": [],
+        "measured_share": 1.0,
+        "notes": [],
         "stability": stability,
         "coverage": coverage,
         "per_tuned": per_tuned,
+        "methods": "",
         "versions": {"spectralbasis": "0.1.0", "torch": "2.13.0", "python": "3.12.3"},
         "seconds": 83.2,
         "peak_rss_bytes": 612_000_000,
@@ -221,6 +230,7 @@ def tuning() -> dict[str, Any]:
             "coefficients": coefficients,
             "parameters_backbone": parameters,
             "share_backbone": parameters / 22_565_376,
+            "share_head": 770 / 22_565_376,
             "score": score + shift,
             "adapter_bytes": size,
         }

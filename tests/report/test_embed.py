@@ -8,20 +8,35 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from markupsafe import Markup
 
 from spectralbasis.report import embed
 
+VISIBLE = st.text(st.characters(exclude_categories=("Cc", "Cf", "Cs", "Zl", "Zp")))
+
 
 @given(
-    st.recursive(
-        st.text() | st.integers() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
-    )
+    st.recursive(VISIBLE | st.integers() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(VISIBLE, inner))
 )
 def test_json_in_a_script_reads_back_and_cannot_leave_it(value):
     text = str(embed.script_json(value))
     assert json.loads(text) == value
     assert text.isascii()
     assert not set("<>&") & set(text)
+
+
+def test_what_a_reader_cannot_see_is_spelled_out_in_json_and_templates():
+    hostile = "a\u202eb\x1b\ud800\tc"
+    assert json.loads(str(embed.script_json({hostile: [hostile]}))) == {
+        "a\\u202eb\\x1b\\ud800\tc": ["a\\u202eb\\x1b\\ud800\tc"]
+    }
+    shown = embed.environment().from_string("{{ name }}{{ markup }}").render(name=f"<{hostile}", markup=Markup("<b>"))
+    assert shown == "&lt;a\\u202eb\\x1b\\ud800\tc<b>"
+
+
+def test_a_label_is_not_taken_for_a_colour_of_the_page():
+    assert not embed.plotly_text("var(--ink)").startswith("var(")
+    assert html.unescape(embed.plotly_text("var(--ink)")) == "var(--ink)"
 
 
 @given(st.text())

@@ -4,7 +4,6 @@ import math
 
 import pytest
 
-from spectralbasis.errors import InputError
 from spectralbasis.report import sentences
 from spectralbasis.report.sentences import Finding
 from tests.report.results import finding
@@ -83,8 +82,3 @@ def test_what_is_no_finite_number_is_absent(value):
 def test_a_small_effect_keeps_its_digits():
     assert sentences.difference("stability", 0.000012) == "+0.000012"
     assert sentences.difference("coverage", -0.00004) == "−0.004"
-
-
-def test_an_unknown_verdict_is_refused_with_the_known_ones():
-    with pytest.raises(InputError, match="'proven'; expected supported, contradicted, undecided"):
-        read("stability", *SUPPORTED, verdict="proven")

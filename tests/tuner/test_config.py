@@ -95,3 +95,25 @@ def test_a_config_with_hashes_is_bound_to_their_base():
 def test_a_damaged_record_is_refused(record):
     with pytest.raises(InputError, match=r"restore adapter_config\.json"):
         SpectralConfig(**record)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"target_modules": 5}, "target_modules is 5, expected a list or a valid string"),
+        ({"target_modules": [1]}, r"target_modules\[0\] is 1, expected a valid string"),
+        ({"ranks": {"q": 10**9}}, "ranks.q is 1000000000, expected at most 65536"),
+        ({"ranks": {"q": True}}, "ranks.q is True, expected a valid integer"),
+        ({"probes": {"q": [float("nan")] * 4}}, r"probes.q\[0\] is nan, expected a finite number"),
+        ({"bandwidth": -1}, "bandwidth is -1, expected at least 0"),
+        ({"coefficients": ["core"]}, r"coefficients is \['core'\], expected"),
+        ({"rank_pattern": {"q": 0}}, "rank_pattern.q is 0, expected at least 1"),
+        ({"base_model_name_or_path": [1]}, "base_model_name_or_path is .1., expected a valid string"),
+    ],
+)
+def test_a_file_with_fields_of_another_kind_is_refused_in_a_sentence(tmp_path, change, said):
+    SpectralConfig(target_modules=["q"]).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(InputError, match=f"adapter_config.json: {said}"):
+        SpectralConfig.from_pretrained(str(tmp_path))

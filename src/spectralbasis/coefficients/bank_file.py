@@ -1,26 +1,61 @@
-"""A bank's file: a safetensors file of one tensor, `numbers` (tasks, width), whose metadata says what they are."""
+"""A bank's file: a safetensors file of one tensor, `numbers` (tasks, width), whose metadata says what they are.
+
+Where the tasks are of a basis file, a copy of that lies beside the bank (`basis_beside`): no bank names another file.
+"""
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import torch
 import xxhash
+from pydantic import with_config
 from safetensors import SafetensorError, safe_open
+from typing_extensions import TypedDict
 
 from spectralbasis.coefficients.bank_layout import BankLayout, HeadShape
+from spectralbasis.coefficients.bank_rows import map_rows
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path
+from spectralbasis.records import Count, Finite, Positive, checked, parse_json
 from spectralbasis.tuner.config import SpectralConfig
+from spectralbasis.tuner.factors import BASES
+from spectralbasis.tuner.record import Rank
 from spectralbasis.version import __version__
 
 FORMAT = "2"
-_WITHOUT_CHECKSUM = "1"
 _BLOCK = 1 << 22
+_ROWS = 256
+_WIDEST = 1 << 32
+"""Numbers in a row at most: thousands of times as many as any adapter's."""
+_AGAIN = "write it again with CoefficientBank.save"
+_FILE = "file"
+"""Stands, in the config of a bank, for the basis file beside it."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Name in the file → in which dtype a bank can hold its numbers."""
+
+
+@with_config(extra="forbid")
+class BankConfig(TypedDict):
+    """What a bank says of bases and coefficients: fields of `SpectralConfig`, and of its basis no place."""
+
+    base_model_name_or_path: str | None
+    coefficients: Literal["diagonal", "core", "band", "sparse"]
+    bandwidth: Count
+    scaling: Literal["absolute", "relative", "normalized"]
+    basis: Literal["pretrained", "minor", "random", "file"]
+    basis_seed: Count
+    tolerance: Finite
+    base_hashes: dict[str, str]
+    ranks: dict[str, Rank]
+    probes: dict[str, list[Finite]]
+    scales: dict[str, list[Finite]] | None
+    entries: dict[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -43,7 +78,7 @@ class BankFile:
 def write_bank(
     path: Path, layout: BankLayout, tasks: Sequence[str], dtype: torch.dtype, write_rows: Callable[[IO[bytes]], None]
 ) -> None:
-    """Write a bank; the file appears when it is complete.
+    """Write a bank, and beside it the basis file that its tasks are of, if any; each appears when it is complete.
 
     Args:
         path: the file.
@@ -63,35 +98,110 @@ def write_bank(
         file.flush()
         file.seek(0)
         file.write(_header(described, metadata, _checksum(metadata, temporary, len(start))))
+    if layout.config.basis not in BASES:
+        _keep_basis(Path(layout.config.basis), basis_beside(path))
+
+
+def basis_beside(path: Path) -> Path:
+    """Where the basis file of a bank lies."""
+    return path.with_name(f"{path.stem}.basis.safetensors")
+
+
+def _keep_basis(file: Path, place: Path) -> None:
+    """Put a basis file beside a bank, by a second name of it where that is possible."""
+    if place.exists() and place.samefile(file):
+        return
+    with atomic_path(place) as temporary:
+        try:
+            temporary.unlink(missing_ok=True)
+            os.link(file.resolve(), temporary)
+        except OSError:  # another disk, or one that knows no second names
+            shutil.copyfile(file, temporary)
 
 
 def read_bank(path: Path) -> BankFile:
-    """What a bank's file says of itself; the rows are read once, for their checksum, and not kept.
+    """What a bank's file says of itself; the rows are read for their checksum and their numbers, and not kept.
 
     Raises:
         InputError: the file is absent, damaged, no bank or one of another version.
     """
+    if not path.is_file():
+        raise InputError(f"{path} cannot be read as a bank: no such file; {_AGAIN}")
     try:
         with safe_open(str(path), framework="pt") as file:  # checks that sizes fit the file
-            metadata, numbers = file.metadata() or {}, file.get_slice("numbers")
-            shape, dtype = tuple(numbers.get_shape()), DTYPES[numbers.get_dtype()]
-        if metadata.get("bank") not in (FORMAT, _WITHOUT_CHECKSUM):
-            raise InputError(
-                f"{path} is no bank of version {FORMAT} or before; update spectralbasis, or write it again with "
-                "CoefficientBank.save"
-            )
-        offset = path.stat().st_size - shape[0] * shape[1] * dtype.itemsize
-        if metadata["bank"] == FORMAT and metadata.get("checksum") != _checksum(metadata, path, offset):
-            raise ValueError("it has not its checksum")
-        layout = _layout(metadata)
-        tasks = tuple(json.loads(metadata["tasks"]))
-        if shape != (len(tasks), layout.width) or len(set(tasks)) != len(tasks) or not _are_names(tasks):
-            raise ValueError(f"{shape} numbers for {len(tasks)} tasks of {layout.width}")
-    except InputError:
-        raise
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            metadata, names = file.metadata() or {}, list(file.keys())
+            if names != ["numbers"]:
+                raise InputError(f"{path} is no bank: it holds {', '.join(names[:3]) or 'nothing'}, expected numbers")
+            numbers = file.get_slice("numbers")
+            shape, named = tuple(numbers.get_shape()), numbers.get_dtype()
+        _check_metadata(path, metadata, shape, named)
+        offset = path.stat().st_size - prod(shape) * DTYPES[named].itemsize
+        if metadata["checksum"] != _checksum(metadata, path, offset):
+            raise InputError(f"the bank {path} is damaged: it fails its checksum; restore it, or {_AGAIN}")
+    except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read as a bank ({error}); it may be cut short or damaged") from error
-    return BankFile(layout, tasks, dtype, offset)
+    tasks = _part(path, metadata, "tasks", list[str])
+    if len(set(tasks)) != len(tasks):
+        twice = next(task for i, task in enumerate(tasks) if task in tasks[:i])
+        raise InputError(f"the bank {path} has the task {twice!r} twice, expected each name once; {_AGAIN}")
+    layout = _layout(path, metadata, len(tasks), shape)
+    found = BankFile(layout, tuple(tasks), DTYPES[named], offset)
+    _check_rows(path, found)
+    return found
+
+
+def _check_metadata(path: Path, metadata: Mapping[str, str], shape: Sequence[int], named: str) -> None:
+    if metadata.get("bank") != FORMAT:
+        raise InputError(f"{path} is no bank of version {FORMAT}; update spectralbasis, or {_AGAIN}")
+    lacking = [name for name in ("checksum", "config", "heads", "tasks") if name not in metadata]
+    if lacking:
+        raise InputError(f"the bank {path} lacks its {lacking[0]}; {_AGAIN}")
+    if named not in DTYPES or len(shape) != 2:
+        raise InputError(
+            f"the bank {path} has numbers of type {named} and shape {tuple(shape)}, expected (tasks, width) in "
+            f"{', '.join(DTYPES)}; {_AGAIN}"
+        )
+
+
+def _part(path: Path, metadata: Mapping[str, str], name: str, schema: Any) -> Any:
+    """One part of the metadata, which are texts of JSON."""
+    where = f"the {name} of the bank {path}"
+    return checked(parse_json(metadata[name], where, _AGAIN), schema, where, _AGAIN)
+
+
+def _layout(path: Path, metadata: Mapping[str, str], tasks: int, shape: tuple[int, ...]) -> BankLayout:
+    """What the numbers of a row are; nothing of that size is made before it is known to fit the file."""
+    record: BankConfig = _part(path, metadata, "config", BankConfig)
+    shapes = _part(path, metadata, "heads", dict[str, tuple[Positive, Positive]])
+    heads = {name: HeadShape(*of) for name, of in shapes.items()}
+    place = str(basis_beside(path)) if record["basis"] == _FILE else record["basis"]
+    if record["basis"] == _FILE and not Path(place).is_file():
+        raise InputError(f"the bank {path} needs the basis file {Path(place).name} beside it; put it there")
+    settings: dict[str, Any] = {**record, "basis": place}
+    try:
+        config = SpectralConfig(**settings)
+    except InputError as error:
+        raise InputError(f"the config of the bank {path}: {error}") from error
+    width = sum(prod(config.stored_shape(name)) for name in record["ranks"])
+    width += sum(head.outputs * (head.inputs + 1) for head in heads.values())
+    if shape != (tasks, width) or width > _WIDEST:
+        raise InputError(
+            f"the bank {path} has numbers of shape {shape}, expected {tasks} tasks of {width} by its config and "
+            f"heads, and at most {_WIDEST} numbers; {_AGAIN}"
+        )
+    return BankLayout(config, heads)
+
+
+def _check_rows(path: Path, bank: BankFile) -> None:
+    """Refuse rows that hold what no adapter does: a NaN, an infinite coefficient, a head without labels."""
+    if not bank.tasks:
+        return
+    rows = map_rows(path, bank.offset, (len(bank.tasks), bank.layout.width), bank.dtype)
+    for start in range(0, len(rows), _ROWS):
+        wrong = bank.layout.defect(rows[start : start + _ROWS])
+        if wrong is not None:
+            row, what = wrong
+            raise InputError(f"the task {bank.tasks[start + row]!r} of the bank {path} {what}; {_AGAIN}")
 
 
 def _header(described: Mapping[str, Any], metadata: Mapping[str, str], checksum: str) -> bytes:
@@ -112,27 +222,8 @@ def _checksum(metadata: Mapping[str, str], path: Path, offset: int) -> str:
 
 
 def _metadata(layout: BankLayout, tasks: Sequence[str]) -> dict[str, str]:
-    record = {name: sorted(value) if isinstance(value, set) else value for name, value in vars(layout.config).items()}
-    record = {name: record[name] for name in _recorded_fields()}
+    record = {name: getattr(layout.config, name) for name in BankConfig.__annotations__}
+    record["basis"] = record["basis"] if record["basis"] in BASES else _FILE
     heads = {name: (head.outputs, head.inputs) for name, head in layout.heads.items()}
     texts = {"config": record, "heads": heads, "tasks": list(tasks)}
     return {"bank": FORMAT, "spectralbasis": __version__} | {name: json.dumps(text) for name, text in texts.items()}
-
-
-def _layout(metadata: Mapping[str, str]) -> BankLayout:
-    record: dict[str, Any] = json.loads(metadata["config"])
-    config = SpectralConfig(**{name: record[name] for name in _recorded_fields() if name in record})
-    if not config.bound:
-        raise ValueError("no base_hashes")
-    heads = {name: HeadShape(*map(int, shape)) for name, shape in json.loads(metadata["heads"]).items()}
-    return BankLayout(config, heads)
-
-
-def _recorded_fields() -> tuple[str, ...]:
-    """What a config says of bases and coefficients, and not of the adapter that it came with."""
-    of_the_adapter = {"peft_type", "task_type", "peft_version", "auto_mapping", "inference_mode", "modules_to_save"}
-    return tuple(name for name in SpectralConfig.__dataclass_fields__ if name not in of_the_adapter)
-
-
-def _are_names(tasks: Sequence[Any]) -> bool:
-    return all(isinstance(task, str) for task in tasks)

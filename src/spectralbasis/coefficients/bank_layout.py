@@ -104,6 +104,23 @@ class BankLayout:
             self.part(row, name, "bias")[:labels] = bias
         return labels
 
+    def defect(self, rows: Tensor) -> tuple[int, str] | None:
+        """The first of these rows, (rows, width), that no adapter can have given, and what is wrong with it."""
+        for (name, parameter), (start, shape) in self._places.items():
+            part = rows[:, start : start + prod(shape)]
+            sound = torch.isfinite(part)
+            if parameter == "bias":
+                absent = part == -inf
+                sound |= absent
+                # Labels come first, and there is one or more.
+                sound[:, 0] &= ~absent[:, 0]
+                sound[:, 1:] &= absent[:, 1:] | ~absent[:, :-1]
+            wrong = (~sound.all(1)).nonzero()
+            if len(wrong):
+                kind = "no label, a gap between labels or a number" if parameter == "bias" else "a number"
+                return int(wrong[0]), f"has {kind} that is not finite among the {parameter} of {name}"
+        return None
+
     def labels(self, row: Tensor) -> dict[str, int]:
         """How many outputs each head has in a task's row."""
         return {name: int((self.part(row, name, "bias") != -inf).sum()) for name in self.heads}

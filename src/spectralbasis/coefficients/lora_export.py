@@ -31,6 +31,7 @@ from spectralbasis.checkpoints.roles import is_embedding_table
 from spectralbasis.coefficients.adapters import COEFFICIENTS, named_base, open_spectral_adapter
 from spectralbasis.errors import InputError
 from spectralbasis.folders import atomic_folder, check_output
+from spectralbasis.printable import in_markdown
 from spectralbasis.tuner.matrices import Layers
 from spectralbasis.tuner.reading import SpectralEdit
 
@@ -166,7 +167,7 @@ def export_lora(
         tensors = {name: tensor for one in layers for name, tensor in one.tensors(written.rank).items()}
         save_file(tensors | others, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(folder)
-        notes = "\n".join(f"- {note}" for note in written.notes)
+        notes = "\n".join(f"- {in_markdown(note)}" for note in written.notes)
         card = _CARD.format(matrices=len(layers), rank=written.rank, error=written.error, notes=notes)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return written

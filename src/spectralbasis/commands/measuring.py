@@ -20,6 +20,7 @@ from spectralbasis.commands.options import (
     stopped_by_hand,
 )
 from spectralbasis.errors import InputError
+from spectralbasis.printable import printable
 
 
 def basis(
@@ -129,7 +130,7 @@ def compare(
         raise InputError(" ".join(result.summary()["notes"]))
     tables.show_result(result.summary(), tables.findings_table, as_json)
     if output is not None:
-        print(f"report: {output / 'index.html'}", file=sys.stderr)
+        print(printable(f"report: {output / 'index.html'}"), file=sys.stderr)
 
 
 def similarity(

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from spectralbasis.printable import printable
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left there.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Build also on results that another user or machine stored.")]
@@ -34,7 +36,7 @@ def stopped_by_hand(what_now: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"stopped; {what_now}", file=sys.stderr)
+        print(printable(f"stopped; {what_now}"), file=sys.stderr)
         raise
 
 

@@ -8,6 +8,7 @@ import typer
 
 from spectralbasis import tables
 from spectralbasis.commands.options import AsJson, Data, Model, Overwrite, Ray, Task, Trust, draws_bars, stopped_by_hand
+from spectralbasis.printable import printable
 
 
 def quickstart(
@@ -164,4 +165,4 @@ def study(
             trust=trust,
         )
     tables.show_result(content, tables.claims_table, as_json)
-    print(f"report: {output / 'index.html'}", file=sys.stderr)
+    print(printable(f"report: {output / 'index.html'}"), file=sys.stderr)

@@ -10,6 +10,7 @@ from spectralbasis.comparison.measuring import MatrixTask, Outcome, measure_matr
 from spectralbasis.comparison.memory import PROCESS_MEMORY, expected_k, working_memory
 from spectralbasis.comparison.sending import Parcel, measure_parcel, with_contents, with_places
 from spectralbasis.execution import Crew, Executor, Failure
+from spectralbasis.printable import printable
 from spectralbasis.sizes import available_memory, format_size
 
 Tasks = Iterable[MatrixTask]
@@ -62,7 +63,7 @@ def announce_row_blocks(tasks: Tasks) -> None:
     if large:
         logging.getLogger(__name__).warning(
             "%s takes more than the memory budget of %s, so it is read in row blocks, again and again%s",
-            large[0].before.name,
+            printable(large[0].before.name),
             format_size(large[0].memory_budget or 0),
             f"; so are {len(large) - 1} more" if len(large) > 1 else "",
         )

@@ -3,19 +3,59 @@
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from typing_extensions import TypedDict
 
 from spectralbasis.comparison.permutation import PermutationTest, permutation_test
-from spectralbasis.comparison.statistics import find, full_k, pair_interval
+from spectralbasis.comparison.statistics import FindingEntry, find, full_k, pair_interval
+from spectralbasis.records import Count, Finite
 
 _PAIR = ["tuned_a", "tuned_b"]
 ONE_RUN = (
     "These are checkpoints of one training run. Each goes on from the one before, so that what they share says how "
     "far the run moved, and nothing about what tasks have in common."
 )
+
+
+class PairEntry(TypedDict):
+    """What two checkpoints share, in the entry `sharing`; None where a number does not exist."""
+
+    a: str
+    b: str
+    value: Finite | None
+    null_mean: Finite | None
+    effect: Finite | None
+    base_overlap_a: Finite | None
+    base_overlap_b: Finite | None
+    update_cosine: Finite | None
+    update_overlap: Finite | None
+    update_overlap_haar: Finite | None
+    same_task: bool | None
+
+
+class PermutationEntry(TypedDict):
+    """The fields of `PermutationTest`."""
+
+    statistic: Finite
+    same_task: Finite
+    different_tasks: Finite
+    p_value: Finite
+    arrangements: Count
+    exact: bool
+
+
+class SharingEntry(FindingEntry):
+    """The entry `sharing` of `summary.json`."""
+
+    over: Literal["different tasks", "all", "same task", "one run"]
+    note: str
+    tasks: dict[str, str]
+    ceiling: FindingEntry | None
+    permutation: PermutationEntry | None
+    pairs: list[PairEntry]
 
 
 def sharing_findings(

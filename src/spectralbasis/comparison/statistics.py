@@ -3,14 +3,18 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy import special, stats
+from typing_extensions import TypedDict
 
 from spectralbasis.linalg import haar_overlap, haar_overlap_std
+from spectralbasis.records import Count, Finite
 
+Verdict = Literal["supported", "contradicted", "undecided"]
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 FALSE_DISCOVERY_RATE = 0.05
@@ -112,6 +116,19 @@ class Finding:
     def to_dict(self) -> dict[str, float | str | int | None]:
         """The fields by name; None where a number does not exist."""
         return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in asdict(self).items()}
+
+
+class FindingEntry(TypedDict):
+    """A `Finding` in `summary.json`; None where a number does not exist."""
+
+    value: Finite | None
+    null_mean: Finite | None
+    effect: Finite | None
+    ci_low: Finite | None
+    ci_high: Finite | None
+    p_value: Finite | None
+    verdict: Verdict
+    matrices: Count
 
 
 def find(units: pd.DataFrame, seed: int, interval_of: "IntervalRule | None" = None) -> Finding:

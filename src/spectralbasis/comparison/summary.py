@@ -7,17 +7,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NotRequired
 
 import pandas as pd
+from typing_extensions import TypedDict
 
 from spectralbasis.checkpoints.matching import describe_unpaired, share_text
 from spectralbasis.comparison.measuring import Settings
 from spectralbasis.comparison.methods import methods_paragraph
 from spectralbasis.comparison.pairing import Pairing
-from spectralbasis.comparison.shared_findings import sharing_findings, sharing_methods
-from spectralbasis.comparison.statistics import FALSE_DISCOVERY_RATE, Finding, find, full_k
-from spectralbasis.comparison.trajectory import training_runs, trajectories
+from spectralbasis.comparison.shared_findings import SharingEntry, sharing_findings, sharing_methods
+from spectralbasis.comparison.statistics import FALSE_DISCOVERY_RATE, Finding, FindingEntry, find, full_k
+from spectralbasis.comparison.trajectory import RunEntry, training_runs, trajectories
+from spectralbasis.records import Count, Finite
 
 CEILING = 0.99
 """Above this null overlap, stability has next to no room to show in."""
@@ -26,6 +28,77 @@ LARGE_STEP = 0.5
 STRANGE_STEP = 1.0
 """From this ‖ΔW‖/‖W0‖ on, two matrices are as far apart as unrelated ones, or one of them was emptied."""
 _PACKAGES = ("spectralbasis", "torch", "numpy", "scipy", "pandas", "safetensors", "transformers", "peft")
+
+
+class SignificantEntry(TypedDict):
+    """How many single measurements stand out from their null."""
+
+    above_null: Count
+    below_null: Count
+    of: Count
+    false_discovery_rate: Finite
+
+
+class ForcedEntry(TypedDict):
+    """In how many matrices the size of the update forces the overlap."""
+
+    matrices: Count
+    of: Count
+
+
+class ClaimEntry(FindingEntry):
+    """A finding with what a reader should know of it."""
+
+    relative_effect: Finite | None
+    significant: SignificantEntry
+    note: NotRequired[str]
+    forced_by_size: NotRequired[ForcedEntry]
+
+
+class FindingsEntry(TypedDict):
+    """The findings over all rows, or over those of one checkpoint."""
+
+    stability: ClaimEntry
+    coverage: ClaimEntry
+    trailing_stability: NotRequired[ClaimEntry]
+    trailing_coverage: NotRequired[ClaimEntry]
+
+
+class UnpairedEntry(TypedDict):
+    """A group of matrices that found no partner; the fields of `Unpaired`."""
+
+    tuned: str
+    side: str
+    group: str
+    matrices: Count
+    parameters: Count
+    share: Finite
+    reason: str
+
+
+class Summary(FindingsEntry):
+    """The content of `summary.json`."""
+
+    base: str
+    tuned: list[str]
+    tuned_sources: dict[str, str]
+    leading: int | Finite | str
+    null: str | None
+    draws: Count
+    tolerance: Finite
+    matrices: Count
+    skipped: dict[str, str]
+    unpaired: list[UnpairedEntry]
+    measured_share: Finite
+    notes: list[str]
+    per_tuned: dict[str, FindingsEntry]
+    sharing: NotRequired[SharingEntry]
+    trajectory: NotRequired[list[RunEntry]]
+    methods: str
+    versions: dict[str, str]
+    seed: int
+    seconds: Finite
+    peak_rss_bytes: Count
 
 
 def summarise(

@@ -6,10 +6,40 @@ from pathlib import PurePath
 from typing import Any
 
 import pandas as pd
+from typing_extensions import TypedDict
+
+from spectralbasis.records import Count, Finite
 
 _WEIGHTS = re.compile(r"\.(safetensors|pt|pth|bin|ckpt)$")
 _STEP = re.compile(r"((?P<run>.+?)[-_.])??(checkpoint|ckpt|global_step|step|iter)[-_]?(?P<step>\d+)", re.IGNORECASE)
 _SHOWN = ("value", "null_mean", "effect", "ci_low", "ci_high")
+
+
+class PointEntry(TypedDict):
+    """One claim at one step of a run; None where a number does not exist."""
+
+    value: Finite | None
+    null_mean: Finite | None
+    effect: Finite | None
+    ci_low: Finite | None
+    ci_high: Finite | None
+
+
+class StepEntry(TypedDict):
+    """One step of a run."""
+
+    step: Count
+    tuned: str
+    stability: PointEntry
+    coverage: PointEntry
+    update_norm_relative: Finite | None
+
+
+class RunEntry(TypedDict):
+    """One run in the entry `trajectory` of `summary.json`."""
+
+    run: str
+    points: list[StepEntry]
 
 
 def parse_step(label: str) -> int | None:

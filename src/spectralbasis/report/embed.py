@@ -5,17 +5,48 @@ import hashlib
 import html
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import jinja2
 import numpy as np
 from markupsafe import Markup
 from numpy.typing import ArrayLike
 
+from spectralbasis.printable import printable
+
+
+def environment() -> jinja2.Environment:
+    """Templates of this folder, whose names and texts stay text: markup is escaped, and nothing is invisible."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=_visible_text,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _visible_text(value: Any) -> Any:
+    """A value of a template with its invisible characters as escapes; what is markup already stays as it is."""
+    return printable(value, lines=True) if type(value) is str else value
+
+
+def _visible(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_visible_text(key): _visible(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_visible(one) for one in value]
+    return _visible_text(value)
+
 
 def script_json(value: Any) -> Markup:
-    """`value` as JSON that is safe inside a `<script>` element: no character can end it or start markup."""
-    text = json.dumps(value, allow_nan=False, ensure_ascii=True, separators=(",", ":"))
+    """`value` as JSON that is safe inside a `<script>` element: no character can end it or start markup.
+
+    Characters that a reader cannot see, such as those that turn the direction of writing, are written as escapes.
+    """
+    text = json.dumps(_visible(value), allow_nan=False, ensure_ascii=True, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
@@ -26,7 +57,8 @@ def script_hash(script: str) -> str:
 
 def plotly_text(name: str) -> str:
     """`name` as Plotly shows it literally: its labels interpret tags, entities and, between dollars, TeX."""
-    return html.escape(name, quote=False).replace("$", "&#36;")
+    text = html.escape(name, quote=False).replace("$", "&#36;")
+    return f"&#118;{text[1:]}" if text.startswith("var(") else text  # or the page's script would take it for a colour
 
 
 def packed(values: ArrayLike) -> str:

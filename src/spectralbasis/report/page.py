@@ -10,9 +10,10 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from spectralbasis.checkpoints.matching import share_text
+from spectralbasis.comparison.trajectory import RunEntry
 from spectralbasis.files import atomic_path
 from spectralbasis.report import curves, figures, sentences, sharing, tables, trajectory
-from spectralbasis.report.embed import packed, plotly_text, script_hash, script_json, short_names
+from spectralbasis.report.embed import environment, packed, plotly_text, script_hash, script_json, short_names
 from spectralbasis.report.figures import Figure
 from spectralbasis.report.forest import tracks
 from spectralbasis.report.measures import Headline, headline
@@ -55,10 +56,10 @@ def render(results: Results) -> str:
     findings = {claim: Finding.read(claim, results.summary[claim]) for claim in CLAIMS}
     return _template().render(
         title=_title(results),
-        base=short_names([str(results.summary["base"])])[0],
-        headline=sentences.headline(findings["stability"], findings["coverage"], results.summary.get("measured_share")),
-        notes=results.summary.get("notes") or [],
-        unpaired=results.summary.get("unpaired") or [],
+        base=short_names([results.summary["base"]])[0],
+        headline=sentences.headline(findings["stability"], findings["coverage"], results.summary["measured_share"]),
+        notes=results.summary["notes"],
+        unpaired=results.summary["unpaired"],
         claims=[_claim(claim, findings[claim], results, len(numbers.matrices)) for claim in CLAIMS],
         selections=numbers.selections,
         overlap=curves.OVERLAP,
@@ -69,7 +70,7 @@ def render(results: Results) -> str:
         spectra=shown,
         columns=columns,
         rows=tables.matrix_rows(numbers, flat),
-        skipped=results.summary.get("skipped") or {},
+        skipped=results.summary["skipped"],
         tuning=tuning,
         tuning_headings=tables.TUNING_HEADINGS,
         tuning_rows=[] if tuning is None else tables.tuning_rows(tuning),
@@ -86,7 +87,7 @@ def render(results: Results) -> str:
         trajectory_rows=trajectory.trajectory_rows(runs),
         settings=tables.settings(results.summary, null, len(numbers.matrices)),
         null=null,
-        methods=results.summary.get("methods", ""),
+        methods=results.summary["methods"],
         version=__version__,
         policy=f"{script_hash(plotly)} {script_hash(script)}",
         style=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
@@ -97,13 +98,7 @@ def render(results: Results) -> str:
 
 
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    templates = environment()
     words = (
         sentences.amount,
         sentences.difference,
@@ -112,12 +107,12 @@ def _template() -> jinja2.Template:
         sentences.reading,
         share_text,
     )
-    environment.globals.update({function.__name__: function for function in words})
-    return environment.get_template("page.html")
+    templates.globals.update({function.__name__: function for function in words})
+    return templates.get_template("page.html")
 
 
 def _title(results: Results) -> str:
-    base, *tuned = (short_names([str(name)])[0] for name in (results.summary["base"], *results.tuned))
+    base, *tuned = (short_names([name])[0] for name in (results.summary["base"], *results.tuned))
     against = ", ".join(tuned) if len(tuned) <= 3 else f"{len(tuned)} finetuned checkpoints"
     return f"{base} against {against}"
 
@@ -127,20 +122,22 @@ def _null(results: Results) -> str:
 
 
 def _claim(claim: Claim, overall: Finding, results: Results, matrices: int) -> dict[str, Any]:
-    per_tuned = results.summary.get("per_tuned") or {}
+    per_tuned = results.summary["per_tuned"]
     each = {name: Finding.read(claim, per_tuned[name][claim]) for name in results.tuned if name in per_tuned}
     several = len(results.tuned) > 1
     scope = "one matrix" if matrices == 1 else f"{matrices} matrices"
     scope += f" in each of {len(results.tuned)} checkpoints" if several else ""
-    labels = [f"All {len(results.tuned)} checkpoints", *short_names(list(each))] if several else short_names(list(each))
-    shown = [overall, *each.values()] if several else list(each.values()) or [overall]
+    if several:
+        labels, shown = [f"All {len(results.tuned)} checkpoints", *short_names(list(each))], [overall, *each.values()]
+    else:
+        labels, shown = short_names(list(each)) or ["overall"], list(each.values()) or [overall]
     return {
         "key": claim,
         "question": QUESTIONS[claim],
         "finding": overall,
         "sentences": sentences.explain(overall, scope),
         "notes": _notes(dict(zip(labels, shown, strict=True))),
-        "rows": list(zip(labels or ["overall"], shown, tracks(shown), strict=True)),
+        "rows": list(zip(labels, shown, tracks(shown), strict=True)),
     }
 
 
@@ -161,15 +158,13 @@ def _tasks(tuning: Tuning | None) -> dict[str, str]:
     """Each task with its metric."""
     if tuning is None:
         return {}
-    return {str(task): str(rows["metric"].iloc[0]) for task, rows in tuning.rows.groupby("task", sort=False)}
+    return {str(task): rows["metric"].iloc[0] for task, rows in tuning.rows.groupby("task", sort=False)}
 
 
-def _optional_figures(
-    tuning: Tuning | None, shared: Sharing | None, runs: Sequence[Mapping[str, Any]]
-) -> dict[str, Figure]:
+def _optional_figures(tuning: Tuning | None, shared: Sharing | None, runs: Sequence[RunEntry]) -> dict[str, Figure]:
     """The figures of the sections that not every page has."""
     drawn = {f"tuning-{i}": tuning_figure(tuning.rows, task) for i, task in enumerate(_tasks(tuning)) if tuning}
-    if shared is not None and len(shared.names) >= sharing.FEWEST_DRAWN:
+    if shared is not None and sharing.FEWEST_DRAWN <= len(shared.names) <= sharing.MOST_DRAWN:
         drawn["sharing-map"] = sharing.sharing_figure(shared)
     if runs:
         drawn |= {panel.key: trajectory.trajectory_figure(panel, runs) for panel in trajectory.PANELS}

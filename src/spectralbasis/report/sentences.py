@@ -1,16 +1,14 @@
 """What the numbers of `summary.json` say, in plain English."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from spectralbasis.checkpoints.matching import share_text
-from spectralbasis.errors import InputError
+from spectralbasis.comparison.summary import ClaimEntry
 
 Claim = Literal["stability", "coverage"]
 CLAIMS: tuple[Claim, ...] = ("stability", "coverage")
-VERDICTS = ("supported", "contradicted", "undecided")
 _SPACE = "\N{NO-BREAK SPACE}"
 QUESTIONS: dict[Claim, str] = {
     "stability": "Do the leading directions stay where they were?",
@@ -79,18 +77,19 @@ class Finding:
     note: str = ""
 
     @classmethod
-    def read(cls, claim: Claim, entry: Mapping[str, Any]) -> "Finding":
-        """The finding of one `stability` or `coverage` entry of `summary.json`.
-
-        Raises:
-            InputError: the entry has no verdict, or one that is not in `VERDICTS`.
-        """
-        verdict = entry.get("verdict")
-        if verdict not in VERDICTS:
-            raise InputError(f"the {claim} verdict in summary.json is {verdict!r}; expected {', '.join(VERDICTS)}")
-        keys = ("value", "null_mean", "effect", "ci_low", "ci_high", "p_value")
-        value, null_mean, effect, ci_low, ci_high, p = (number(entry.get(key)) for key in keys)
-        return cls(claim, value, null_mean, effect, ci_low, ci_high, p, verdict, str(entry.get("note") or ""))
+    def read(cls, claim: Claim, entry: ClaimEntry) -> "Finding":
+        """The finding of one `stability` or `coverage` entry of `summary.json`."""
+        return cls(
+            claim,
+            value=entry["value"],
+            null_mean=entry["null_mean"],
+            effect=entry["effect"],
+            ci_low=entry["ci_low"],
+            ci_high=entry["ci_high"],
+            p_value=entry["p_value"],
+            verdict=entry["verdict"],
+            note=entry.get("note", ""),
+        )
 
     @property
     def has_null(self) -> bool:
@@ -102,21 +101,20 @@ def number(value: Any) -> float | None:
     """`value` as a finite float, else None."""
     try:
         converted = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return converted if math.isfinite(converted) else None
 
 
-def headline(stability: Finding, coverage: Finding, share: Any = None) -> str:
+def headline(stability: Finding, coverage: Finding, share: float = 1.0) -> str:
     """The page's first sentence: both verdicts, and their share of the model where that is not all of it."""
     if not (stability.has_null or coverage.has_null):
         return "No null was drawn, so nothing below can be compared with chance."
-    part = number(share)
     link = "and" if stability.verdict == coverage.verdict else "but"
     said = f"{_words(stability).headline}, {link} {_words(coverage).headline}."
-    if part is None or part >= 1:
+    if share >= 1:
         return said
-    return f"Of {share_text(part)} of the model: {said[0].lower()}{said[1:]}"
+    return f"Of {share_text(share)} of the model: {said[0].lower()}{said[1:]}"
 
 
 def explain(finding: Finding, scope: str) -> list[str]:

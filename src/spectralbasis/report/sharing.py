@@ -8,6 +8,8 @@ import numpy as np
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
+from spectralbasis.comparison.shared_findings import PermutationEntry, SharingEntry
+from spectralbasis.comparison.summary import Summary
 from spectralbasis.report.embed import plotly_text, rounded, short_names
 from spectralbasis.report.figures import Figure, layout, shorten
 from spectralbasis.report.sentences import number, p_value
@@ -38,6 +40,8 @@ _NUMBERS = (
 )
 FEWEST_DRAWN = 3
 """Checkpoints from which on a map shows more than the table does."""
+MOST_DRAWN = 400
+"""Checkpoints up to which a map has cells that can be told apart."""
 _OVER = {
     "different tasks": "pairs of different tasks",
     "all": "all pairs",
@@ -61,22 +65,22 @@ class Sharing:
         names: label → short name, in the summary's order.
     """
 
-    entry: Mapping[str, Any]
+    entry: SharingEntry
     names: Mapping[str, str]
 
     @classmethod
-    def read(cls, summary: Mapping[str, Any]) -> "Sharing | None":
+    def read(cls, summary: Summary) -> "Sharing | None":
         """The sharing of a summary; None where it has none."""
         entry = summary.get("sharing")
-        if not entry or not entry.get("pairs"):
+        if not entry or not entry["pairs"]:
             return None
-        labels = list(dict.fromkeys(pair[end] for end in ("a", "b") for pair in entry["pairs"]))
+        labels = list(dict.fromkeys([*(pair["a"] for pair in entry["pairs"]), *(pair["b"] for pair in entry["pairs"])]))
         return cls(entry, dict(zip(labels, short_names(labels), strict=True)))
 
     @property
     def tested(self) -> bool:
         """Whether there is a null, so that an excess exists."""
-        return number(self.entry.get("effect")) is not None
+        return self.entry["effect"] is not None
 
     def grid(self, key: str) -> np.ndarray:
         """One number of every pair, (t, t), symmetric, NaN on the diagonal and where a pair has none."""
@@ -164,7 +168,7 @@ def sharing_rows(sharing: Sharing) -> list[list[Cell]]:
     return [
         [
             *(Cell(sharing.names[pair[end]], sharing.names[pair[end]]) for end in ("a", "b")),
-            _tasks(pair.get("same_task")),
+            _tasks(pair["same_task"]),
             *(fixed(pair.get(key), 4) for key in _NUMBERS),
         ]
         for pair in sharing.entry["pairs"]
@@ -179,37 +183,35 @@ def _tasks(same: bool | None) -> Cell:
 def explain_sharing(sharing: Sharing) -> list[str]:
     """The finding in sentences."""
     entry = sharing.entry
-    over = _OVER.get(str(entry.get("over")), "pairs")
+    over = _OVER[entry["over"]]
     observed = f"Averaged over {over}, the leading subspaces of two finetuned checkpoints overlap by"
     if not sharing.tested:
-        return [
-            f"{observed} {fixed(entry.get('value'), 4).text}. No null was drawn, so nothing tells how much is chance."
-        ]
+        return [f"{observed} {fixed(entry['value'], 4).text}. No null was drawn, so nothing tells how much is chance."]
     said = [
         f"{observed} {fixed(entry['value'], 4).text}; two independent random updates of their sizes and spectra leave "
-        f"{fixed(entry.get('null_mean'), 4).text}. The excess is {_signed(entry['effect'])}{_sure(entry)}.",
+        f"{fixed(entry['null_mean'], 4).text}. The excess is {_signed(entry['effect'])}{_sure(entry)}.",
     ]
-    if entry.get("over") != "one run":
-        said.append(_MEANING.get(str(entry.get("verdict")), ""))
+    if entry["over"] != "one run":
+        said.append(_MEANING[entry["verdict"]])
     return said
 
 
 def explain_tasks(sharing: Sharing) -> list[str]:
     """The ceiling and the permutation test in sentences, where tasks are known."""
-    return [*_ceiling(sharing.entry), *_permutation(sharing.entry.get("permutation"))]
+    return [*_ceiling(sharing.entry), *_permutation(sharing.entry["permutation"])]
 
 
-def _ceiling(entry: Mapping[str, Any]) -> list[str]:
-    ceiling = entry.get("ceiling")
-    if not ceiling or entry.get("over") != "different tasks":
+def _ceiling(entry: SharingEntry) -> list[str]:
+    ceiling = entry["ceiling"]
+    if not ceiling or entry["over"] != "different tasks":
         return []
     return [
-        f"The ceiling, which is the same task with other seeds, is {fixed(ceiling.get('value'), 4).text} "
-        f"(excess {_signed(ceiling.get('effect'))})."
+        f"The ceiling, which is the same task with other seeds, is {fixed(ceiling['value'], 4).text} "
+        f"(excess {_signed(ceiling['effect'])})."
     ]
 
 
-def _permutation(test: Mapping[str, Any] | None) -> list[str]:
+def _permutation(test: PermutationEntry | None) -> list[str]:
     if not test:
         return []
     more = "more" if test["statistic"] > 0 else "less"
@@ -221,11 +223,11 @@ def _permutation(test: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
-def _sure(entry: Mapping[str, Any]) -> str:
-    ends = [entry.get("ci_low"), entry.get("ci_high")]
-    if any(number(end) is None for end in ends):
+def _sure(entry: SharingEntry) -> str:
+    ends = [entry["ci_low"], entry["ci_high"]]
+    if None in ends:
         return ""
-    p = number(entry.get("p_value"))
+    p = entry["p_value"]
     return f" (95\u00a0% interval {_signed(ends[0])} to {_signed(ends[1])}{'' if p is None else ', ' + _p(p)})"
 
 

@@ -1,10 +1,11 @@
 """The page's tables: cells as text, with the value that they are sorted by."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from spectralbasis.comparison.summary import Summary
 from spectralbasis.report.measures import Headline, Measure
 from spectralbasis.report.results import Tuning
 from spectralbasis.report.sentences import number
@@ -127,20 +128,19 @@ def duration(value: Any) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
 
 
-def settings(summary: Mapping[str, Any], null: str, matrices: int) -> list[tuple[str, str]]:
-    """How the comparison was made, as names and values; what the summary does not say is left out."""
-    versions = summary.get("versions") or {}
+def settings(summary: Summary, null: str, matrices: int) -> list[tuple[str, str]]:
+    """How the comparison was made, as names and values; what is empty is left out."""
     found = [
         ("Base", summary["base"]),
-        ("Finetuned", ", ".join(map(str, summary["tuned"]))),
+        ("Finetuned", ", ".join(summary["tuned"])),
         ("Matrices", matrices),
-        ("Leading directions", leading(summary.get("leading"))),
+        ("Leading directions", leading(summary["leading"])),
         ("Null", null or "none drawn"),
-        ("Draws per matrix", summary.get("draws") if null else None),
-        ("Seed", summary.get("seed")),
-        ("Time", duration(summary["seconds"]) if "seconds" in summary else None),
-        ("Peak memory", size(summary["peak_rss_bytes"]) if "peak_rss_bytes" in summary else None),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("Draws per matrix", summary["draws"] if null else None),
+        ("Seed", summary["seed"]),
+        ("Time", duration(summary["seconds"])),
+        ("Peak memory", size(summary["peak_rss_bytes"])),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in summary["versions"].items())),
     ]
     return [(name, str(value)) for name, value in found if value not in (None, "")]
 

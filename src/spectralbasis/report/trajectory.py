@@ -1,9 +1,11 @@
 """Findings along a training run, for the page: against the step, and against the size of the update."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from spectralbasis.comparison.summary import Summary
+from spectralbasis.comparison.trajectory import RunEntry, StepEntry
 from spectralbasis.report.embed import plotly_text, rounded
 from spectralbasis.report.figures import Figure, layout
 from spectralbasis.report.sentences import CLAIMS, Claim, number
@@ -45,18 +47,18 @@ PANELS = tuple(
 )
 
 
-def read_trajectories(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+def read_trajectories(summary: Summary) -> list[RunEntry]:
     """The runs of a summary that have several points."""
-    return [run for run in summary.get("trajectory") or [] if len(run.get("points") or []) > 1]
+    return [run for run in summary.get("trajectory", []) if len(run["points"]) > 1]
 
 
-def markers(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+def markers(runs: Sequence[RunEntry]) -> list[tuple[str, str]]:
     """The marker that each run is drawn with, and its name."""
     signs = list(_SYMBOLS.values())
-    return [(signs[place % len(signs)], str(run["run"])) for place, run in enumerate(runs)]
+    return [(signs[place % len(signs)], run["run"]) for place, run in enumerate(runs)]
 
 
-def trajectory_figure(panel: Panel, runs: Sequence[Mapping[str, Any]]) -> Figure:
+def trajectory_figure(panel: Panel, runs: Sequence[RunEntry]) -> Figure:
     """What was observed at each point of each run, and its null."""
     percent = panel.claim == "coverage"
     traces = [trace for place, run in enumerate(runs) for trace in _traces(panel, run, place, percent)]
@@ -71,9 +73,9 @@ def trajectory_figure(panel: Panel, runs: Sequence[Mapping[str, Any]]) -> Figure
     }
 
 
-def _traces(panel: Panel, run: Mapping[str, Any], place: int, percent: bool) -> list[Figure]:
+def _traces(panel: Panel, run: RunEntry, place: int, percent: bool) -> list[Figure]:
     points = [point for point in run["points"] if _x(panel, point) is not None]
-    name = plotly_text(str(run["run"]) or "run")
+    name = plotly_text(run["run"] or "run")
     amount = "%{y:.2~%}" if percent else "%{y:.4f}"
     shared = {
         "type": "scatter",
@@ -103,16 +105,16 @@ def _traces(panel: Panel, run: Mapping[str, Any], place: int, percent: bool) -> 
     ]
 
 
-def _x(panel: Panel, point: Mapping[str, Any]) -> float | None:
+def _x(panel: Panel, point: StepEntry) -> float | None:
     return number(point["step"] if panel.against == "step" else point["update_norm_relative"])
 
 
-def _ys(points: Sequence[Mapping[str, Any]], claim: Claim, key: str) -> list[float | None]:
+def _ys(points: Sequence[StepEntry], claim: Claim, key: str) -> list[float | None]:
     values = (number(point[claim].get(key)) for point in points)
     return rounded(float("nan") if value is None else value for value in values)
 
 
-def _label(panel: Panel, runs: Sequence[Mapping[str, Any]]) -> str:
+def _label(panel: Panel, runs: Sequence[RunEntry]) -> str:
     said = []
     for run in runs:
         first, last = run["points"][0], run["points"][-1]
@@ -121,11 +123,11 @@ def _label(panel: Panel, runs: Sequence[Mapping[str, Any]]) -> str:
     return f"Line chart. {panel.title}. {'; '.join(said)}."
 
 
-def trajectory_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[Cell]]:
+def trajectory_rows(runs: Sequence[RunEntry]) -> list[list[Cell]]:
     """One row per run and step, in the order of `HEADINGS`."""
     return [
         [
-            Cell(str(run["run"]), str(run["run"])),
+            Cell(run["run"], run["run"]),
             Cell(f"{point['step']:,}", point["step"]),
             fixed(point["update_norm_relative"], 2, 100),
             *(fixed(point["stability"].get(key), 4) for key in ("value", "null_mean", "effect")),

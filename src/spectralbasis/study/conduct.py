@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from spectralbasis.errors import InputError
 from spectralbasis.files import check_output_files
+from spectralbasis.printable import shortened
 from spectralbasis.report import write_study_report
 from spectralbasis.report.study_page import FIGURES, RESULTS
 from spectralbasis.study.experiments import EXPERIMENTS, Experiment, find_experiment
@@ -108,6 +109,9 @@ def _part(name: str, experiment: Experiment, settings: Any, store: RunStore) -> 
     )
 
 
+_LONGEST_LINE = 4000
+
+
 class _Progress:
     """A bar where stderr is a terminal, else a line for every finished run."""
 
@@ -133,10 +137,11 @@ class _Progress:
         if not self.enabled:
             return
         if error:
-            self.console.print(f"failed: {run}: {error}", markup=False)
+            self.console.print(shortened(f"failed: {run}: {error}", _LONGEST_LINE), markup=False)
         elif not self.console.is_terminal:
             total = self.done + self.missing
-            self.console.print(f"{self.done + 1}/{total} {run}: {seconds:.0f} s; {self.left} to go", markup=False)
+            line = f"{self.done + 1}/{total} {run}: {seconds:.0f} s; {self.left} to go"
+            self.console.print(shortened(line, _LONGEST_LINE), markup=False)
 
     def __enter__(self) -> "_Progress":
         self.bar.start()

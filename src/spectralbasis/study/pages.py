@@ -1,8 +1,8 @@
 """What a study shows, as files: `results.json`, `figures.json`, and a Markdown page for each experiment."""
 
+import html
 import json
 import math
-import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from spectralbasis.files import atomic_path
-from spectralbasis.report.study_page import FIGURES, RESULTS, cell, devices_used
+from spectralbasis.printable import in_code, in_markdown, printable
+from spectralbasis.report.study_page import FIGURES, RESULTS, cell, devices_used, read_figures, read_study
 from spectralbasis.study.training.results import library_versions, write_json
 from spectralbasis.study.verdicts import Claim, Findings
 
@@ -53,17 +54,21 @@ def write_pages(folder: Path, preset: str, parts: Sequence[Part]) -> dict[str, A
     """Write all files that show what a study found; returns the content of `results.json`.
 
     Experiments that the folder has results of and that are not among `parts` stay as they are.
+
+    Raises:
+        InputError: what the folder holds of an earlier study is damaged.
     """
-    earlier = _earlier(folder / RESULTS, preset)
+    earlier = read_study(folder) if (folder / RESULTS).exists() else None
+    others = earlier["experiments"] if earlier is not None and earlier["preset"] == preset else {}
     figures = {part.name: {t: _drawn(f) for t, f in part.findings.figures.items()} for part in parts}
     content = {
         "preset": preset,
         "command": f"spectralbasis study all --preset {preset} --data DIR -o {folder.name}",
         "commit": commit(),
         "versions": library_versions(),
-        "experiments": earlier.get("experiments", {}) | {part.name: part.to_dict() for part in parts},
+        "experiments": others | {part.name: part.to_dict() for part in parts},
     }
-    write_json(folder / FIGURES, _earlier(folder / FIGURES) | figures)
+    write_json(folder / FIGURES, read_figures(folder) | figures)
     for part in parts:
         with atomic_path(folder / f"{part.name}.md") as temporary:
             temporary.write_text(page(part, content), encoding="utf-8")
@@ -79,13 +84,16 @@ def page(part: Part, content: Mapping[str, Any]) -> str:
         f"# {part.name.capitalize()}",
         part.question,
         f"{part.finished} of {part.planned} runs, {part.seconds / 3600:.1f} hours of computing"
-        + devices_used(part.devices)
+        + in_markdown(devices_used(part.devices))
         + (f", {len(part.failed)} failed" if part.failed else "")
-        + f". Made by `{command}` at commit {content['commit']}.",
+        + f". Made by {in_code(command)} at commit {content['commit']}.",
         findings.note,
         *(_claim(claim) for claim in findings.claims),
-        *(f"## {title}\n\n{markdown_table(table)}" for title, table in findings.tables.items()),
-        *(f'## {title}\n\n<div class="figure" data-figure="{part.name}/{title}"></div>' for title in findings.figures),
+        *(f"## {in_markdown(title)}\n\n{markdown_table(table)}" for title, table in findings.tables.items()),
+        *(
+            f'## {in_markdown(title)}\n\n<div class="figure" data-figure="{html.escape(f"{part.name}/{title}")}"></div>'
+            for title in findings.figures
+        ),
         *(["## Runs that failed", markdown_table(_failures(part))] if part.failed else []),
     ]
     return "\n\n".join(line for line in lines if line) + "\n"
@@ -128,7 +136,8 @@ def _failures(part: Part) -> pd.DataFrame:
 def _cell(value: Any) -> str:
     if value is pd.NA or (isinstance(value, float) and not math.isfinite(value)):
         return ""
-    return re.sub(r"([|\\`*_<>\[\]])", r"\\\1", cell(value)).replace("\n", " ")
+    text = cell(value)
+    return in_markdown(" ".join(text.split("\n"))) if isinstance(value, str) else printable(text)
 
 
 def _split(table: pd.DataFrame) -> dict[str, Any]:
@@ -140,15 +149,4 @@ def _split(table: pd.DataFrame) -> dict[str, Any]:
 def _drawn(figure: go.Figure) -> dict[str, Any]:
     """A figure as JSON, without the look that Plotly would add: the page has its own."""
     content: dict[str, Any] = json.loads(go.Figure(figure).update_layout(template="none").to_json())
-    return content
-
-
-def _earlier(file: Path, preset: str | None = None) -> dict[str, Any]:
-    """What an earlier study of the same preset left in a file; empty where there is none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(content, dict) or (preset is not None and content.get("preset") != preset):
-        return {}
     return content

@@ -1,7 +1,6 @@
 """Who gets how many directions: from a number, a rule or a budget to one k per matrix."""
 
 import math
-import warnings
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from spectralbasis.errors import InputError
 from spectralbasis.linalg import Leading, resolve_leading
+from spectralbasis.printable import warn
 from spectralbasis.tuner.parametrisation import numbers
 
 DEFAULT_LEADING = 64
@@ -112,7 +112,7 @@ def _lowered(ranks: Mapping[str, int], weights: Mapping[str, Tensor]) -> dict[st
     changed = [name for name, k in ranks.items() if lowered[name] != k]
     if changed:
         first = changed[0]
-        warnings.warn(
+        warn(
             f"k={ranks[first]} exceeds min(m, n)={lowered[first]} of {first}"
             + (f" ({len(changed)} matrices are smaller than their k)" if len(changed) > 1 else "")
             + "; min(m, n) is taken there",

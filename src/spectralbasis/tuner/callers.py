@@ -1,7 +1,6 @@
 """Layers whose weight a model's code reads without calling them, so that what stands in their place is not noticed."""
 
 import re
-import warnings
 from collections.abc import Iterable
 from functools import cache
 from inspect import getsource
@@ -12,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_
 from torch import nn
 
 from spectralbasis.errors import InputError
+from spectralbasis.printable import warn
 
 # `self.NAME.ATTRIBUTE` where the values are used: no assignment, and no question for dtype, shape and the like.
 _READS = (
@@ -52,7 +52,7 @@ def check_called(model: nn.Module, keys: Iterable[str]) -> None:
         read[reader, name] = path
     if read:
         names = sorted({name for _, name in read})
-        warnings.warn(
+        warn(
             f"{', '.join(sorted({kind for kind, _ in read}))} has code that reads the weight of {', '.join(names)} "
             f"without calling the layer, as {next(iter(read.values()))}; where that code runs, coefficients there "
             f"change nothing and are not trained; to leave them out, pass exclude_modules={names}",
@@ -65,7 +65,7 @@ def leave_out_refused(config: Any, model: nn.Module) -> None:
     refused = sorted(name for name in config.target_modules or () if refused_for_lora(model, name.rpartition(".")[2]))
     if refused:
         config.target_modules = set(config.target_modules) - set(refused)
-        warnings.warn(
+        warn(
             f"target_modules='all-linear' leaves {', '.join(refused)} frozen: fused kernels of {type(model).__name__} "
             "read their weights and never call the layers, so coefficients there would not be trained",
             stacklevel=5,

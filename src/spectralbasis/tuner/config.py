@@ -15,6 +15,7 @@ from spectralbasis.checkpoints.folder_files import inside
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path
 from spectralbasis.linalg import Leading, parse_leading
+from spectralbasis.records import checked, read_json
 from spectralbasis.triplets import DEFAULT_TOLERANCE
 from spectralbasis.tuner.card import note_import
 from spectralbasis.tuner.entries import unpack_positions
@@ -28,7 +29,7 @@ from spectralbasis.tuner.parametrisation import (
     numbers,
     parametrisation,
 )
-from spectralbasis.tuner.record import RECORD, check_record
+from spectralbasis.tuner.record import RECORD, AdapterRecord, check_record
 from spectralbasis.tuner.registration import METHOD
 
 BIASES = ("none", "all", "spectral_only")
@@ -144,6 +145,18 @@ class SpectralConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config.basis = _find_basis(config.basis, Path(pretrained_model_name_or_path) / (subfolder or ""))
         return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """The content of adapter_config.json, checked.
+
+        Raises:
+            InputError: it is damaged, or a field is of another type or out of its range.
+        """
+        content = read_json(Path(path_json_file))
+        checked(content, AdapterRecord, path_json_file)
+        content.pop("runtime_config", None)
+        return content
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json with the basis file beside it, and say in a model card what to import."""

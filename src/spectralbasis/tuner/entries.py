@@ -22,9 +22,8 @@ def unpack_positions(text: str, k: int) -> Tensor:
     """
     gaps = text.split() if isinstance(text, str) else []
     if gaps and all(gap.isascii() and gap.isdigit() and len(gap) <= 12 for gap in gaps):
-        found = torch.tensor([int(gap) for gap in gaps])
-        positions = found.cumsum(0)
-        if bool((found[1:] > 0).all()) and int(positions[-1]) < k * k:
+        positions = torch.tensor([int(gap) for gap in gaps]).cumsum(0)
+        if bool((positions.diff() > 0).all()) and int(positions[-1]) < k * k:
             return positions
     raise InputError(
         f"the entries {str(text)[:40]!r} are no gaps between positions in a {k}×{k} matrix; restore adapter_config.json"

@@ -1,6 +1,5 @@
 """The frozen factors U and V of one matrix: where they come from and how two machines know that theirs are the same."""
 
-import warnings
 from collections.abc import Callable, Collection
 from functools import partial
 from math import prod
@@ -15,6 +14,7 @@ from spectralbasis.basis import SpectralBasis
 from spectralbasis.checkpoints.names import Conversions, same_names
 from spectralbasis.errors import InputError
 from spectralbasis.linalg import values_of_singular_vectors
+from spectralbasis.printable import warn
 from spectralbasis.triplets import Triplets, compute_triplets
 from spectralbasis.tuner.forms import FORMS
 
@@ -176,7 +176,7 @@ class _Stored:
         triplets = self._find(name if name in self.basis else self.basis.name_of(base_hash) or name, W, k)
         if triplets.base_hash != base_hash and not self.warned:
             self.warned = True
-            warnings.warn(
+            warn(
                 f"{self.file} was computed from other weights than those of this model ({name} differs); "
                 "it is used as it is",
                 stacklevel=2,

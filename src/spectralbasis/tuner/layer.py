@@ -1,7 +1,6 @@
 """What every layer with spectral coefficients shares: its adapters, merging, and the order of a forward pass."""
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
@@ -11,6 +10,7 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from spectralbasis.errors import InputError
+from spectralbasis.printable import warn
 from spectralbasis.tuner.batches import add_row_updates
 from spectralbasis.tuner.factors import Factors
 from spectralbasis.tuner.forms import FORMS
@@ -238,7 +238,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Put the original weight back, bit by bit."""
         if not self.merged or self._original is None:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         if isinstance(self._original, tuple):
             self.base_layer = self._original[0].to(self.parameter.device)

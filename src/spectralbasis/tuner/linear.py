@@ -1,12 +1,12 @@
 """Linear layers: the layer of nearly every adapter, with forward passes that keep little for the backward pass."""
 
-import warnings
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from spectralbasis.printable import warn
 from spectralbasis.tuner.forms import FORMS
 from spectralbasis.tuner.function import FactoredUpdate, LinearUpdate
 from spectralbasis.tuner.layer import SpectralLayer
@@ -29,9 +29,7 @@ class Linear(SpectralLayer):
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         if fan_in_fan_out not in (None, self.fan_in_fan_out):
             kind = type(self.get_base_layer()).__name__
-            warnings.warn(
-                f"fan_in_fan_out={fan_in_fan_out} does not hold for {kind}; using {self.fan_in_fan_out}", stacklevel=2
-            )
+            warn(f"fan_in_fan_out={fan_in_fan_out} does not hold for {kind}; using {self.fan_in_fan_out}", stacklevel=2)
 
     def adapted_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus `x ΔWᵀ` of the adapters `active`."""

@@ -91,8 +91,9 @@ def parametrisation(
 
 def band_positions(k: int, bandwidth: int) -> Tensor:
     """Row-major positions of the entries of a k×k matrix with |i − j| ≤ bandwidth, ascending."""
-    i = torch.arange(k)
-    return ((i[:, None] - i).abs() <= min(bandwidth, k)).flatten().nonzero().squeeze(1)
+    b = min(bandwidth, k - 1)
+    i, j = torch.arange(k)[:, None], torch.arange(k)[:, None] + torch.arange(-b, b + 1)
+    return (i * k + j)[(j >= 0) & (j < k)]
 
 
 def numbers(coefficients: str, k: int, bandwidth: int = 1) -> int:

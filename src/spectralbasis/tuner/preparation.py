@@ -1,6 +1,5 @@
 """From a config and the modules it targets to ranks and factors, with every check done before the model is changed."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from spectralbasis.errors import BaseMismatchError, InputError
 from spectralbasis.patterns import pattern_of
+from spectralbasis.printable import warn
 from spectralbasis.tuner.allocation import allocate_budget, allocate_leading
 from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.factors import Directions, Factors, directions_of, source_of
@@ -80,7 +80,7 @@ def resolve_ranks(config: SpectralConfig, targets: Sequence[Target], total: int)
     fixed = {name: patterns[pattern] for name, pattern in matched.items() if pattern is not None}
     unused = [pattern for pattern in patterns if pattern not in matched.values()]
     if unused:
-        warnings.warn(
+        warn(
             f"rank_pattern {', '.join(map(repr, unused))} matches no matrix that is adapted and is not used",
             stacklevel=2,
         )
@@ -151,7 +151,7 @@ def _check_hashes(config: SpectralConfig, hashes: Mapping[str, str]) -> None:
     expected = config.base_hashes or {}
     absent = [name for name in expected if name not in hashes]
     if absent:
-        warnings.warn(
+        warn(
             f"the model has no {absent[0]} ({len(absent)} of {len(expected)} matrices are missing); "
             "the adapter's coefficients for it are left out",
             stacklevel=2,

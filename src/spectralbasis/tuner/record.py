@@ -3,14 +3,55 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Le
+from typing_extensions import TypedDict
 
 from spectralbasis.errors import InputError
+from spectralbasis.records import Count, Finite, Positive
 from spectralbasis.tuner.entries import unpack_positions
 from spectralbasis.tuner.factors import PROBES
 
 RECORD = ("base_hashes", "ranks", "probes", "scales", "entries")
 """Fields of `SpectralConfig` that hold one value for each adapted matrix."""
+MOST_DIRECTIONS = 1 << 16
+"""Of one matrix at most: several times the smaller side of the largest there are."""
+Rank = Annotated[int, Ge(1), Le(MOST_DIRECTIONS)]
+"""The k of one matrix."""
+
+
+class AdapterRecord(TypedDict, total=False):
+    """What adapter_config.json says of an adapter of the method SPECTRAL; other keys are PEFT's."""
+
+    peft_type: str
+    task_type: str | None
+    base_model_name_or_path: str | None
+    revision: str | None
+    inference_mode: bool
+    target_modules: list[str] | str | None
+    target_parameters: list[str] | None
+    exclude_modules: list[str] | str | None
+    layers_to_transform: list[Count] | Count | None
+    layers_pattern: list[str] | str | None
+    modules_to_save: list[str] | None
+    bias: str
+    fan_in_fan_out: bool | None
+    coefficients: Literal["diagonal", "core", "band", "sparse"]
+    bandwidth: Count
+    scaling: Literal["absolute", "relative", "normalized", ""]
+    leading: int | Finite | str | None
+    budget: Finite | None
+    rank_pattern: dict[str, Positive]
+    basis: str
+    basis_seed: Count
+    tolerance: Finite
+    init_weights: bool
+    base_hashes: dict[str, str] | None
+    ranks: dict[str, Rank] | None
+    probes: dict[str, list[Finite]] | None
+    scales: dict[str, list[Finite]] | None
+    entries: dict[str, str] | None
 
 
 def same_weights(ours: Mapping[str, str], theirs: Mapping[str, str]) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """Which modules, and which parameters of other modules, a config means."""
 
 import copy
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -25,6 +24,7 @@ from spectralbasis.checkpoints.layout import is_expert_stack
 from spectralbasis.checkpoints.names import conversions_of, same_names
 from spectralbasis.errors import InputError
 from spectralbasis.patterns import excludes, targets
+from spectralbasis.printable import warn
 from spectralbasis.tuner.allocation import count_parameters
 from spectralbasis.tuner.callers import check_called, leave_out_refused, reader_of
 from spectralbasis.tuner.config import SpectralConfig
@@ -192,7 +192,7 @@ def targeted_modules(config: SpectralConfig, model: nn.Module) -> dict[str, nn.M
     modules, parameters, _ = targeted(config, model)
     if parameters:
         config.target_parameters = None
-        warnings.warn(
+        warn(
             f"{_list(_kinds(parameters))} of {type(model).__name__} are parameters of no layer and are left out here: "
             "what passes them cannot be observed",
             stacklevel=3,
@@ -410,7 +410,7 @@ def _warn_of_frozen(
     share = sum(one.parameter.numel() for one in left.values()) / count_parameters(model)
     possible = _kinds(key for key in left if not reader_of(model, key))
     advice = f"to train them, pass target_parameters={possible} as well" if possible else "they cannot be adapted"
-    warnings.warn(
+    warn(
         f"target_modules='all-linear' leaves {_list(_kinds(left))} frozen, {share:.1%} of the parameters: they are no "
         f"linear layers of {type(model).__name__}; {advice}",
         stacklevel=4,

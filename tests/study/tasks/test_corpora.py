@@ -82,7 +82,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(InputError, match=r"no tinyshakespeare\.txt for the task Shakespeare"):
         load_task("Shakespeare", tmp_path)
     (tmp_path / NOVELS).write_bytes(b"\xfd7zXZ no archive")
-    with pytest.raises(InputError, match="cannot be read as an archive of texts"):
+    with pytest.raises(InputError, match="cannot be read as an archive"):
         load_task("novels", tmp_path)
     (tmp_path / "tinyshakespeare.txt").write_bytes(b"caf\xe9")
     with pytest.raises(InputError, match="cannot be read as UTF-8"):

@@ -104,7 +104,7 @@ def test_a_damaged_file_is_named(tmp_path, name, file):
 
 def test_an_archive_that_would_run_code_is_refused(tmp_path):
     write_npz(tmp_path / "mnist.npz", y_train=np.array([{"an": "object"}], dtype=object))
-    with pytest.raises(InputError, match=r"mnist\.npz cannot be read"):
+    with pytest.raises(InputError, match=r"mnist\.npz: y_train is of type object, expected numbers"):
         load_task("mnist", tmp_path)
 
 

@@ -91,7 +91,7 @@ def test_images_of_another_size_or_of_no_kind_are_refused(tmp_path):
 
 def test_an_archive_that_is_none_is_named(tmp_path):
     (tmp_path / "cifar10_jpg.tar.xz").write_bytes(b"\xfd7zXZ no archive")
-    with pytest.raises(InputError, match="cannot be read as an archive of images"):
+    with pytest.raises(InputError, match="cannot be read as an archive"):
         load_task("cifar10", tmp_path)
 
 

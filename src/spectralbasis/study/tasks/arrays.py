@@ -44,6 +44,8 @@ def _checked_pixels(what: str, pixels: NDArray[Any]) -> NDArray[Any]:
         raise InputError(
             f"{what}: images of shape {pixels.shape}; expected (N, height, width) or (N, height, width, channels)"
         )
+    if pixels.dtype.kind not in "biuf":
+        raise InputError(f"{what}: pixels of type {pixels.dtype}; expected floats in [0, 1], or uint8 in [0, 255]")
     if pixels.dtype != np.uint8:
         pixels = pixels.astype(np.float32)
         low, high = pixels.min(), pixels.max()

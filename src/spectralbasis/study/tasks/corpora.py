@@ -1,7 +1,5 @@
 """Masked language modelling on running text: novels, Shakespeare, WikiText-2, and texts that scikit-learn brings."""
 
-import lzma
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -11,6 +9,7 @@ from datasets import Dataset
 
 from spectralbasis.errors import InputError
 from spectralbasis.study.messages import first_line
+from spectralbasis.study.tasks.data_files import read_text, tar_members
 from spectralbasis.study.tasks.data_folders import find_data_file
 from spectralbasis.study.tasks.likelihood import METRICS
 from spectralbasis.study.tasks.masking import MASK_SEED, TEXT
@@ -79,7 +78,7 @@ def load_shakespeare(data: Path | None) -> Task:
     Raises:
         InputError: the file is absent or no text.
     """
-    cut = passages(_read_text(find_data_file("Shakespeare", TEXT_FOLDER, "tinyshakespeare.txt", data)))
+    cut = passages(read_text(find_data_file("Shakespeare", TEXT_FOLDER, "tinyshakespeare.txt", data)))
     return masked_language_task("Shakespeare", *_last_tenth(cut), "last tenth")
 
 
@@ -90,7 +89,7 @@ def load_wikitext(data: Path | None) -> Task:
         InputError: a file is absent or no text.
     """
     names = ("wikitext2_valid.txt", "wikitext2_test.txt")
-    train, test = (passages(_read_text(find_data_file("WikiText-2", TEXT_FOLDER, name, data))) for name in names)
+    train, test = (passages(read_text(find_data_file("WikiText-2", TEXT_FOLDER, name, data))) for name in names)
     return masked_language_task("WikiText-2", train, test, "test")
 
 
@@ -116,22 +115,13 @@ def _last_tenth(cut: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _texts_of(archive: Path) -> Iterator[tuple[str, str]]:
-    """The name and the text of each `.txt` of an archive; members are read in memory, never unpacked to disk."""
-    try:
-        with tarfile.open(archive) as members:
-            for member in members:
-                handle = members.extractfile(member) if member.isfile() and member.name.endswith(".txt") else None
-                if handle is not None:
-                    yield member.name, handle.read().decode("utf-8-sig")
-    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise InputError(f"{archive} cannot be read as an archive of texts: {first_line(error)}") from error
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} cannot be read as UTF-8 text: {error}") from error
+    """The name and the text of each `.txt` of an archive."""
+    for name, content in tar_members(archive):
+        if name.endswith(".txt"):
+            try:
+                yield name, content.decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{name} in {archive} cannot be read as UTF-8 text: {first_line(error)}") from error
 
 
 CORPORA: dict[str, Callable[[Path | None], Task]] = {

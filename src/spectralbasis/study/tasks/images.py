@@ -1,19 +1,17 @@
 """Tasks on images: MNIST and its relatives from NumPy and HDF5 files, and scikit-learn's bundled digits."""
 
 import math
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
 from spectralbasis.errors import InputError
-from spectralbasis.study.messages import first_line
+from spectralbasis.study.tasks.data_files import read_h5, read_npz
 from spectralbasis.study.tasks.data_folders import find_data_file
 from spectralbasis.study.tasks.task import Task, register_task
 
@@ -38,49 +36,37 @@ def load_image_file(name: str, data: Path | None) -> Task:
     file_name, label_names = IMAGE_FILES[name]
     file = find_data_file(name, name, file_name, data)
     train, test = _read_h5(file) if file.suffix == ".h5" else _read_npz(file)
-    return Task.from_arrays(name, shuffled(train), test, label_names=label_names, evaluation_split="test")
+    return Task.from_arrays(name, shuffled(train, str(file)), test, label_names=label_names, evaluation_split="test")
 
 
 def _read_npz(file: Path) -> tuple[Split, Split]:
-    names = ("x_train", "y_train", "x_test", "y_test")
-    try:
-        with np.load(file, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in names if name in stored}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{file} cannot be read as a NumPy archive: {first_line(error)}") from error
-    _require(file, names, arrays)
+    arrays = read_npz(file, ("x_train", "y_train", "x_test", "y_test"))
     return (arrays["x_train"], arrays["y_train"]), (arrays["x_test"], arrays["y_test"])
 
 
 def _read_h5(file: Path) -> tuple[Split, Split]:
-    names = ("train/data", "train/target", "test/data", "test/target")
-    try:
-        with h5py.File(file) as stored:
-            arrays = {name: stored[name][()] for name in names if name in stored}
-    except OSError as error:
-        raise InputError(f"{file} cannot be read as an HDF5 file: {first_line(error)}") from error
-    _require(file, names, arrays)
+    arrays = read_h5(file, ("train/data", "train/target", "test/data", "test/target"))
     squares = {split: _as_squares(file, arrays[f"{split}/data"]) for split in ("train", "test")}
     return (squares["train"], arrays["train/target"]), (squares["test"], arrays["test/target"])
 
 
 def _as_squares(file: Path, pixels: NDArray[Any]) -> NDArray[Any]:
     """Flat images as (N, width, width)."""
-    width = math.isqrt(pixels.shape[-1])
+    width = math.isqrt(pixels.shape[-1]) if pixels.ndim == 2 else 0
     if pixels.ndim != 2 or width * width != pixels.shape[1]:
         raise InputError(f"{file}: images of shape {pixels.shape}; expected (N, width²), one flat square a row")
     return pixels.reshape(len(pixels), width, width)
 
 
-def _require(file: Path, names: tuple[str, ...], arrays: Mapping[str, Any]) -> None:
-    missing = [name for name in names if name not in arrays]
-    if missing:
-        raise InputError(f"{file} has no array {missing[0]}; expected {', '.join(names)}")
+def shuffled(split: Split, source: str) -> Split:
+    """The examples in a fixed random order: MNIST's files here are sorted by class.
 
-
-def shuffled(split: Split) -> Split:
-    """The examples in a fixed random order: MNIST's files here are sorted by class."""
+    Raises:
+        InputError: there is not one label for each image.
+    """
     images, labels = split
+    if not images.ndim or labels.shape != images.shape[:1]:
+        raise InputError(f"{source}: labels of shape {labels.shape} for images of shape {images.shape}; give one each")
     order = np.random.default_rng(0).permutation(len(labels))
     return images[order], labels[order]
 
@@ -105,7 +91,7 @@ def load_digits_task(name: str, data: Path | None) -> Task:
         raise InputError(f"the task {name} is bundled with scikit-learn and reads no data; leave out --data {data}")
     label_names, transform = DIGITS_TASKS[name]
     bunch = load_digits()
-    images, labels = shuffled(transform(bunch.images / bunch.images.max(), bunch.target))
+    images, labels = shuffled(transform(bunch.images / bunch.images.max(), bunch.target), name)
     cut = 3 * len(labels) // 4
     train, held_out = (images[:cut], labels[:cut]), (images[cut:], labels[cut:])
     return Task.from_arrays(name, train, held_out, label_names=label_names, evaluation_split="held-out quarter")

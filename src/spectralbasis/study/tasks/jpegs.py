@@ -2,9 +2,7 @@
 
 import hashlib
 import io
-import lzma
 import stat
-import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib import import_module
@@ -22,6 +20,7 @@ from spectralbasis.databases import seal
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path
 from spectralbasis.study.messages import first_line
+from spectralbasis.study.tasks.data_files import tar_members
 from spectralbasis.study.tasks.data_folders import find_data_file
 from spectralbasis.study.tasks.images import Split, shuffled
 from spectralbasis.study.tasks.task import Task, register_task
@@ -43,7 +42,7 @@ def load_cifar10(data: Path | None) -> Task:
     """
     file = find_data_file("CIFAR-10", "cifar10_jpg", "cifar10_jpg.tar.xz", data)
     train, test = _kept(file)
-    return Task.from_arrays("CIFAR-10", shuffled(train), test, label_names=OBJECTS, evaluation_split="test")
+    return Task.from_arrays("CIFAR-10", shuffled(train, str(file)), test, label_names=OBJECTS, evaluation_split="test")
 
 
 def _kept(file: Path) -> tuple[Split, Split]:
@@ -94,18 +93,11 @@ def _decode(file: Path) -> dict[str, Any]:
 
 
 def _members(file: Path) -> Iterator[tuple[str, int, bytes]]:
-    """Split, label and bytes of each member SPLIT/CLASS/NAME.jpg; nothing is unpacked to disk."""
-    try:
-        with tarfile.open(file) as archive:
-            for member in archive:
-                parts = PurePosixPath(member.name).parts
-                if len(parts) != 3 or parts[0] not in ("train", "test") or parts[1] not in OBJECTS:
-                    continue
-                handle = archive.extractfile(member) if member.isfile() and member.size <= LARGEST else None
-                if handle is not None and parts[2].endswith(".jpg"):
-                    yield parts[0], OBJECTS.index(parts[1]), handle.read()
-    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
-        raise InputError(f"{file} cannot be read as an archive of images: {first_line(error)}") from error
+    """Split, label and bytes of each member SPLIT/CLASS/NAME.jpg."""
+    for name, content in tar_members(file, LARGEST):
+        parts = PurePosixPath(name).parts
+        if len(parts) == 3 and parts[0] in ("train", "test") and parts[1] in OBJECTS and parts[2].endswith(".jpg"):
+            yield parts[0], OBJECTS.index(parts[1]), content
 
 
 def _pixels(file: Path, content: bytes) -> NDArray[np.uint8]:

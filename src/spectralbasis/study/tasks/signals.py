@@ -1,6 +1,5 @@
 """Tasks on signals of motion sensors: MotionSense."""
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,8 @@ from datasets import Array2D, ClassLabel, Dataset, Features
 from numpy.typing import NDArray
 
 from spectralbasis.errors import InputError
-from spectralbasis.study.messages import first_line
 from spectralbasis.study.tasks.arrays import LABEL, SIGNALS
+from spectralbasis.study.tasks.data_files import read_npz
 from spectralbasis.study.tasks.data_folders import find_data_file
 from spectralbasis.study.tasks.task import Task, register_task
 
@@ -46,20 +45,19 @@ def load_motionsense(data: Path | None) -> Task:
 
 
 def _read(file: Path) -> dict[str, NDArray[Any]]:
-    try:
-        with np.load(file, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in ("x", "activity", "user") if name in stored}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{file} cannot be read as a NumPy archive: {first_line(error)}") from error
-    missing = {"x", "activity", "user"} - arrays.keys()
-    if missing:
-        raise InputError(f"{file} has no array {min(missing)}; expected x, activity, user")
+    arrays = read_npz(file, ("x", "activity", "user"))
     x, activity, user = arrays["x"], arrays["activity"], arrays["user"]
-    if x.ndim != 3 or x.shape[2] != 6 or not len(x) == len(activity) == len(user):
+    if x.ndim != 3 or x.shape[2] != 6 or not x.size or not activity.shape == user.shape == x.shape[:1]:
         raise InputError(
-            f"{file}: x of shape {x.shape} with {len(activity)} activities and {len(user)} users; "
+            f"{file}: x of shape {x.shape} with activities of shape {activity.shape} and users of shape {user.shape}; "
             "expected (N, time, 6) and N of each"
         )
+    if activity.dtype.kind not in "iu" or user.dtype.kind not in "iu":
+        raise InputError(
+            f"{file}: activity of type {activity.dtype}, user of type {user.dtype}; expected whole numbers"
+        )
+    if not np.isfinite(x).all():
+        raise InputError(f"{file}: x has a NaN or infinite entry; expected finite ones")
     if not np.isin(activity, np.arange(len(ACTIVITIES))).all():
         raise InputError(f"{file}: activities {np.unique(activity)}; expected 0 to {len(ACTIVITIES) - 1}")
     return arrays

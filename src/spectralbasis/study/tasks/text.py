@@ -1,6 +1,7 @@
 """GLUE's tasks, from folders of its original TSV files or from the Hugging Face hub."""
 
 import csv
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,8 +12,10 @@ import datasets
 from datasets import ClassLabel, Dataset, Features, Value
 
 from spectralbasis.errors import InputError
+from spectralbasis.printable import shortened
 from spectralbasis.study.messages import first_line
 from spectralbasis.study.tasks.arrays import LABEL
+from spectralbasis.study.tasks.data_files import LARGEST
 from spectralbasis.study.tasks.task import Task, register_task
 
 HUB_DATASET = "nyu-mll/glue"
@@ -49,6 +52,8 @@ class GlueTask:
     def parse_label(self, text: str) -> float | int:
         """The number that stands for the label `text` of the original file; raises ValueError for any other text."""
         if self.kind == "regression":
+            if not math.isfinite(float(text)):
+                raise ValueError(text)
             return float(text)
         if text in self.label_names:
             return self.label_names.index(text)
@@ -158,6 +163,8 @@ def _read_split(glue: GlueTask, file: Path) -> Dataset:
 
 def _rows(glue: GlueTask, file: Path) -> Iterator[tuple[Any, ...]]:
     """The line number, the inputs and the label of each row; quotes are text, as the original files mean them."""
+    if file.stat().st_size > LARGEST:
+        raise InputError(f"{file} has {file.stat().st_size:,} bytes, expected at most {LARGEST:,} of a data set")
     try:
         with file.open(encoding="utf-8-sig", newline="") as handle:
             reader = csv.reader(handle, delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -169,7 +176,7 @@ def _rows(glue: GlueTask, file: Path) -> Iterator[tuple[Any, ...]]:
                         "were expected; separate the columns by tabs"
                     )
                 yield reader.line_num, *(row[position] for position in wanted)
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{file} cannot be read as tab-separated UTF-8 text: {error}") from error
 
 
@@ -179,10 +186,13 @@ def _positions(glue: GlueTask, file: Path, reader: Iterator[list[str]]) -> list[
     if all(isinstance(name, int) for name in names):
         return [int(name) for name in names]
     header = next(reader, [])
+    twice = [name for name in names if header.count(str(name)) > 1]
+    if twice:
+        raise InputError(f"{file} has the column {twice[0]!r} twice, expected it once")
     missing = [name for name in names if name not in header]
     if missing:
         raise InputError(
-            f"{file} has no column {missing[0]!r}; its columns are {', '.join(header) or 'none'}, "
+            f"{file} has no column {missing[0]!r}; its columns are {shortened(', '.join(header) or 'none')}, "
             f"and {glue.name} needs {', '.join(str(name) for name in names)}"
         )
     return [header.index(str(name)) for name in names]
@@ -193,7 +203,9 @@ def _label(glue: GlueTask, file: Path, line: int, text: str) -> float | int:
         return glue.parse_label(text)
     except ValueError as error:
         expected = "a number" if glue.kind == "regression" else " or ".join(glue.label_names)
-        raise InputError(f"{file}, line {line}: the label is {text!r} where {expected} was expected") from error
+        raise InputError(
+            f"{file}, line {line}: the label is {shortened(repr(text))} where {expected} was expected"
+        ) from error
 
 
 for _glue in GLUE_TASKS:

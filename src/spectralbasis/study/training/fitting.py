@@ -3,7 +3,6 @@
 import math
 import os
 import tempfile
-import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from transformers import (
 
 from spectralbasis.errors import InputError
 from spectralbasis.execution import native_bf16
+from spectralbasis.printable import warn
 from spectralbasis.progress import track
 from spectralbasis.study.models.loading import LoadedModel
 from spectralbasis.tuner.optimization import parameter_groups
@@ -85,7 +85,7 @@ def fit(
         InputError: the loss became infinite or NaN.
     """
     if settings.bf16 and settings.precision != "bf16":
-        warnings.warn(
+        warn(
             "bf16 was asked for, but this processor would have to emulate it, which is slower; training in float32",
             stacklevel=2,
         )

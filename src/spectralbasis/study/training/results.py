@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from typing_extensions import TypedDict
 
-from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path
+from spectralbasis.records import Positive, read_record
 from spectralbasis.tuner.optimization import in_modules
 
 TUNING_FILE = "tuning.json"
@@ -149,26 +150,32 @@ def write_tuning_table(folder: Path | str, results: Iterable[TuneResult], note: 
     return file
 
 
-def stored(folder: Path) -> dict[str, Any]:
+class StoredSettings(TypedDict, total=False):
+    """The settings of `tune` that are read back from `tuning.json`."""
+
+    max_length: Positive
+
+
+class StoredTuning(TypedDict, total=False):
+    """What is read back of the `tuning.json` that `tune` leaves in its output folder, see `TuneResult.to_dict`."""
+
+    method: str
+    settings: StoredSettings
+
+
+def stored(folder: Path) -> StoredTuning:
     """What `tune` left in the tuning.json of its output folder; empty where there is none.
 
     Raises:
         InputError: it is there and cannot be read.
     """
     file = folder / TUNING_FILE
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read ({error}); restore it, or tune again") from error
-    return content if isinstance(content, dict) else {}
+    return read_record(file, StoredTuning, "restore it, or tune again") if file.exists() else {}
 
 
-def stored_settings(folder: Path) -> dict[str, Any]:
+def stored_settings(folder: Path) -> StoredSettings:
     """The settings that `tune` left in its output folder; empty where there are none."""
-    settings = stored(folder).get("settings", {})
-    return settings if isinstance(settings, dict) else {}
+    return stored(folder).get("settings", {})
 
 
 def library_versions() -> dict[str, str]:
