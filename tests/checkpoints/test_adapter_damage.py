@@ -82,3 +82,10 @@ def test_switches_are_true_or_false(adapter, switch, value):
 def test_alpha_is_a_number(adapter, alpha):
     with pytest.raises(InputError, match="lora_alpha"):
         adapter(FACTORS, lora_alpha=alpha)
+
+
+def test_lengths_of_dora_are_one_for_each_row(adapter):
+    checkpoint, _ = adapter({**FACTORS, f"{P}magnitude_vector": torch.ones(8)}, use_dora=True)
+    torch.testing.assert_close(checkpoint.read("layers.0.q.weight").norm(dim=1), torch.ones(8))
+    with pytest.raises(InputError, match="each of the 8 rows"):
+        adapter({**FACTORS, f"{P}magnitude_vector": torch.ones(3)}, use_dora=True)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from spectralbasis import SpectralBasis
 from spectralbasis.checkpoints import logical_matrices, match_matrices, open_checkpoint
 from spectralbasis.errors import InputError
 
@@ -170,3 +171,26 @@ def test_names_that_differ_in_case_or_form_stay_apart():
     state = values({"a.Q.weight": (4, 4), "a.q.weight": (4, 4), "a.\u00e9.weight": (4, 4), "a.e\u0301.weight": (4, 4)})
     matrices, _ = logical_matrices(open_checkpoint(state))
     assert len(matrices) == len(state) == 4
+
+
+def test_more_experts_than_any_model_has_are_one_listed_stack():
+    matrices, skipped = logical_matrices(open_checkpoint({"l.0.experts.down_proj": torch.ones(65_537, 1, 1)}))
+    assert matrices == {}
+    assert "65537 experts" in skipped["l.0.experts.down_proj"]
+
+
+def test_large_tensor_of_a_sparse_file_is_not_read_into_memory(tmp_path):
+    """A file of terabytes that takes no place on the disk; a machine that could hold it is not at hand."""
+    side = 10**6
+    header = json.dumps(
+        {"a.weight": {"dtype": "F32", "shape": [side, side], "data_offsets": [0, 4 * side**2]}}
+    ).encode()
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 4 * side**2)
+    with pytest.raises(InputError, match="of memory, and"):
+        open_checkpoint(path).read("a.weight")
+    with pytest.raises(InputError, match=r"decomposing a takes 8\.0TB|decomposing a takes 8TB"):
+        SpectralBasis.compute(path, 2)
+    assert open_checkpoint(path).read_rows("a.weight", 5, 6).shape == (1, side)

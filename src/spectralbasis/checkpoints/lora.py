@@ -165,6 +165,12 @@ def _magnitude(adapter: Adapter, module: str, factors: Mapping[str, str]) -> str
             f"the adapter in {adapter.folder} {found} the lora_magnitude_vector of {module}, but its config has "
             f"use_dora={expected}; its two files are not of one adapter, so save it again"
         )
+    outputs = adapter.tensors.shape(factors["lora_embedding_B" if "lora_embedding_B" in factors else "lora_B"])[0]
+    if magnitude is not None and math.prod(adapter.tensors.shape(magnitude)) != outputs:
+        raise InputError(
+            f"the adapter in {adapter.folder} holds {magnitude} of shape {adapter.tensors.shape(magnitude)}, expected "
+            f"one length for each of the {outputs} rows of {module}; save the adapter again"
+        )
     return magnitude
 
 

@@ -44,6 +44,14 @@ def is_weight(checkpoint: Checkpoint, tensor: str) -> bool:
     return dtype.is_floating_point or dtype.is_complex
 
 
+def _is_there(checkpoint: Checkpoint, name: str) -> bool:
+    try:
+        checkpoint.shape(name)
+    except KeyError:
+        return False
+    return True
+
+
 def is_embedding_table(checkpoint: Checkpoint, tensor: str) -> bool:
     """Whether rows of the tensor are looked up: by its module where that is known, else by its name.
 
@@ -53,7 +61,7 @@ def is_embedding_table(checkpoint: Checkpoint, tensor: str) -> bool:
     owner = checkpoint.module_type(tensor)
     parts = plain_name(tensor).split(".")
     leaf = next((part for part in reversed(parts) if not part.isdigit()), parts[-1])
-    if parts[-1] != leaf and f"{tensor.removesuffix('.weight')}.bias" in checkpoint.names():
+    if parts[-1] != leaf and _is_there(checkpoint, f"{tensor.removesuffix('.weight')}.bias"):
         return False
     convolution = tensor.endswith(".weight") and len(checkpoint.shape(tensor)) > 3
     return (owner is not None and issubclass(owner, nn.Embedding)) or bool(_EMBEDDING.search(leaf) and not convolution)

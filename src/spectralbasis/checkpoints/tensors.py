@@ -105,10 +105,8 @@ def _bare(tensor: Tensor) -> Tensor:
 
 
 def _held_bytes(tensor: Tensor) -> int:
-    """Bytes that a plain or sparse tensor takes where it lies."""
-    if tensor.layout == torch.strided:
-        return tensor.untyped_storage().nbytes()
-    return 0
+    """Bytes of the storage of a plain tensor; 0 for a sparse one, which stores few of its numbers."""
+    return tensor.untyped_storage().nbytes() if tensor.layout == torch.strided else 0
 
 
 def is_wrapper(tensor: Tensor) -> bool:
@@ -136,13 +134,8 @@ def tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     first: dict[tuple[Any, ...], str] = {}
     tied = {}
     for name, tensor in tensors.items():
-        if (
-            tensor.is_nested
-            or tensor.is_meta
-            or tensor.numel() == 0
-            or tensor.layout != torch.strided
-            or is_wrapper(tensor)
-        ):
+        plain = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta or is_wrapper(tensor))
+        if not plain or tensor.numel() == 0:
             continue
         identity = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if identity in first:
