@@ -79,23 +79,24 @@ def join_shards(
 ) -> ShardedCheckpoint:
     """One checkpoint from an index and its opened shards.
 
+    A tensor that a shard holds and the index leaves out belongs to the model: transformers reads whole shards.
+
     Raises:
-        InputError: the index does not place exactly those tensors in a shard that the shard holds. What a library
-            makes of the others differs: one reads the shard's, another one the index's.
+        InputError: a shard lacks a tensor that the index places there, or two shards hold a tensor of one name, of
+            which one library reads this and another one that.
     """
-    held = {path: frozenset(shard.names()) for path, shard in opened.items()}
+    found, held = dict(located), {path: frozenset(shard.names()) for path, shard in opened.items()}
     for name, path in located.items():
         if name not in held[path]:
             raise InputError(f"the index of {source} places {name} in {path.name}, which lacks it; download both again")
-    for path in held:
-        stranger = next((name for name in opened[path].names() if located.get(name) != path), None)
-        if stranger is not None:
-            place = located[stranger].name if stranger in located else "no shard"
-            raise InputError(
-                f"{path.name} of {source} holds {stranger}, which the index places in {place}; download the index and "
-                f"the shards again, or save the model again"
-            )
-    return ShardedCheckpoint({name: opened[path] for name, path in located.items()}, source, config)
+    for path, shard in opened.items():
+        for name in shard.names():
+            if found.setdefault(name, path) != path:
+                raise InputError(
+                    f"both {found[name].name} and {path.name} of {source} hold {name}; download the index and the "
+                    f"shards again, or save the model again"
+                )
+    return ShardedCheckpoint({name: opened[path] for name, path in found.items()}, source, config)
 
 
 def join_loose_shards(opened: Mapping[Path, Checkpoint], source: str, config: Mapping[str, Any]) -> ShardedCheckpoint:
