@@ -350,7 +350,8 @@ def check_counts(config: Any) -> None:
 def _check_counts(config: Any, largest: dict[str, int]) -> None:
     for value in config if isinstance(config, list) else ():
         _check_counts(value, largest)
-    for key, value in config.items() if isinstance(config, dict) else ():
+    for name, value in config.items() if isinstance(config, dict) else ():
+        key = str(name)  # a label of a config in memory is a number
         limit = next((limit for word, limit in _LARGEST.items() if word in key), None)
         counted = not any(word in key for word in _MEASURED)
         if counted and any(word in key for word in _COUNTED):
@@ -380,7 +381,9 @@ def _without_unsafe(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     return {
-        key: _without_unsafe(value) for key, value in config.items() if not any(word in key for word in _UNSAFE_KEYS)
+        key: _without_unsafe(value)
+        for key, value in config.items()
+        if not any(word in str(key) for word in _UNSAFE_KEYS)
     }
 
 
