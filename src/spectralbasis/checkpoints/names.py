@@ -340,7 +340,7 @@ def _architecture(config: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def check_counts(config: Any) -> None:
-    """Raise ValueError where a config has more layers, experts, heads or labels than any model."""
+    """Raise ValueError where a config has more layers, experts, heads or labels than any model, or less than none."""
     largest = {"layer": 0, "expert": 0}
     _check_counts(config, largest)
     if largest["layer"] * largest["expert"] > _LARGEST_PRODUCT:
@@ -358,6 +358,8 @@ def _check_counts(config: Any, largest: dict[str, int]) -> None:
             limit = _LARGEST_COUNT
         for one in value if isinstance(value, list) else [value]:
             if limit is not None and isinstance(one, int | float) and not abs(one) <= limit:
+                raise ValueError(f"{key}={one}")
+            if counted and limit and key.startswith(("num_", "n_")) and isinstance(one, int) and one < 0:
                 raise ValueError(f"{key}={one}")
         for word in largest:
             if counted and word in key and isinstance(value, int):
