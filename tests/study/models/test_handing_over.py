@@ -230,6 +230,7 @@ class TestAdapters:
             ({"target_modules": 3}, "cannot be read"),
             ({"target_modules": "(q"}, "no regular expression"),
             ({"lora_alpha": "x"}, "does not fit"),
+            ({"use_dora": True}, "Found missing adapter keys"),
             ({"init_lora_weights": "pissa_niter_1000000000"}, "expected at most 64 iterations"),
         ],
         ids=str,
