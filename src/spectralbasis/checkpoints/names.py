@@ -342,7 +342,7 @@ def _architecture(config: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def check_counts(config: Any) -> None:
-    """Raise ValueError where a config has more layers, experts, heads or labels than any model."""
+    """Raise ValueError where a config has more layers, experts, heads or labels than any model, or less than none."""
     largest = {"layer": 0, "expert": 0}
     _check_counts(config, largest)
     if largest["layer"] * largest["expert"] > _LARGEST_PRODUCT:
@@ -352,13 +352,16 @@ def check_counts(config: Any) -> None:
 def _check_counts(config: Any, largest: dict[str, int]) -> None:
     for value in config if isinstance(config, list) else ():
         _check_counts(value, largest)
-    for key, value in config.items() if isinstance(config, dict) else ():
+    for name, value in config.items() if isinstance(config, dict) else ():
+        key = str(name)  # a label of a config in memory is a number
         limit = next((limit for word, limit in _LARGEST.items() if word in key), None)
         counted = not any(word in key for word in _MEASURED)
         if counted and any(word in key for word in _COUNTED):
             limit = _LARGEST_COUNT
         for one in value if isinstance(value, list) else [value]:
             if limit is not None and isinstance(one, int | float) and not abs(one) <= limit:
+                raise ValueError(f"{key}={one}")
+            if counted and limit and key.startswith(("num_", "n_")) and isinstance(one, int) and one < 0:
                 raise ValueError(f"{key}={one}")
         for word in largest:
             if counted and word in key and isinstance(value, int):
@@ -382,7 +385,9 @@ def _without_unsafe(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     return {
-        key: _without_unsafe(value) for key, value in config.items() if not any(word in key for word in _UNSAFE_KEYS)
+        key: _without_unsafe(value)
+        for key, value in config.items()
+        if not any(word in str(key) for word in _UNSAFE_KEYS)
     }
 
 

@@ -66,6 +66,7 @@ CONFIGS = {
     "a type of whole numbers": ({"dtype": "int64"}, "expected a floating type"),
     "as wide as nothing": ({"hidden_size": 10**9}, "numbers, and the weights there have|cannot be built"),
     "of too many layers": ({"num_hidden_layers": 10**7}, "beyond any other"),
+    "of less than no layers": ({"num_hidden_layers": -1}, "beyond any other"),
     "of too many experts": ({"num_local_experts": 4000, "num_hidden_layers": 4000}, "4000 layers of 4000 experts"),
     "of too many labels": ({"num_labels": 10**10}, "beyond any other"),
     "of text for a size": ({"hidden_size": "x"}, "cannot be (built|read)"),
@@ -92,7 +93,7 @@ def test_a_config_that_asks_for_more_than_its_folder_is_refused(case, image):
         {"attn_implementation": {"": "sdpa"}},
         {"dtype": "bfloat16"},
         {"torch_dtype": "torch.float16"},
-        {"quantization_config": None},
+        {"max_relative_positions": -1, "feature_layer": -2},
         {"auto_map": {"AutoConfig": "code.Config"}},
         {"layer_norm_eps": 1e-5, "expert_intermediate_size": 20_000},
     ],
@@ -154,10 +155,12 @@ def test_words_outside_of_the_folder_are_not_read(key, text, sst2, tmp_path):
     edit(text / "tokenizer_config.json", **{key: str(secret)})
     with pytest.raises(InputError, match=f"as its {key}, which is not in the folder"):
         load_model(text, sst2, max_length=16)
-    edit(text / "tokenizer_config.json", **{key: "/home/author/vocab.txt"})  # as many a folder names, and nobody has
-    if key == "tokenizer_file":  # which transformers leaves aside, as there is one in the folder
-        words = load_model(text, sst2, max_length=16).collator.tokenizer
-        assert words("film")["input_ids"] == AutoTokenizer.from_pretrained(text)("film")["input_ids"]
+
+
+def test_files_of_its_author_that_a_tokenizer_names_do_no_harm(text, sst2):
+    edit(text / "tokenizer_config.json", special_tokens_map_file="/home/author/special_tokens_map.json")
+    words = load_model(text, sst2, max_length=16).collator.tokenizer
+    assert words("film")["input_ids"] == AutoTokenizer.from_pretrained(text)("film")["input_ids"]
 
 
 @pytest.mark.parametrize(
@@ -227,6 +230,8 @@ class TestAdapters:
             ({"target_modules": 3}, "cannot be read"),
             ({"target_modules": "(q"}, "no regular expression"),
             ({"lora_alpha": "x"}, "does not fit"),
+            ({"use_dora": True}, "Found missing adapter keys"),
+            ({"init_lora_weights": "pissa_niter_1000000000"}, "expected at most 64 iterations"),
         ],
         ids=str,
     )

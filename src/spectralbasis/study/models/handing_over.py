@@ -39,6 +39,7 @@ _ROOM = 1 << 27
 _OTHER_FOLDERS = {"XLORA": "adapters of other folders", "MULTITASK_PROMPT_TUNING": "a file elsewhere"}
 _SIZES = ("r", "init_r", "target_r", "num_virtual_tokens", "n_frequency", "rank_pattern")
 _MEGATRON = "megatron.core"
+_STARTS = frozenset(f"pissa_niter_{number}" for number in range(65))
 
 
 @contextmanager
@@ -216,6 +217,9 @@ def adapter_config(folder: Path, model: PreTrainedModel) -> PeftConfig:
             f"{file} asks PEFT to import {shortened(repr(content.get('megatron_core')), 80)}; remove megatron_config "
             "and megatron_core, which belong to training with Megatron"
         )
+    start = str(content.get("init_lora_weights"))
+    if "_niter_" in start and start not in _STARTS:
+        raise InputError(f"{file} has init_lora_weights={shortened(repr(start), 80)}, expected at most 64 iterations")
     _check_replication(file, content.get("layer_replication"))
     _check_sizes(file, folder, content)
     with reading(folder, "adapter's config"):

@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,10 @@ def attach_adapter(loaded: LoadedModel, adapter: Path) -> nn.Module:
         )
     config = adapter_config(adapter, loaded.model)
     try:
-        adapted = PeftModel.from_pretrained(loaded.model, str(adapter), config=config)
+        with warnings.catch_warnings():
+            # PEFT only warns, and the model would be scored as if nothing had been trained.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(loaded.model, str(adapter), config=config)
     except SpectralBasisError:
         raise
     except Exception as error:  # PEFT raises all kinds
