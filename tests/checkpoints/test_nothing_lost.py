@@ -124,14 +124,19 @@ def shards(folder, weight_map, held):
 
 @pytest.mark.parametrize(
     ("weight_map", "held", "told"),
-    [({"a": "1", "b": "2"}, {"1": "a", "2": "ba"}, "places in 1.safetensors"),
-     ({"a": "1", "b": "2"}, {"1": "ac", "2": "b"}, "places in no shard"),
+    [({"a": "1", "b": "2"}, {"1": "a", "2": "ba"}, "both 1.safetensors and 2.safetensors"),
+     ({"a": "1", "b": "2"}, {"1": "ac", "2": "bc"}, "both 1.safetensors and 2.safetensors"),
      ({"a": "1", "b": "2"}, {"1": "a", "2": "c"}, "lacks")],
 )  # fmt: skip
 def test_shards_that_hold_other_tensors_than_their_index_says(weight_map, held, told, tmp_path):
     shards(tmp_path, weight_map, held)
     with pytest.raises(InputError, match=told):
         open_checkpoint(tmp_path)
+
+
+def test_a_tensor_that_the_index_leaves_out_is_of_the_model(tmp_path):
+    shards(tmp_path, {"a": "1", "b": "2"}, {"1": "ac", "2": "b"})
+    assert sorted(open_checkpoint(tmp_path).names()) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(
