@@ -153,7 +153,7 @@ def test_a_seal_is_of_its_parts_and_of_this_user(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("planted", ["short", "link", "folder"])
-def test_a_secret_that_is_none_seals_nothing(tmp_path, monkeypatch, planted):
+def test_a_secret_that_another_may_know_is_used_by_no_process(tmp_path, monkeypatch, planted):
     key = tmp_path / "key"
     if planted == "short":
         key.write_bytes(b"known")
@@ -163,5 +163,8 @@ def test_a_secret_that_is_none_seals_nothing(tmp_path, monkeypatch, planted):
     else:
         key.mkdir()
     monkeypatch.setenv("SPECTRALBASIS_CACHE", str(tmp_path))
-    assert seal("a") == ""
+    made = seal("a")
+    assert is_sealed(made, "a")
+    databases._key.cache_clear()  # as in another process
+    assert not is_sealed(made, "a")
     assert not is_sealed("", "a")
