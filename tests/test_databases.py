@@ -3,6 +3,8 @@
 import os
 import sqlite3
 import stat
+import subprocess
+import sys
 import time
 from contextlib import closing
 
@@ -39,6 +41,23 @@ def test_a_second_process_is_refused_at_once(tmp_path):
         pytest.raises(InputError, match="another test is writing"),
         opened(tmp_path / "db", KIND),
     ):
+        pass
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_another_process_is_refused_while_one_lives(tmp_path, exists):
+    path = make(tmp_path / "db") if exists else tmp_path / "db"
+    program = (
+        "import sys, pathlib\nfrom spectralbasis.databases import Kind, opened\n"
+        f"with opened(pathlib.Path(sys.argv[1]), {KIND!r}):\n    print('open', flush=True)\n    sys.stdin.read()\n"
+    )
+    arguments = [sys.executable, "-c", program, str(path)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "open\n"
+        with pytest.raises(InputError, match="another test is writing"), opened(path, KIND):
+            pass
+        process.stdin.close()
+    with opened(path, KIND):
         pass
 
 

@@ -69,7 +69,7 @@ def opened(path: Path | None, kind: Kind, *, fresh: bool = False) -> Iterator[sq
             connection = sqlite3.connect(path or ":memory:", timeout=0)
             stack.callback(connection.close)
             _prepare(connection, path, kind, fresh)
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:  # the last: SQLite quotes what a bad disk made
             raise InputError(_explanation(path, kind, error)) from error
         yield connection
 
