@@ -3,6 +3,8 @@
 import os
 import sqlite3
 import stat
+import subprocess
+import sys
 import time
 from contextlib import closing
 
@@ -39,6 +41,23 @@ def test_a_second_process_is_refused_at_once(tmp_path):
         pytest.raises(InputError, match="another test is writing"),
         opened(tmp_path / "db", KIND),
     ):
+        pass
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_another_process_is_refused_while_one_lives(tmp_path, exists):
+    path = make(tmp_path / "db") if exists else tmp_path / "db"
+    program = (
+        "import sys, pathlib\nfrom spectralbasis.databases import Kind, opened\n"
+        f"with opened(pathlib.Path(sys.argv[1]), {KIND!r}):\n    print('open', flush=True)\n    sys.stdin.read()\n"
+    )
+    arguments = [sys.executable, "-c", program, str(path)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "open\n"
+        with pytest.raises(InputError, match="another test is writing"), opened(path, KIND):
+            pass
+        process.stdin.close()
+    with opened(path, KIND):
         pass
 
 
@@ -153,7 +172,7 @@ def test_a_seal_is_of_its_parts_and_of_this_user(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("planted", ["short", "link", "folder"])
-def test_a_secret_that_is_none_seals_nothing(tmp_path, monkeypatch, planted):
+def test_a_secret_that_another_may_know_is_used_by_no_process(tmp_path, monkeypatch, planted):
     key = tmp_path / "key"
     if planted == "short":
         key.write_bytes(b"known")
@@ -163,5 +182,8 @@ def test_a_secret_that_is_none_seals_nothing(tmp_path, monkeypatch, planted):
     else:
         key.mkdir()
     monkeypatch.setenv("SPECTRALBASIS_CACHE", str(tmp_path))
-    assert seal("a") == ""
+    made = seal("a")
+    assert is_sealed(made, "a")
+    databases._key.cache_clear()  # as in another process
+    assert not is_sealed(made, "a")
     assert not is_sealed("", "a")

@@ -1,5 +1,7 @@
 """Output folders appear whole or not at all."""
 
+from pathlib import Path
+
 import pytest
 from safetensors import SafetensorError
 
@@ -134,6 +136,20 @@ def test_a_link_that_leads_to_a_folder_stays_and_the_folder_is_written(tmp_path)
     make(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "disk" / "made").read_text() == "new"
+
+
+@pytest.mark.parametrize("name", [".", "", "../here", ".."])
+def test_the_working_folder_can_be_the_output(tmp_path, monkeypatch, name):
+    inner = tmp_path / "here" / "inner" if name == ".." else tmp_path / "here"
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner)
+    if name != "..":
+        check_output(Path(name), overwrite=False)
+        make(Path(name))
+        assert (tmp_path / "here" / "made").read_text() == "new"
+    else:
+        with pytest.raises(InputError, match="is not empty"):
+            check_output(Path(name), overwrite=False)
 
 
 @pytest.mark.parametrize("to", ["nowhere", "file", "link"])

@@ -124,7 +124,10 @@ def second_writer(make: Callable[[Bench], Command], *words: str) -> Callable[[Be
                 environment = {"SPECTRALBASIS_CACHE": str(room / "cache")}
                 first = start([*arguments(bench, words), "-o", room / "out"], environment)
                 at_work = first.wait_for(
-                    lambda room=room: bool(list(room.glob("out/*.sqlite")) or list(room.glob(".spectralbasis-*/new")))
+                    lambda room=room: bool(
+                        [file for file in room.glob("out/*.sqlite") if file.stat().st_size]  # made and locked
+                        or list(room.glob(".spectralbasis-*/new"))
+                    )
                 )
                 os.kill(first.process.pid, signal.SIGSTOP)
                 ended = command.call(room / "out")

@@ -69,7 +69,7 @@ def opened(path: Path | None, kind: Kind, *, fresh: bool = False) -> Iterator[sq
             connection = sqlite3.connect(path or ":memory:", timeout=0)
             stack.callback(connection.close)
             _prepare(connection, path, kind, fresh)
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:  # the last: SQLite quotes what a bad disk made
             raise InputError(_explanation(path, kind, error)) from error
         yield connection
 
@@ -167,36 +167,32 @@ def _explanation(path: Path | None, kind: Kind, error: Exception) -> str:
 def seal(*parts: str | bytes | None) -> str:
     """A checksum that only this user can make: of a row that was stored here, so that a row from elsewhere is told.
 
-    It is keyed by a secret in the user's cache folder. Empty where that cannot be read or made, as where the folder
-    may not be written to: nothing has a seal then.
+    It is keyed by a secret in the user's cache folder. Where that cannot be read or made, as where the folder may not
+    be written to, the secret is of this process alone, and what it sealed is of elsewhere to the next.
     """
-    key = _key(cache_folder())
-    if key is None:
-        return ""
-    digest = hashlib.blake2b(key=key, digest_size=16)
+    digest = hashlib.blake2b(key=_key(cache_folder()), digest_size=16)
     for part in parts:
         content = b"" if part is None else part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass")
         digest.update(f"{-1 if part is None else len(content)}:".encode() + content)
     return digest.hexdigest()
 
 
-def is_sealed(seal_found: object, *parts: str | bytes | None) -> bool:
+def is_sealed(found: object, *parts: str | bytes | None) -> bool:
     """Whether a seal is the one that this user makes of these parts."""
-    made = seal(*parts)
-    return bool(made) and isinstance(seal_found, str) and hmac.compare_digest(made.encode(), seal_found.encode())
+    return isinstance(found, str) and hmac.compare_digest(seal(*parts).encode(), found.encode("utf-8", "replace"))
 
 
 @cache
-def _key(folder: Path) -> bytes | None:
-    """The secret of this user, made when it is first asked for; None where there can be none."""
+def _key(folder: Path) -> bytes:
+    """The secret of this user, made when it is first asked for; of this process where none can be kept."""
     file = folder / "key"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
             _make_key(file)
-        return _read_key(file)
+        return _read_key(file) or os.urandom(_KEY_BYTES)
     except OSError:
-        return None
+        return os.urandom(_KEY_BYTES)
 
 
 def _make_key(file: Path) -> None:

@@ -106,13 +106,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def _place(path: Path) -> Path:
-    """The folder that a path leads to: a link to a folder, which the user named, is followed.
+    """The folder that a path leads to, by a path without links and dots: the working folder may be what is replaced.
 
     Raises:
         InputError: the name is impossible.
     """
     check_output_files(path)
-    return path.resolve() if path.is_symlink() else path
+    return path.resolve()
 
 
 def _holds_something(path: Path) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from spectralbasis import databases
 from spectralbasis.comparison.rows import Row, SharedRow, row_values
 from spectralbasis.comparison.store import Store, _checksum
 from spectralbasis.errors import InputError
@@ -142,9 +143,15 @@ def test_trusted_rows_that_are_no_rows_are_a_sentence(tmp_path, text):
         Store(path, SETTINGS, resume=True, trust=True)
 
 
-def test_without_a_secret_nothing_is_believed_and_trust_goes_on(tmp_path, monkeypatch):
+def test_where_no_secret_can_be_kept_a_run_believes_its_own_rows_and_the_next_asks(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("SPECTRALBASIS_CACHE", str(tmp_path / "file"))
-    path = filled(tmp_path / "store.sqlite")
+    path = tmp_path / "store.sqlite"
+    with Store(path, SETTINGS, resume=False) as store:
+        store.put("tuned", "layer.3", "hash", ROWS[3:4])
+        assert texts(store.rows([("tuned", "layer.3")])) == texts(ROWS[3:4])
+    databases._key.cache_clear()  # as in another process
     with pytest.raises(InputError, match="did not store"):
         Store(path, SETTINGS, resume=True)
+    with Store(path, SETTINGS, resume=True, trust=True) as store:
+        assert store.contents("layer.3") == {"tuned": "hash"}

@@ -13,6 +13,7 @@ from spectralbasis.comparison.rows import Row, SharedRow, row_values
 from spectralbasis.comparison.sharing import Pair
 from spectralbasis.databases import Kind, is_sealed, opened, seal
 from spectralbasis.errors import InputError
+from spectralbasis.printable import shortened
 from spectralbasis.records import checked, parse_json
 
 AnyRow = TypeVar("AnyRow", Row, SharedRow)
@@ -66,7 +67,7 @@ class Store:
         for name, value in settings.items():
             if known.get(name, value) != value:
                 raise InputError(
-                    f"{self.path} was made with {name}={known[name]}, not {value}; "
+                    f"{self.path} was made with {name}={shortened(known[name], 80)}, not {value}; "
                     "resume with the same settings, or leave out --resume to start again"
                 )
         with self._connection:

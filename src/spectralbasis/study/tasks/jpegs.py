@@ -68,7 +68,7 @@ def _from_cache(kept: Path, content: str) -> dict[str, Any] | None:
             arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError):
         return None
-    return arrays if sealed and sealed == _seal(content, arrays) else None
+    return arrays if sealed == _seal(content, arrays) else None
 
 
 def _seal(content: str, arrays: Mapping[str, Any]) -> str:
