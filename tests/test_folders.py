@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 
 from spectralbasis import files
 from spectralbasis.errors import InputError
-from spectralbasis.folders import LIST, atomic_folder, check_output, not_ours
+from spectralbasis.folders import LIST, atomic_folder, check_output, claim_files, not_ours
 
 
 def test_a_folder_appears_when_the_block_ends(tmp_path):
@@ -193,3 +193,23 @@ def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkey
         make(tmp_path / "folder")
     monkeypatch.undo()
     assert (tmp_path / "folder" / "made").read_text() == "old"
+
+
+def test_claimed_files_are_written_again_and_others_never(tmp_path):
+    claim_files(tmp_path, "index.html")
+    (tmp_path / "index.html").write_text("ours")
+    claim_files(tmp_path, "index.html", "summary.json")
+    (tmp_path / "notes.json").write_text("a person's")
+    with pytest.raises(InputError, match=r"holds notes\.json, which no earlier run wrote"):
+        claim_files(tmp_path, "notes.json")
+    claim_files(tmp_path, "notes.json", adopt=True)
+    claim_files(tmp_path, "notes.json")
+
+
+def test_a_page_of_ours_is_known_without_a_list(tmp_path):
+    (tmp_path / "index.html").write_text('<html><meta name="generator" content="spectralbasis 1.0"></html>')
+    claim_files(tmp_path, "index.html")
+    (tmp_path / ".spectralbasis").unlink()
+    (tmp_path / "index.html").write_text("<html>mine</html>")
+    with pytest.raises(InputError, match="no earlier run wrote"):
+        claim_files(tmp_path, "index.html")

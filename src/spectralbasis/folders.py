@@ -1,7 +1,7 @@
 """Output folders that appear whole or not at all, and that say what in them is ours.
 
 Every folder has a hidden list of what was written into it. Only a folder with such a list, and with nothing beside
-what it lists, is ever replaced or removed.
+what it lists, is ever replaced or removed, and only a file that is listed is written again.
 """
 
 import json
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from spectralbasis.errors import InputError
 from spectralbasis.files import (
+    atomic_path,
     check_output_files,
     clear_leftovers,
     no_room_for,
@@ -26,6 +27,8 @@ from spectralbasis.files import (
 from spectralbasis.records import checked, read_json
 
 LIST = ".spectralbasis"
+_GENERATOR = b'<meta name="generator" content="spectralbasis '
+_BEGINNING = 4096
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
@@ -56,14 +59,50 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         )
 
 
+def claim_files(folder: Path, *names: str, adopt: bool = False) -> None:
+    """Note files that are about to be written into a folder as ours; the folder is made where it is absent.
+
+    Args:
+        folder: may hold other things, which are left alone.
+        names: of the files.
+        adopt: take files of these names that are there for ours, as those of a folder that somebody passed on.
+
+    Raises:
+        InputError: the folder or a file of it cannot be written, or one of the files is there and no earlier run
+            wrote it.
+    """
+    check_output_files(folder, *names)
+    ours = _listed(folder) or set()
+    for name in names if not adopt else ():
+        if name not in ours and (folder / name).exists() and not _is_our_page(folder / name):
+            raise InputError(
+                f"the output folder {folder} holds {name}, which no earlier run wrote there, so it is not replaced; "
+                "move it away, or name a new folder"
+            )
+    if not ours.issuperset(names):
+        with atomic_path(folder / LIST) as temporary:
+            temporary.write_text(json.dumps(sorted({*ours, *names})) + "\n", encoding="utf-8")
+
+
+def _is_our_page(file: Path) -> bool:
+    """Whether a file is a page that this package made, which says so at its beginning."""
+    with file.open("rb") as page:
+        return _GENERATOR in page.read(_BEGINNING)
+
+
 def not_ours(folder: Path) -> list[str] | None:
     """What a folder holds beside what `atomic_folder` wrote into it; None where it wrote none of it."""
+    ours = _listed(folder)
+    return None if ours is None else sorted(entry.name for entry in folder.iterdir() if entry.name not in {*ours, LIST})
+
+
+def _listed(folder: Path) -> set[str] | None:
+    """The names in the list of a folder; None where it has no list that can be read."""
     file = folder / LIST
     try:
-        ours = set(checked(read_json(file), list[str], str(file))) if not file.is_symlink() else None
+        return set(checked(read_json(file), list[str], str(file))) if not file.is_symlink() else None
     except InputError:
         return None
-    return None if ours is None else sorted(entry.name for entry in folder.iterdir() if entry.name not in {*ours, LIST})
 
 
 @contextmanager

@@ -50,6 +50,7 @@ def page(tmp_path_factory):
 def test_the_report_is_index_html_in_the_folder(tmp_path):
     assert write(tmp_path) == tmp_path / "index.html"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".spectralbasis",
         "comparison.parquet",
         "index.html",
         "summary.json",

@@ -23,7 +23,8 @@ from spectralbasis.coefficients.adapters import (
     with_names_of,
 )
 from spectralbasis.errors import InputError
-from spectralbasis.files import atomic_path, check_output_files
+from spectralbasis.files import atomic_path
+from spectralbasis.folders import claim_files
 from spectralbasis.linalg import gram_cosines, inner_products
 
 Grams = Mapping[str, Tensor]
@@ -63,6 +64,7 @@ class Similarity:
     def save(self, directory: str | Path) -> None:
         """Write `similarity.parquet` (matrix by matrix) and `similarity.json` (overall) into a folder."""
         folder = Path(directory)
+        claim_files(folder, "similarity.parquet", "similarity.json")
         with atomic_path(folder / "similarity.parquet") as temporary:
             self.table.to_parquet(temporary, index=False)
         with atomic_path(folder / "similarity.json") as temporary:
@@ -99,7 +101,7 @@ def similarity(
     if of not in ("both", "coefficients", "updates"):
         raise InputError(f"of={of!r} is unknown; pass 'both', 'coefficients' or 'updates'")
     if output is not None:
-        check_output_files(Path(output), "similarity.parquet", "similarity.json")
+        claim_files(Path(output), "similarity.parquet", "similarity.json")
     coefficients = _coefficients(checkpoints, of)
     opened, start = ([], None) if of == "coefficients" else _open(checkpoints, base)
     updates = {} if start is None else _update_grams(start, opened, include, exclude)

@@ -21,13 +21,13 @@ from spectralbasis.comparison.store import Store
 from spectralbasis.comparison.summary import summarise
 from spectralbasis.errors import InputError
 from spectralbasis.execution import open_executor
-from spectralbasis.files import check_output_files, unwritable
+from spectralbasis.folders import claim_files
 from spectralbasis.linalg import Leading, parse_leading
 from spectralbasis.progress import track
 from spectralbasis.sizes import parse_size
 
-FILES = ("store.sqlite", "comparison.parquet", "sharing.parquet", "summary.json", "index.html")
-"""What `compare` writes into its output folder."""
+FILES = ("comparison.parquet", "sharing.parquet", "summary.json", "index.html")
+"""What `compare` writes into its output folder, beside the store."""
 
 
 def compare(
@@ -207,11 +207,7 @@ def _open_store(output: str | Path | None, settings: Settings, resume: bool, tru
     known = {name: str(value) for name, value in asdict(settings).items()}
     if output is None:
         return Store(None, known, resume=False)
-    check_output_files(Path(output), *FILES)
-    try:
-        Path(output).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(Path(output), error) from error
+    claim_files(Path(output), *FILES, adopt=resume and trust)
     return Store(Path(output) / "store.sqlite", known, resume=resume, trust=trust)
 
 

@@ -2,15 +2,14 @@
 
 import json
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow.parquet
 
-from spectralbasis.comparison.rows import SharedRow
 from spectralbasis.files import atomic_path
+from spectralbasis.folders import claim_files
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class Comparison:
     def save(self, directory: str | Path) -> None:
         """Write `comparison.parquet`, `summary.json` and, of several checkpoints, `sharing.parquet` into a folder."""
         folder = Path(directory)
+        claim_files(folder, "comparison.parquet", "summary.json", "sharing.parquet")
         # All are written before the first takes its place: a full disk leaves the files of an earlier run together.
         with ExitStack() as files:
             if self.sharing is not None:
@@ -41,8 +41,8 @@ class Comparison:
             _write(self.table, files.enter_context(atomic_path(folder / "comparison.parquet")))
             summary = files.enter_context(atomic_path(folder / "summary.json"))
             summary.write_text(json.dumps(self._summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        if self.sharing is None and _is_sharing(folder / "sharing.parquet"):
-            (folder / "sharing.parquet").unlink()
+        if self.sharing is None:
+            (folder / "sharing.parquet").unlink(missing_ok=True)
 
     def report(self, directory: str | Path) -> Path:
         """Write the results and the page made from them into a folder; returns the path of `index.html`."""
@@ -51,14 +51,6 @@ class Comparison:
 
         self.save(directory)
         return write_report(Path(directory))
-
-
-def _is_sharing(file: Path) -> bool:
-    """Whether a file is the sharing table of an earlier run, which this one then takes away."""
-    try:
-        return pyarrow.parquet.read_schema(file).names == [field.name for field in fields(SharedRow)]
-    except (OSError, ValueError):
-        return False
 
 
 def _write(table: pd.DataFrame, file: Path) -> None:

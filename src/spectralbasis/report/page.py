@@ -12,6 +12,7 @@ from plotly.offline import get_plotlyjs
 from spectralbasis.checkpoints.matching import share_text
 from spectralbasis.comparison.trajectory import RunEntry
 from spectralbasis.files import atomic_path
+from spectralbasis.folders import claim_files
 from spectralbasis.report import curves, figures, sentences, sharing, tables, trajectory
 from spectralbasis.report.embed import environment, packed, plotly_text, script_hash, script_json, short_names
 from spectralbasis.report.figures import Figure
@@ -37,6 +38,7 @@ def write_report(directory: Path | str) -> Path:
     """
     page = render(read_results(directory))
     target = Path(directory) / "index.html"
+    claim_files(target.parent, target.name)
     with atomic_path(target) as temporary:
         temporary.write_bytes(page.encode("utf-8", "replace"))
     return target

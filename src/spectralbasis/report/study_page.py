@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path
+from spectralbasis.folders import claim_files
 from spectralbasis.records import Count, Finite, Schema, read_record
 from spectralbasis.report.embed import environment, script_hash, script_json
 from spectralbasis.version import __version__
@@ -88,6 +89,7 @@ def write_study_report(directory: Path | str) -> Path:
     folder = Path(directory)
     page = render_study(read_study(folder), read_figures(folder))
     target = folder / "index.html"
+    claim_files(folder, target.name)
     with atomic_path(target) as temporary:
         temporary.write_bytes(page.encode("utf-8", "replace"))
     return target

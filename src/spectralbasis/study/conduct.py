@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from spectralbasis.errors import InputError
-from spectralbasis.files import check_output_files
+from spectralbasis.folders import claim_files
 from spectralbasis.printable import shortened
 from spectralbasis.report import write_study_report
 from spectralbasis.report.study_page import FIGURES, RESULTS
@@ -70,7 +70,7 @@ def study(
     def plan(results: Results) -> list[Run]:
         return [run for one, experiment in chosen.items() for run in experiment.plan(settings[one], results)]
 
-    check_output_files(Path(output), RESULTS, FIGURES, "index.html", *(f"{one}.md" for one in names))
+    claim_files(Path(output), RESULTS, FIGURES, "index.html", *(f"{one}.md" for one in names), adopt=trust)
     with RunStore(Path(output), trust=trust) as store:
         if retry:
             store.forget_errors()
