@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 from spectralbasis.checkpoints import Checkpoint, Matrix, logical_matrices, open_checkpoint
 from spectralbasis.checksums import checksum
 from spectralbasis.errors import InputError
-from spectralbasis.files import atomic_path
+from spectralbasis.files import atomic_path, check_replaceable
 from spectralbasis.linalg import Leading, parse_leading, resolve_leading
 from spectralbasis.progress import track
 from spectralbasis.records import Finite, checked, parse_json
@@ -155,7 +155,11 @@ class SpectralBasis(Mapping[str, Triplets]):
         return {base_hash: name for name, base_hash in hashes.items()}
 
     def save(self, file: str | Path) -> Path:
-        """Write one safetensors file; certificates, hashes and checksums are in its metadata."""
+        """Write one safetensors file; certificates, hashes and checksums are in its metadata.
+
+        Raises:
+            InputError: the file cannot be written, or another file than one of ours is there.
+        """
         parts = {name: triplet_tensors(triplets) for name, triplets in self.items()}
         tensors = {f"{name}.{field}": tensor for name, part in parts.items() for field, tensor in part.items()}
         header = {
@@ -168,6 +172,7 @@ class SpectralBasis(Mapping[str, Triplets]):
             "checksums": {name: checksum(tensors=part) for name, part in parts.items()},
         }
         text = json.dumps(header)
+        check_replaceable(Path(file))
         with atomic_path(file) as temporary:
             save_file(tensors, temporary, metadata={"spectralbasis": text, "checksum": checksum(text)})
         return Path(file)

@@ -62,6 +62,8 @@ def main() -> None:
     try:
         if "\0" in "".join(arguments):
             raise InputError("an argument holds the character NUL, which no name can hold; leave it out")
+        if not _is_text(arguments):
+            raise InputError("an argument is no valid UTF-8, so it cannot be written into results; rename the file")
         app(args=arguments, prog_name="spectralbasis")
     except BrokenPipeError:
         # The reader of our output has gone (`| head`); Python would complain once more while flushing at exit.
@@ -72,6 +74,14 @@ def main() -> None:
             print(printable(traceback.format_exc(), lines=True), file=sys.stderr)
         print(_paragraph(error), file=sys.stderr)
         sys.exit(1)
+
+
+def _is_text(arguments: list[str]) -> bool:
+    """Whether all arguments can be written down; names of files may be any bytes."""
+    try:
+        return bool("".join(arguments).encode() or True)
+    except UnicodeEncodeError:
+        return False
 
 
 def _paragraph(error: Exception) -> str:

@@ -94,8 +94,12 @@ def _gigaflops() -> float:
 
 
 def _cache(folder: Path) -> dict[str, Any]:
-    files = [file.stat().st_size for file in folder.rglob("*") if file.is_file()] if folder.is_dir() else []
-    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    files = []
+    try:
+        place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        files += [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
+    except OSError:  # a name that is too long, a folder that may not be read
+        return {"folder": str(folder), "files": 0, "bytes": 0, "free_bytes": 0, "writable": False}
     return {
         "folder": str(folder),
         "files": len(files),

@@ -21,6 +21,8 @@ from safetensors import SafetensorError
 
 from spectralbasis.errors import InputError
 
+_OURS, _BEGINNING = b"spectralbasis", 4096
+"""What our files say of themselves in so many first bytes: basis files and banks in the metadata of their header."""
 _OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOCK = "spectralbasis.lock"
 _ATTEMPTS = 10
@@ -74,6 +76,20 @@ def check_output_file(path: Path) -> None:
         raise InputError(f"the output {path} is a folder, expected a file; name a file, such as {path / 'NAME'}")
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"the output {path} is no regular file; name another")
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuse to write over a file that this package did not write, besides what `check_output_file` refuses.
+
+    Raises:
+        InputError: see above; call it before the work whose result the file takes.
+    """
+    check_output_file(path)
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with path.open("rb") as file:
+        if _OURS not in file.read(_BEGINNING):
+            raise InputError(f"the output {path} is a file that spectralbasis did not write; name another")
 
 
 def check_output_files(folder: Path, *names: str) -> None:

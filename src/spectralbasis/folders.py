@@ -1,16 +1,17 @@
 """Output folders that appear whole or not at all, and that say what in them is ours.
 
 Every folder has a hidden list of what was written into it. Only a folder with such a list, and with nothing beside
-what it lists, is ever replaced or removed, and only a file that is listed is written again.
+what it lists, as it was written, is ever replaced or removed, and only a file that is listed is written again.
 """
 
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import xxhash
 from safetensors import SafetensorError
 
 from spectralbasis.errors import InputError
@@ -29,6 +30,8 @@ from spectralbasis.records import checked, read_json
 LIST = ".spectralbasis"
 _GENERATOR = b'<meta name="generator" content="spectralbasis '
 _BEGINNING = 4096
+_HASHED = 1 << 26
+"""Bytes up to which the list says what a file holds, and not only how long it is."""
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
@@ -54,8 +57,8 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         )
     if others:
         raise InputError(
-            f"the output folder {path} holds {others[0]}, which no earlier run wrote, so it is not replaced; move it "
-            "away, or name a new folder"
+            f"the output folder {path} holds {others[0]}, which no earlier run wrote, or which was changed since, so "
+            "it is not replaced; move it away, or name a new folder"
         )
 
 
@@ -72,16 +75,16 @@ def claim_files(folder: Path, *names: str, adopt: bool = False) -> None:
             wrote it.
     """
     check_output_files(folder, *names)
-    ours = _listed(folder) or set()
+    ours = _listed(folder) or {}
     for name in names if not adopt else ():
         if name not in ours and (folder / name).exists() and not _is_our_page(folder / name):
             raise InputError(
                 f"the output folder {folder} holds {name}, which no earlier run wrote there, so it is not replaced; "
                 "move it away, or name a new folder"
             )
-    if not ours.issuperset(names):
+    if not ours.keys() >= set(names):
         with atomic_path(folder / LIST) as temporary:
-            temporary.write_text(json.dumps(sorted({*ours, *names})) + "\n", encoding="utf-8")
+            _write_list(temporary, {**dict.fromkeys(names, ""), **ours})
 
 
 def _is_our_page(file: Path) -> bool:
@@ -91,18 +94,38 @@ def _is_our_page(file: Path) -> bool:
 
 
 def not_ours(folder: Path) -> list[str] | None:
-    """What a folder holds beside what `atomic_folder` wrote into it; None where it wrote none of it."""
+    """The files of a folder that `atomic_folder` did not write, or not as they are; None where it wrote none."""
     ours = _listed(folder)
-    return None if ours is None else sorted(entry.name for entry in folder.iterdir() if entry.name not in {*ours, LIST})
+    if ours is None:
+        return None
+    return [name for name, file in _files(folder) if name not in ours or ours[name] not in ("", _content(file))]
 
 
-def _listed(folder: Path) -> set[str] | None:
-    """The names in the list of a folder; None where it has no list that can be read."""
+def _files(folder: Path) -> list[tuple[str, Path]]:
+    """All files below a folder but the list, and empty folders, by their path in it."""
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir() or not any(path.iterdir()))
+    return sorted((path.relative_to(folder).as_posix(), path) for path in found if path != folder / LIST)
+
+
+def _content(file: Path) -> str:
+    """What tells whether a file was changed: a hash, its size where that takes long, its kind where it is no file."""
+    status = file.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        return f"kind {stat.S_IFMT(status.st_mode):o}"
+    return xxhash.xxh3_128_hexdigest(file.read_bytes()) if status.st_size <= _HASHED else f"{status.st_size} bytes"
+
+
+def _listed(folder: Path) -> dict[str, str] | None:
+    """The list of a folder: file to `_content`, which is empty for `claim_files`; None where none can be read."""
     file = folder / LIST
     try:
-        return set(checked(read_json(file), list[str], str(file))) if not file.is_symlink() else None
+        return checked(read_json(file), dict[str, str], str(file)) if not file.is_symlink() else None
     except InputError:
         return None
+
+
+def _write_list(file: Path, files: Mapping[str, str]) -> None:
+    file.write_text(json.dumps(dict(sorted(files.items())), indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -128,8 +151,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             raise unwritable(path, error) from error
         try:
             yield fresh
-            names = sorted(entry.name for entry in fresh.iterdir())
-            (fresh / LIST).write_text(json.dumps(names) + "\n", encoding="utf-8")
+            _write_list(fresh / LIST, {name: _content(file) for name, file in _files(fresh)})
             if _holds_something(target) and _identity(target) != replaced:
                 raise InputError(_kept_beside(fresh, target))
             if target.exists():

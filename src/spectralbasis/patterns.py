@@ -5,7 +5,9 @@ years. Whatever takes such a pattern from a config matches it here. PEFT, which 
 (`names_only`).
 """
 
+import re
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -20,6 +22,8 @@ SECONDS = 2.0
 _SLOW = 0.01
 _LONGEST = 100_000
 _ALL_LINEAR = "all-linear"
+_ONLY_REGEX = re.compile(r"(?<!\\)(?:\\\\)*\{(?!\d*,?\d*\})")
+"""Braces that are fuzzy matching to the library `regex`; what else it adds is an error or a warning of `re`."""
 _NAME = regex.compile(r"[\w. -]+")
 
 
@@ -36,11 +40,19 @@ class Expression:
         if len(pattern) > _LONGEST:
             raise InputError(f"a pattern of {len(pattern)} characters is too long, expected at most {_LONGEST}")
         try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                re.compile(pattern)
             self._compiled = regex.compile(pattern)
-        except (regex.error, RecursionError, OverflowError, ValueError) as error:
+        except (re.error, regex.error, RecursionError, OverflowError, ValueError, Warning) as error:
             raise InputError(
                 f"{shortened(repr(pattern))} is no regular expression ({error}); write names of modules"
             ) from error
+        if _ONLY_REGEX.search(pattern):
+            raise InputError(
+                f"{shortened(repr(pattern))} has a brace that is no count, and libraries read it differently; write "
+                "\\{ for it, or names of modules"
+            )
 
     def matches(self, name: str) -> bool:
         """Whether the whole name matches.

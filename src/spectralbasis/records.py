@@ -19,7 +19,7 @@ from spectralbasis.errors import InputError
 from spectralbasis.printable import shortened
 
 Schema = TypeVar("Schema")
-LARGEST = 256 << 20
+LARGEST = 64 << 20
 """Bytes of JSON that are read at most: the indexes and records of the largest models take a few per cent of it."""
 
 _LONE = re.compile("[\ud800-\udfff]")

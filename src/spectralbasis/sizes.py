@@ -6,8 +6,10 @@ import re
 import psutil
 
 from spectralbasis.errors import InputError
+from spectralbasis.printable import shortened
 
 _UNCHECKED = 1 << 28
+_MOST = 1 << 62
 _UNITS = {"": 1, "B": 1, **{f"{prefix}B": 1000**power for power, prefix in enumerate("kMGT", 1)}}
 _BINARY = {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}
 _FACTORS = {unit.upper(): factor for unit, factor in (_UNITS | _BINARY).items()}
@@ -40,10 +42,13 @@ def parse_size(size: str | int) -> int:
     """
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*", str(size))
     factor = _FACTORS.get(found[2].upper()) if found else None
-    count = int(float(found[1]) * factor) if found and factor else 0
-    if count < 1:
-        raise InputError(f"{size!r} is no amount of memory; pass bytes, or a number with a unit such as 8GB or 500MB")
-    return count
+    count = float(found[1]) * factor if found and factor else 0
+    if not 1 <= count < _MOST:
+        raise InputError(
+            f"{shortened(repr(size), 80)} is no amount of memory; pass bytes, or a number with a unit such as 8GB or "
+            "500MB"
+        )
+    return int(count)
 
 
 def format_size(count: int, *, up: bool = False) -> str:

@@ -300,7 +300,10 @@ def _cache_files(base_hash: str) -> Path:
 
 def _candidates(base_hash: str, k: int) -> dict[Path, int]:
     """Cached files of at least k triplets of a matrix → how many they say they hold, the smallest first."""
-    names = {path: _NAME.fullmatch(path.name) for path in _cache_files(base_hash).glob("k*.safetensors")}
+    try:
+        names = {path: _NAME.fullmatch(path.name) for path in _cache_files(base_hash).glob("k*.safetensors")}
+    except OSError:  # a name that is too long, a folder that may not be read
+        return {}
     held = {path: int(found[1]) for path, found in names.items() if found is not None}
     return {path: count for path, count in sorted(held.items(), key=lambda item: item[1]) if count >= k}
 

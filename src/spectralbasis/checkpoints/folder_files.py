@@ -116,9 +116,7 @@ def inside(folder: Path, name: str, named_by: Path | None = None) -> Path:
         InputError: the path leads elsewhere, or to a folder, a pipe or a device, which would never end.
     """
     path = folder / name
-    root = folder.resolve()
-    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
-        root = root.parent.parent
+    root = _root(folder.resolve())
     culprit = f"{named_by} names the file {name}" if named_by else f"{path} is a link"
     try:
         place = path.resolve()
@@ -130,6 +128,12 @@ def inside(folder: Path, name: str, named_by: Path | None = None) -> Path:
     if kind != stat.S_IFREG:
         raise InputError(f"{path} is no file; restore it from the original")
     return path
+
+
+def _root(folder: Path) -> Path:
+    """The folder that links may lead to from here: itself, or the hub's cache of the repository that it is in."""
+    snapshots = next((parent for parent in folder.parents if parent.name == "snapshots"), None)
+    return snapshots.parent if snapshots and snapshots.parent.name.startswith("models--") else folder
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:

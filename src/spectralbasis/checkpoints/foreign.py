@@ -20,6 +20,8 @@ State = Callable[[Checkpoint, Sequence[str]], str | None]
 Of names that differ in the numbers of layers and experts alone, the second argument has the first.
 """
 _START = 512
+SAFETENSORS_START = re.compile(rb"....\0\0\0\0\{", re.DOTALL)
+"""The length of a header that is below 4 GB, and the header: a file of safetensors, whatever its suffix."""
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _TENSORS = ("*.safetensors", "*.safetensors.index*.json", "*.bin", "*.bin.index.json", "adapter_config.json")
 
@@ -67,6 +69,8 @@ def refuse_file(path: Path, by_name: bool = True) -> None:
     """
     with path.open("rb") as file:
         start = file.read(_START)
+    if SAFETENSORS_START.match(start):  # the length of its header may begin as other formats do
+        return
     members = record_names(path) if start.startswith(b"PK") else []
     found = next((kind for kind in KINDS if kind.starts(start) or _any_match(members, kind.members)), None)
     if found is None and by_name:

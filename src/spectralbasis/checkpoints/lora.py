@@ -14,6 +14,7 @@ from spectralbasis.checkpoints.lora_start import CONVERSION, STARTS
 from spectralbasis.checkpoints.matrix import dtype_name
 from spectralbasis.errors import InputError
 from spectralbasis.patterns import pattern_of
+from spectralbasis.printable import shortened
 from spectralbasis.records import checked
 
 _FACTOR = re.compile(
@@ -118,11 +119,13 @@ def _edit(adapter: Adapter, layouts: Layouts, module: str, factors: Mapping[str,
                 f"the adapter in {adapter.folder} holds {factor} as {dtype_name(dtype)} of shape {shape}, expected a "
                 f"matrix of real numbers of rank 1 at least; save the adapter again"
             )
+    rank = adapter.tensors.shape(A)[0]
+    _check_rank(adapter, module, rank)
     return LoraEdit(
         adapter.tensors,
         A,
         B,
-        _scaling(adapter, module, adapter.tensors.shape(A)[0]),
+        _scaling(adapter, module, rank),
         _transposed(adapter, layouts, module, A, B),
         None if embedding or _is_stored(adapter, module) else STARTS.get(str(adapter.config.get("init_lora_weights"))),
         _magnitude(adapter, module, factors),
@@ -182,19 +185,34 @@ def _scaling(adapter: Adapter, module: str, rank: int) -> float:
 
 
 def _alpha(adapter: Adapter, module: str) -> Any:
-    """The common alpha, unless `alpha_pattern` has a regular expression for the end of the module's name."""
-    patterns = adapter.config.get("alpha_pattern") or {}
+    return _of_module(adapter, module, "alpha_pattern", adapter.config.get("lora_alpha", 8))
+
+
+def _check_rank(adapter: Adapter, module: str, rank: int) -> None:
+    """Refuse factors of another rank than the config says: the config, and so alpha, is that of another adapter."""
+    named = _of_module(adapter, module, "rank_pattern", adapter.config.get("r"))
+    if named is not None and named != rank:
+        raise InputError(
+            f"adapter_config.json in {adapter.folder} has r={shortened(repr(named), 40)} for {module}, and its factors "
+            f"have rank {rank}; its two files are not of one adapter, so save it again"
+        )
+
+
+def _of_module(adapter: Adapter, module: str, field: str, common: Any) -> Any:
+    """The common value, unless a field of the config has a regular expression for the end of the module's name."""
+    patterns = adapter.config.get(field) or {}
     if not isinstance(patterns, dict):
         raise InputError(
-            f"adapter_config.json in {adapter.folder} has alpha_pattern={patterns!r}, expected names with their alpha"
+            f"adapter_config.json in {adapter.folder} has {field}={shortened(repr(patterns), 80)}, expected names with "
+            "their numbers"
         )
     try:
         found = pattern_of(patterns, module)
     except InputError as error:
         raise InputError(
-            f"adapter_config.json in {adapter.folder} has an alpha_pattern that cannot be used: {error}"
+            f"adapter_config.json in {adapter.folder} has a {field} that cannot be used: {error}"
         ) from error
-    return adapter.config.get("lora_alpha", 8) if found is None else patterns[found]
+    return common if found is None else patterns[found]
 
 
 LORA = AdapterMethod(prefix="lora_", edits=lora_edits)

@@ -1,7 +1,6 @@
 """From whatever a person points at to a checkpoint."""
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG, ADAPTER_TEN
 from spectralbasis.checkpoints.checkpoint import Checkpoint
 from spectralbasis.checkpoints.decoded import decoded
 from spectralbasis.checkpoints.folder_files import is_index, read_config, weights_files
-from spectralbasis.checkpoints.foreign import refuse_file, refuse_state
+from spectralbasis.checkpoints.foreign import SAFETENSORS_START, refuse_file, refuse_state
 from spectralbasis.checkpoints.hub import download, is_hub_id
 from spectralbasis.checkpoints.installed import installed_folder
 from spectralbasis.checkpoints.llama2c_file import open_llama2c_file
@@ -24,14 +23,13 @@ from spectralbasis.checkpoints.tensors import TensorCheckpoint, find_state
 from spectralbasis.checkpoints.torch_file import open_torch_file
 from spectralbasis.errors import InputError
 from spectralbasis.printable import shortened
+from spectralbasis.records import read_json
 
 Source = str | Path | Mapping[str, Tensor] | nn.Module | Checkpoint
 """What `open_checkpoint` opens."""
-_LONGEST_NAME = 4096
+_LONGEST_NAME, _MOST_PARTS = 4096, 200
 _LLAMA2C = ".bin"
 _TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar")
-# The length of a header that is below 4 GB, and the header: it starts a file of safetensors, whatever its suffix.
-_SAFETENSORS_START = re.compile(rb"....\0\0\0\0\{", re.DOTALL)
 _TORCH_STARTS = (b"PK\x03\x04", b"\x80\x02")
 
 
@@ -89,13 +87,21 @@ def _open_path(source: str, base: Source | None = None, *, partial: bool = False
     if path.is_file():
         if path.name in ADAPTER_TENSORS and (path.parent / ADAPTER_CONFIG).exists():
             return _open_adapter(path.parent, source, base, partial, path.name)
-        return _whole(_open_file(path, source, read_config(path.parent)))
+        return _whole(_open_file(path, source, _config_beside(path)))
     if not path.exists() and is_hub_id(source):
         return _open_folder(download(source), source, base, partial)
     index = path.with_name(f"{path.name}.index")
     if path.name and index.is_file():  # TensorFlow names a checkpoint by what its files' names have in common
         refuse_file(index)
     raise InputError(f"{source} does not exist; pass a file, a folder or a hub id such as organisation/name")
+
+
+def _config_beside(file: Path) -> Mapping[str, Any]:
+    """The config of the folder that a file lies in; {} where that is another's: a link to elsewhere, or no object."""
+    config = file.with_name("config.json")
+    if config.is_symlink() and file.parent.resolve() != config.resolve().parent:
+        return {}
+    return read_config(file.parent) if not config.is_file() or isinstance(read_json(config), dict) else {}
 
 
 def _open_folder(folder: Path, source: str, base: Source | None, partial: bool) -> Checkpoint:
@@ -123,10 +129,10 @@ def _whole(checkpoint: Checkpoint) -> Checkpoint:
 def _refuse_names(checkpoint: Checkpoint) -> None:
     """Raise InputError if a tensor has a name that no model's has, which would cost time or could not be stored."""
     for name in checkpoint.names():
-        if len(name) > _LONGEST_NAME:
+        if len(name) > _LONGEST_NAME or name.count(".") >= _MOST_PARTS:
             raise InputError(
-                f"{checkpoint.source} holds a tensor whose name has {len(name)} characters ({shortened(name, 60)}), "
-                f"expected at most {_LONGEST_NAME}; rename it"
+                f"{checkpoint.source} holds a tensor whose name has {len(name)} characters in {name.count('.') + 1} "
+                f"parts ({shortened(name, 60)}), expected at most {_LONGEST_NAME} in {_MOST_PARTS}; rename it"
             )
         if any("\ud800" <= character <= "\udfff" for character in name):
             raise InputError(
@@ -138,7 +144,10 @@ def _open_file(path: Path, source: str, config: Mapping[str, Any]) -> Checkpoint
     refuse_file(path)
     if is_index(path.name):
         located = read_index(path)
-        opened = {shard: _open_file(shard, str(shard), config) for shard in dict.fromkeys(located.values())}
+        shards = dict.fromkeys(located.values())
+        if (index := next((shard for shard in shards if is_index(shard.name)), None)) is not None:
+            raise InputError(f"{path} names {index.name} as a shard, which is an index; restore it from the original")
+        opened = {shard: _open_file(shard, str(shard), config) for shard in shards}
         return join_shards(located, opened, source, config)
     return _read_file(path, source, config)
 
@@ -147,7 +156,7 @@ def _read_file(path: Path, source: str, config: Mapping[str, Any]) -> Checkpoint
     """One file of tensors, by its first bytes and, where these do not tell, by its suffix."""
     with path.open("rb") as file:
         start = file.read(16)
-    if _SAFETENSORS_START.match(start):
+    if SAFETENSORS_START.match(start):
         return SafetensorsFile(path, source, config)
     if path.suffix == _LLAMA2C and (found := open_llama2c_file(path, source)):
         return found

@@ -153,6 +153,8 @@ def _read_header(path: Path) -> dict[str, _Entry]:
         raise ValueError("its header is no JSON object")
     header.pop("__metadata__", None)
     described = checked(header, dict[str, _Described], f"the header of {path}")
+    if described.keys() != header.keys():
+        raise ValueError("a tensor's name is no valid Unicode")
     ends = 0
     for name, one in sorted(described.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = one["data_offsets"]

@@ -195,11 +195,14 @@ def _descend(loaded: Mapping[Any, Any], source: str, depth: int) -> Mapping[Any,
     raise InputError(f"{source} holds no tensors (found {keys}); expected a state_dict of names to tensors")
 
 
-def _holds_tensors(value: Mapping[Any, Any], depth: int) -> bool:
-    if depth < 0:
+def _holds_tensors(value: Mapping[Any, Any], depth: int, seen: dict[int, int] | None = None) -> bool:
+    """Whether a mapping holds tensors, or one in it does; each is looked into once, for they may hold each other."""
+    seen = {} if seen is None else seen
+    if depth <= seen.get(id(value), -1):
         return False
+    seen[id(value)] = depth
     return bool(_tensors_of(value)) or any(
-        isinstance(entry, Mapping) and _holds_tensors(entry, depth - 1) for entry in value.values()
+        isinstance(entry, Mapping) and _holds_tensors(entry, depth - 1, seen) for entry in value.values()
     )
 
 

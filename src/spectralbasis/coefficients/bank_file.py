@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 from spectralbasis.coefficients.bank_layout import BankLayout, HeadShape
 from spectralbasis.coefficients.bank_rows import map_rows
 from spectralbasis.errors import InputError
-from spectralbasis.files import atomic_path
+from spectralbasis.files import atomic_path, check_replaceable
 from spectralbasis.records import Count, Finite, Positive, checked, parse_json
 from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.factors import BASES
@@ -91,6 +91,7 @@ def write_bank(
     named = next(name for name, known in DTYPES.items() if known == dtype)
     described = {"dtype": named, "shape": shape, "data_offsets": [0, shape[0] * shape[1] * dtype.itemsize]}
     metadata = _metadata(layout, tasks)
+    check_replaceable(path)
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         start = _header(described, metadata, "0" * 32)
         file.write(start)

@@ -97,6 +97,8 @@ def combine(
     _check_alike(read)
     others = _others(read, given, heads)
     combined = _combined(read, given, method, density)
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in (*combined.values(), *others.values())):
+        raise InputError(f"with weights={given.tolist()} the sum is beyond what float32 holds; pass smaller ones")
     alike = not any(difference_of_numbers(read[0].config, other.config) for other in read[1:])
     config = read[0].config
     stored = {name: config.parametrisation(name).inverse(C) for name, C in combined.items()} if alike else combined

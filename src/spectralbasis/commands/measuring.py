@@ -37,9 +37,9 @@ def basis(
     Example: `spectralbasis basis path/to/model -o basis.safetensors --leading 64`
     """
     from spectralbasis.basis import SpectralBasis
-    from spectralbasis.files import check_output_file
+    from spectralbasis.files import check_replaceable
 
-    check_output_file(output)
+    check_replaceable(output)
     found = SpectralBasis.compute(
         model, leading, tolerance=tolerance, include=include or (), exclude=exclude or (), progress=draws_bars()
     )

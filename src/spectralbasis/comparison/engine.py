@@ -213,6 +213,6 @@ def _open_store(output: str | Path | None, settings: Settings, resume: bool, tru
 
 def _check_device(device: str) -> None:
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device={device!r} cannot be used here ({error}); pass device='cpu'") from error

@@ -1,6 +1,7 @@
 """Results on disk while a comparison runs, so that one that was stopped goes on."""
 
 import json
+import math
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -135,6 +136,8 @@ class Store:
         found = [kind(*values) for values in checked(parse_json(text, where, remedy), list[types], where, remedy)]
         if any(row_values(row)[: len(key) - 1] != tuple(key[:-1]) for row in found):
             raise InputError(f"{where} are of another matrix; {remedy}")
+        if any(not (math.isnan(p := getattr(row, "p_value", math.nan)) or 0 <= p <= 1) for row in found):
+            raise InputError(f"{where} hold a p_value outside 0 to 1; {remedy}")
         return found
 
     def _put(self, table: str, text: str, *key: str) -> None:

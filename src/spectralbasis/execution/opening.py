@@ -6,6 +6,10 @@ from spectralbasis.execution.here import Here
 from spectralbasis.execution.machine import cores
 from spectralbasis.execution.processes import Processes
 from spectralbasis.execution.ray_cluster import RayCluster
+from spectralbasis.printable import shortened
+
+MOST_WORKERS = 1024
+"""Processes on one machine; each takes hundreds of megabytes before it works."""
 
 
 def open_executor(
@@ -20,10 +24,10 @@ def open_executor(
         gpu: whether each call on the cluster takes a GPU.
 
     Raises:
-        InputError: `workers` is below 1, or there is no Ray to use.
+        InputError: `workers` is below 1 or above `MOST_WORKERS`, or there is no Ray to use.
     """
-    if workers < 1:
-        raise InputError(f"workers={workers} cannot work; pass 1 or more")
+    if not 1 <= workers <= MOST_WORKERS:
+        raise InputError(f"workers={shortened(workers, 40)} cannot work; pass a number from 1 to {MOST_WORKERS}")
     if ray is not None:
         return RayCluster(ray, gpu=gpu)
     return Here() if workers == 1 else Processes(workers, threads or max(1, cores() // workers))

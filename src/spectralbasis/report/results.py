@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from typing_extensions import TypedDict
 
+from spectralbasis.checkpoints.folder_files import inside
 from spectralbasis.comparison.summary import Summary
 from spectralbasis.errors import InputError
 from spectralbasis.records import Count, Finite, Schema, read_record
@@ -89,6 +90,8 @@ def read_results(directory: Path | str) -> Results:
     """
     folder = Path(directory)
     table = folder / "comparison.parquet"
+    for name in ("summary.json", table.name, "tuning.json"):
+        inside(folder, name)
     summary = _read_record(folder / "summary.json", Summary)
     measurements = _read_rows(table, _MEASUREMENT_COLUMNS, (*CURVES, *SCALARS))
     if measurements.empty:

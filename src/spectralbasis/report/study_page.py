@@ -9,6 +9,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 from typing_extensions import TypedDict
 
+from spectralbasis.checkpoints.folder_files import inside
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path
 from spectralbasis.folders import claim_files
@@ -142,7 +143,7 @@ def read_study(folder: Path) -> StudyResults:
     Raises:
         InputError: it is missing, cannot be read, or is not what a study writes.
     """
-    results = _read(folder / RESULTS, StudyResults)
+    results = _read(inside(folder, RESULTS), StudyResults)
     for name, part in results["experiments"].items():
         for title, table in part["tables"].items():
             wrong = next((row for row in table["data"] if len(row) != len(table["columns"])), None)
@@ -160,7 +161,7 @@ def read_figures(folder: Path) -> StudyFigures:
     Raises:
         InputError: it cannot be read, or is not what a study writes.
     """
-    file = folder / FIGURES
+    file = inside(folder, FIGURES)
     if not file.exists():
         return {}
     figures = _read(file, StudyFigures)

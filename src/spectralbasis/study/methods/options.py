@@ -6,6 +6,9 @@ from spectralbasis.errors import InputError
 from spectralbasis.linalg import Leading
 from spectralbasis.tuner.parametrisation import DEFAULT_SCALING
 
+_LARGEST = 1 << 20
+"""Beyond the width of any model."""
+
 
 @dataclass(frozen=True)
 class MethodOptions:
@@ -35,8 +38,8 @@ class MethodOptions:
     def __post_init__(self) -> None:
         for name in ("rank", "n_frequency", "dimension"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value} was given; expected a whole number from 1")
+            if value is not None and not 1 <= value <= _LARGEST:
+                raise InputError(f"{name}={value} was given; expected a whole number from 1 to {_LARGEST}")
 
     def changed(self) -> tuple[str, ...]:
         """Names of the options that differ from their defaults."""

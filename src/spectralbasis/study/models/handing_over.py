@@ -4,6 +4,8 @@ These libraries follow what a folder says: to files elsewhere, to code of the hu
 folder that passes here says nothing of the kind, so its own files and its own numbers are all that is read.
 """
 
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -12,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG, ADAPTER_TENSORS
@@ -25,6 +28,10 @@ from spectralbasis.printable import shortened
 from spectralbasis.records import read_record
 from spectralbasis.sizes import available_memory
 from spectralbasis.study.messages import described
+from spectralbasis.study.models.collators import Collator
+from spectralbasis.study.tasks.arrays import batches
+from spectralbasis.study.tasks.masking import MaskingCollator
+from spectralbasis.study.tasks.task import Task
 from spectralbasis.tuner.config import SpectralConfig
 
 CONFIG = "config.json"
@@ -37,7 +44,8 @@ _ELSEWHERE = ("checkpoint_path", "pretrained_cfg_overlay", "use_pretrained_backb
 _ROOM = 1 << 27
 """Numbers that a model may hold beyond those of its file: a fresh head, tables of positions, masks."""
 _OTHER_FOLDERS = {"XLORA": "adapters of other folders", "MULTITASK_PROMPT_TUNING": "a file elsewhere"}
-_SIZES = ("r", "init_r", "target_r", "num_virtual_tokens", "n_frequency", "rank_pattern")
+_TEMPLATES = "additional_chat_templates"
+_SIZES = ("r", "encoder_hidden_size", "init_r", "target_r", "num_virtual_tokens", "n_frequency", "rank_pattern")
 _MEGATRON = "megatron.core"
 _STARTS = frozenset(f"pissa_niter_{number}" for number in range(65))
 
@@ -82,9 +90,11 @@ def check_model_folder(folder: Path) -> None:
 
 
 def _check_links(folder: Path) -> None:
-    for path in folder.iterdir():
-        if not path.is_dir():
-            inside(folder, path.name)
+    templates = folder / _TEMPLATES
+    beside = [templates, *templates.iterdir()] if templates.is_dir() else []
+    for path in (*folder.iterdir(), *beside):
+        if not path.is_dir() or (path == templates and path.is_symlink()):
+            inside(folder, str(path.relative_to(folder)))
 
 
 def _check_index(folder: Path, index: Path) -> None:
@@ -98,8 +108,10 @@ def _check_index(folder: Path, index: Path) -> None:
 def _check_files_named(folder: Path, name: str) -> None:
     """Refuse a tokenizer that names a file which is here, but not in its folder; one that is nowhere does no harm."""
     for key, value in read_record(folder / name, dict[str, Any]).items():
-        named = key.endswith("_file") and isinstance(value, str) and value != "" and _is_file(value)
-        if named and not Path(value).resolve().is_relative_to(folder.resolve()):
+        for one in value if key.endswith("_files") and isinstance(value, list) else ():
+            inside(folder, str(one), folder / name)
+        named = isinstance(value, str) and (key.endswith("_file") or "/" in value or os.sep in value)
+        if named and value and _is_file(value) and not Path(value).resolve().is_relative_to(folder.resolve()):
             raise InputError(
                 f"{folder / name} names {shortened(value)} as its {key}, which is not in the folder; remove {key}, "
                 "or put the file into the folder"
@@ -125,6 +137,8 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
     if weights is not None:
         inside(folder, str(weights), file)
     for key, value in _entries(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{file} has {key}={value}, expected a finite number; restore it from the original")
         if key.endswith("_implementation") or "_implementation_" in key:
             _check_implementation(file, key, value)
         elif key in ("quantization_config", "compression_config") and value:
@@ -269,3 +283,20 @@ def _check_sizes(file: Path, folder: Path, content: Mapping[str, Any]) -> None:
                     f"{file} has {key}={size}, and the largest tensor of the adapter has {largest} rows or columns; "
                     "its two files are not of one adapter, so save it again"
                 )
+
+
+@torch.no_grad()
+def try_out(model: nn.Module, task: Task, collator: Collator, place: str | Path) -> None:
+    """Run a model on one example, so that what does not fit it shows before any work.
+
+    Raises:
+        InputError: the model cannot read it: a tokenizer of another model, an adapter of another kind of model.
+    """
+    if not len(task.train) or isinstance(collator, MaskingCollator):  # which draws what it masks
+        return
+    was_training = model.training
+    with reading(place, "model or its tokenizer"):
+        batch = collator(next(batches(task.train, 1)))
+        batch.pop("labels", None)
+        model.eval()(**batch)
+    model.train(was_training)

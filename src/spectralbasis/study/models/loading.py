@@ -18,7 +18,7 @@ from transformers import (
 from spectralbasis.errors import InputError
 from spectralbasis.study.messages import quiet_transformers
 from spectralbasis.study.models.collators import Collator
-from spectralbasis.study.models.handing_over import check_size, reading
+from spectralbasis.study.models.handing_over import check_size, reading, try_out
 from spectralbasis.study.models.limu_bert import AutoModelForSignalClassification
 from spectralbasis.study.models.preprocessing import load_collator
 from spectralbasis.study.models.sources import checked_folder, resolve_source
@@ -87,7 +87,8 @@ def load_model(
                 _require_stored_head(place, task, unusable)
             else:
                 _reinitialise(model, beside)
-    return LoadedModel(str(source), task, model.float(), collator, (*beside, *poolers))
+    try_out(model.float(), task, collator, place)
+    return LoadedModel(str(source), task, model, collator, (*beside, *poolers))
 
 
 def auto_model_of(task: Task) -> Any:

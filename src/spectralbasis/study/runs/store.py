@@ -18,7 +18,8 @@ import xxhash
 from spectralbasis.checksums import checksum
 from spectralbasis.databases import Kind, is_sealed, opened, seal
 from spectralbasis.errors import InputError
-from spectralbasis.files import atomic_path, check_output_files, unwritable
+from spectralbasis.files import atomic_path, check_output_files
+from spectralbasis.folders import claim_files
 from spectralbasis.records import checked, parse_json
 from spectralbasis.study.runs.run import Outcome, Record, Results, Run, run_key
 
@@ -70,12 +71,9 @@ class RunStore:
         self._errors: dict[str, str] = {}
         self.timings: list[Timing] = []
         check_output_files(folder, ROWS, MEASUREMENTS)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise unwritable(folder, error) from error
         if not trust:
             self._check_exported()
+        claim_files(folder, ROWS, MEASUREMENTS, adopt=trust)
         with ExitStack() as stack:
             self._connection = stack.enter_context(opened(self.path, STORE))
             try:
@@ -170,20 +168,22 @@ class RunStore:
 
     def _read(self, trust: bool) -> None:
         """Take what is to be believed; what is damaged is dropped, so that it is done again."""
-        elsewhere = []
+        sound, elsewhere = [], []
         for *row, sealed, check in self._connection.execute("SELECT * FROM runs").fetchall():
             if check != _checksum(*row, sealed):
                 with self._connection:
                     self._connection.execute("DELETE FROM runs WHERE checksum IS ?", (check,))
                 continue
+            sound.append(row)
             if not is_sealed(sealed, *_parts(row)):
                 elsewhere.append(row)
-            self._take(row)
         if elsewhere and not trust:
             raise InputError(
                 f"{self.path} holds {len(elsewhere)} runs that this user did not store on this machine; add --trust "
                 "(trust=True) to build on them, or choose another folder"
             )
+        for row in sound:  # not before it is certain that these are believed
+            self._take(row)
         with self._connection:
             self._connection.executemany(_INSERT, map(_signed, elsewhere))
 

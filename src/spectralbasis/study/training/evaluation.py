@@ -17,7 +17,7 @@ from spectralbasis.errors import InputError, SpectralBasisError
 from spectralbasis.progress import track
 from spectralbasis.study.messages import described
 from spectralbasis.study.models.collators import Collator
-from spectralbasis.study.models.handing_over import adapter_config
+from spectralbasis.study.models.handing_over import adapter_config, try_out
 from spectralbasis.study.models.loading import LoadedModel, load_model
 from spectralbasis.study.tasks.arrays import batches
 from spectralbasis.study.tasks.likelihood import masked_token_scores
@@ -100,6 +100,7 @@ def attach_adapter(loaded: LoadedModel, adapter: Path) -> nn.Module:
             f"the adapter {adapter} brings no head for {loaded.task.name}, so its scores would be chance; "
             f"train it with modules_to_save={list(loaded.head)}"
         )
+    try_out(adapted, loaded.task, loaded.collator, adapter)
     return adapted
 
 

@@ -32,6 +32,10 @@ EPOCHS = 3.0
 _PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
+_LARGEST = 10**9
+"""Of the numbers that a person gives: with more, counters overflow before training begins."""
+
+
 @dataclass(frozen=True)
 class TrainingSettings:
     """How to train: AdamW, without weight decay, with a linear schedule whose first tenth is warm-up.
@@ -60,8 +64,10 @@ class TrainingSettings:
             raise InputError(f"both steps={self.steps} and epochs={self.epochs:g} were given; give one of them")
         for name in ("steps", "epochs", "batch_size", "learning_rate", "head_learning_rate"):
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise InputError(f"{name}={value} was given; expected a number above 0")
+            if value is not None and not 0 < value <= _LARGEST:
+                raise InputError(f"{name}={value} was given; expected a number above 0 and at most {_LARGEST}")
+        if not 0 <= self.seed < 1 << 32:  # what NumPy can be seeded with
+            raise InputError(f"seed={self.seed} was given; expected a whole number from 0 to {(1 << 32) - 1}")
 
     def total_steps(self, examples: int) -> int:
         """Number of optimizer steps for so many training examples."""
