@@ -22,6 +22,7 @@ from spectralbasis.checksums import checksum
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path, check_replaceable
 from spectralbasis.linalg import Leading, parse_leading, resolve_leading
+from spectralbasis.printable import printable
 from spectralbasis.progress import track
 from spectralbasis.records import Finite, checked, parse_json
 from spectralbasis.sizes import check_memory
@@ -99,7 +100,7 @@ class SpectralBasis(Mapping[str, Triplets]):
         return len(self._triplets)
 
     def __repr__(self) -> str:
-        return f"SpectralBasis({len(self)} matrices of {self.source or 'a model'}, leading={self.leading})"
+        return f"SpectralBasis({len(self)} matrices of {printable(self.source) or 'a model'}, leading={self.leading})"
 
     @classmethod
     def compute(

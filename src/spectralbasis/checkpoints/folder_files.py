@@ -116,7 +116,7 @@ def inside(folder: Path, name: str, named_by: Path | None = None) -> Path:
         InputError: the path leads elsewhere, or to a folder, a pipe or a device, which would never end.
     """
     path = folder / name
-    root = _root(folder.resolve())
+    root = root_of(folder)
     culprit = f"{named_by} names the file {name}" if named_by else f"{path} is a link"
     try:
         place = path.resolve()
@@ -130,10 +130,11 @@ def inside(folder: Path, name: str, named_by: Path | None = None) -> Path:
     return path
 
 
-def _root(folder: Path) -> Path:
+def root_of(folder: Path) -> Path:
     """The folder that links may lead to from here: itself, or the hub's cache of the repository that it is in."""
-    snapshots = next((parent for parent in folder.parents if parent.name == "snapshots"), None)
-    return snapshots.parent if snapshots and snapshots.parent.name.startswith("models--") else folder
+    place = folder.resolve()
+    snapshots = next((parent for parent in place.parents if parent.name == "snapshots"), None)
+    return snapshots.parent if snapshots and snapshots.parent.name.startswith("models--") else place
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
