@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Le
-from pydantic import with_config
+from pydantic import ConfigDict, with_config
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,7 +41,7 @@ _DEFECT = 1e-3
 _ANEW = "compute the basis again"
 
 
-@with_config(extra="forbid")
+@with_config(ConfigDict(extra="forbid"))
 class _Facts(TypedDict):
     """What the header says of one matrix; see `Triplets`."""
 
@@ -51,7 +51,7 @@ class _Facts(TypedDict):
     base_hash: str
 
 
-@with_config(extra="forbid")
+@with_config(ConfigDict(extra="forbid"))
 class _Header(TypedDict):
     """The header of a basis file."""
 

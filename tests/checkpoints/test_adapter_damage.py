@@ -95,3 +95,8 @@ def test_lengths_of_dora_are_one_for_each_row(adapter):
 def test_factors_of_another_rank_than_the_config_says(adapter, config):
     with pytest.raises(InputError, match="not of one adapter"):
         adapter(FACTORS, **config)
+
+
+def test_factors_of_a_module_that_the_config_leaves_out_are_told_of(adapter):
+    with pytest.warns(UserWarning, match=r"factors of layers\.0\.q, which target_modules"):
+        adapter(FACTORS, target_modules=["k"])

@@ -292,3 +292,23 @@ def test_a_config_of_something_else_beside_a_file_is_no_obstacle(tmp_path):
     save_file({"a.weight": torch.eye(2)}, tmp_path / "weights.safetensors")
     (tmp_path / "config.json").write_text("[1]")
     assert open_checkpoint(tmp_path / "weights.safetensors").config == {}
+
+
+def test_matrices_beside_the_state_that_is_taken(tmp_path):
+    torch.save({**WEIGHTS, "model": {"b.weight": torch.eye(3)}}, tmp_path / "run.pt")
+    assert "beside it" in refusal(tmp_path / "run.pt")
+
+
+def test_the_file_that_a_config_names_is_the_one_read(tmp_path):
+    save_file(WEIGHTS, tmp_path / "model.safetensors")
+    save_file({"b.weight": torch.eye(3)}, tmp_path / "real.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": "real.safetensors"}))
+    assert open_checkpoint(tmp_path).names() == ("b.weight",)
+    (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": "../real.safetensors"}))
+    assert "leads out of" in refusal(tmp_path)
+
+
+def test_hidden_companions_of_files_are_no_weights(tmp_path):
+    save_file(WEIGHTS, tmp_path / "w.safetensors")
+    (tmp_path / "._w.safetensors").write_bytes(b"\0\5\26\7")
+    assert open_checkpoint(tmp_path).names() == ("a.weight",)

@@ -14,7 +14,7 @@ from typing import IO, Any, Literal
 
 import torch
 import xxhash
-from pydantic import with_config
+from pydantic import ConfigDict, with_config
 from safetensors import SafetensorError, safe_open
 from typing_extensions import TypedDict
 
@@ -40,7 +40,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Name in the file → in which dtype a bank can hold its numbers."""
 
 
-@with_config(extra="forbid")
+@with_config(ConfigDict(extra="forbid"))
 class BankConfig(TypedDict):
     """What a bank says of bases and coefficients: fields of `SpectralConfig`, and of its basis no place."""
 
