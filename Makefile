@@ -1,4 +1,5 @@
 PYTHON ?= python3
+MINUTES ?= 2
 BIN := .venv/bin
 COMPAT := .venv-compat/bin
 # Editable installs, so that the tests see the working tree. Every version comes from constraints.txt; in .venv-compat it is
@@ -24,7 +25,7 @@ pytest: .venv/installed-dev
 test-all: test test-compat fuzz
 
 fuzz: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.hostile --minutes $(or $(MINUTES),4) --keep no
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.hostile --minutes $(MINUTES) --keep no
 
 # What depends most on the versions of other libraries, and the methods that need the package adapters.
 test-compat: .venv-compat/installed

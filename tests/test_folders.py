@@ -213,3 +213,23 @@ def test_a_page_of_ours_is_known_without_a_list(tmp_path):
     (tmp_path / "index.html").write_text("<html>mine</html>")
     with pytest.raises(InputError, match="no earlier run wrote"):
         claim_files(tmp_path, "index.html")
+
+
+@pytest.mark.parametrize("change", ["text", "folder", "beside"])
+def test_what_was_changed_since_is_not_replaced(tmp_path, change):
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "README.md").write_text("ours")
+        (folder / "part").mkdir()
+        (folder / "part" / "file").write_text("ours too")
+    check_output(tmp_path / "out", overwrite=True)
+    changed = tmp_path / "out" / "README.md"
+    if change == "text":
+        changed.write_text("mine")
+    elif change == "folder":
+        changed.unlink()
+        changed.mkdir()
+        (changed / "precious").write_text("mine")
+    else:
+        (tmp_path / "out" / "part" / "precious").write_text("mine")
+    with pytest.raises(InputError, match="changed since"):
+        check_output(tmp_path / "out", overwrite=True)

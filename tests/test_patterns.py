@@ -105,3 +105,13 @@ def test_what_is_no_expression_is_a_sentence(pattern, message):
 def test_a_pattern_for_no_module_is_refused():
     with pytest.raises(InputError, match="target_modules='nothing' matches no module"):
         names_only(LoraConfig(target_modules="nothing"), NAMES)
+
+
+@pytest.mark.parametrize("pattern", ["(q_prxj){e<=2}", "q_[[:alpha:]]+", "(?p)a|ab", "a{x}"])
+def test_what_libraries_read_differently_is_refused(pattern):
+    with pytest.raises(InputError, match=r"no regular expression|no count"):
+        expression(pattern)
+
+
+def test_counts_and_braces_that_stand_for_themselves():
+    assert expression(r"layers\.\d{1,2}\.q\{0\}").matches("layers.12.q{0}")

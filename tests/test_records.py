@@ -125,7 +125,7 @@ def test_text_reaches_each_place_without_what_acts_there() -> None:
     hostile = "\x1b]0;owned\x07\u202e[red]*b*\ud800\r\n"
     assert printable(hostile) == r"\x1b]0;owned\x07\u202e[red]*b*\ud800\r\n"
     assert in_markup("[red]a") == r"\[red]a"
-    assert in_markdown("[a](b)\nd") == r"\[a\]\(b\)" + "\\" * 2 + "nd"
+    assert in_markdown("[a](b)\nd") == r"\[a\](b)" + "\\" * 2 + "nd"
     assert len(shortened("a" * 10_000, 100)) < 102
 
 

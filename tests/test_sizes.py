@@ -16,7 +16,9 @@ def test_sizes_are_read(text, count):
     assert parse_size(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "GB", "8 gigabytes", "-1GB", "0", "1e9", 0, -5, 1.5e300])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "8 gigabytes", "-1GB", "0", "1e9", 0, -5, 1.5e300, "9" * 400, "9" * 400 + "TB"]
+)
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(InputError, match="pass bytes, or a number with a unit"):
         parse_size(text)

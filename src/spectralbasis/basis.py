@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Le
-from pydantic import with_config
+from pydantic import ConfigDict, with_config
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,6 +22,7 @@ from spectralbasis.checksums import checksum
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path, check_replaceable
 from spectralbasis.linalg import Leading, parse_leading, resolve_leading
+from spectralbasis.printable import printable
 from spectralbasis.progress import track
 from spectralbasis.records import Finite, checked, parse_json
 from spectralbasis.sizes import check_memory
@@ -40,7 +41,7 @@ _DEFECT = 1e-3
 _ANEW = "compute the basis again"
 
 
-@with_config(extra="forbid")
+@with_config(ConfigDict(extra="forbid"))
 class _Facts(TypedDict):
     """What the header says of one matrix; see `Triplets`."""
 
@@ -50,7 +51,7 @@ class _Facts(TypedDict):
     base_hash: str
 
 
-@with_config(extra="forbid")
+@with_config(ConfigDict(extra="forbid"))
 class _Header(TypedDict):
     """The header of a basis file."""
 
@@ -99,7 +100,7 @@ class SpectralBasis(Mapping[str, Triplets]):
         return len(self._triplets)
 
     def __repr__(self) -> str:
-        return f"SpectralBasis({len(self)} matrices of {self.source or 'a model'}, leading={self.leading})"
+        return f"SpectralBasis({len(self)} matrices of {printable(self.source) or 'a model'}, leading={self.leading})"
 
     @classmethod
     def compute(

@@ -13,7 +13,7 @@ import warnings
 
 _UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode categories that a reader does not see as they are: control and format characters, surrogates, separators."""
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+!|~$&-])")
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$&])")
 _BACKTICKS = re.compile("`+")
 _NOT_IN_FILES = re.compile(r"[^A-Za-z0-9._+=@ -]+")
 _RESERVED = frozenset(

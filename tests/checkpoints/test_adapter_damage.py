@@ -74,7 +74,7 @@ def test_copies_of_a_retrained_tensor(adapter):
 @pytest.mark.parametrize("switch", ["use_rslora", "use_dora", "fan_in_fan_out"])
 @pytest.mark.parametrize("value", ["no", "false", 1, [True]])
 def test_switches_are_true_or_false(adapter, switch, value):
-    with pytest.raises(InputError, match=f"{switch} is .* expected a valid boolean"):
+    with pytest.raises(InputError, match=f"{switch} is .* expected true or false"):
         adapter(FACTORS, **{switch: value})
 
 
@@ -89,3 +89,14 @@ def test_lengths_of_dora_are_one_for_each_row(adapter):
     torch.testing.assert_close(checkpoint.read("layers.0.q.weight").norm(dim=1), torch.ones(8))
     with pytest.raises(InputError, match="each of the 8 rows"):
         adapter({**FACTORS, f"{P}magnitude_vector": torch.ones(3)}, use_dora=True)
+
+
+@pytest.mark.parametrize("config", [{"r": 16}, {"rank_pattern": {"q": 16}}])
+def test_factors_of_another_rank_than_the_config_says(adapter, config):
+    with pytest.raises(InputError, match="not of one adapter"):
+        adapter(FACTORS, **config)
+
+
+def test_factors_of_a_module_that_the_config_leaves_out_are_told_of(adapter):
+    with pytest.warns(UserWarning, match=r"factors of layers\.0\.q, which target_modules"):
+        adapter(FACTORS, target_modules=["k"])

@@ -259,3 +259,56 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, kind, name):
         place.symlink_to(name)
     with pytest.raises(InputError):
         open_checkpoint(tmp_path)
+
+
+def test_an_index_is_no_shard(tmp_path):
+    index = {"weight_map": {"a.weight": "model.safetensors.index.json"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "which is an index" in refusal(tmp_path)
+
+
+def test_mappings_that_share_others_are_looked_into_once(tmp_path):
+    maze = {}
+    for _ in range(6):
+        maze = {f"part{number}": maze for number in range(60)}
+    torch.save(maze, tmp_path / "maze.pt")
+    assert "holds no tensors" in refusal(tmp_path / "maze.pt")
+
+
+def test_a_header_whose_length_begins_as_an_archive_does(tmp_path):
+    header = json.dumps({"a.weight": {"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]}}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes((0x8B1F).to_bytes(8, "little") + header.ljust(0x8B1F) + bytes(4))
+    assert open_checkpoint(file).names() == ("a.weight",)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, ".".join("a" * 300)])
+def test_names_that_no_model_has(tmp_path, name):
+    save_file({name: torch.eye(2)}, tmp_path / "model.safetensors")
+    assert "rename it" in refusal(tmp_path)
+
+
+def test_a_config_of_something_else_beside_a_file_is_no_obstacle(tmp_path):
+    save_file({"a.weight": torch.eye(2)}, tmp_path / "weights.safetensors")
+    (tmp_path / "config.json").write_text("[1]")
+    assert open_checkpoint(tmp_path / "weights.safetensors").config == {}
+
+
+def test_matrices_beside_the_state_that_is_taken(tmp_path):
+    torch.save({**WEIGHTS, "model": {"b.weight": torch.eye(3)}}, tmp_path / "run.pt")
+    assert "beside it" in refusal(tmp_path / "run.pt")
+
+
+def test_the_file_that_a_config_names_is_the_one_read(tmp_path):
+    save_file(WEIGHTS, tmp_path / "model.safetensors")
+    save_file({"b.weight": torch.eye(3)}, tmp_path / "real.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": "real.safetensors"}))
+    assert open_checkpoint(tmp_path).names() == ("b.weight",)
+    (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": "../real.safetensors"}))
+    assert "leads out of" in refusal(tmp_path)
+
+
+def test_hidden_companions_of_files_are_no_weights(tmp_path):
+    save_file(WEIGHTS, tmp_path / "w.safetensors")
+    (tmp_path / "._w.safetensors").write_bytes(b"\0\5\26\7")
+    assert open_checkpoint(tmp_path).names() == ("a.weight",)

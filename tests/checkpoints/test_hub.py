@@ -141,3 +141,12 @@ def test_paths_are_never_looked_up(source, monkeypatch):
     monkeypatch.setattr(hub, "_snapshot", lambda *args: pytest.fail("the hub was asked"))
     with pytest.raises(InputError):
         open_checkpoint(source)
+
+
+def test_links_in_a_subfolder_of_a_snapshot_lead_to_its_blobs(cached):
+    blobs = cached.parents[1] / "blobs"
+    blobs.mkdir()
+    save_file(WEIGHTS, blobs / "0123")
+    (cached / "unet").mkdir()
+    (cached / "unet" / "diffusion_pytorch_model.safetensors").symlink_to("../../../blobs/0123")
+    assert open_checkpoint(cached / "unet").names() == ("a.weight",)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 import spectralbasis as sb
 from spectralbasis.checkpoints import matrix_name
+from spectralbasis.printable import in_markdown
 from tests.coefficients.folders import AUTO_MODELS, load_base, save_adapter, save_base, tokens
 from tests.models import tiny
 from tests.tuner.cases import CASES as TUNER_CASES
@@ -302,7 +303,7 @@ def test_the_notes_say_who_opens_it(tmp_path, model_type, head, config, opens):
     said = " ".join(written.notes)
     assert ("vLLM opens it with --max-lora-rank 6" in said) is opens
     assert ("vLLM and llama.cpp do not open it" in said) is not opens
-    assert all(note in (tmp_path / "lora" / "README.md").read_text() for note in written.notes)
+    assert all(in_markdown(note) in (tmp_path / "lora" / "README.md").read_text() for note in written.notes)
 
 
 def test_part_of_an_adapter(tmp_path):

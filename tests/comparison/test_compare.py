@@ -101,6 +101,7 @@ def test_table_summary_and_files_keep_the_contract(tmp_path):
     assert (summary["matrices"], summary["seed"], len(summary["tuned"])) == (4, 5, 2)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "comparison.parquet"), result.table)
     assert {path.name for path in tmp_path.iterdir()} == {
+        ".spectralbasis",
         "comparison.parquet",
         "sharing.parquet",
         "summary.json",
@@ -272,7 +273,7 @@ def test_an_interrupted_comparison_resumes_to_the_same_table(tmp_path, monkeypat
     monkeypatch.setattr(measuring, "measure_pair", dies_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         sb.compare(base, [one], leading=8, output=tmp_path / "part")
-    assert [path.name for path in (tmp_path / "part").iterdir()] == ["store.sqlite"]
+    assert {path.name for path in (tmp_path / "part").iterdir()} == {".spectralbasis", "store.sqlite"}
 
     again = []
     monkeypatch.setattr(measuring, "measure_pair", lambda *arguments: again.append(1) or measure(*arguments))

@@ -29,6 +29,8 @@ _NOT_WEIGHTS = (
     "adapter_model",
     "common.pt",
 )
+_LARGEST_CONFIG = 16 << 20
+"""Bytes; a config with the names of a hundred thousand labels has few of them."""
 _INDEX = re.compile(r".+\.index(\.[\w-]+)?\.json")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 
@@ -50,7 +52,7 @@ def weights_files(folder: Path) -> tuple[Path, ...]:
         if (folder / name).exists():
             return (inside(folder, name),)
     for pattern in _PATTERNS:
-        found = sorted(path.name for path in folder.glob(pattern) if not path.name.startswith(_NOT_WEIGHTS))
+        found = sorted(path.name for path in folder.glob(pattern) if not path.name.startswith((".", *_NOT_WEIGHTS)))
         chosen = _shards(folder, found) or found
         if len(chosen) == 1 or (chosen and chosen is not found):
             return tuple(inside(folder, name) for name in chosen)
@@ -116,7 +118,7 @@ def inside(folder: Path, name: str, named_by: Path | None = None) -> Path:
         InputError: the path leads elsewhere, or to a folder, a pipe or a device, which would never end.
     """
     path = folder / name
-    root = _root(folder.resolve())
+    root = root_of(folder)
     culprit = f"{named_by} names the file {name}" if named_by else f"{path} is a link"
     try:
         place = path.resolve()
@@ -130,14 +132,18 @@ def inside(folder: Path, name: str, named_by: Path | None = None) -> Path:
     return path
 
 
-def _root(folder: Path) -> Path:
+def root_of(folder: Path) -> Path:
     """The folder that links may lead to from here: itself, or the hub's cache of the repository that it is in."""
-    snapshots = next((parent for parent in folder.parents if parent.name == "snapshots"), None)
-    return snapshots.parent if snapshots and snapshots.parent.name.startswith("models--") else folder
+    place = folder.resolve()
+    snapshots = next((parent for parent in place.parents if parent.name == "snapshots"), None)
+    return snapshots.parent if snapshots and snapshots.parent.name.startswith("models--") else place
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
     """`config.json` of the folder, {} where there is none."""
     if not os.path.lexists(folder / "config.json"):  # a link that leads nowhere is a config that is missing
         return {}
-    return read_record(inside(folder, "config.json"), dict[str, Any])
+    file = inside(folder, "config.json")
+    if file.is_file() and (size := file.stat().st_size) > _LARGEST_CONFIG:
+        raise InputError(f"{file} has {size} bytes, expected at most {_LARGEST_CONFIG}; restore it from the original")
+    return read_record(file, dict[str, Any])

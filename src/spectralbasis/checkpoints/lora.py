@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from typing_extensions import TypedDict
@@ -14,7 +14,7 @@ from spectralbasis.checkpoints.lora_start import CONVERSION, STARTS
 from spectralbasis.checkpoints.matrix import dtype_name
 from spectralbasis.errors import InputError
 from spectralbasis.patterns import pattern_of
-from spectralbasis.printable import shortened
+from spectralbasis.printable import shortened, warn
 from spectralbasis.records import checked
 
 _FACTOR = re.compile(
@@ -56,7 +56,9 @@ def lora_edits(adapter: Adapter) -> Mapping[str, Edit]:
     _refuse_variants(adapter)
     layouts = Layouts(adapter.base, adapter.base.config)
     edits: dict[str, Edit] = {}
-    for module, factors in _factors(adapter).items():
+    modules = _factors(adapter)
+    _warn_of_others(adapter, modules)
+    for module, factors in modules.items():
         edit = _edit(adapter, layouts, module, factors)
         edits[adapter.base_tensor(f"{module}.weight")] = edit
         bias = adapter.find_base_tensor(f"{module}.bias")
@@ -97,6 +99,20 @@ def _factors(adapter: Adapter) -> dict[str, dict[str, str]]:
         elif "lora_" in name:
             raise InputError(f"the adapter in {adapter.folder} holds {stored}, which LoRA does not have; {_MERGE}")
     return modules
+
+
+def _warn_of_others(adapter: Adapter, modules: Iterable[str]) -> None:
+    """Warn of factors of modules that the config does not name: PEFT leaves them out, and here they are read."""
+    wanted = adapter.config.get("target_modules")
+    if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
+        return
+    others = [name for name in modules if not any(name == end or name.endswith(f".{end}") for end in wanted)]
+    if others:
+        warn(
+            f"the adapter in {adapter.folder} holds factors of {shortened(others[0], 100)}, which target_modules in "
+            f"its config leaves out, as {len(others)} modules: PEFT would not load them, and they are measured here",
+            stacklevel=2,
+        )
 
 
 def _edit(adapter: Adapter, layouts: Layouts, module: str, factors: Mapping[str, str]) -> LoraEdit:

@@ -363,6 +363,9 @@ def _check_counts(config: Any, largest: dict[str, int]) -> None:
                 raise ValueError(f"{key}={one}")
             if counted and limit and key.startswith(("num_", "n_")) and isinstance(one, int) and one < 0:
                 raise ValueError(f"{key}={one}")
+        stages = [one for one in value if isinstance(one, int)] if isinstance(value, list) else []
+        if limit and key.startswith(("depth", "num_", "n_")) and sum(stages) > limit:
+            raise ValueError(f"{key} of {sum(stages)} altogether")
         for word in largest:
             if counted and word in key and isinstance(value, int):
                 largest[word] = max(largest[word], value)

@@ -11,7 +11,7 @@ from spectralbasis.checkpoints.adapter import AdapterCheckpoint
 from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG, ADAPTER_TENSORS, open_adapter
 from spectralbasis.checkpoints.checkpoint import Checkpoint
 from spectralbasis.checkpoints.decoded import decoded
-from spectralbasis.checkpoints.folder_files import is_index, read_config, weights_files
+from spectralbasis.checkpoints.folder_files import inside, is_index, read_config, weights_files
 from spectralbasis.checkpoints.foreign import SAFETENSORS_START, refuse_file, refuse_state
 from spectralbasis.checkpoints.hub import download, is_hub_id
 from spectralbasis.checkpoints.installed import installed_folder
@@ -23,11 +23,10 @@ from spectralbasis.checkpoints.tensors import TensorCheckpoint, find_state
 from spectralbasis.checkpoints.torch_file import open_torch_file
 from spectralbasis.errors import InputError
 from spectralbasis.printable import shortened
-from spectralbasis.records import read_json
 
 Source = str | Path | Mapping[str, Tensor] | nn.Module | Checkpoint
 """What `open_checkpoint` opens."""
-_LONGEST_NAME, _MOST_PARTS = 4096, 200
+_LONGEST_NAME, _MOST_PARTS = 1024, 100
 _LLAMA2C = ".bin"
 _TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _TORCH_STARTS = (b"PK\x03\x04", b"\x80\x02")
@@ -97,17 +96,19 @@ def _open_path(source: str, base: Source | None = None, *, partial: bool = False
 
 
 def _config_beside(file: Path) -> Mapping[str, Any]:
-    """The config of the folder that a file lies in; {} where that is another's: a link to elsewhere, or no object."""
-    config = file.with_name("config.json")
-    if config.is_symlink() and file.parent.resolve() != config.resolve().parent:
+    """The config of the folder that a file lies in; {} where it has none that could be this model's."""
+    try:
+        return read_config(file.parent)
+    except InputError:
         return {}
-    return read_config(file.parent) if not config.is_file() or isinstance(read_json(config), dict) else {}
 
 
 def _open_folder(folder: Path, source: str, base: Source | None, partial: bool) -> Checkpoint:
     if (folder / ADAPTER_CONFIG).exists():
         return _open_adapter(folder, source, base, partial)
-    config, files = read_config(folder), weights_files(folder)
+    config = read_config(folder)
+    named = config.get("transformers_weights")  # which transformers reads in place of the usual file
+    files = weights_files(folder) if named is None else (inside(folder, str(named), folder / "config.json"),)
     if len(files) == 1:
         return _whole(_open_file(files[0], source, config))
     return _whole(join_loose_shards({file: _open_file(file, str(file), config) for file in files}, source, config))

@@ -173,6 +173,16 @@ def _refuse_nameless(state: Mapping[Any, Any], source: str) -> None:
             )
 
 
+def _refuse_beside(loaded: Mapping[Any, Any], chosen: str, source: str) -> None:
+    """Raise InputError if matrices lie beside the state that is taken for the model's."""
+    matrix = next((name for name, tensor in _tensors_of(loaded).items() if tensor.dim() > 1), None)
+    if matrix is not None:
+        raise InputError(
+            f"{source} holds {matrix}, and a state in {chosen!r} beside it; load it yourself and pass the state_dict "
+            "that you mean"
+        )
+
+
 def _descend(loaded: Mapping[Any, Any], source: str, depth: int) -> Mapping[Any, Any]:
     nested = {
         key: value
@@ -181,6 +191,7 @@ def _descend(loaded: Mapping[Any, Any], source: str, depth: int) -> Mapping[Any,
     }
     for key in _STATE_KEYS:
         if key in nested and not (key == "encoder" and "decoder" in nested):  # half a model is not the model
+            _refuse_beside(loaded, key, source)
             return _descend(nested[key], source, depth - 1)
     if _tensors_of(loaded):
         return loaded

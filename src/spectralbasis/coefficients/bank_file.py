@@ -3,8 +3,8 @@
 Where the tasks are of a basis file, a copy of that lies beside the bank (`basis_beside`): no bank names another file.
 """
 
+import filecmp
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from typing import IO, Any, Literal
 
 import torch
 import xxhash
-from pydantic import with_config
+from pydantic import ConfigDict, with_config
 from safetensors import SafetensorError, safe_open
 from typing_extensions import TypedDict
 
@@ -40,7 +40,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Name in the file → in which dtype a bank can hold its numbers."""
 
 
-@with_config(extra="forbid")
+@with_config(ConfigDict(extra="forbid"))
 class BankConfig(TypedDict):
     """What a bank says of bases and coefficients: fields of `SpectralConfig`, and of its basis no place."""
 
@@ -92,6 +92,8 @@ def write_bank(
     described = {"dtype": named, "shape": shape, "data_offsets": [0, shape[0] * shape[1] * dtype.itemsize]}
     metadata = _metadata(layout, tasks)
     check_replaceable(path)
+    if layout.config.basis not in BASES:
+        _keep_basis(Path(layout.config.basis), basis_beside(path))
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         start = _header(described, metadata, "0" * 32)
         file.write(start)
@@ -99,8 +101,6 @@ def write_bank(
         file.flush()
         file.seek(0)
         file.write(_header(described, metadata, _checksum(metadata, temporary, len(start))))
-    if layout.config.basis not in BASES:
-        _keep_basis(Path(layout.config.basis), basis_beside(path))
 
 
 def basis_beside(path: Path) -> Path:
@@ -109,15 +109,17 @@ def basis_beside(path: Path) -> Path:
 
 
 def _keep_basis(file: Path, place: Path) -> None:
-    """Put a basis file beside a bank, by a second name of it where that is possible."""
-    if place.exists() and place.samefile(file):
+    """Copy a basis file beside a bank.
+
+    Raises:
+        InputError: another file lies there.
+    """
+    if place.exists():
+        if not filecmp.cmp(file, place, shallow=False):
+            raise InputError(f"{place} is another basis file than that of this bank; save the bank elsewhere")
         return
     with atomic_path(place) as temporary:
-        try:
-            temporary.unlink(missing_ok=True)
-            os.link(file.resolve(), temporary)
-        except OSError:  # another disk, or one that knows no second names
-            shutil.copyfile(file, temporary)
+        shutil.copyfile(file, temporary)
 
 
 def read_bank(path: Path) -> BankFile:

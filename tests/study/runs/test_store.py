@@ -48,7 +48,7 @@ def test_a_store_reads_back_what_was_put(filled):
 
 def test_a_store_goes_on_from_exported_rows_that_are_trusted(filled):
     (filled / DATABASE).unlink()
-    with pytest.raises(InputError, match=r"holds 4 exported rows and no runs\.sqlite; add --trust"):
+    with pytest.raises(InputError, match=r"holds 4 exported rows that are not in runs\.sqlite; add --trust"):
         RunStore(filled)
     assert not (filled / DATABASE).exists()
     with RunStore(filled, trust=True) as store:
@@ -192,3 +192,16 @@ def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file; name a new folder"):
         RunStore(tmp_path / "file")
+
+
+def test_exported_rows_outlive_an_empty_database_and_damaged_rows(filled):
+    before = (filled / ROWS).read_bytes()
+    change(filled, "UPDATE runs SET seconds = 7 WHERE seed = 2")
+    with RunStore(filled) as store:
+        assert store.results.get(Run("tune", {"task": "RTE"}, 2)) is None
+        store.export()
+    assert (filled / ROWS).read_bytes() == before
+    change(filled, "DELETE FROM runs")
+    with pytest.raises(InputError, match="add --trust"):
+        RunStore(filled)
+    assert (filled / ROWS).read_bytes() == before

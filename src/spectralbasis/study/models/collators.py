@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
+from spectralbasis.errors import InputError
 from spectralbasis.study.tasks.arrays import IMAGE, LABEL, SIGNALS
 from spectralbasis.study.tasks.masking import MaskingCollator
 
@@ -20,16 +21,26 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class TextCollator:
-    """Tokenizes one or two columns of text, cut at `max_length` tokens and padded to the longest of the batch."""
+    """Tokenizes one or two columns of text, cut at `max_length` tokens and padded to the longest of the batch.
+
+    `vocabulary` is how many tokens the model has numbers for; None where its config does not say.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     columns: tuple[str, ...]
     max_length: int
     label_dtype: torch.dtype
+    vocabulary: int | None = None
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         texts = [[row[column] for row in rows] for column in self.columns]
         batch = self.tokenizer(*texts, truncation=True, padding=True, max_length=self.max_length, return_tensors="pt")
+        largest = int(batch["input_ids"].max()) if batch["input_ids"].numel() else 0
+        if self.vocabulary is not None and largest >= self.vocabulary:
+            raise InputError(
+                f"the tokenizer gives a token the number {largest}, and the model has {self.vocabulary} tokens; the "
+                "two are not of one model, so save them together again"
+            )
         return {**batch, "labels": _labels(rows, self.label_dtype)}
 
     def save(self, folder: Path) -> None:

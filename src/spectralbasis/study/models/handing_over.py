@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG, ADAPTER_TENSORS
-from spectralbasis.checkpoints.folder_files import inside, is_index
+from spectralbasis.checkpoints.folder_files import inside, is_index, root_of
 from spectralbasis.checkpoints.layout import is_expert_stack
 from spectralbasis.checkpoints.names import check_counts
 from spectralbasis.checkpoints.opening import open_tensors
@@ -44,6 +44,8 @@ _ELSEWHERE = ("checkpoint_path", "pretrained_cfg_overlay", "use_pretrained_backb
 _ROOM = 1 << 27
 """Numbers that a model may hold beyond those of its file: a fresh head, tables of positions, masks."""
 _OTHER_FOLDERS = {"XLORA": "adapters of other folders", "MULTITASK_PROMPT_TUNING": "a file elsewhere"}
+_LEFT_OVER = "special_tokens_map_file"
+"""A path that transformers 4 wrote into tokenizer configs and that nothing reads: the file is taken from the folder."""
 _TEMPLATES = "additional_chat_templates"
 _SIZES = ("r", "encoder_hidden_size", "init_r", "target_r", "num_virtual_tokens", "n_frequency", "rank_pattern")
 _MEGATRON = "megatron.core"
@@ -111,7 +113,9 @@ def _check_files_named(folder: Path, name: str) -> None:
         for one in value if key.endswith("_files") and isinstance(value, list) else ():
             inside(folder, str(one), folder / name)
         named = isinstance(value, str) and (key.endswith("_file") or "/" in value or os.sep in value)
-        if named and value and _is_file(value) and not Path(value).resolve().is_relative_to(folder.resolve()):
+        if key == _LEFT_OVER or not (named and value and _is_file(value)):
+            continue
+        if not Path(value).resolve().is_relative_to(root_of(folder)):
             raise InputError(
                 f"{folder / name} names {shortened(value)} as its {key}, which is not in the folder; remove {key}, "
                 "or put the file into the folder"

@@ -54,7 +54,8 @@ def _text_collator(
     if task.kind == "masked_language":
         return MaskingCollator(tokenizer, max_length)
     dtype = torch.float32 if task.kind == "regression" else torch.long
-    return TextCollator(tokenizer, task.inputs, max_length, dtype)
+    vocabulary = getattr(config, "vocab_size", None)
+    return TextCollator(tokenizer, task.inputs, max_length, dtype, vocabulary if isinstance(vocabulary, int) else None)
 
 
 def _longest(folder: Path, of_tokenizer: Any, of_model: Any) -> int:

@@ -20,7 +20,7 @@ from spectralbasis.databases import Kind, is_sealed, opened, seal
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path, check_output_files
 from spectralbasis.folders import claim_files
-from spectralbasis.records import checked, parse_json
+from spectralbasis.records import Finite, checked, parse_json
 from spectralbasis.study.runs.run import Outcome, Record, Results, Run, run_key
 
 DATABASE = "runs.sqlite"
@@ -38,7 +38,7 @@ STORE = Kind(
     remedy=f"remove it to go on from the exported rows in {ROWS} (with --trust), or choose another folder",
 )
 _INSERT = f"INSERT OR REPLACE INTO runs VALUES ({', '.join('?' * (len(_COLUMNS) + 3))})"
-_VALUES: Any = tuple[str, str, str, int, str, str | None, str | None, float, str, str]
+_VALUES: Any = tuple[str, str, str, int, str, str | None, str | None, Finite, str, str]
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,19 @@ class RunStore:
         self._records: dict[str, Record] = {}
         self._errors: dict[str, str] = {}
         self.timings: list[Timing] = []
+        self._dropped = False
         check_output_files(folder, ROWS, MEASUREMENTS)
-        if not trust:
-            self._check_exported()
+        exported = self._exported()
+        if exported and not trust and not self.path.exists():
+            raise self._untrusted(exported)
         claim_files(folder, ROWS, MEASUREMENTS, adopt=trust)
         with ExitStack() as stack:
             self._connection = stack.enter_context(opened(self.path, STORE))
             try:
                 is_empty = self._connection.execute("SELECT 1 FROM runs").fetchone() is None
-                if trust and is_empty and (folder / ROWS).exists():
+                if is_empty and exported and not trust:  # an import that was killed, or refused
+                    raise self._untrusted(exported)
+                if is_empty and exported:
                     self._import()
                 self._read(trust)
             except sqlite3.DatabaseError as error:
@@ -118,7 +122,12 @@ class RunStore:
         self._errors.clear()
 
     def export(self) -> None:
-        """Write all rows beside the database, measurements apart, as tables that other tools read."""
+        """Write all rows beside the database, measurements apart, as tables that other tools read.
+
+        After damaged rows were dropped, the tables of before stay until as many runs are there again.
+        """
+        if self._dropped and len(self._records) + len(self._errors) < self._exported():
+            return
         rows = pd.read_sql(f"SELECT {', '.join(_COLUMNS)} FROM runs ORDER BY finished, key", self._connection)
         with atomic_path(self.folder / ROWS) as temporary:
             rows.astype({"result": "string", "error": "string"}).to_parquet(
@@ -129,19 +138,20 @@ class RunStore:
             table = pd.concat(measured, names=["key"]).reset_index("key") if measured else pd.DataFrame({"key": []})
             table.to_parquet(temporary, index=False, compression="zstd", write_page_checksum=True)
 
-    def _check_exported(self) -> None:
-        """Refuse exported rows that have come without their database."""
-        if not (self.folder / ROWS).exists() or (self.path.exists() and self.path.stat().st_size):
-            return
+    def _exported(self) -> int:
+        """How many runs the table beside the database holds."""
+        if not (self.folder / ROWS).exists():
+            return 0
         try:
-            rows = pyarrow.parquet.read_metadata(self.folder / ROWS).num_rows
+            return int(pyarrow.parquet.read_metadata(self.folder / ROWS).num_rows)
         except (OSError, ValueError) as error:
             raise self._unreadable(error) from error
-        if rows:
-            raise InputError(
-                f"{self.folder} holds {rows} exported rows and no {DATABASE}; add --trust (trust=True) to build on "
-                f"{ROWS}, or move it away to start again"
-            )
+
+    def _untrusted(self, rows: int) -> InputError:
+        return InputError(
+            f"{self.folder} holds {rows} exported rows that are not in {DATABASE}; add --trust (trust=True) to build "
+            f"on {ROWS}, or move it away to start again"
+        )
 
     def _unreadable(self, error: Exception) -> InputError:
         return InputError(
@@ -163,8 +173,11 @@ class RunStore:
             ]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._unreadable(error) from error
-        with self._connection:
-            self._connection.executemany(_INSERT, map(_signed, values))
+        try:
+            with self._connection:
+                self._connection.executemany(_INSERT, map(_signed, values))
+        except (OverflowError, sqlite3.Error) as error:  # a number beyond 64 bits, a value of no type of SQLite's
+            raise self._unreadable(error) from error
 
     def _read(self, trust: bool) -> None:
         """Take what is to be believed; what is damaged is dropped, so that it is done again."""
@@ -173,6 +186,7 @@ class RunStore:
             if check != _checksum(*row, sealed):
                 with self._connection:
                     self._connection.execute("DELETE FROM runs WHERE checksum IS ?", (check,))
+                self._dropped = True
                 continue
             sound.append(row)
             if not is_sealed(sealed, *_parts(row)):
