@@ -196,7 +196,7 @@ def _compared(bench: Bench, room: Path) -> None:
     bench.compare(room / "out", "--draws", "1", pair=(room / "base.safetensors", room / "tuned"))
     rows = [{
         "task": "digits", "method": "spectral", "coefficients": "core", "metric": "accuracy", "score": 0.5, "seed": 0,
-        "parameters_backbone": 3, "parameters_head": 3, "share_backbone": 0.1, "adapter_bytes": 10,
+        "parameters_backbone": 3, "parameters_head": 3, "share_backbone": 0.1, "share_head": 0.1, "adapter_bytes": 10,
         "seconds_per_step": 0.1,
     }]  # fmt: skip
     (room / "out" / "tuning.json").write_text(json.dumps({"rows": rows, "note": "a note"}))

@@ -29,6 +29,7 @@ from spectralbasis.sizes import check_memory
 from spectralbasis.triplets import (
     DEFAULT_TOLERANCE,
     Triplets,
+    check_tolerance,
     compute_triplets,
     triplet_facts,
     triplet_tensors,
@@ -130,6 +131,7 @@ class SpectralBasis(Mapping[str, Triplets]):
             InputError: the checkpoint cannot be read, or not one matrix could be decomposed.
         """
         leading = parse_leading(leading)
+        check_tolerance(tolerance)
         checkpoint = open_checkpoint(source)
         matrices, skipped = logical_matrices(checkpoint, include=include, exclude=exclude)
         found: dict[str, Triplets] = {}

@@ -12,6 +12,7 @@ import typer
 
 from spectralbasis.commands import COMMANDS
 from spectralbasis.errors import InputError, SpectralBasisError
+from spectralbasis.files import out_of_room
 from spectralbasis.printable import printable
 from spectralbasis.version import __version__
 
@@ -59,6 +60,9 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     _show_printable()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this process
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
     try:
         if "\0" in "".join(arguments):
             raise InputError("an argument holds the character NUL, which no name can hold; leave it out")
@@ -70,6 +74,8 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
+        if isinstance(error, OSError) and out_of_room(error) and not isinstance(error, SpectralBasisError):
+            error = InputError(f"the result cannot be written: {error.strerror}; write it elsewhere")
         if debug:
             print(printable(traceback.format_exc(), lines=True), file=sys.stderr)
         print(_paragraph(error), file=sys.stderr)

@@ -80,6 +80,10 @@ def _check_file(path: Path, kind: Kind, fresh: bool) -> None:
     for suffix in ("-journal", "-wal", "-shm"):
         check_output_file(path.with_name(path.name + suffix))
     with suppress(FileNotFoundError), path.with_name(f"{path.name}-journal").open("rb") as journal:
+        start = journal.read(28)
+        pages, size = int.from_bytes(start[16:20], "big"), int.from_bytes(start[24:28], "big")
+        if path.exists() and pages * size > path.stat().st_size:
+            raise InputError(f"{journal.name} is no journal of ours: it is of a larger file; {kind.remedy}")
         journal.seek(max(os.fstat(journal.fileno()).st_size - len(_SUPER_JOURNAL), 0))
         if journal.read() == _SUPER_JOURNAL:
             raise InputError(f"{journal.name} is no journal of ours: it names other files; {kind.remedy}")

@@ -173,7 +173,10 @@ def _place(path: Path) -> Path:
         InputError: the name is impossible.
     """
     check_output_files(path)
-    return path.resolve()
+    try:
+        return path.resolve()
+    except OSError as error:  # the working folder is gone
+        raise unwritable(path, error) from error
 
 
 def _holds_something(path: Path) -> bool:

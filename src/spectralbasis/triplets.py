@@ -108,6 +108,12 @@ class Triplets:
         )
 
 
+def check_tolerance(tolerance: float) -> None:
+    """Raise InputError if this is no sine of an angle that a solver can reach."""
+    if not 0 < tolerance < 1:
+        raise InputError(f"tolerance={tolerance!r} is no sine of an angle; pass a number such as 1e-4")
+
+
 def malformed(triplets: Triplets) -> str | None:
     """Why these cannot be triplets of any matrix; None where they can.
 

@@ -127,6 +127,8 @@ def inside(folder: Path, name: str, named_by: Path | None = None) -> Path:
         raise InputError(f"{culprit}, which leads nowhere ({error}); put the file into {folder}") from error
     if not place.is_relative_to(root):
         raise InputError(f"{culprit}, which leads out of {folder}; that is refused, so put the file into the folder")
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{culprit}, which leads nowhere; put the file into {folder}")
     if kind != stat.S_IFREG:
         raise InputError(f"{path} is no file; restore it from the original")
     return path

@@ -26,7 +26,7 @@ from spectralbasis.printable import shortened
 
 Source = str | Path | Mapping[str, Tensor] | nn.Module | Checkpoint
 """What `open_checkpoint` opens."""
-_LONGEST_NAME, _MOST_PARTS = 1024, 100
+_LONGEST_NAME, _MOST_PARTS = 4096, 100
 _LLAMA2C = ".bin"
 _TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _TORCH_STARTS = (b"PK\x03\x04", b"\x80\x02")

@@ -191,7 +191,8 @@ def _descend(loaded: Mapping[Any, Any], source: str, depth: int) -> Mapping[Any,
     }
     for key in _STATE_KEYS:
         if key in nested and not (key == "encoder" and "decoder" in nested):  # half a model is not the model
-            _refuse_beside(loaded, key, source)
+            if nested[key] is not loaded:
+                _refuse_beside(loaded, key, source)
             return _descend(nested[key], source, depth - 1)
     if _tensors_of(loaded):
         return loaded

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -89,7 +90,8 @@ def similarity(
         checkpoints: two or more adapter folders, or full checkpoints: paths, hub ids, state dicts, modules.
         base: the pretrained checkpoint; None takes the one that the first adapter names.
         of: "both"; "coefficients", which needs no base; or "updates".
-        include: glob patterns of matrix names whose updates to take; empty takes all but embeddings and heads.
+        include: glob patterns of matrix names to take; empty takes all coefficients, and all updates but those of
+            embeddings and heads.
         exclude: glob patterns of matrix names to leave out.
         output: folder for `similarity.json` and `similarity.parquet`; None writes nothing.
 
@@ -102,7 +104,7 @@ def similarity(
         raise InputError(f"of={of!r} is unknown; pass 'both', 'coefficients' or 'updates'")
     if output is not None:
         claim_files(Path(output), "similarity.parquet", "similarity.json")
-    coefficients = _coefficients(checkpoints, of)
+    coefficients = _coefficients(checkpoints, of, include, exclude)
     opened, start = ([], None) if of == "coefficients" else _open(checkpoints, base)
     updates = {} if start is None else _update_grams(start, opened, include, exclude)
     sources = [one.source for one in opened] or [str(one) for one in checkpoints]
@@ -119,7 +121,7 @@ def similarity(
     return found
 
 
-def _coefficients(checkpoints: Sequence[Any], of: str) -> Grams:
+def _coefficients(checkpoints: Sequence[Any], of: str, include: Sequence[str], exclude: Sequence[str]) -> Grams:
     """Inner products of trained coefficients; none where they are not asked for, or where there are none."""
     foreign = [one for one in checkpoints if not is_spectral_adapter(one)]
     if of == "updates" or (foreign and of == "both"):
@@ -130,7 +132,18 @@ def _coefficients(checkpoints: Sequence[Any], of: str) -> Grams:
     adapters = [with_names_of(adapters[0].config, one) for one in adapters]
     check_one_basis(adapters)
     trained = [adapter.coefficients() for adapter in adapters]
-    names = dict.fromkeys(name for one in trained for name in one)
+    every = dict.fromkeys(name for one in trained for name in one)
+    names = [
+        name
+        for name in every
+        if (not include or any(fnmatchcase(name, pattern) for pattern in include))
+        and not any(fnmatchcase(name, pattern) for pattern in exclude)
+    ]
+    if not names:
+        raise InputError(
+            f"include={list(include)} and exclude={list(exclude)} leave none of {len(every)} trained matrices, such as "
+            f"{next(iter(every))}; give other patterns"
+        )
     return {name: _gram([one.get(name) for one in trained]) for name in names}
 
 

@@ -25,6 +25,7 @@ from spectralbasis.folders import claim_files
 from spectralbasis.linalg import Leading, parse_leading
 from spectralbasis.progress import track
 from spectralbasis.sizes import parse_size
+from spectralbasis.triplets import check_tolerance
 
 FILES = ("comparison.parquet", "sharing.parquet", "summary.json", "index.html")
 """What `compare` writes into its output folder, beside the store."""
@@ -95,6 +96,7 @@ def compare(
     budget = None if memory_budget is None else parse_size(memory_budget)
     if ray is None:
         _check_device(device)
+    check_tolerance(tolerance)
     settings = Settings(parse_leading(leading), null, draws, seed, tolerance, device, trailing)
     pairing = open_pairs(base, tuned, include, exclude, partial=partial)
     run = _Run(pairing, settings, tasks)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired
 
 import pandas as pd
 import pyarrow as pa
@@ -40,7 +41,7 @@ class TuningRow(TypedDict):
     parameters_backbone: Count
     parameters_head: Count
     share_backbone: Finite
-    share_head: Finite
+    share_head: NotRequired[Finite]
     adapter_bytes: Count
     seconds_per_step: Finite
     seed: int
@@ -117,6 +118,10 @@ def _read_record(path: Path, schema: type[Schema]) -> Schema:
     return read_record(path, schema, _again(path.parent))
 
 
+_MOST_ROWS = 20_000_000
+"""Of a table: thousands of matrices of dozens of checkpoints have fewer; packed, more take no room in a file."""
+
+
 def _read_rows(path: Path, columns: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
     if not path.exists():
         raise InputError(f"there is no {path}; {_again(path.parent)}")
@@ -126,6 +131,8 @@ def _read_rows(path: Path, columns: Sequence[str], metrics: Sequence[str]) -> pd
         # Batch by batch: read_table with a filter can hang on a damaged file.
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             _check_columns(path, file.schema_arrow, columns)
+            if file.metadata.num_rows > _MOST_ROWS:
+                raise InputError(f"{path} has {file.metadata.num_rows} rows, expected at most {_MOST_ROWS}")
             wanted = pa.array(metrics, pa.string())
             batches = map(_as_table, file.iter_batches(columns=list(columns)))
             found = (batch.filter(pc.is_in(batch["metric"].cast(pa.string()), value_set=wanted)) for batch in batches)

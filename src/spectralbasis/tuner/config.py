@@ -16,7 +16,7 @@ from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path
 from spectralbasis.linalg import Leading, parse_leading
 from spectralbasis.records import checked, read_json
-from spectralbasis.triplets import DEFAULT_TOLERANCE
+from spectralbasis.triplets import DEFAULT_TOLERANCE, check_tolerance
 from spectralbasis.tuner.card import note_import
 from spectralbasis.tuner.entries import unpack_positions
 from spectralbasis.tuner.factors import BASES
@@ -215,8 +215,7 @@ class SpectralConfig(PeftConfig):
         for pattern, k in self.rank_pattern.items():
             if not isinstance(k, int) or k < 1:
                 raise InputError(f"rank_pattern {pattern!r}: k={k!r} is no number of directions; pass a whole number")
-        if not 0 < self.tolerance < 1:
-            raise InputError(f"tolerance={self.tolerance!r} is no sine of an angle; pass a number such as 1e-4")
+        check_tolerance(self.tolerance)
 
     def _check_layers(self) -> None:
         for name in ("layers_to_transform", "layers_pattern"):
