@@ -203,8 +203,9 @@ def _compared(bench: Bench, room: Path) -> None:
 
 
 def _studied(bench: Bench, room: Path) -> None:
-    room.mkdir()
+    (room / "cache").mkdir(parents=True)
     shutil.copytree(bench.studied, room / "out")
+    shutil.copy(bench.studied.parent / "cache" / "key", room / "cache")  # with which its runs are sealed
 
 
 def _claims(room: Path, ended: Ended) -> object:
@@ -284,7 +285,7 @@ SUBJECTS: tuple[Subject, ...] = (
             _file("out/index.html"), quick=12),
     Subject("results of a study", _studied, "out/[fr]*.json", _command("report", "{}/out"), _file("out/index.html")),
     Subject("runs of a study", _studied, "out/*.[sp][qa][lr]*",
-            _command("study", "stability", "--preset", "quick", "-o", "{}/out", "--analyse"), _claims, checked=True),
+            _command("study", "stability", "--preset", "quick", "-o", "{}/out", "--analyse"), _claims),
     Subject("data set, npz", _data("mnist.npz"), "*", _load_task("mnist", "mnist.npz"), _told),
     Subject("data set, HDF5", _data("usps.h5"), "*", _load_task("usps", "usps.h5"), _told),
     Subject("data set, TSV", _data("RTE"), "RTE/*", _load_task("RTE", ""), _told),
