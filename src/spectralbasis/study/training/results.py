@@ -12,7 +12,7 @@ from torch import nn
 from typing_extensions import TypedDict
 
 from spectralbasis.files import atomic_path
-from spectralbasis.records import Positive, read_record
+from spectralbasis.records import Finite, Positive, read_record
 from spectralbasis.tuner.optimization import in_modules
 
 TUNING_FILE = "tuning.json"
@@ -151,9 +151,20 @@ def write_tuning_table(folder: Path | str, results: Iterable[TuneResult], note: 
 
 
 class StoredSettings(TypedDict, total=False):
-    """The settings of `tune` that are read back from `tuning.json`."""
+    """The settings of `tune` that are read back from `tuning.json`: the length of texts, and `MethodOptions`."""
 
     max_length: Positive
+    coefficients: str
+    bandwidth: Positive
+    scaling: str
+    basis: str
+    leading: int | Finite | str | None
+    budget: Finite | None
+    rank: int | None
+    alpha: Finite | None
+    n_frequency: int | None
+    dimension: int | None
+    sources: tuple[str, ...]
 
 
 class StoredTuning(TypedDict, total=False):
