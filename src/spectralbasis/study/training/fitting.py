@@ -62,7 +62,10 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise InputError(f"both steps={self.steps} and epochs={self.epochs:g} were given; give one of them")
-        for name in ("steps", "epochs", "batch_size", "learning_rate", "head_learning_rate"):
+        for name in ("learning_rate", "head_learning_rate"):
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                raise InputError(f"{name}={getattr(self, name)} was given; expected a number above 0")
+        for name in ("steps", "epochs", "batch_size"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= _LARGEST:
                 raise InputError(f"{name}={value} was given; expected a number above 0 and at most {_LARGEST}")
