@@ -250,7 +250,7 @@ def _open(file: Path) -> tuple[_Header, Any]:
         if isinstance(handle, AbstractContextManager):
             handle = handle.__enter__()
         metadata = handle.metadata() or {}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:
         raise InputError(f"{file} cannot be read as safetensors ({error}); {_ANEW}") from error
     text = metadata.get("spectralbasis")
     if text is None:

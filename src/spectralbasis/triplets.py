@@ -344,7 +344,7 @@ def _read_cached(path: Path, base_hash: str, k: int, shape: tuple[int, ...]) -> 
         if checksum(text, tensors=tensors) != expected or facts["base_hash"] != base_hash or len(tensors["S"]) != k:
             return None
         return Triplets(**tensors, **facts)  # type: ignore[arg-type]
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, MemoryError):
         return None
 
 

@@ -101,7 +101,7 @@ def test_a_damaged_record_is_refused(scales, tmp_path):
     CASE.adapted(scaling="normalized").save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"scales": scales}))
-    with pytest.raises(InputError, match=r"restore adapter_config\.json"):
+    with pytest.raises(InputError, match=r"restore (adapter_config\.json|it from the original)"):
         open_checkpoint(tmp_path, base=CASE.base())
 
 

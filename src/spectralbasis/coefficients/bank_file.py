@@ -141,7 +141,7 @@ def read_bank(path: Path) -> BankFile:
         offset = path.stat().st_size - prod(shape) * DTYPES[named].itemsize
         if metadata["checksum"] != _checksum(metadata, path, offset):
             raise InputError(f"the bank {path} is damaged: it fails its checksum; restore it, or {_AGAIN}")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:
         raise InputError(f"{path} cannot be read as a bank ({error}); it may be cut short or damaged") from error
     tasks = _part(path, metadata, "tasks", list[str])
     if len(set(tasks)) != len(tasks):
