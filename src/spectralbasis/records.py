@@ -25,6 +25,7 @@ LARGEST = 64 << 20
 _LONE = re.compile("[\ud800-\udfff]")
 """Halves of a character, which JSON can hold and UTF-8 cannot: how Python names a file whose name is no UTF-8."""
 _PLAIN = (
+    ("Predicate isfinite failed", "a finite number"),
     ("Input should be ", ""),
     ("Value error, ", ""),
     ("greater than or equal to ", "at least "),
