@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -10,7 +9,7 @@ import pytest
 from typing_extensions import TypedDict
 
 from spectralbasis.errors import InputError
-from spectralbasis.printable import in_code, in_file_name, in_markdown, in_markup, printable, shortened, warn
+from spectralbasis.printable import in_code, in_markdown, in_markup, printable, shortened, warn
 from spectralbasis.records import LARGEST, Count, Finite, Positive, checked, parse_json, read_record
 
 
@@ -134,17 +133,6 @@ def test_messages_of_errors_are_one_printable_paragraph() -> None:
     assert "\x1b" not in str(error)
     assert "\n" not in str(error)
     assert len(str(error)) < 5000
-
-
-@pytest.mark.parametrize(
-    "name", ["..", "", ".", "CON", "nul.txt", "a/b", "a\\b", "a:b", "a\x00b", "a\n", "é", "x" * 300]
-)
-def test_a_name_becomes_one_part_of_a_path_that_every_system_takes(name: str) -> None:
-    part = in_file_name(name)
-    assert re.fullmatch(r"[A-Za-z0-9._+=@ -]{1,100}", part)
-    assert part.split(".")[0].upper() not in {"", "CON", "NUL"}
-    assert part != in_file_name(name + "x")
-    assert in_file_name("STS-B") == "STS-B"
 
 
 def test_a_span_of_code_holds_any_text() -> None:

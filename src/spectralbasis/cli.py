@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -66,7 +67,7 @@ def main() -> None:
     try:
         if "\0" in "".join(arguments):
             raise InputError("an argument holds the character NUL, which no name can hold; leave it out")
-        if not _is_text(arguments):
+        if re.search("[\ud800-\udfff]", "".join(arguments)):  # how Python holds the bytes of such a name
             raise InputError("an argument is no valid UTF-8, so it cannot be written into results; rename the file")
         app(args=arguments, prog_name="spectralbasis")
     except BrokenPipeError:
@@ -80,14 +81,6 @@ def main() -> None:
             print(printable(traceback.format_exc(), lines=True), file=sys.stderr)
         print(_paragraph(error), file=sys.stderr)
         sys.exit(1)
-
-
-def _is_text(arguments: list[str]) -> bool:
-    """Whether all arguments can be written down; names of files may be any bytes."""
-    try:
-        return bool("".join(arguments).encode() or True)
-    except UnicodeEncodeError:
-        return False
 
 
 def _paragraph(error: Exception) -> str:

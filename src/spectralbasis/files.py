@@ -130,8 +130,8 @@ def _status(path: Path) -> os.stat_result | None:
 def scratch_beside(target: Path) -> Iterator[tuple[Path, list[Path]]]:
     """Yield a new folder of ours beside an output, and those in which living processes write the same output.
 
-    The folder is removed when the block ends. Those that killed processes left are removed before, once `recover` has
-    seen them. Where the file system has no locks nobody can be told to live or not: nothing is removed or listed.
+    The folder is removed when the block ends. Those that killed processes left are removed before. Where the file
+    system has no locks nobody can be told to live or not: nothing is removed or listed.
 
     Raises:
         InputError: the folder of the output cannot be created or written to.

@@ -2,11 +2,10 @@
 
 Names of tensors, files, tasks and labels come from files that others wrote. Every one passes through the function of
 the place that it reaches: `printable` for a terminal, a log or a message, `warn` for a warning, `in_markup` for a table
-drawn with rich, `in_markdown` and `in_code` for a model card, `in_file_name` for a part of a path. Pages make names
-visible and escape them in their templates (`report/embed.py`).
+drawn with rich, `in_markdown` and `in_code` for a model card. Pages make names visible and escape them in their
+templates (`report/embed.py`). No such name becomes a part of a path.
 """
 
-import hashlib
 import re
 import unicodedata
 import warnings
@@ -15,12 +14,6 @@ _UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode categories that a reader does not see as they are: control and format characters, surrogates, separators."""
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$&])")
 _BACKTICKS = re.compile("`+")
-_NOT_IN_FILES = re.compile(r"[^A-Za-z0-9._+=@ -]+")
-_RESERVED = frozenset(
-    {"", "CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(10))}
-)
-"""Names that Windows gives to devices, with any ending."""
-_LONGEST_NAME = 80
 _LONGEST = 300
 _LONGEST_WARNING = 4000
 
@@ -81,20 +74,3 @@ def in_code(text: object) -> str:
     fence = "`" * (max(map(len, _BACKTICKS.findall(shown)), default=0) + 1)
     pad = " " if shown.startswith("`") or shown.endswith("`") else ""
     return f"{fence}{pad}{shown}{pad}{fence}"
-
-
-def in_file_name(text: object) -> str:
-    """One part of a path that stands for the text on every system; other texts have other names.
-
-    Example:
-        >>> in_file_name("RTE")
-        'RTE'
-        >>> in_file_name("../a:b")
-        'a-b-6d79d0a9'
-    """
-    given = str(text)
-    name = _NOT_IN_FILES.sub("-", given).strip("-. ")[:_LONGEST_NAME].rstrip("-. ")
-    if name == given and name.split(".")[0].upper() not in _RESERVED:
-        return name
-    digest = hashlib.sha256(given.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    return "-".join(part for part in ("" if name.split(".")[0].upper() in _RESERVED else name, digest) if part)
