@@ -288,10 +288,11 @@ def test_names_that_no_model_has(tmp_path, name):
     assert "rename it" in refusal(tmp_path)
 
 
-def test_a_config_of_something_else_beside_a_file_is_no_obstacle(tmp_path):
+def test_a_config_of_something_else_beside_a_file_is_told_of(tmp_path):
     save_file({"a.weight": torch.eye(2)}, tmp_path / "weights.safetensors")
     (tmp_path / "config.json").write_text("[1]")
-    assert open_checkpoint(tmp_path / "weights.safetensors").config == {}
+    with pytest.warns(UserWarning, match="is read without its config"):
+        assert open_checkpoint(tmp_path / "weights.safetensors").config == {}
 
 
 def test_matrices_beside_the_state_that_is_taken(tmp_path):

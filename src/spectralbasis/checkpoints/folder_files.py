@@ -143,7 +143,7 @@ def root_of(folder: Path) -> Path:
 
 def read_config(folder: Path) -> Mapping[str, Any]:
     """`config.json` of the folder, {} where there is none."""
-    if not os.path.lexists(folder / "config.json"):  # a link that leads nowhere is a config that is missing
+    if not os.path.lexists(folder / "config.json"):  # a link that leads nowhere is refused below
         return {}
     file = inside(folder, "config.json")
     if file.is_file() and (size := file.stat().st_size) > _LARGEST_CONFIG:

@@ -22,7 +22,7 @@ from spectralbasis.checkpoints.sharded import join_loose_shards, join_shards, re
 from spectralbasis.checkpoints.tensors import TensorCheckpoint, find_state
 from spectralbasis.checkpoints.torch_file import open_torch_file
 from spectralbasis.errors import InputError
-from spectralbasis.printable import shortened
+from spectralbasis.printable import shortened, warn
 
 Source = str | Path | Mapping[str, Tensor] | nn.Module | Checkpoint
 """What `open_checkpoint` opens."""
@@ -96,10 +96,11 @@ def _open_path(source: str, base: Source | None = None, *, partial: bool = False
 
 
 def _config_beside(file: Path) -> Mapping[str, Any]:
-    """The config of the folder that a file lies in; {} where it has none that could be this model's."""
+    """The config of the folder that a file lies in; {} where it has none, or one of something else."""
     try:
         return read_config(file.parent)
-    except InputError:
+    except InputError as error:
+        warn(f"{file} is read without its config, by which fused matrices are told apart: {error}", stacklevel=4)
         return {}
 
 

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from spectralbasis.checkpoints.folder_files import inside
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path
 from spectralbasis.linalg import Leading, parse_leading
+from spectralbasis.printable import warn
 from spectralbasis.records import checked, read_json
 from spectralbasis.triplets import DEFAULT_TOLERANCE, check_tolerance
 from spectralbasis.tuner.card import note_import
@@ -174,9 +174,7 @@ class SpectralConfig(PeftConfig):
         try:
             return place_basis(Path(self.basis), folder)
         except InputError as error:  # what was trained must not be lost for it
-            warnings.warn(
-                f"{error}; the adapter in {folder} needs it: put the file there as {BASIS_FILE}", stacklevel=3
-            )
+            warn(f"{error}; the adapter in {folder} needs it: put the file there as {BASIS_FILE}", stacklevel=3)
             return BASIS_FILE
 
     def parametrisation(self, name: str) -> Parametrisation:
