@@ -31,6 +31,8 @@ NOISE = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward ",
 }
 """Logger → words of a warning that it gives whenever PEFT imports torchao and bitsandbytes, whether used or not."""
+OUTDATED = "`is_gradient_checkpointing` is deprecated"
+"""What transformers 5 warns of whenever PEFT wraps a model; nobody at the command line can do anything about it."""
 
 
 class _PrintableRecord(logging.LogRecord):
@@ -52,6 +54,7 @@ def _without(words: str) -> Callable[[logging.LogRecord], bool]:
     return lambda record: words not in record.getMessage()
 
 
+warnings.filterwarnings("ignore", message=OUTDATED, category=FutureWarning)
 for logger, noise in NOISE.items():
     logging.getLogger(logger).addFilter(_without(noise))
 
