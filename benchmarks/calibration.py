@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.results import environment, parse_arguments, write
 from spectralbasis import compare
 from spectralbasis.comparison.nulls import scrambled
-from spectralbasis.progress import track
+from spectralbasis.printable import track
 
 LAYERS, PER_LAYER, M, N, K = 6, 4, 48, 40, 8
 STRENGTHS = (0.0, 0.01, 0.03, 0.1, 0.3)

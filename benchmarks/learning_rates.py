@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import earlier, environment, parse_arguments, write
-from spectralbasis.study import tune
-from spectralbasis.study.quickstart import save_untrained
+from spectralbasis.training import tune
+from spectralbasis.training.quickstart import save_untrained
 
 NAME = "learning_rates"
 RATES = {

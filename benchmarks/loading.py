@@ -23,7 +23,7 @@ from transformers import AutoModel
 from benchmarks.adapters import BUDGET, core_size
 from benchmarks.results import environment, parse_arguments, write
 from spectralbasis import SpectralConfig
-from spectralbasis.checkpoints.installed import installed_folder
+from spectralbasis.checkpoints.opening import installed_folder
 from spectralbasis.triplets import cache_folder
 
 EVERYWHERE = {"target_modules": "all-linear"}

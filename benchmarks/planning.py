@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from benchmarks.memory import shapes, weights
 from benchmarks.processes import measure
 from benchmarks.results import environment, parse_arguments, write
+from spectralbasis.comparison.costs import Rates
 from spectralbasis.comparison.measuring import Settings
-from spectralbasis.comparison.rates import Rates
 
 K, DRAWS = 64, 5
 LAYERS = {384: 4, 768: 2, 1536: 1, 2048: 1}

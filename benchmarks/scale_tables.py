@@ -6,11 +6,10 @@ from typing import Any
 
 from benchmarks.markdown import machine, table, versions
 from benchmarks.planning import read_rates
+from spectralbasis.commands.tables import duration
+from spectralbasis.comparison.costs import KINDS, Rates
 from spectralbasis.comparison.measuring import Settings
-from spectralbasis.comparison.operations import KINDS
 from spectralbasis.comparison.planning import Group, describe_work, make_group, seconds_on
-from spectralbasis.comparison.rates import Rates
-from spectralbasis.tables import duration
 
 GOAL = 0.3
 STORED = 2

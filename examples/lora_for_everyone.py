@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import spectralbasis as sb
-from spectralbasis.study import tune
+from spectralbasis.training import tune
 
 WITHOUT_US = """
 import sys

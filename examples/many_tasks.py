@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, logging
 
 import spectralbasis as sb
-from spectralbasis.checkpoints.installed import installed_folder
+from spectralbasis.checkpoints.opening import installed_folder
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from spectralbasis import SpectralBasis
-from spectralbasis.checksums import checksum
 from spectralbasis.errors import InputError
+from spectralbasis.files import checksum
 from spectralbasis.triplets import matrix_hash
 from tests.matrices import power_law, with_spectrum
 

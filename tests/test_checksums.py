@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from spectralbasis import SpectralBasis
 from spectralbasis import triplets as module
-from spectralbasis.checksums import checksum
 from spectralbasis.errors import InputError
+from spectralbasis.files import checksum
 from spectralbasis.triplets import cache_folder, compute_triplets
 from tests.damage import data_start, flipped
 from tests.matrices import power_law, with_spectrum

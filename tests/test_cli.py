@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from spectralbasis import SpectralBasis, cli
 from spectralbasis.commands import COMMANDS
-from spectralbasis.comparison import engine
+from spectralbasis.comparison import comparing
 from spectralbasis.version import __version__
 from tests.comparison.pairs import random_updates
 
@@ -180,7 +180,7 @@ def test_debug_shows_where_an_error_comes_from(run, tmp_path):
 
 
 def test_an_unforeseen_error_is_no_traceback_either(run, pair, monkeypatch):
-    monkeypatch.setattr(engine, "summarise", lambda *_: 1 / 0)
+    monkeypatch.setattr(comparing, "summarise", lambda *_: 1 / 0)
     code, _, err = run("compare", *pair, "--leading", 8)
     assert code == 1
     assert err.startswith("unexpected ZeroDivisionError")

@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 
 from spectralbasis import files
 from spectralbasis.errors import InputError
-from spectralbasis.folders import LIST, atomic_folder, check_output, claim_files, not_ours
+from spectralbasis.files import LIST, atomic_folder, check_output, claim_files, not_ours
 
 
 def test_a_folder_appears_when_the_block_ends(tmp_path):

@@ -8,9 +8,9 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from spectralbasis import patterns
+from spectralbasis import records
 from spectralbasis.errors import InputError
-from spectralbasis.patterns import excludes, expression, names_only, pattern_of, targets
+from spectralbasis.records import excludes, expression, names_only, pattern_of, targets
 
 NAMES = [
     "embed",
@@ -77,8 +77,8 @@ def test_the_first_pattern_for_the_end_of_a_name_counts():
     ids=lambda field: ", ".join(field),
 )
 def test_a_pattern_that_backtracks_for_ever_is_refused_in_time(field, monkeypatch):
-    monkeypatch.setattr(patterns, "SECONDS", 0.2)
-    patterns.expression.cache_clear()
+    monkeypatch.setattr(records, "SECONDS", 0.2)
+    records.expression.cache_clear()
     config = LoraConfig(**field)
     started = time.monotonic()
     with pytest.raises(InputError, match=r"takes more than 0\.2 seconds to match|expected names of modules"):
@@ -87,9 +87,9 @@ def test_a_pattern_that_backtracks_for_ever_is_refused_in_time(field, monkeypatc
 
 
 def test_slow_matches_share_one_limit(monkeypatch):
-    monkeypatch.setattr(patterns, "SECONDS", 0.2)
-    monkeypatch.setattr(patterns, "_SLOW", 0)
-    one = patterns.Expression(SLOW)
+    monkeypatch.setattr(records, "SECONDS", 0.2)
+    monkeypatch.setattr(records, "_SLOW", 0)
+    one = records.Expression(SLOW)
     with pytest.raises(InputError, match="takes more than"):
         list(map(one.matches, ["a" * 20] * 10_000))
 

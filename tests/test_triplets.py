@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from spectralbasis import triplets as module
-from spectralbasis.checksums import checksum
+from spectralbasis.files import checksum
 from spectralbasis.linalg import largest_value_outside, principal_angles
-from spectralbasis.linalg.row_source import RowSource
+from spectralbasis.linalg.row_blocks import RowSource
 from spectralbasis.triplets import (
     cache_folder,
     compute_triplets,

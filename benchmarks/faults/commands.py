@@ -15,7 +15,7 @@ from pathlib import Path
 
 from spectralbasis.cli import main
 
-for part in ("comparison", "report", "study.conduct", "study.actions.tuning", "study.experiments.stability"):
+for part in ("comparison", "report", "study.conduct", "study.actions", "study.experiments.stability"):
     import_module(f"spectralbasis.{part}")  # so that a process forked from this one finds it there
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

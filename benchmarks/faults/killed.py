@@ -16,8 +16,8 @@ from benchmarks.faults.bench import Bench
 from benchmarks.faults.case import Case, Trial
 from benchmarks.faults.commands import Ended
 from spectralbasis.comparison.store import Store
-from spectralbasis.folders import LIST
-from spectralbasis.study.runs.store import RunStore
+from spectralbasis.files import LIST
+from spectralbasis.study.runs import RunStore
 
 GROUP = "killed"
 FINISHED = "SELECT matrix FROM pairs", "SELECT key FROM runs"

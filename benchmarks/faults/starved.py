@@ -19,7 +19,7 @@ from benchmarks.faults.commands import start
 from benchmarks.faults.full import COMPARE, STUDY, arguments
 from benchmarks.faults.interrupted import JOBS, WORKERS
 from benchmarks.faults.killed import Command, comparison, litter, study, tuning
-from spectralbasis.study.runs import store
+from spectralbasis.study import runs
 
 MEMORY, CLOCK = "memory", "clock"
 LARGE = 4000
@@ -106,7 +106,7 @@ def _back() -> None:
             return datetime(2020, 1, 1, tzinfo=UTC) + timedelta(seconds=earlier() % 1e6)
 
     time.time = earlier
-    store.datetime = Earlier  # type: ignore[misc]
+    runs.datetime = Earlier  # type: ignore[misc]
 
 
 CASES = (

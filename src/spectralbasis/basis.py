@@ -18,12 +18,10 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from spectralbasis.checkpoints import Checkpoint, Matrix, logical_matrices, open_checkpoint
-from spectralbasis.checksums import checksum
 from spectralbasis.errors import InputError
-from spectralbasis.files import atomic_path, check_replaceable
+from spectralbasis.files import atomic_path, check_replaceable, checksum
 from spectralbasis.linalg import Leading, parse_leading, resolve_leading
-from spectralbasis.printable import printable
-from spectralbasis.progress import track
+from spectralbasis.printable import printable, track
 from spectralbasis.records import Finite, checked, parse_json
 from spectralbasis.sizes import check_memory
 from spectralbasis.triplets import (

@@ -4,11 +4,18 @@ Names of tensors, files, tasks and labels come from files that others wrote. Eve
 the place that it reaches: `printable` for a terminal, a log or a message, `warn` for a warning, `in_markup` for a table
 drawn with rich, `in_markdown` and `in_code` for a model card. Pages make names visible and escape them in their
 templates (`report/embed.py`). No such name becomes a part of a path.
+
+Progress bars on stderr, so that stdout holds results alone.
 """
 
 import re
 import unicodedata
 import warnings
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode categories that a reader does not see as they are: control and format characters, surrogates, separators."""
@@ -74,3 +81,19 @@ def in_code(text: object) -> str:
     fence = "`" * (max(map(len, _BACKTICKS.findall(shown)), default=0) + 1)
     pad = " " if shown.startswith("`") or shown.endswith("`") else ""
     return f"{fence}{pad}{shown}{pad}{fence}"
+
+
+T = TypeVar("T")
+
+
+def track(items: Iterable[T], description: str, *, total: int, enabled: bool) -> Iterator[T]:
+    """Yield `items`, drawing a bar with the expected time where `enabled`."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not enabled, transient=True) as bar:
+        yield from bar.track(items, total=total, description=description)

@@ -17,9 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from spectralbasis.checksums import checksum
 from spectralbasis.errors import InputError
-from spectralbasis.files import atomic_path
+from spectralbasis.files import atomic_path, checksum
 from spectralbasis.linalg import (
     LeadingSVD,
     largest_value_outside,
@@ -29,7 +28,7 @@ from spectralbasis.linalg import (
     subspace_error_bound,
     triplet_residuals,
 )
-from spectralbasis.linalg.row_source import MatrixLike, row_slices
+from spectralbasis.linalg.row_blocks import MatrixLike, row_slices
 from spectralbasis.printable import warn
 from spectralbasis.records import checked, parse_json
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from spectralbasis.checkpoints import logical_matrices, open_checkpoint
-from spectralbasis.checkpoints.tensors import TensorCheckpoint
+from spectralbasis.checkpoints.checkpoint import TensorCheckpoint
 from spectralbasis.errors import InputError
 
 FUSED = ("qkv", "qkv_proj", "Wqkv", "wqkv", "query_key_value", "c_attn", "gate_up_proj", "to_kv")

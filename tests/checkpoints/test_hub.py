@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from spectralbasis.checkpoints import hub, open_checkpoint
+from spectralbasis.checkpoints import open_checkpoint, opening
 from spectralbasis.errors import InputError
 
 WEIGHTS = {"a.weight": torch.eye(3)}
@@ -114,7 +114,7 @@ def test_a_repository_without_weights(cached, files, monkeypatch):
 
 def test_a_folder_of_that_name_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "_snapshot", lambda *args: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(opening, "_snapshot", lambda *args: pytest.fail("the hub was asked"))
     (tmp_path / "org" / "name").mkdir(parents=True)
     save_file(WEIGHTS, tmp_path / "org" / "name" / "model.safetensors")
     assert open_checkpoint("org/name").names() == ("a.weight",)
@@ -138,7 +138,7 @@ def test_a_folder_of_that_name_wins(tmp_path, monkeypatch):
     ],
 )
 def test_paths_are_never_looked_up(source, monkeypatch):
-    monkeypatch.setattr(hub, "_snapshot", lambda *args: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(opening, "_snapshot", lambda *args: pytest.fail("the hub was asked"))
     with pytest.raises(InputError):
         open_checkpoint(source)
 

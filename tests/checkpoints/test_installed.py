@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from spectralbasis.checkpoints import open_checkpoint
-from spectralbasis.checkpoints.installed import installed_folder
+from spectralbasis.checkpoints.opening import installed_folder
 from spectralbasis.errors import InputError
 
 

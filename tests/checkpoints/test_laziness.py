@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from spectralbasis.checkpoints import Checkpoint, logical_matrices, match_matrices, open_checkpoint, safetensors_file
-from spectralbasis.checkpoints.safetensors_file import SafetensorsFile
+from spectralbasis.checkpoints import Checkpoint, logical_matrices, match_matrices, open_checkpoint, weight_files
+from spectralbasis.checkpoints.weight_files import SafetensorsFile
 from spectralbasis.errors import InputError
 from tests.models import tiny
 
@@ -74,7 +74,7 @@ def test_the_header_is_parsed_once(tmp_path, monkeypatch):
     state = {"a.weight": torch.randn(4, 3), "b.weight": torch.zeros(0, 2), "c": torch.tensor(3.0)}
     save_file(state, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
-    monkeypatch.setattr(safetensors_file, "parse_json", lambda *args, **options: pytest.fail("parsed again"))
+    monkeypatch.setattr(weight_files, "parse_json", lambda *args, **options: pytest.fail("parsed again"))
     assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in state.items())
     assert torch.equal(checkpoint.read_rows("a.weight", 1, 9), state["a.weight"][1:9])
     assert checkpoint.read_rows("a.weight", 3, 2).shape == (0, 3)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from spectralbasis.checkpoints import logical_matrices
+from spectralbasis.checkpoints.checkpoint import TensorCheckpoint
 from spectralbasis.checkpoints.decoded import decoded
-from spectralbasis.checkpoints.tensors import TensorCheckpoint
 from spectralbasis.errors import InputError
 from tests.checkpoints.test_quantized import FP8, drawn, eight_bits, four_bits, hqq_state, packed
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from spectralbasis.checkpoints import logical_matrices, open_checkpoint
-from spectralbasis.checkpoints.safetensors_file import SafetensorsFile
+from spectralbasis.checkpoints.weight_files import SafetensorsFile
 from spectralbasis.errors import InputError
 
 CONFIG = {"model_type": "bloom", "num_attention_heads": 4, "hidden_size": 8}

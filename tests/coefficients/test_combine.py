@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import spectralbasis as sb
-from spectralbasis.coefficients.arithmetic import ties, trim
+from spectralbasis.coefficients.spectral_adapters import ties, trim
 from tests.coefficients.folders import load_base, save_adapter, save_base, tokens
 
 CORE = {"coefficients": "core"}

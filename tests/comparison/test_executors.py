@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import spectralbasis as sb
+from spectralbasis import execution
 from spectralbasis.comparison import distributing
 from spectralbasis.comparison.distributing import affordable_workers, task_memory
 from spectralbasis.comparison.measuring import MatrixTask, Settings
 from spectralbasis.comparison.pairing import open_pairs
-from spectralbasis.execution import processes
 from tests.comparison.pairs import layered, random_updates
 from tests.execution import planted
 
@@ -54,7 +54,7 @@ def test_the_table_is_the_same_to_the_last_bit(files, one_thread):
 
 
 def test_so_is_that_of_weights_in_memory(files, one_thread, monkeypatch):
-    monkeypatch.setattr(processes, "START_METHOD", "fork")
+    monkeypatch.setattr(execution, "START_METHOD", "fork")
     states = [load_file(file) for file in files]
     alone = sb.compare(states[0], [states[1]], leading=8, draws=2).table
     assert_same(sb.compare(states[0], [states[1]], leading=8, draws=2, workers=2).table, alone)
@@ -65,7 +65,7 @@ def assert_same(table, expected):
 
 
 def test_a_matrix_that_kills_its_worker_ends_as_a_skip(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "START_METHOD", "fork")
+    monkeypatch.setattr(execution, "START_METHOD", "fork")
     monkeypatch.setattr(distributing, "measure_parcel", planted.measure_or_die)
     base, tuned = random_updates(6, 0.3)
     expected = sb.compare(base, [tuned], leading=8, draws=2).table

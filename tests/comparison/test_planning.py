@@ -7,12 +7,11 @@ import torch
 from safetensors.torch import save_file
 
 import spectralbasis as sb
-from spectralbasis.checkpoints.safetensors_file import SafetensorsFile
+from spectralbasis.checkpoints.weight_files import SafetensorsFile
 from spectralbasis.comparison import measuring, plan_comparison, planning
+from spectralbasis.comparison.costs import Rates, calibrate, operations, read_rate, total
 from spectralbasis.comparison.measuring import Settings
-from spectralbasis.comparison.operations import operations, total
 from spectralbasis.comparison.planning import make_group, seconds_on
-from spectralbasis.comparison.rates import Rates, calibrate, read_rate
 from tests.comparison.pairs import random_updates
 
 KINDS = ("read", "pass", "product64", "thin64", "thin32", "tridiagonal", "dense")

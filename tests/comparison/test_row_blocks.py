@@ -13,12 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 from spectralbasis.checkpoints import match_matrices, open_checkpoint
-from spectralbasis.comparison import compare, distributing, memory
-from spectralbasis.comparison.measuring import MatrixTask, Outcome, Settings, measure_matrix
+from spectralbasis.comparison import compare, costs, distributing
+from spectralbasis.comparison.measuring import MatrixTask, Outcome, Settings, measure_matrix, read_matrix
 from spectralbasis.comparison.nulls import NULLS, draw_generator
-from spectralbasis.comparison.reading import read_matrix
 from spectralbasis.errors import InputError
-from spectralbasis.linalg import row_source
+from spectralbasis.linalg import row_blocks
 from spectralbasis.sizes import parse_size
 from spectralbasis.triplets import matrix_hash
 from tests.matrices import power_law, with_spectrum
@@ -30,7 +29,7 @@ K = 8
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of a few rows, so that small matrices take many."""
-    monkeypatch.setattr(row_source, "BLOCK_ENTRIES", 8_000)
+    monkeypatch.setattr(row_blocks, "BLOCK_ENTRIES", 8_000)
 
 
 def partners(folder, shape, count=1, dtype=torch.float32, size=0.3):
@@ -48,8 +47,8 @@ def partners(folder, shape, count=1, dtype=torch.float32, size=0.3):
 
 def budget(shape, k=K, kept=0, trailing=False):
     """What row blocks need; the whole matrix does not fit into that."""
-    found = memory.row_block_memory(*shape, k, kept=kept, trailing=trailing)
-    assert found < memory.working_memory(*shape, k, trailing=trailing)
+    found = costs.row_block_memory(*shape, k, kept=kept, trailing=trailing)
+    assert found < costs.working_memory(*shape, k, trailing=trailing)
     return found
 
 
@@ -132,10 +131,10 @@ def small_only(svd):
 @pytest.mark.parametrize("shape", [*SHAPES, (17, 3), (40, 1), (3, 1000)])
 def test_draws_of_row_sources_are_those_of_tensors(null, shape):
     update = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    source = row_source.RowSource(shape, lambda rows: update[rows].clone(), update.device)
+    source = row_blocks.RowSource(shape, lambda rows: update[rows].clone(), update.device)
     one, other = draw_generator(3, "W", 1), draw_generator(3, "W", 1)
     expected, found = NULLS[null](update, one), NULLS[null](source, other)
-    drawn = torch.cat([found[rows] for rows in row_source.row_slices(found)])
+    drawn = torch.cat([found[rows] for rows in row_blocks.row_slices(found)])
     assert torch.equal(drawn, expected)
     assert torch.equal(found[1:3], expected[1:3])
     assert torch.equal(one.get_state(), other.get_state())

@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spectralbasis.checkpoints import logical_matrices, open_checkpoint
-from spectralbasis.checkpoints.sent import by_content, by_place
+from spectralbasis.comparison.distributing import by_content, by_place, measure_parcel, with_contents, with_places
 from spectralbasis.comparison.measuring import MatrixTask, Settings, measure_matrix
-from spectralbasis.comparison.sending import measure_parcel, with_contents, with_places
 from tests.comparison.pairs import random_updates
 
 NAME = "encoder.layer.0.dense0"

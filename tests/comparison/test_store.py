@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from spectralbasis import databases
-from spectralbasis.comparison.rows import Row, SharedRow, row_values
+from spectralbasis.comparison.metrics import Row, SharedRow, row_values
 from spectralbasis.comparison.store import Store, _checksum
 from spectralbasis.errors import InputError
 from tests.damage import flipped

@@ -4,7 +4,7 @@ import pytest
 from safetensors.torch import save_file
 
 import spectralbasis as sb
-from spectralbasis.comparison.trajectory import parse_step, training_runs
+from spectralbasis.comparison.sharing import parse_step, training_runs
 from tests.comparison.pairs import random_updates
 
 

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from spectralbasis.comparison.distributing import Parcel, measure_parcel
 from spectralbasis.comparison.measuring import Outcome
-from spectralbasis.comparison.sending import Parcel, measure_parcel
 
 
 def double(value: int) -> int:

@@ -4,8 +4,7 @@ import re
 
 import pytest
 
-from spectralbasis.execution import ATTEMPTS, Crew, Failure, Here
-from spectralbasis.execution.executor import Call, Death, Executor
+from spectralbasis.execution import ATTEMPTS, Call, Crew, Death, Executor, Failure, Here
 from tests.execution import planted
 
 

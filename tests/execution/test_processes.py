@@ -8,14 +8,15 @@ from multiprocessing import resource_tracker
 import psutil
 import pytest
 
+from spectralbasis import execution
 from spectralbasis.errors import InputError
-from spectralbasis.execution import Crew, Failure, Processes, open_executor, processes
+from spectralbasis.execution import Crew, Failure, Processes, open_executor
 from tests.execution import planted
 
 
 @pytest.fixture(autouse=True)
 def quick_start(monkeypatch):
-    monkeypatch.setattr(processes, "START_METHOD", "fork")  # many start, and what they do needs no threads
+    monkeypatch.setattr(execution, "START_METHOD", "fork")  # many start, and what they do needs no threads
 
 
 def results(crew):

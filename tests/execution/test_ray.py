@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save_file
 import spectralbasis as sb
 from spectralbasis.comparison import distributing
 from spectralbasis.execution import RayCluster
-from spectralbasis.study.runs import Run
-from spectralbasis.study.runs.runner import run_all
-from spectralbasis.study.runs.store import RunStore
+from spectralbasis.study.runner import run_all
+from spectralbasis.study.runs import Run, RunStore
 from tests.comparison.pairs import layered, random_updates
 from tests.execution import planted
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from spectralbasis.linalg.eigen import eigenvalues, leading_eigenpairs
+from spectralbasis.linalg.solvers import eigenvalues, leading_eigenpairs
 from tests.matrices import orthonormal
 
 

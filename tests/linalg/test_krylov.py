@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from spectralbasis.linalg import leading_svd, principal_angles
-from spectralbasis.linalg.krylov import BLOCK, leading_right_space
+from spectralbasis.linalg.solvers import BLOCK, leading_right_space
 from spectralbasis.linalg.svd import krylov_pays
 from tests.matrices import orthonormal, power_law, with_spectrum
 

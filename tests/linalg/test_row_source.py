@@ -4,17 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from spectralbasis.linalg import (
-    leading_svd,
-    leading_svd_and_values,
-    principal_angles,
-    products,
-    row_source,
-    singular_values,
-)
-from spectralbasis.linalg.left_vectors import largest_cosines
-from spectralbasis.linalg.row_source import RowSource, equal, minus, plus, row_slices
-from spectralbasis.linalg.svd import trailing_vectors
+from spectralbasis.linalg import leading_svd, leading_svd_and_values, principal_angles, row_blocks, singular_values
+from spectralbasis.linalg.row_blocks import RowSource, equal, minus, plus, row_slices
+from spectralbasis.linalg.svd import largest_cosines, trailing_vectors
 from tests.matrices import orthonormal, power_law, with_spectrum
 
 SHAPES = [(700, 530), (530, 700), (600, 600)]
@@ -35,7 +27,7 @@ def source(A, counts=None):
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of a few rows, so that every product takes many; the last one is cut."""
-    monkeypatch.setattr(row_source, "BLOCK_ENTRIES", 9_000)
+    monkeypatch.setattr(row_blocks, "BLOCK_ENTRIES", 9_000)
 
 
 def largest_sine(found, true) -> float:
@@ -48,22 +40,22 @@ def test_products_are_those_of_the_matrix(shape):
     for factor, expected in [(source(A), A.double()), (source(A).T, A.double().T)]:
         m, n = expected.shape
         X, Y = torch.randn(n, 3, dtype=torch.float64), torch.randn(m, 3, dtype=torch.float64)
-        torch.testing.assert_close(products.times(factor, X), expected @ X)
-        torch.testing.assert_close(products.transposed_times(factor, Y), expected.T @ Y)
-        there, back = products.times_and_back(factor, X)
+        torch.testing.assert_close(row_blocks.times(factor, X), expected @ X)
+        torch.testing.assert_close(row_blocks.transposed_times(factor, Y), expected.T @ Y)
+        there, back = row_blocks.times_and_back(factor, X)
         torch.testing.assert_close(there, expected @ X)
         torch.testing.assert_close(back, expected.T @ expected @ X)
-        torch.testing.assert_close(products.gram(factor), expected.T @ expected)
-        narrow = products.back_and_forth(factor, X.float(), 2.0)
+        torch.testing.assert_close(row_blocks.gram(factor), expected.T @ expected)
+        narrow = row_blocks.back_and_forth(factor, X.float(), 2.0)
         torch.testing.assert_close(narrow.double(), expected.T @ expected @ X / 4, rtol=1e-4, atol=1e-4)
-        assert products.largest_modulus(factor) == float(A.abs().max())
-    assert float(products.frobenius_norm(source(A))) == pytest.approx(float(A.double().norm()), rel=1e-12)
+        assert row_blocks.largest_modulus(factor) == float(A.abs().max())
+    assert float(row_blocks.frobenius_norm(source(A))) == pytest.approx(float(A.double().norm()), rel=1e-12)
 
 
 def test_the_gram_matrix_of_a_wide_one_takes_few_readings():
     read = []
     A = torch.randn(300, 2000)
-    product = products.gram(source(A, read).T)
+    product = row_blocks.gram(source(A, read).T)
     torch.testing.assert_close(product, A.double() @ A.double().T)
     assert sum(read) <= 4 * len(A)
 

@@ -4,12 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from spectralbasis.report.curves import COVERAGE, OVERLAP, panel_curves
-from spectralbasis.report.forest import tracks
-from spectralbasis.report.measures import headline
-from spectralbasis.report.results import read_results
-from spectralbasis.report.sentences import Finding
-from spectralbasis.report.spectra import spectra
+from spectralbasis.report.figures import COVERAGE, OVERLAP, panel_curves, spectra
+from spectralbasis.report.results import headline, read_results
+from spectralbasis.report.sentences import Finding, tracks
 from tests.report import results
 
 

@@ -4,8 +4,17 @@ import numpy as np
 import pytest
 
 from spectralbasis.report import write_report
-from spectralbasis.report.sharing import Sharing, cluster_order, explain_sharing, explain_tasks, sharing_rows
-from spectralbasis.report.trajectory import PANELS, read_trajectories, trajectory_figure, trajectory_rows
+from spectralbasis.report.groups import (
+    PANELS,
+    Sharing,
+    cluster_order,
+    explain_sharing,
+    explain_tasks,
+    read_trajectories,
+    sharing_rows,
+    trajectory_figure,
+    trajectory_rows,
+)
 from tests.report import results
 
 LABELS, TASKS = ("runs/a", "runs/b", "runs/c"), ("x", "x", "y")

@@ -8,8 +8,8 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pillow
 from transformers import AutoConfig, AutoModelForImageClassification, BertTokenizerFast
 
-from spectralbasis.study import Task
-from spectralbasis.study.tasks.hub_images import HubImages
+from spectralbasis.training import Task
+from spectralbasis.training.image_tasks import HubImages
 from tests.models import tiny
 
 WORDS = ("the", "film", "is", "good", "bad", "a", "plane", "takes", "off", "not", "very", '"')

@@ -17,10 +17,9 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, DeiTForImageClassificationWithTeacher
 
 from spectralbasis.study.experiments import EXPERIMENTS, find_experiment
-from spectralbasis.study.runs import Results, Run, with_needs
-from spectralbasis.study.runs.runner import run_all
-from spectralbasis.study.runs.store import RunStore
-from spectralbasis.study.tasks.hub_images import HUB_IMAGES
+from spectralbasis.study.runner import run_all
+from spectralbasis.study.runs import Results, Run, RunStore, with_needs
+from spectralbasis.training.image_tasks import HUB_IMAGES
 from tests.study.examples import WORDS, save_hub_images, write_tsv
 
 COMMIT = "0" * 40

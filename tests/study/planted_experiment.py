@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import pandas as pd
 import plotly.graph_objects as go
 
+from spectralbasis.study.claims import Claim, Findings
 from spectralbasis.study.runs import Results, Run
-from spectralbasis.study.verdicts import Claim, Findings
 
 QUESTION = "Is the <best> value above zero?"
 

@@ -10,8 +10,7 @@ from spectralbasis.report import write_study_report
 from spectralbasis.report.study_page import devices_used
 from spectralbasis.study import conduct
 from spectralbasis.study.conduct import study, time_left
-from spectralbasis.study.runs import Run
-from spectralbasis.study.runs.store import DATABASE, Timing
+from spectralbasis.study.runs import DATABASE, Run, Timing
 from tests.study import planted_experiment
 
 

@@ -3,9 +3,10 @@
 import pytest
 
 from spectralbasis.errors import InputError
-from spectralbasis.study import METHODS, MethodOptions, load_model
-from spectralbasis.study.methods import Setup, check_options, find_method
-from spectralbasis.study.training.results import ParameterCounts
+from spectralbasis.training import METHODS, MethodOptions, load_model
+from spectralbasis.training.method import Setup
+from spectralbasis.training.methods import check_options, find_method
+from spectralbasis.training.outcomes import ParameterCounts
 from tests.study.examples import bright_side_task, save_image_model
 
 HEAD = 2 * 16 + 2

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from spectralbasis.study.experiments import EXPERIMENTS, find_experiment, sharing
-from spectralbasis.study.experiments.subjects import LARGE
+from spectralbasis.study.experiments import EXPERIMENTS, find_experiment, task_sharing
 from spectralbasis.study.runs import Results, with_needs
-from spectralbasis.study.tasks.task import same_name, task_names
+from spectralbasis.study.subjects import LARGE
+from spectralbasis.training.tasks import same_name, task_names
 
 
 def test_every_kind_of_run_works_on_models_and_data_in_the_layouts_of_the_hub(tmp_path):
@@ -36,4 +36,4 @@ def test_all_models_and_tasks_of_the_preset_are_known():
     ]
     tasks = {run.settings["task"] for run in runs if "task" in run.settings}
     assert all(any(same_name(task, name) for name in task_names()) for task in tasks)
-    assert all(task in sharing.TASKS for subject in LARGE for task in subject.tasks)
+    assert all(task in task_sharing.TASKS for subject in LARGE for task in subject.tasks)

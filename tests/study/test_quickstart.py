@@ -2,7 +2,7 @@
 
 import json
 
-from spectralbasis.study import load_model, load_task, quickstart, tune
+from spectralbasis.training import load_model, load_task, quickstart, tune
 
 
 def test_one_folder_holds_models_adapters_measurements_and_the_report(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 
 from spectralbasis.errors import InputError
-from spectralbasis.study.training.results import stored, stored_settings
+from spectralbasis.training.outcomes import stored, stored_settings
 
 
 def test_what_was_stored_is_read(tmp_path):

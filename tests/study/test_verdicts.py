@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from spectralbasis.study.verdicts import Claim
+from spectralbasis.study.claims import Claim
 
 
 def claim(**changes) -> Claim:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from peft import PeftModel
 
 from spectralbasis.errors import InputError
-from spectralbasis.tuner.allocation import allocate_budget, allocate_leading
 from spectralbasis.tuner.parametrisation import numbers
+from spectralbasis.tuner.preparation import allocate_budget, allocate_leading
 from tests.tuner.cases import CASES
 
 SHAPES = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=6)

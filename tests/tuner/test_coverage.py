@@ -9,8 +9,7 @@ from torch import nn
 from spectralbasis.basis import SpectralBasis
 from spectralbasis.errors import InputError
 from spectralbasis.triplets import compute_triplets
-from spectralbasis.tuner.coverage import gradient_coverage
-from spectralbasis.tuner.curvature import pair_directions
+from spectralbasis.tuner.calibration import gradient_coverage, pair_directions
 from tests.models import tiny
 from tests.tuner.cases import CASES
 from tests.tuner.test_sparse import batches, dense_gradients

@@ -8,7 +8,7 @@ from torch import nn
 from spectralbasis.basis import SpectralBasis
 from spectralbasis.errors import InputError
 from spectralbasis.triplets import matrix_hash
-from spectralbasis.tuner.curvature import curvature_basis
+from spectralbasis.tuner.calibration import curvature_basis
 from tests.tuner.cases import CASES
 from tests.tuner.test_sparse import batches
 

@@ -5,9 +5,9 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import linear
 
-from spectralbasis.tuner import function
-from spectralbasis.tuner.forms import FORMS
-from spectralbasis.tuner.function import FactoredUpdate, LinearUpdate, cheapest
+from spectralbasis.tuner import autograd
+from spectralbasis.tuner.autograd import FactoredUpdate, LinearUpdate, cheapest
+from spectralbasis.tuner.parametrisation import FORMS
 
 M, N, K = 5, 7, 3
 
@@ -36,7 +36,7 @@ def apply(kind, form, x, C, U, V, W, bias):
 @pytest.fixture(params=["beside the base", "factored", "formed", "input", "output"])
 def kind(request, monkeypatch):
     """The way of computing that is taken, forward and backward, whatever it costs."""
-    monkeypatch.setattr(function, "cheapest", lambda *sizes, **open: request.param)
+    monkeypatch.setattr(autograd, "cheapest", lambda *sizes, **open: request.param)
     return request.param
 
 

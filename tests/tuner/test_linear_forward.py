@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from spectralbasis import SpectralConfig
-from spectralbasis.tuner import function
-from spectralbasis.tuner import linear as linear_module
+from spectralbasis.tuner import autograd
+from spectralbasis.tuner import layer as linear_module
 from tests.tuner.cases import CASES
 
 MANY = 40
@@ -62,7 +62,7 @@ def test_all_ways_agree(coefficients, tokens, autocast, monkeypatch):
     x = torch.randn(3, tokens, 10, requires_grad=True)
     results = []
     for way in ("factored", "formed", "input", "output"):
-        monkeypatch.setattr(function, "cheapest", lambda *sizes, way=way, **open: way)
+        monkeypatch.setattr(autograd, "cheapest", lambda *sizes, way=way, **open: way)
         layer = linear(coefficients=coefficients)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             output = layer(x)

@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from spectralbasis.errors import InputError
-from spectralbasis.tuner.optimization import parameter_groups
+from spectralbasis.tuner.calibration import parameter_groups
 from tests.models import tiny
 from tests.tuner.cases import CASES
 

@@ -14,7 +14,7 @@ from spectralbasis.basis import SpectralBasis
 from spectralbasis.checkpoints import open_checkpoint
 from spectralbasis.errors import BaseMismatchError, InputError
 from spectralbasis.triplets import matrix_hash
-from spectralbasis.tuner import SpectralConfig, SpectralLayer, quantization
+from spectralbasis.tuner import SpectralConfig, SpectralLayer, layer
 from tests.models import tiny
 
 X = torch.linspace(-3, 3, 5 * 64).reshape(5, 64).sin()
@@ -101,14 +101,14 @@ QUANTIZED = {
 @pytest.fixture(autouse=True)
 def known_to_peft(monkeypatch):
     """Two layers that no package brings, beside those that PEFT knows."""
-    resolve = quantization.resolve_quantization_backend
+    resolve = layer.resolve_quantization_backend
 
     def extended(layer, **options):
         if isinstance(layer, SealedBits):
             return ForwardOnlyQuantizationBackend("gptq")
         return EightBitsBackend() if isinstance(layer, EightBits) else resolve(layer, **options)
 
-    monkeypatch.setattr(quantization, "resolve_quantization_backend", extended)
+    monkeypatch.setattr(layer, "resolve_quantization_backend", extended)
 
 
 @pytest.fixture(params=QUANTIZED)
@@ -162,7 +162,7 @@ def test_a_merged_weight_is_quantized_again_and_comes_back_bit_by_bit(quantize):
     before, original = model(X), layer.original_weight.clone()
     wanted = original + layer.get_delta_weight("default")
     model.merge_adapter()
-    merged = quantization.dequantized(layer.base_layer, layer.quantization_backend)
+    merged = layer.dequantized(layer.base_layer, layer.quantization_backend)
     assert torch.linalg.norm(merged - wanted) < 0.15 * torch.linalg.norm(wanted)
     assert torch.linalg.norm(model(X) - before) < 0.3 * torch.linalg.norm(before - quantize()(X))
     assert torch.equal(layer.original_weight, original)
@@ -277,8 +277,8 @@ def test_a_model_that_transformers_loads_in_few_bits(bits, tmp_path):
     before = model(ids).logits
     model.save_pretrained(tmp_path / "adapter")
     on_dense = dict(PeftModel.from_pretrained(base, tmp_path / "adapter").named_modules())
-    for name, layer in model.named_modules():
-        if isinstance(layer, SpectralLayer):
-            torch.testing.assert_close(on_dense[name].get_delta_weight("default"), layer.get_delta_weight("default"))
+    for name, module in model.named_modules():
+        if isinstance(module, SpectralLayer):
+            torch.testing.assert_close(on_dense[name].get_delta_weight("default"), module.get_delta_weight("default"))
     model.merge_adapter()
     assert torch.linalg.norm(model(ids).logits - before) < 0.5 * torch.linalg.norm(before)

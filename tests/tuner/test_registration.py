@@ -12,7 +12,7 @@ from peft.mapping import (
 )
 
 from spectralbasis.tuner import SpectralConfig, SpectralModel
-from spectralbasis.tuner.registration import add_peft_type, register
+from spectralbasis.tuner.config import add_peft_type, register
 
 
 def test_the_enum_has_a_full_member():

@@ -1,13 +1,12 @@
 """Opening weights wherever they are, and reading them as logical matrices."""
 
-from spectralbasis.checkpoints.adapter import Adapter, AdapterMethod
 from spectralbasis.checkpoints.adapter_folder import register_adapter_method
 from spectralbasis.checkpoints.checkpoint import Checkpoint
 from spectralbasis.checkpoints.matching import match_matrices
-from spectralbasis.checkpoints.matrix import Matrix
+from spectralbasis.checkpoints.matrices import Matrix, logical_matrices
 from spectralbasis.checkpoints.names import matrix_name
 from spectralbasis.checkpoints.opening import open_checkpoint
-from spectralbasis.checkpoints.views import logical_matrices
+from spectralbasis.checkpoints.peft_adapter import Adapter, AdapterMethod
 
 __all__ = [
     "Adapter",

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from spectralbasis.checkpoints.adapter import (
+from spectralbasis.checkpoints.checkpoint import Checkpoint
+from spectralbasis.checkpoints.lora import LORA
+from spectralbasis.checkpoints.peft_adapter import (
     PEFT_PREFIX,
     Adapter,
     AdapterCheckpoint,
     AdapterMethod,
     RenamedCheckpoint,
 )
-from spectralbasis.checkpoints.checkpoint import Checkpoint
-from spectralbasis.checkpoints.folder_files import inside
-from spectralbasis.checkpoints.lora import LORA
+from spectralbasis.checkpoints.weight_files import inside
 from spectralbasis.errors import InputError
 from spectralbasis.records import read_record
 

@@ -1,7 +1,15 @@
-"""Weights stored as something else (quantized, normalised, pruned), read as the matrices that they are, or listed."""
+"""Weights stored as something else (quantized, normalised, pruned), read as the matrices that they are, or listed.
 
+Weights that a layer computes from other tensors: normalised (by length or by spectral norm) or pruned.
+
+As `torch.nn.utils` saves them, before and since `torch.nn.utils.parametrize`.
+"""
+
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
 import torch
@@ -9,9 +17,206 @@ from torch import Tensor, nn
 
 from spectralbasis.checkpoints.checkpoint import Checkpoint
 from spectralbasis.checkpoints.dequantize import QuantizedWeight
-from spectralbasis.checkpoints.parametrized import find_parametrized
 from spectralbasis.checkpoints.quantized import Listed, find_quantized
 from spectralbasis.errors import InputError
+
+_NEW = re.compile(r"(?P<layer>(.+\.)?)parametrizations\.(?P<leaf>[^.]+)\.(?P<part>original\d*)")
+_INNER = re.compile(r"(.+\.)?parametrizations\.[^.]+\.")
+_REMOVE = "remove the parametrization before saving"
+_SPLIT = f"split into magnitude and direction by weight normalisation: {_REMOVE}"
+
+
+@dataclass(frozen=True)
+class NormalisedWeight:
+    """Weight normalisation (arXiv 1602.07868): `W = length · V / ‖V‖`, with a norm for each entry of `length`.
+
+    Attributes:
+        name: of W.
+        direction: name of V.
+        length: name of the lengths: one number, or a tensor of V's dimensions in which the normalised ones are 1.
+        shape: of V and W.
+    """
+
+    name: str
+    direction: str
+    length: str
+    shape: tuple[int, ...]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.direction, self.length
+
+    def read(self, checkpoint: Checkpoint) -> Tensor:
+        """The real weight, float32."""
+        direction, length = checkpoint.read(self.direction).float(), checkpoint.read(self.length).float()
+        normalised = [i for i in range(direction.ndim) if length.ndim == 0 or length.shape[i] == 1]
+        return direction * (length / torch.linalg.vector_norm(direction, dim=normalised, keepdim=True))
+
+
+@dataclass(frozen=True)
+class SpectralWeight:
+    """Spectral normalisation (arXiv 1802.05957) in evaluation: `W = V / σ` with `σ = u · (V v)`.
+
+    V is flattened to a matrix whose rows are its first dimension, or its second for transposed convolutions. Which of
+    the two it is where both have one length is not stored: u is V v but for its length, and that tells.
+
+    Attributes:
+        name: of W.
+        original: name of V.
+        left: name of u.
+        right: name of v.
+        shape: of V and W.
+    """
+
+    name: str
+    original: str
+    left: str
+    right: str
+    shape: tuple[int, ...]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.original, self.left, self.right
+
+    def read(self, checkpoint: Checkpoint) -> Tensor:
+        """The real weight, float32."""
+        V, u, v = (checkpoint.read(name).float() for name in self.parts)
+        images = [V.movedim(rows, 0).flatten(1) @ v for rows in _rows(self.shape, u, v)]
+        best = max(images, key=lambda image: float(u @ image) / float(image.norm().clamp_min(1e-30)))
+        return V / (u @ best)
+
+
+def _rows(shape: tuple[int, ...], u: Tensor, v: Tensor) -> list[int]:
+    """Dimensions of V that u may belong to: the second only for convolutions."""
+    candidates = (0, 1) if len(shape) > 2 else (0,)
+    return [rows for rows in candidates if u.shape == (shape[rows],) and v.shape == (prod(shape) // shape[rows],)]
+
+
+@dataclass(frozen=True)
+class PrunedWeight:
+    """`W = V · mask`.
+
+    Attributes:
+        name: of W.
+        original: name of V.
+        mask: name of a tensor of ones and zeros of V's shape.
+        shape: of V and W.
+    """
+
+    name: str
+    original: str
+    mask: str
+    shape: tuple[int, ...]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.original, self.mask
+
+    def read(self, checkpoint: Checkpoint) -> Tensor:
+        """The real weight, float32."""
+        return checkpoint.read(self.original).float() * checkpoint.read(self.mask).float()
+
+
+Parametrized = NormalisedWeight | SpectralWeight | PrunedWeight
+
+
+def find_parametrized(checkpoint: Checkpoint) -> tuple[list[Parametrized], list[Listed]]:
+    """Weights that are computed from other tensors, and those that the file does not tell how to compute."""
+    weights: dict[str, Parametrized] = {}
+    listed: dict[str, Listed] = {}
+    names = frozenset(checkpoint.names())
+    inner: dict[str, list[str]] = {}
+    for name in checkpoint.names():
+        if (match := _INNER.match(name)) is not None:
+            inner.setdefault(match[0], []).append(name)
+    for name in checkpoint.names():
+        (before, part), new = _by_hooks(name), _NEW.fullmatch(name)
+        if len(checkpoint.shape(name)) < 2:
+            continue
+        if new is not None and (weight := new["layer"] + new["leaf"]) not in names:
+            parts = inner[name.removesuffix(new["part"])]
+            found = _parametrized_now(checkpoint, name, weight, new["part"], parts)
+            if isinstance(found, str):
+                listed.setdefault(weight, Listed(weight, (name, *(part for part in parts if part != name)), found))
+        elif before and before not in names:
+            found = _parametrized_before(checkpoint, name, before, part, names)
+            if isinstance(found, str):
+                listed[name] = Listed(name, (name,), found)
+        else:
+            continue
+        if found is not None and not isinstance(found, str):
+            other = weights.setdefault(found.name, found)
+            if other is not found:
+                raise InputError(
+                    f"{checkpoint.source} holds {found.name} more than once, in {other.parts[0]} and in "
+                    f"{found.parts[0]}; remove one of them"
+                )
+    return list(weights.values()), list(listed.values())
+
+
+def _by_hooks(name: str) -> tuple[str, str]:
+    """Name of the weight, and of the part that a tensor is of it; both empty where it is none."""
+    before, _, part = name.rpartition("_")
+    fits = part in ("v", "orig") and "weight" in before.rpartition(".")[2]
+    return (before, part) if fits else ("", "")
+
+
+def _parametrized_before(
+    checkpoint: Checkpoint, name: str, weight: str, part: str, names: frozenset[str]
+) -> Parametrized | str | None:
+    """By hooks: `weight_g` and `weight_v`, `weight_orig` with `weight_u` and `weight_v`, or with `weight_mask`."""
+    shape = checkpoint.shape(name)
+    if part == "v":
+        if f"{weight}_orig" in names:
+            return None  # a vector of spectral normalisation
+        length = f"{weight}_g"
+        if length in names and _fits_length(checkpoint.shape(length), shape):
+            return NormalisedWeight(weight, name, length, shape)
+        return _SPLIT if weight.rpartition(".")[2] == "weight" else None
+    if f"{weight}_mask" in names:
+        fits = checkpoint.shape(f"{weight}_mask") == shape
+        return (
+            PrunedWeight(weight, name, f"{weight}_mask", shape) if fits else f"pruned, with a misshapen mask: {_REMOVE}"
+        )
+    if f"{weight}_u" in names:
+        return _spectral(checkpoint, weight, name, f"{weight}_u", f"{weight}_v", names)
+    return None
+
+
+def _parametrized_now(
+    checkpoint: Checkpoint, name: str, weight: str, part: str, inner: Iterable[str]
+) -> Parametrized | str | None:
+    """By `torch.nn.utils.parametrize`: `parametrizations.weight.original` and the tensors of what is applied to it."""
+    shape, prefix, names = checkpoint.shape(name), name.removesuffix(part), frozenset(inner)
+    if names == {prefix + "original0", prefix + "original1"}:
+        length, direction = (checkpoint.shape(prefix + original) for original in ("original0", "original1"))
+        if not _fits_length(length, direction):
+            return _SPLIT
+        return NormalisedWeight(weight, name, prefix + "original0", shape) if part == "original1" else None
+    if names == {prefix + "original", prefix + "0._u", prefix + "0._v"}:
+        return _spectral(checkpoint, weight, name, prefix + "0._u", prefix + "0._v", names)
+    if part == "original1" and prefix + "original0" not in names:
+        return _SPLIT
+    return f"parametrized in a way that the file does not tell: {_REMOVE}"
+
+
+def _spectral(
+    checkpoint: Checkpoint, weight: str, original: str, left: str, right: str, names: frozenset[str]
+) -> SpectralWeight | str:
+    shape = checkpoint.shape(original)
+    if right in names:
+        vectors = (torch.empty(checkpoint.shape(vector), device="meta") for vector in (left, right))
+        if _rows(shape, *vectors):
+            return SpectralWeight(weight, original, left, right, shape)
+    return f"divided by its spectral norm, whose vectors are missing or misshapen: {_REMOVE}"
+
+
+def _fits_length(sides: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether lengths belong to one dimension of a direction, or to the whole of it."""
+    if len(sides) not in (0, len(shape)):
+        return False
+    long = [(a, b) for a, b in zip(sides, shape, strict=False) if a != 1]
+    return len(long) <= 1 and all(a == b for a, b in long)
 
 
 class Encoded(Protocol):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from spectralbasis.checkpoints.archive import record_names
 from spectralbasis.checkpoints.checkpoint import Checkpoint
+from spectralbasis.checkpoints.torch_file import record_names
 from spectralbasis.errors import InputError
 
 State = Callable[[Checkpoint, Sequence[str]], str | None]

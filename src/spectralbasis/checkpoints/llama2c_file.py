@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spectralbasis.checkpoints.checkpoint import Checkpoint
-from spectralbasis.checkpoints.raw_file import read_tensor, take_rows
+from spectralbasis.checkpoints.weight_files import read_tensor, take_rows
 from spectralbasis.errors import InputError
 
 _HEADER = struct.Struct("<7i")

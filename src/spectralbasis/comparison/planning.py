@@ -13,14 +13,23 @@ from typing import Any
 import torch
 
 from spectralbasis.checkpoints import Matrix, logical_matrices, open_checkpoint
+from spectralbasis.comparison.costs import (
+    KINDS_OF_BYTES,
+    PROCESS_MEMORY,
+    USUAL_LEADING,
+    Clock,
+    Rates,
+    Work,
+    calibrate,
+    expected_k,
+    operations,
+    total,
+    working_memory,
+)
 from spectralbasis.comparison.measuring import MatrixTask, Settings, measure_matrix
-from spectralbasis.comparison.memory import PROCESS_MEMORY, USUAL_LEADING, expected_k, working_memory
-from spectralbasis.comparison.operations import KINDS_OF_BYTES, Work, operations, total
 from spectralbasis.comparison.pairing import Pairing, open_pairs
-from spectralbasis.comparison.rates import Clock, Rates, calibrate
 from spectralbasis.errors import InputError
-from spectralbasis.execution import RayCluster
-from spectralbasis.execution.machine import cores
+from spectralbasis.execution import RayCluster, cores
 from spectralbasis.linalg import Leading, parse_leading
 from spectralbasis.linalg.svd import gram_pays, krylov_pays
 from spectralbasis.sizes import available_memory, parse_size

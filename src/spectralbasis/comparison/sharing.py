@@ -1,17 +1,39 @@
-"""What two finetuned checkpoints of one base have in common in one matrix, beside what chance gives."""
+"""What two finetuned checkpoints of one base have in common in one matrix, beside what chance gives.
 
+What finetuned checkpoints share, over all matrices: the entry `sharing` of `summary.json`.
+
+Checkpoints of one training run, told by their names, and how the findings move from step to step.
+"""
+
+import math
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import PurePath
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from spectralbasis.checkpoints import Matrix
-from spectralbasis.comparison.metrics import Measurements, leading_grid, overlaps
-from spectralbasis.comparison.rows import SharedRow
-from spectralbasis.comparison.statistics import against_haar, against_null, against_unrelated
+from spectralbasis.comparison.metrics import Measurements, SharedRow, leading_grid, overlaps
+from spectralbasis.comparison.statistics import (
+    FindingEntry,
+    PermutationTest,
+    against_haar,
+    against_null,
+    against_unrelated,
+    find,
+    full_k,
+    pair_interval,
+    permutation_test,
+)
 from spectralbasis.linalg import LeadingSVD, cross_cosines, leading_svd, overlaps_by_k
-from spectralbasis.linalg.row_source import MatrixLike
+from spectralbasis.linalg.row_blocks import MatrixLike
+from spectralbasis.records import Count, Finite
 
 UPDATE_DIRECTIONS = 8
 """How many leading directions of an update are held against those of another."""
@@ -106,3 +128,234 @@ def _update_overlaps(place: Place, a: Frames, b: Frames) -> list[SharedRow]:
             fit = against_haar(by_k[k - 1], size, k)
             rows.append(SharedRow(*place, k, "update_overlap", side, by_k[k - 1], "haar", **asdict(fit)))
     return rows
+
+
+_PAIR = ["tuned_a", "tuned_b"]
+ONE_RUN = (
+    "These are checkpoints of one training run. Each goes on from the one before, so that what they share says how "
+    "far the run moved, and nothing about what tasks have in common."
+)
+
+
+class PairEntry(TypedDict):
+    """What two checkpoints share, in the entry `sharing`; None where a number does not exist."""
+
+    a: str
+    b: str
+    value: Finite | None
+    null_mean: Finite | None
+    effect: Finite | None
+    base_overlap_a: Finite | None
+    base_overlap_b: Finite | None
+    update_cosine: Finite | None
+    update_overlap: Finite | None
+    update_overlap_haar: Finite | None
+    same_task: bool | None
+
+
+class PermutationEntry(TypedDict):
+    """The fields of `PermutationTest`."""
+
+    statistic: Finite
+    same_task: Finite
+    different_tasks: Finite
+    p_value: Finite
+    arrangements: Count
+    exact: bool
+
+
+class SharingEntry(FindingEntry):
+    """The entry `sharing` of `summary.json`."""
+
+    over: Literal["different tasks", "all", "same task", "one run"]
+    note: str
+    tasks: dict[str, str]
+    ceiling: FindingEntry | None
+    permutation: PermutationEntry | None
+    pairs: list[PairEntry]
+
+
+def sharing_findings(
+    shared: pd.DataFrame, tasks: Mapping[str, str], earlier: Collection[str], seed: int
+) -> dict[str, Any]:
+    """The finding over pairs of checkpoints, each pair, the ceiling and the permutation test.
+
+    The finding counts pairs of different tasks where tasks are known, else all pairs; of a training run only the last
+    checkpoint counts, as the earlier ones are not independent of it.
+
+    Args:
+        shared: all rows of `sharing.parquet`.
+        tasks: label → task; empty where tasks are not known.
+        earlier: labels of checkpoints from which a later one of the same run went on.
+        seed: of the bootstrap and of sampled permutations.
+    """
+    units = _units(shared)
+    pairs = _pairs(units, shared, tasks)
+    kind = [_kind(a, b, tasks, earlier) for a, b in zip(units["tuned_a"], units["tuned_b"], strict=True)]
+    counted = next(one for one in ("different tasks", "all", "same task", "one run") if one in kind)
+    same_task = units[[one == "same task" for one in kind]]
+    return {
+        **find(units[[one == counted for one in kind]], seed, pair_interval).to_dict(),
+        "over": counted,
+        "note": ONE_RUN if counted == "one run" else "",
+        "tasks": dict(tasks),
+        "ceiling": find(same_task, seed, pair_interval).to_dict() if len(same_task) else None,
+        "permutation": _permutation(pairs, tasks, earlier, seed),
+        "pairs": pairs,
+    }
+
+
+def sharing_methods(found: Mapping[str, Any]) -> str:
+    """How sharing was measured and tested, for the methods paragraph; `found` is the entry `sharing`."""
+    counted = {"different tasks": "those of different tasks", "same task": "all, which are of one task"}
+    text = (
+        f"Of every two of the finetuned checkpoints ({len(found['pairs'])} pairs; counted are "
+        f"{counted.get(found['over'], 'all')}) the leading subspaces were held against pairs of independent draws; the "
+        "error of the mean excess is the larger of the hierarchical bootstrap's (pairs outermost) and of the jackknife "
+        "over checkpoints."
+    )
+    test = found["permutation"]
+    if test is None:
+        return text
+    how = "all" if test["exact"] else "a seeded sample of"
+    return f"{text} Task labels were permuted over {how} {test['arrangements']} arrangements."
+
+
+def _kind(a: str, b: str, tasks: Mapping[str, str], earlier: Collection[str]) -> str:
+    if a in earlier or b in earlier:
+        return "one run"
+    if not tasks:
+        return "all"
+    return "same task" if tasks[a] == tasks[b] else "different tasks"
+
+
+def _units(shared: pd.DataFrame) -> pd.DataFrame:
+    """One row per pair and matrix at its full k, left and right averaged; `tuned` numbers the pairs."""
+    rows = shared[(shared["metric"] == "subspace_overlap") & (shared["k"] == full_k(shared))]
+    values = ["value", "null_mean", "base_overlap_a", "base_overlap_b"]
+    units = rows.groupby([*_PAIR, "layer", "matrix"], as_index=False, sort=False)[values].mean()
+    return units.assign(tuned=units.groupby(_PAIR, sort=False).ngroup())
+
+
+def _pairs(units: pd.DataFrame, shared: pd.DataFrame, tasks: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Means over matrices of each pair, with what its updates have in common."""
+    means = units.groupby(_PAIR, sort=False)[["value", "null_mean", "base_overlap_a", "base_overlap_b"]].mean()
+    means.insert(2, "effect", means["value"] - means["null_mean"])
+    updates = shared[shared["metric"] == "update_overlap"]
+    widest = updates[updates["k"] == updates.groupby([*_PAIR, "matrix"])["k"].transform("max")].groupby(_PAIR)
+    means["update_cosine"] = shared[shared["metric"] == "update_cosine"].groupby(_PAIR)["value"].mean()
+    means["update_overlap"] = widest["value"].mean()
+    means["update_overlap_haar"] = widest["null_mean"].mean()
+    return [
+        {"a": a, "b": b}
+        | {str(key): value if math.isfinite(value) else None for key, value in numbers.items()}
+        | {"same_task": tasks[a] == tasks[b] if tasks else None}
+        for (a, b), numbers in zip(means.index, means.to_dict("records"), strict=True)
+    ]
+
+
+def _permutation(
+    pairs: list[dict[str, Any]], tasks: Mapping[str, str], earlier: Collection[str], seed: int
+) -> dict[str, Any] | None:
+    labels = [label for label in tasks if label not in earlier]
+    excess = np.full((len(labels), len(labels)), math.nan)
+    np.fill_diagonal(excess, 0)
+    for pair in pairs:
+        if pair["a"] in labels and pair["b"] in labels and pair["effect"] is not None:
+            i, j = labels.index(pair["a"]), labels.index(pair["b"])
+            excess[i, j] = excess[j, i] = pair["effect"]
+    if len(labels) < 3 or np.isnan(excess).any():
+        return None
+    test: PermutationTest | None = permutation_test(excess, [tasks[label] for label in labels], seed)
+    return None if test is None else asdict(test)
+
+
+_WEIGHTS = re.compile(r"\.(safetensors|pt|pth|bin|ckpt)$")
+_STEP = re.compile(r"((?P<run>.+?)[-_.])??(checkpoint|ckpt|global_step|step|iter)[-_]?(?P<step>\d+)", re.IGNORECASE)
+_SHOWN = ("value", "null_mean", "effect", "ci_low", "ci_high")
+
+
+class PointEntry(TypedDict):
+    """One claim at one step of a run; None where a number does not exist."""
+
+    value: Finite | None
+    null_mean: Finite | None
+    effect: Finite | None
+    ci_low: Finite | None
+    ci_high: Finite | None
+
+
+class StepEntry(TypedDict):
+    """One step of a run."""
+
+    step: Count
+    tuned: str
+    stability: PointEntry
+    coverage: PointEntry
+    update_norm_relative: Finite | None
+
+
+class RunEntry(TypedDict):
+    """One run in the entry `trajectory` of `summary.json`."""
+
+    run: str
+    points: list[StepEntry]
+
+
+def parse_step(label: str) -> int | None:
+    """The training step that the last component of a path names (`checkpoint-200`, `rte_step_200.pt`), else None."""
+    found = _STEP.fullmatch(_WEIGHTS.sub("", PurePath(label).name))
+    return int(found["step"]) if found else None
+
+
+def training_runs(sources: Mapping[str, str]) -> dict[str, dict[int, str]]:
+    """Runs of which several steps are at hand: name → step → label, steps in ascending order.
+
+    Args:
+        sources: label → path or name of a finetuned checkpoint; a file may lie in the folder that names the step.
+    """
+    runs: dict[str, dict[int, str]] = {}
+    for label, source in sources.items():
+        path = PurePath(source)
+        named = path if parse_step(path.name) is not None else path.parent
+        step = parse_step(named.name)
+        if step is not None:
+            runs.setdefault(_run_path(named), {})[step] = label
+    several = {path: dict(sorted(steps.items())) for path, steps in runs.items() if len(steps) > 1}
+    short = [PurePath(path).name for path in several]
+    names = short if len(set(short)) == len(short) and all(short) else list(several)
+    return dict(zip(names, several.values(), strict=True))
+
+
+def _run_path(named: PurePath) -> str:
+    found = _STEP.fullmatch(_WEIGHTS.sub("", named.name))
+    return str(named.parent / (found["run"] or "")) if found else str(named)
+
+
+def trajectories(
+    runs: Mapping[str, Mapping[int, str]], per_tuned: Mapping[str, Any], table: pd.DataFrame
+) -> list[dict[str, Any]]:
+    """Stability, coverage and relative size of the update at each step of each run.
+
+    Args:
+        runs: as `training_runs` gives them.
+        per_tuned: label → its findings, as in `summary.json`.
+        table: all rows of the comparison.
+    """
+    sizes = table[table["metric"] == "update_norm_relative"].groupby("tuned")["value"].mean()
+    return [
+        {
+            "run": run,
+            "points": [
+                {
+                    "step": step,
+                    "tuned": label,
+                    **{claim: {key: finding[key] for key in _SHOWN} for claim, finding in per_tuned[label].items()},
+                    "update_norm_relative": float(sizes[label]) if label in sizes else None,
+                }
+                for step, label in steps.items()
+                if label in per_tuned
+            ],
+        }
+        for run, steps in runs.items()
+    ]

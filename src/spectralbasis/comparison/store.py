@@ -9,11 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from spectralbasis.checksums import checksum
-from spectralbasis.comparison.rows import Row, SharedRow, row_values
+from spectralbasis.comparison.metrics import Row, SharedRow, row_values
 from spectralbasis.comparison.sharing import Pair
 from spectralbasis.databases import Kind, is_sealed, opened, seal
 from spectralbasis.errors import InputError
+from spectralbasis.files import checksum
 from spectralbasis.printable import shortened
 from spectralbasis.records import checked, parse_json
 

@@ -8,7 +8,7 @@ from spectralbasis.linalg.certificates import (
     vector_error_bounds,
     wedin_bound,
 )
-from spectralbasis.linalg.inner_products import gram_cosines, inner_products
+from spectralbasis.linalg.row_blocks import gram_cosines, inner_products
 from spectralbasis.linalg.subspaces import (
     assigned_cosines,
     cross_cosines,

@@ -5,8 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from spectralbasis.linalg.products import times, times_and_back, transposed_times
-from spectralbasis.linalg.row_source import MatrixLike
+from spectralbasis.linalg.row_blocks import MatrixLike, times, times_and_back, transposed_times
 
 LARGEST_RESIDUAL = 1e-4
 """Of a pair of singular vectors over its singular value, up to which `W v = σ u` may stand for an equation."""

@@ -1,4 +1,7 @@
-"""Leading singular triplets that carry their own certificate."""
+"""Leading singular triplets that carry their own certificate.
+
+Cosines with every left singular vector of a matrix.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -6,10 +9,29 @@ import torch
 from torch import Tensor
 
 from spectralbasis.linalg.certificates import ritz_error_bound, subspace_error_bound, triplet_residuals
-from spectralbasis.linalg.eigen import eigenvalues, leading_eigenpairs
-from spectralbasis.linalg.krylov import leading_right_space
-from spectralbasis.linalg.products import Factor, gram, times, times_and_back, transposed_times
-from spectralbasis.linalg.row_source import MatrixLike
+from spectralbasis.linalg.row_blocks import Factor, MatrixLike, gram, times, times_and_back, transposed_times
+from spectralbasis.linalg.solvers import eigenvalues, eigenvector_products, leading_eigenpairs, leading_right_space
+
+
+def largest_cosines(W: MatrixLike, X: Tensor) -> Tensor:
+    """The largest `|cos|` of each column of X with any left singular vector of W, (j,), float64.
+
+    A tensor is decomposed in full. Of a row source, the right vectors come from the Gram matrix, and the left ones from
+    them: directions whose singular value is below 1e-8 of the largest are noise there, and are left out.
+
+    Args:
+        W: (m, n).
+        X: (m, j) float64, columns of norm 1.
+    """
+    if isinstance(W, Tensor):
+        every = torch.linalg.svd(W.double(), full_matrices=False).U
+        return (every.T @ X).abs().amax(0)
+    if W.shape[0] < W.shape[1]:
+        return eigenvector_products(gram(W.T), X)[1].abs().amax(0)
+    squares, products = eigenvector_products(gram(W), transposed_times(W, X))
+    clear = squares > 1e-16 * squares[0]
+    return (products[clear] / squares[clear].sqrt()[:, None]).abs().amax(0)
+
 
 DENSE_SIDE = 64
 """Up to this smaller side a dense decomposition costs less than the calls around any other."""

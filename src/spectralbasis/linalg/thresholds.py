@@ -9,7 +9,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from spectralbasis.errors import InputError
-from spectralbasis.linalg.row_source import MatrixLike
+from spectralbasis.linalg.row_blocks import MatrixLike
 from spectralbasis.linalg.svd import singular_values
 
 Leading = int | float | str

@@ -3,16 +3,139 @@
 A colour is written `var(--name)`: the page's script puts the style sheet's value there, anew when the scheme changes.
 A figure has `traces` and a `layout`, and `views`: per selection what replaces the traces' data. The heat map and the
 spectra are drawn by the script from the embedded grids, so theirs hold the looks only.
+
+Singular values before and after finetuning, cut down to what a page can carry.
+
+A metric against k: the mean over matrices, beside what the null and unrelated subspaces give.
+
+The scores of tuned adapters, as one chart per task.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from spectralbasis.report.curves import Panel
-from spectralbasis.report.embed import plotly_text, rounded
+from spectralbasis.report.results import Results, category_positions, plotly_text, rounded, with_mean
+
+_CARRIED = 400_000
+_FEWEST_DIRECTIONS = 16
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """`base`, `low`, `high` of shape (matrices, directions), `tuned` of shape (selections, matrices, directions).
+
+    With several checkpoints the first selection is their mean, and `low` to `high` their range. Where all of it would
+    be too much to carry, that mean is the only selection, and `directions` are spaced evenly in their logarithm.
+    """
+
+    directions: np.ndarray
+    base: np.ndarray
+    tuned: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def spectra(results: Results, matrices: pd.Series, carried: int = _CARRIED) -> Spectra | None:
+    """The leading singular values of `matrices` in every checkpoint; None where the comparison has none."""
+    rows = results.spectra
+    if rows.empty:
+        return None
+    depth = int(rows["index"].max()) + 1
+    directions = _directions(depth, max(carried // (4 * len(matrices)), _FEWEST_DIRECTIONS))
+    rows = rows[rows["index"].isin(directions)]
+    every = (len(results.tuned), len(matrices), len(directions))
+    where = _positions(rows, results.tuned, matrices, directions)
+    is_base = (rows["metric"] == "singular_value_base").to_numpy()
+    base, tuned = np.full(every[1:], np.nan), np.full(every, np.nan)
+    base[where[1][is_base], where[2][is_base]] = rows["value"][is_base]
+    tuned[tuple(axis[~is_base] for axis in where)] = rows["value"][~is_base]
+    low, high = np.fmin.reduce(tuned), np.fmax.reduce(tuned)
+    selections = with_mean(tuned)
+    return Spectra(directions, base, selections if selections.size <= carried else selections[:1], low, high)
+
+
+def _directions(depth: int, most: int) -> np.ndarray:
+    if depth <= most:
+        return np.arange(depth)
+    return np.unique(np.geomspace(1, depth, most).round().astype(int)) - 1
+
+
+def _positions(
+    rows: pd.DataFrame, tuned: tuple[str, ...], matrices: pd.Series, directions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return (
+        category_positions(rows["tuned"], tuned),
+        category_positions(rows["matrix"], matrices),
+        np.searchsorted(directions, rows["index"].to_numpy()),
+    )
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart of a metric against k; `unrelated` is the Haar expectation for k, m and n."""
+
+    key: str
+    title: str
+    formula: str
+    metric: str
+    side: str
+    unrelated: Callable[[pd.Series, pd.Series, pd.Series], pd.Series]
+    percent: bool = False
+
+
+OVERLAP = (
+    Panel("overlap-left", "Left vectors", "‖U₀ᵀU₁‖² / k", "subspace_overlap", "left", lambda k, m, n: k / m),
+    Panel("overlap-right", "Right vectors", "‖V₀ᵀV₁‖² / k", "subspace_overlap", "right", lambda k, m, n: k / n),
+)
+COVERAGE = (
+    Panel("coverage-core", "Core", "‖UᵀΔWV‖²", "coverage_core", "both", lambda k, m, n: k * k / (m * n), True),
+    Panel(
+        "coverage-diagonal", "Diagonal", "Σ(uᵢᵀΔWvᵢ)²", "coverage_diagonal", "both", lambda k, m, n: k / (m * n), True
+    ),
+    Panel("coverage-left", "Left", "‖UᵀΔW‖²", "coverage_left", "left", lambda k, m, n: k / m, True),
+    Panel("coverage-right", "Right", "‖ΔWV‖²", "coverage_right", "right", lambda k, m, n: k / n, True),
+)
+
+
+SMALLEST = 1e-12
+"""Where the bands end below, so that a logarithmic scale can show them."""
+
+
+def panel_curves(results: Results, panel: Panel) -> list[pd.DataFrame]:
+    """One curve per selection: all checkpoints together where there are several, then each of them.
+
+    A curve holds means over matrices, at each k (its index) that at least half of them reach: columns `count, value,
+    low, high` (the middle 80 % of matrices), `null_mean, null_low, null_high` (two standard deviations of a typical
+    matrix: the median of theirs) and `unrelated`.
+    """
+    rows = results.measurements
+    rows = rows[(rows["metric"] == panel.metric) & rows["side"].isin([panel.side, "both"])]
+    rows = rows.assign(unrelated=panel.unrelated(rows["k"], rows["m"], rows["n"]))
+    each = _aggregate(rows, ["tuned", "k"])
+    single = [_well_founded(each[each["tuned"] == name]) for name in results.tuned]
+    return single if len(single) == 1 else [_well_founded(_aggregate(rows, ["k"])), *single]
+
+
+def _aggregate(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    groups = rows.groupby(keys, observed=True)
+    means = groups[["value", "null_mean", "unrelated"]].mean()
+    spread = 2 * groups["null_std"].median()
+    return means.assign(
+        count=groups.size(),
+        low=groups["value"].quantile(0.1).clip(lower=SMALLEST),
+        high=groups["value"].quantile(0.9),
+        null_low=(means["null_mean"] - spread).clip(lower=SMALLEST),
+        null_high=(means["null_mean"] + spread).clip(upper=1),
+    ).reset_index()
+
+
+def _well_founded(curve: pd.DataFrame) -> pd.DataFrame:
+    return curve[curve["count"] >= curve["count"].max() / 2].set_index("k")
+
 
 Figure = dict[str, Any]
 
@@ -247,3 +370,72 @@ def spectrum_figures() -> tuple[Figure, Figure]:
             ),
         },
     )
+
+
+_SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "star", "hexagon", "pentagon")
+
+
+def with_labels(rows: pd.DataFrame) -> pd.DataFrame:
+    """The runs with a column `label`: the method and, where it has them, its kind of coefficients."""
+    kinds = rows["coefficients"].fillna("").astype(str)
+    return rows.assign(label=(rows["method"].astype(str) + " " + kinds).str.strip())
+
+
+def tuning_figure(rows: pd.DataFrame, task: str) -> Figure:
+    """Score against trained backbone parameters (log) for one task; what trains none is a horizontal line."""
+    rows = rows[rows["task"] == task]
+    trained, untrained = rows[rows["parameters_backbone"] > 0], rows[rows["parameters_backbone"] == 0]
+    traces = [_points(place, label, part) for place, (label, part) in enumerate(_by_label(trained))]
+    lines = [_score_line(label, float(part["score"].mean())) for label, part in _by_label(untrained)]
+    low, high = rows["score"].min(), rows["score"].max()
+    pad = 0.12 * (high - low) or 0.02
+    return {
+        "traces": traces,
+        "layout": layout(
+            {"type": "log", "title": {"text": "trained backbone parameters"}, "dtick": 1, "tickformat": "~s"},
+            {"nticks": 6, "tickformat": ".3~f", "range": rounded([low - pad, high + pad])},
+            shapes=[shape for shape, _ in lines],
+            annotations=[note for _, note in lines],
+            showlegend=True,
+            legend={"orientation": "h", "y": -0.34, "yanchor": "top", "x": 0, "bgcolor": "rgba(0,0,0,0)"},
+        ),
+        "views": [{"traces": [{} for _ in traces], "label": _tuning_label(rows, task)}],
+    }
+
+
+def _by_label(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    return [(str(label), part) for label, part in rows.groupby("label", sort=False)]
+
+
+def _points(place: int, label: str, rows: pd.DataFrame) -> Figure:
+    name = plotly_text(label)
+    ours = bool((rows["method"] == "spectral").all())
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": name,
+        "x": [int(count) for count in rows["parameters_backbone"]],
+        "y": rounded(rows["score"]),
+        "cliponaxis": False,
+        "marker": {
+            "size": 10,
+            "symbol": _SYMBOLS[place % len(_SYMBOLS)],
+            "color": "var(--observed)" if ours else "var(--null)",
+            "line": {"width": 0},
+        },
+        "customdata": [name] * len(rows),
+        "hovertemplate": "%{customdata}: %{y:.4~f} with %{x:,} parameters<extra></extra>",
+    }
+
+
+def _score_line(label: str, score: float) -> tuple[Figure, Figure]:
+    line = {"color": "var(--haar)", "width": 1.5, "dash": "dot"}
+    shape = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": score, "y1": score, "line": line}
+    place = {"xref": "paper", "x": 1, "xanchor": "right", "y": score, "yanchor": "bottom", "showarrow": False}
+    return shape, place | {"text": f"{plotly_text(label)}: {score:.3f}, no backbone parameter"}
+
+
+def _tuning_label(rows: pd.DataFrame, task: str) -> str:
+    runs = zip(rows["label"], rows["score"], rows["parameters_backbone"], strict=True)
+    scores = "; ".join(f"{label} {score:.3f} with {count:,}" for label, score, count in runs)
+    return f"Scatter chart. {task}: score by trained backbone parameters. {scores}."

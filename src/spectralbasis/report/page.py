@@ -10,19 +10,25 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from spectralbasis.checkpoints.matching import share_text
-from spectralbasis.comparison.trajectory import RunEntry
-from spectralbasis.files import atomic_path
-from spectralbasis.folders import claim_files
-from spectralbasis.report import curves, figures, sentences, sharing, tables, trajectory
-from spectralbasis.report.embed import environment, packed, plotly_text, script_hash, script_json, short_names
-from spectralbasis.report.figures import Figure
-from spectralbasis.report.forest import tracks
-from spectralbasis.report.measures import Headline, headline
-from spectralbasis.report.results import Results, Tuning, read_results
-from spectralbasis.report.sentences import CLAIMS, QUESTIONS, Claim, Finding
-from spectralbasis.report.sharing import Sharing
-from spectralbasis.report.spectra import Spectra, spectra
-from spectralbasis.report.tuning import tuning_figure, with_labels
+from spectralbasis.comparison.sharing import RunEntry
+from spectralbasis.files import atomic_path, claim_files
+from spectralbasis.report import figures, groups, sentences
+from spectralbasis.report.figures import Figure, Spectra, spectra, tuning_figure, with_labels
+from spectralbasis.report.groups import Sharing
+from spectralbasis.report.results import (
+    Headline,
+    Results,
+    Tuning,
+    environment,
+    headline,
+    packed,
+    plotly_text,
+    read_results,
+    script_hash,
+    script_json,
+    short_names,
+)
+from spectralbasis.report.sentences import CLAIMS, QUESTIONS, Claim, Finding, tracks
 from spectralbasis.version import __version__
 
 _HERE = Path(__file__).parent
@@ -47,11 +53,11 @@ def write_report(directory: Path | str) -> Path:
 def render(results: Results) -> str:
     """The page of these results as HTML."""
     numbers = headline(results)
-    columns = tables.matrix_columns(numbers)
+    columns = sentences.matrix_columns(numbers)
     flat = [column for _, group in columns for column in group]
     shown = spectra(results, numbers.matrices["matrix"])
     tuning = None if results.tuning is None else Tuning(with_labels(results.tuning.rows), results.tuning.note)
-    shared, runs = Sharing.read(results.summary), trajectory.read_trajectories(results.summary)
+    shared, runs = Sharing.read(results.summary), groups.read_trajectories(results.summary)
     null = _null(results)
     plotly, script = Markup(get_plotlyjs()), Markup((_HERE / "page.js").read_text(encoding="utf-8"))
     drawn = _optional_figures(tuning, shared, runs)
@@ -64,30 +70,30 @@ def render(results: Results) -> str:
         unpaired=results.summary["unpaired"],
         claims=[_claim(claim, findings[claim], results, len(numbers.matrices)) for claim in CLAIMS],
         selections=numbers.selections,
-        overlap=curves.OVERLAP,
-        coverage=curves.COVERAGE,
+        overlap=figures.OVERLAP,
+        coverage=figures.COVERAGE,
         measures=numbers.measures,
         grids=numbers.grids,
         matrices=list(numbers.matrices["matrix"]),
         spectra=shown,
         columns=columns,
-        rows=tables.matrix_rows(numbers, flat),
+        rows=sentences.matrix_rows(numbers, flat),
         skipped=results.summary["skipped"],
         tuning=tuning,
-        tuning_headings=tables.TUNING_HEADINGS,
-        tuning_rows=[] if tuning is None else tables.tuning_rows(tuning),
+        tuning_headings=sentences.TUNING_HEADINGS,
+        tuning_rows=[] if tuning is None else sentences.tuning_rows(tuning),
         tuning_tasks=_tasks(tuning),
         sharing=shared,
-        sharing_sentences=[] if shared is None else sharing.explain_sharing(shared),
-        sharing_tasks=[] if shared is None else sharing.explain_tasks(shared),
+        sharing_sentences=[] if shared is None else groups.explain_sharing(shared),
+        sharing_tasks=[] if shared is None else groups.explain_tasks(shared),
         sharing_drawn="sharing-map" in drawn,
-        sharing_headings=sharing.HEADINGS,
-        sharing_rows=[] if shared is None else sharing.sharing_rows(shared),
-        trajectory=trajectory.PANELS if runs else (),
-        trajectory_runs=trajectory.markers(runs),
-        trajectory_headings=trajectory.HEADINGS,
-        trajectory_rows=trajectory.trajectory_rows(runs),
-        settings=tables.settings(results.summary, null, len(numbers.matrices)),
+        sharing_headings=groups.SHARING_HEADINGS,
+        sharing_rows=[] if shared is None else groups.sharing_rows(shared),
+        trajectory=groups.PANELS if runs else (),
+        trajectory_runs=groups.markers(runs),
+        trajectory_headings=groups.TRAJECTORY_HEADINGS,
+        trajectory_rows=groups.trajectory_rows(runs),
+        settings=sentences.settings(results.summary, null, len(numbers.matrices)),
         null=null,
         methods=results.summary["methods"],
         version=__version__,
@@ -166,23 +172,23 @@ def _tasks(tuning: Tuning | None) -> dict[str, str]:
 def _optional_figures(tuning: Tuning | None, shared: Sharing | None, runs: Sequence[RunEntry]) -> dict[str, Figure]:
     """The figures of the sections that not every page has."""
     drawn = {f"tuning-{i}": tuning_figure(tuning.rows, task) for i, task in enumerate(_tasks(tuning)) if tuning}
-    if shared is not None and sharing.FEWEST_DRAWN <= len(shared.names) <= sharing.MOST_DRAWN:
-        drawn["sharing-map"] = sharing.sharing_figure(shared)
+    if shared is not None and groups.FEWEST_DRAWN <= len(shared.names) <= groups.MOST_DRAWN:
+        drawn["sharing-map"] = groups.sharing_figure(shared)
     if runs:
-        drawn |= {panel.key: trajectory.trajectory_figure(panel, runs) for panel in trajectory.PANELS}
+        drawn |= {panel.key: groups.trajectory_figure(panel, runs) for panel in groups.PANELS}
     return drawn
 
 
 def _payload(
     results: Results,
     numbers: Headline,
-    columns: Sequence[tables.Column],
+    columns: Sequence[sentences.Column],
     shown: Spectra | None,
     optional: Mapping[str, Figure],
 ) -> Mapping[str, Any]:
     drawn = {
-        panel.key: figures.curve_figure(panel, curves.panel_curves(results, panel), numbers.selections)
-        for panel in (*curves.OVERLAP, *curves.COVERAGE)
+        panel.key: figures.curve_figure(panel, figures.panel_curves(results, panel), numbers.selections)
+        for panel in (*figures.OVERLAP, *figures.COVERAGE)
     }
     drawn |= optional
     drawn["heatmap"] = figures.heatmap_figure()

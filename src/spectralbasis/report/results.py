@@ -1,20 +1,97 @@
-"""Reading what a comparison left in its folder."""
+"""Reading what a comparison left in its folder.
 
-from collections.abc import Sequence
+Carrying names and numbers into the page, where a name can be anything and must stay text.
+
+Headline numbers of each matrix: one value per measure, checkpoint and matrix.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NotRequired
+from pathlib import Path, PurePosixPath
+from typing import Any, NotRequired
 
+import jinja2
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from markupsafe import Markup
+from numpy.typing import ArrayLike
 from typing_extensions import TypedDict
 
-from spectralbasis.checkpoints.folder_files import inside
+from spectralbasis.checkpoints.weight_files import inside
 from spectralbasis.comparison.summary import Summary
 from spectralbasis.errors import InputError
+from spectralbasis.printable import printable
 from spectralbasis.records import Count, Finite, Schema, read_record
+
+
+def environment() -> jinja2.Environment:
+    """Templates of this folder, whose names and texts stay text: markup is escaped, and nothing is invisible."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=_visible_text,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _visible_text(value: Any) -> Any:
+    """A value of a template with its invisible characters as escapes; what is markup already stays as it is."""
+    return printable(value, lines=True) if type(value) is str else value
+
+
+def _visible(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_visible_text(key): _visible(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_visible(one) for one in value]
+    return _visible_text(value)
+
+
+def script_json(value: Any) -> Markup:
+    """`value` as JSON that is safe inside a `<script>` element: no character can end it or start markup.
+
+    Characters that a reader cannot see, such as those that turn the direction of writing, are written as escapes.
+    """
+    text = json.dumps(_visible(value), allow_nan=False, ensure_ascii=True, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def script_hash(script: str) -> str:
+    """The Content-Security-Policy source that allows this inline script and no other."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def plotly_text(name: str) -> str:
+    """`name` as Plotly shows it literally: its labels interpret tags, entities and, between dollars, TeX."""
+    text = html.escape(name, quote=False).replace("$", "&#36;")
+    return f"&#118;{text[1:]}" if text.startswith("var(") else text  # or the page's script would take it for a colour
+
+
+def packed(values: ArrayLike) -> str:
+    """An array as base64 of little-endian float32, row by row."""
+    return base64.b64encode(np.ascontiguousarray(values, dtype="<f4").tobytes()).decode()
+
+
+def rounded(values: Iterable[float], digits: int = 5) -> list[float | None]:
+    """The values to so many significant digits; None for what JSON cannot say."""
+    return [float(f"{value:.{digits}g}") if np.isfinite(value) else None for value in values]
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The last part of each path where that tells them apart, else the names as they are."""
+    last = [PurePosixPath(name).name or name for name in names]
+    return last if len(set(last)) == len(last) else list(names)
+
 
 CURVES = ("subspace_overlap", "coverage_core", "coverage_diagonal", "coverage_left", "coverage_right")
 SCALARS = ("update_norm_relative", "stable_rank_base", "stable_rank_update", "effective_rank_update", "intruders")
@@ -234,3 +311,106 @@ def _as_table(batch: pa.RecordBatch) -> pa.Table:
 
 def _again(directory: Path) -> str:
     return _AGAIN.format(directory=directory)
+
+
+STATISTICS = ("value", "null_mean", "z", "p_value")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a matrix: where it stands in the table of measurements, and how it is written."""
+
+    key: str
+    metric: str
+    side: str
+    label: str
+    digits: int
+    percent: bool = False
+
+
+MEASURES = (
+    Measure("overlap_left", "subspace_overlap", "left", "Overlap, left", 4),
+    Measure("overlap_right", "subspace_overlap", "right", "Overlap, right", 4),
+    Measure("coverage_core", "coverage_core", "both", "Coverage, core", 2, percent=True),
+    Measure("coverage_diagonal", "coverage_diagonal", "both", "Coverage, diagonal", 3, percent=True),
+    Measure("coverage_left", "coverage_left", "left", "Coverage, left", 2, percent=True),
+    Measure("coverage_right", "coverage_right", "right", "Coverage, right", 2, percent=True),
+    Measure("step", "update_norm_relative", "both", "Relative step", 2, percent=True),
+    Measure("stable_rank_base", "stable_rank_base", "both", "Stable rank of W₀", 1),
+    Measure("stable_rank_update", "stable_rank_update", "both", "Stable rank of ΔW", 1),
+    Measure("effective_rank_update", "effective_rank_update", "both", "Effective rank of ΔW", 1),
+    Measure("intruders", "intruders", "left", "Intruders", 1),
+)
+
+
+@dataclass(frozen=True)
+class Headline:
+    """Every measure of every matrix at its largest k.
+
+    `matrices` has one row per matrix: `matrix, layer, kind, m, n, k`. `grids[key][statistic]` has shape
+    (selections, matrices): with several checkpoints the first selection is their mean (which has no p), then comes each
+    of them. A measure or statistic that the comparison lacks has no grid.
+    """
+
+    matrices: pd.DataFrame
+    selections: tuple[str, ...]
+    measures: tuple[Measure, ...]
+    grids: dict[str, dict[str, np.ndarray]]
+
+
+def headline(results: Results) -> Headline:
+    """The rows at each matrix's largest k, as one grid per measure and statistic."""
+    rows = results.measurements
+    matrices = list_matrices(rows)
+    largest = matrices["k"].to_numpy()[category_positions(rows["matrix"], matrices["matrix"])]
+    rows = rows[~rows["metric"].isin(CURVES) | (rows["k"] == largest)]
+    grids = {}
+    for measure in MEASURES:
+        found = rows[(rows["metric"] == measure.metric) & rows["side"].isin([measure.side, "both"])]
+        grids[measure.key] = _grids(found, results.tuned, matrices["matrix"])
+    measures = tuple(measure for measure in MEASURES if grids[measure.key])
+    return Headline(
+        matrices, selections(results.tuned), measures, {key: found for key, found in grids.items() if found}
+    )
+
+
+def selections(tuned: tuple[str, ...]) -> tuple[str, ...]:
+    """What a reader can look at: all checkpoints together where there are several, then each of them."""
+    names = tuple(short_names(tuned))
+    return names if len(names) == 1 else (f"All {len(names)} checkpoints", *names)
+
+
+def list_matrices(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per matrix, in the order of the table, with its largest k."""
+    largest = rows.groupby("matrix", observed=True)["k"].max()
+    matrices = rows.drop_duplicates("matrix")[["matrix", "layer", "kind", "m", "n"]].astype(
+        {"matrix": str, "kind": str}
+    )
+    return matrices.assign(k=matrices["matrix"].map(largest).astype(int)).reset_index(drop=True)
+
+
+def category_positions(column: pd.Series, order: tuple[str, ...] | pd.Series) -> np.ndarray:
+    """Where in `order` each entry of a categorical column stands."""
+    return pd.Index(order).get_indexer(column.cat.categories)[column.cat.codes]
+
+
+def with_mean(grid: np.ndarray) -> np.ndarray:
+    """The grid with the mean over its checkpoints (the first axis) put first, where there are several."""
+    if len(grid) == 1:
+        return grid
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
+        return np.concatenate([np.nanmean(grid, axis=0, keepdims=True), grid])
+
+
+def _grids(rows: pd.DataFrame, tuned: tuple[str, ...], matrices: pd.Series) -> dict[str, np.ndarray]:
+    where = category_positions(rows["tuned"], tuned), category_positions(rows["matrix"], matrices)
+    grids = {}
+    for statistic in STATISTICS:
+        grid = np.full((len(tuned), len(matrices)), np.nan)
+        grid[where] = rows[statistic]
+        if not np.isnan(grid).all():
+            grids[statistic] = with_mean(grid)
+    if len(tuned) > 1 and "p_value" in grids:
+        grids["p_value"][0] = np.nan
+    return grids

@@ -9,12 +9,11 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 from typing_extensions import TypedDict
 
-from spectralbasis.checkpoints.folder_files import inside
+from spectralbasis.checkpoints.weight_files import inside
 from spectralbasis.errors import InputError
-from spectralbasis.files import atomic_path
-from spectralbasis.folders import claim_files
+from spectralbasis.files import atomic_path, claim_files
 from spectralbasis.records import Count, Finite, Schema, read_record
-from spectralbasis.report.embed import environment, script_hash, script_json
+from spectralbasis.report.results import environment, script_hash, script_json
 from spectralbasis.version import __version__
 
 RESULTS = "results.json"
@@ -150,7 +149,7 @@ def read_study(folder: Path) -> StudyResults:
             if wrong is not None:
                 raise InputError(
                     f"{folder / RESULTS}: a row of the table {title!r} of {name} has {len(wrong)} cells, expected "
-                    f"{len(table['columns'])}; {_again(folder)}"
+                    f"{len(table['columns'])}; {_study_again(folder)}"
                 )
     return results
 
@@ -168,13 +167,15 @@ def read_figures(folder: Path) -> StudyFigures:
     try:
         script_json(figures)
     except ValueError as error:
-        raise InputError(f"{file} holds NaN or an infinite number, expected finite ones; {_again(folder)}") from error
+        raise InputError(
+            f"{file} holds NaN or an infinite number, expected finite ones; {_study_again(folder)}"
+        ) from error
     return figures
 
 
 def _read(file: Path, schema: type[Schema]) -> Schema:
-    return read_record(file, schema, _again(file.parent))
+    return read_record(file, schema, _study_again(file.parent))
 
 
-def _again(folder: Path) -> str:
+def _study_again(folder: Path) -> str:
     return f"`spectralbasis study ... -o {folder}` writes it"

@@ -11,15 +11,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from spectralbasis.errors import InputError
-from spectralbasis.folders import claim_files
+from spectralbasis.files import claim_files
 from spectralbasis.printable import shortened
 from spectralbasis.report import write_study_report
 from spectralbasis.report.study_page import FIGURES, RESULTS
 from spectralbasis.study.experiments import EXPERIMENTS, Experiment, find_experiment
 from spectralbasis.study.pages import Part, write_pages
-from spectralbasis.study.runs import Results, Run, with_needs
-from spectralbasis.study.runs.runner import run_all
-from spectralbasis.study.runs.store import RunStore, Timing
+from spectralbasis.study.runner import run_all
+from spectralbasis.study.runs import Results, Run, RunStore, Timing, with_needs
 
 ALL = "all"
 QUICK = "quick"

@@ -15,8 +15,8 @@ import plotly.graph_objects as go
 from spectralbasis.files import atomic_path
 from spectralbasis.printable import in_code, in_markdown, printable
 from spectralbasis.report.study_page import FIGURES, RESULTS, cell, devices_used, read_figures, read_study
-from spectralbasis.study.training.results import library_versions, write_json
-from spectralbasis.study.verdicts import Claim, Findings
+from spectralbasis.study.claims import Claim, Findings
+from spectralbasis.training.outcomes import library_versions, write_json
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,12 @@ needs one, and is loaded when it is first used.
 from typing import TYPE_CHECKING, Any
 
 from spectralbasis.tuner import reading  # noqa: F401  makes spectral adapters readable as checkpoints
-from spectralbasis.tuner.allocation import Allocation
-from spectralbasis.tuner.calibration import calibrate
-from spectralbasis.tuner.config import SpectralConfig
-from spectralbasis.tuner.convolution import Convolution
-from spectralbasis.tuner.coverage import gradient_coverage
-from spectralbasis.tuner.curvature import curvature_basis
-from spectralbasis.tuner.embedding import Embedding
-from spectralbasis.tuner.layer import SpectralLayer
-from spectralbasis.tuner.linear import Linear
+from spectralbasis.tuner.calibration import calibrate, curvature_basis, gradient_coverage, parameter_groups
+from spectralbasis.tuner.config import SpectralConfig, register
+from spectralbasis.tuner.layer import Convolution, Embedding, Linear, SpectralLayer
 from spectralbasis.tuner.model import SpectralModel
-from spectralbasis.tuner.optimization import parameter_groups
 from spectralbasis.tuner.parameters import ParamWrapper
-from spectralbasis.tuner.registration import register
+from spectralbasis.tuner.preparation import Allocation
 
 if TYPE_CHECKING:
     from spectralbasis.tuner.drift import SpectralDriftCallback

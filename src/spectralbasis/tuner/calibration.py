@@ -1,23 +1,198 @@
-"""Which entries sparse coefficients train: those that the loss gradient of a few batches is largest in."""
+"""Which entries sparse coefficients train: those that the loss gradient of a few batches is largest in.
+
+What an optimizer is given: coefficients and heads learn at different rates.
+
+What a few batches say about the loss at a model's weights: its gradient as it passes each layer, observed once.
+
+How well a basis fits a task before any training: the share of the loss gradient that lies in it.
+
+The basis of the loss's curvature: leading eigenvectors of the two factors that K-FAC approximates it by.
+"""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from spectralbasis.basis import SpectralBasis
+from spectralbasis.checkpoints.names import kind_of, layer_number
+from spectralbasis.comparison.metrics import coverage_shares
 from spectralbasis.errors import InputError
-from spectralbasis.tuner.allocation import count_parameters
-from spectralbasis.tuner.config import SpectralConfig
-from spectralbasis.tuner.entries import pack_positions
-from spectralbasis.tuner.gradients import Batch, Loss, observe_gradients
-from spectralbasis.tuner.optimization import in_modules
-from spectralbasis.tuner.originals import Target, find_targets
-from spectralbasis.tuner.preparation import normalized_scales, prepare, resolve_ranks
-from spectralbasis.tuner.record import RECORD
-from spectralbasis.tuner.targets import all_targets, targeted_modules
+from spectralbasis.linalg import Leading, leading_svd, parse_leading, resolve_leading
+from spectralbasis.linalg.certificates import triplet_residuals
+from spectralbasis.triplets import DEFAULT_TOLERANCE, Triplets, fix_signs, matrix_hash
+from spectralbasis.tuner.config import RECORD, SpectralConfig
+from spectralbasis.tuner.factors import directions_of
+from spectralbasis.tuner.parameters import Target, find_targets
+from spectralbasis.tuner.parametrisation import pack_positions
+from spectralbasis.tuner.preparation import DEFAULT_LEADING, count_parameters, normalized_scales, prepare, resolve_ranks
+from spectralbasis.tuner.targets import all_targets, named_in_basis, targeted_modules
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    head_learning_rate: float | None = None,
+    head: Iterable[str] = ("modules_to_save",),
+) -> list[dict[str, Any]]:
+    """The trainable parameters as groups for any torch optimizer, or for `Trainer(optimizers=(optimizer, None))`.
+
+    Args:
+        model: whose parameters are trained where they require a gradient.
+        learning_rate: of everything outside of the head, such as spectral coefficients.
+        head_learning_rate: of the head; None is `learning_rate`.
+        head: names of the modules that make up the head; by default what PEFT retrains as `modules_to_save`.
+
+    Returns:
+        One group or two, each with `params` and `lr`.
+
+    Raises:
+        InputError: nothing is trainable.
+    """
+    names = tuple(head)
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not trained:
+        raise InputError(
+            f"{type(model).__name__} has no parameter that requires a gradient; add an adapter, or unfreeze"
+        )
+    rates = {False: learning_rate, True: learning_rate if head_learning_rate is None else head_learning_rate}
+    groups = (
+        {"params": [parameter for name, parameter in trained if in_modules(name, names) == in_head], "lr": rate}
+        for in_head, rate in rates.items()
+    )
+    return [group for group in groups if group["params"]]
+
+
+def in_modules(name: str, modules: Iterable[str]) -> bool:
+    """Whether a parameter belongs to one of the modules, whatever wrapper's prefix stands before its name."""
+    return any(f".{module}." in f".{name}" for module in modules)
+
+
+Batch = Mapping[str, Any]
+Loss = Callable[[nn.Module, Batch], Tensor]
+"""(model, batch) → the mean loss of the batch's rows, a number."""
+Observer = Callable[[str, Tensor, Tensor], None]
+"""(matrix name, inputs x (tokens, n), gradients g with respect to the outputs (tokens, m)); `∂L/∂W` is `Σ gᵀ x`."""
+
+
+def observe_gradients(
+    model: nn.Module, batches: Iterable[Batch], targets: Iterable[Target], observer: Observer, loss: Loss | None = None
+) -> int:
+    """Run the model forward and backward over batches and show inputs and output gradients of the targets.
+
+    Gradients are those of the summed loss of all rows: of the batch's mean loss, times its rows. Tokens that no
+    gradient reaches, as padding, are left out, and so are targets that take no part, as experts may. The model stays as
+    it is: nothing of it collects a gradient, dropout is off.
+
+    Args:
+        model: a module; tensors of the batches are moved to where its parameters are.
+        batches: keyword arguments of the model; an iterable that is read once.
+        targets: what is observed; linear layers.
+        observer: called once for each target, batch and use of the layer.
+        loss: None takes `model(**batch).loss`.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        InputError: there is no batch, no loss, a target is no linear layer, or no gradient reaches any.
+    """
+    seen: set[str] = set()
+    observed = {target.name: _linear(target) for target in targets}
+    rows = 0
+    with _at_rest(model), _hooked(observed, partial(_note, seen, observer)), torch.enable_grad():
+        for batch in batches:
+            size = _rows(batch)
+            total = (loss or _model_loss)(model, _moved(batch, model))
+            (total * size).backward()
+            rows += size
+    _check_seen(rows, seen)
+    return rows
+
+
+def _linear(target: Target) -> nn.Module:
+    if not isinstance(target.module, nn.Linear | Conv1D):
+        raise InputError(
+            f"gradients are observed in linear layers of a base without adapters, but {target.key} is a "
+            f"{type(target.module).__name__}; leave it out with exclude_modules, or pass the base model"
+        )
+    return target.module
+
+
+def _note(seen: set[str], observer: Observer, name: str, x: Tensor, g: Tensor) -> None:
+    x, g = x.detach().flatten(0, -2), g.detach().flatten(0, -2)
+    reached = g.any(1)
+    seen.add(name)
+    observer(name, x[reached], g[reached])
+
+
+@contextmanager
+def _hooked(modules: Mapping[str, nn.Module], note: Observer) -> Iterator[None]:
+    handles = [module.register_forward_hook(partial(_watch, name, note)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch(name: str, note: Observer, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Forward hook: note the gradient of the output when it comes; a graph starts here where none led here."""
+    if not output.requires_grad:
+        output = output.detach().requires_grad_().clone()  # no leaf, so that it may be changed in place
+    output.register_hook(partial(note, name, args[0]))
+    return output
+
+
+@contextmanager
+def _at_rest(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, with frozen parameters."""
+    training = {module: module.training for module in model.modules()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    found = getattr(model(**batch), "loss", None)
+    if not isinstance(found, Tensor):
+        raise InputError(
+            f"{type(model).__name__} gave no loss for a batch of {', '.join(batch)}; "
+            "put labels into the batches, or pass loss=a function of (model, batch)"
+        )
+    return found
+
+
+def _rows(batch: Batch) -> int:
+    return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim), 1)
+
+
+def _moved(batch: Batch, model: nn.Module) -> Batch:
+    device = next(model.parameters()).device
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def _check_seen(rows: int, seen: set[str]) -> None:
+    if not rows:
+        raise InputError("there is no batch to take gradients on; pass an iterable of the model's keyword arguments")
+    if not seen:
+        raise InputError("no gradient of the loss reaches a target; check that the loss depends on the target modules")
 
 
 def calibrate(
@@ -119,3 +294,207 @@ def _how_many(config: SpectralConfig, model: nn.Module, ranks: Mapping[str, int]
             f"budget={config.budget:g} of {total:,} parameters pays for no entry; pass budget>={1 / total:.2g}"
         )
     return number
+
+
+def gradient_coverage(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    basis: str | SpectralBasis = "pretrained",
+    k: int | None = None,
+    *,
+    target_modules: list[str] | str = "all-linear",
+    exclude_modules: list[str] | str | None = None,
+    basis_seed: int = 0,
+    loss: Loss | None = None,
+) -> pd.DataFrame:
+    """The share of `‖∂L/∂W‖_F²` at the base, over all rows of held-out batches, that lies in the first k directions.
+
+    Diagonal, core, left and right, defined as for an update (`coverage_shares`), for k = 1, 2, 4, … and the k asked
+    for. The gradients of all targets are in memory at once, as many numbers as their weights.
+
+    Args:
+        model: the base, without adapters. It is not changed.
+        batches: its keyword arguments, labels among them; read once.
+        basis: "pretrained", "minor", "random", the path of a basis file, or a basis.
+        k: how many directions; None is 64, or what the basis has. Where min(m, n) is smaller, that.
+        target_modules: see `SpectralConfig`.
+        exclude_modules: see `SpectralConfig`.
+        basis_seed: of the random basis.
+        loss: (model, batch) → mean loss over the batch's rows; None takes `model(**batch).loss`.
+
+    Returns:
+        A row for each matrix, metric and k: `matrix, layer, kind, m, n, k, metric, side, value, null_mean,
+        gradient_norm`. `null_mean` is what a Haar-random basis covers. Matrices without a gradient are left out; the
+        share over several matrices is the mean of `value` weighted by the squares of `gradient_norm`.
+
+    Raises:
+        InputError: there are no batches, no loss, no gradient, or the basis lacks a target.
+    """
+    config = SpectralConfig(target_modules=target_modules, exclude_modules=exclude_modules)
+    targets = find_targets(targeted_modules(config, model))
+    gradients = mean_gradients(model, batches, targets, loss)
+    directions = directions_of(basis, tolerance=DEFAULT_TOLERANCE, seed=basis_seed)
+    targets = named_in_basis(targets, basis, model)
+    rows: list[dict[str, object]] = []
+    for target in targets:
+        gradient = gradients.pop(target.name, None)
+        if gradient is not None and bool(gradient.any()):
+            U, V = directions(target.name_in_basis, target.W, _leading_in(basis, k, target), target.hash)
+            rows.extend(_coverage_rows(target, gradient.cpu(), U.cpu(), V.cpu()))
+    return pd.DataFrame(rows)
+
+
+def mean_gradients(
+    model: nn.Module, batches: Iterable[Batch], targets: list[Target], loss: Loss | None = None
+) -> dict[str, Tensor]:
+    """Gradient of the mean loss over all rows with respect to W of each target that it reaches, (m, n)."""
+    sums: dict[str, Tensor] = {}
+
+    def observe(name: str, x: Tensor, g: Tensor) -> None:
+        dtype = torch.promote_types(g.dtype, torch.float32)
+        gradient = g.to(dtype).T @ x.to(dtype)
+        sums[name] = sums[name].add_(gradient) if name in sums else gradient
+
+    rows = observe_gradients(model, batches, targets, observe, loss)
+    return {name: total.div_(rows) for name, total in sums.items()}
+
+
+def _leading_in(basis: str | SpectralBasis, k: int | None, target: Target) -> int:
+    if k is None and isinstance(basis, SpectralBasis) and target.name_in_basis in basis:
+        return basis[target.name_in_basis].k
+    return min(k or DEFAULT_LEADING, *target.W.shape)
+
+
+def _coverage_rows(target: Target, gradient: Tensor, U: Tensor, V: Tensor) -> list[dict[str, object]]:
+    m, n = gradient.shape
+    norm = float(torch.linalg.matrix_norm(gradient))
+    matrix = {"matrix": target.name, "layer": layer_number(target.name), "kind": kind_of(target.name), "m": m, "n": n}
+    return [
+        {**matrix, "k": k, "metric": metric, "side": side, "value": value,
+         "null_mean": haar_coverage(metric, k, (m, n)), "gradient_norm": norm}
+        for (metric, side, k, _), value in coverage_shares(U, V.T, gradient).items()
+    ]  # fmt: skip
+
+
+def haar_coverage(metric: str, k: int, shape: tuple[int, int]) -> float:
+    """What a Haar-random basis of k directions covers on average of a matrix of this shape (m, n).
+
+    Raises:
+        KeyError: the metric is no coverage.
+    """
+    m, n = shape
+    return {
+        "coverage_diagonal": k / (m * n),
+        "coverage_core": k**2 / (m * n),
+        "coverage_left": k / m,
+        "coverage_right": k / n,
+    }[metric]
+
+
+KIND = "curvature"
+
+
+class Covariances:
+    """Uncentred second moments of what passes the target layers, summed as it comes: `Σ g gᵀ` and `Σ x xᵀ`.
+
+    Attributes:
+        left: matrix name → (m, m), of the gradients with respect to the outputs.
+        right: matrix name → (n, n), of the inputs.
+    """
+
+    def __init__(self) -> None:
+        self.left: dict[str, Tensor] = {}
+        self.right: dict[str, Tensor] = {}
+
+    def add(self, name: str, x: Tensor, g: Tensor) -> None:
+        """Add the tokens of one use of a layer: inputs x (tokens, n) and output gradients g (tokens, m)."""
+        for sums, rows in ((self.left, g), (self.right, x)):
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            if name not in sums:
+                sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
+            sums[name].addmm_(rows.T, rows)
+
+
+def curvature_basis(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    leading: Leading | None = None,
+    *,
+    target_modules: list[str] | str = "all-linear",
+    exclude_modules: list[str] | str | None = None,
+    loss: Loss | None = None,
+) -> SpectralBasis:
+    """The leading eigenvectors of the outputs' gradient covariance and of the inputs' covariance, for each matrix.
+
+    They are the Kronecker factors of K-FAC (Martens & Grosse, arXiv 1503.05671), with the gradients of the given labels
+    (the empirical Fisher matrix), over all tokens that a gradient reaches. U holds eigenvectors of `Σ g gᵀ`, V those of
+    `Σ x xᵀ`, both in descending order of eigenvalues; the i-th of one goes with the i-th of the other. Such pairs are
+    no singular vectors of W: `S_i = u_iᵀ W v_i`, made positive by the sign of v_i and in no order, the residuals say
+    how far the pair is from a singular one, and `subspace_error_bound` is 1. One pass; the two matrices are all that
+    is kept.
+
+    Args:
+        model: the base, without adapters. It is not changed.
+        batches: its keyword arguments, labels among them; read once.
+        leading: how many directions: a number (min(m, n) where that is smaller), a fraction, "mp" or "gd", by the
+            singular values of W; None is 64.
+        target_modules: see `SpectralConfig`.
+        exclude_modules: see `SpectralConfig`.
+        loss: (model, batch) → mean loss over the batch's rows; None takes `model(**batch).loss`.
+
+    Returns:
+        A basis of the kind "curvature"; its file is what `SpectralConfig(basis=PATH)` takes.
+
+    Raises:
+        InputError: there are no batches, no loss, no finite gradient, or a target is no linear layer.
+    """
+    leading = DEFAULT_LEADING if leading is None else parse_leading(leading)
+    config = SpectralConfig(target_modules=target_modules, exclude_modules=exclude_modules)
+    targets = find_targets(targeted_modules(config, model))
+    covariances = Covariances()
+    observe_gradients(model, batches, targets, covariances.add, loss)
+    found, skipped = {}, {}
+    for target in targets:
+        try:
+            found[target.name] = _eigenvectors(target, covariances, leading)
+        except ValueError as error:
+            skipped[target.name] = str(error)
+    if not found:
+        name, reason = next(iter(skipped.items()))
+        raise InputError(f"the gradients say nothing of any matrix; {name}: {reason}")
+    return SpectralBasis(found, kind=KIND, source=_source(model), leading=leading, skipped=skipped)
+
+
+def _eigenvectors(target: Target, covariances: Covariances, leading: Leading) -> Triplets:
+    if target.name not in covariances.left:
+        raise ValueError("no gradient of the loss reaches it")
+    W = target.W
+    k = min(leading, *W.shape) if isinstance(leading, int) else resolve_leading(leading, W)
+    U = leading_svd(covariances.left.pop(target.name), k).U
+    V = leading_svd(covariances.right.pop(target.name), k).U
+    return pair_directions(W, U, V, solver=KIND)
+
+
+def pair_directions(W: Tensor, U: Tensor, V: Tensor, *, solver: str) -> Triplets:
+    """Directions that are no singular vectors of W (m, n), U (m, k) and V (n, k), in the form of a basis.
+
+    `S_i = u_iᵀ W v_i` is made positive by the sign of v_i; the sign of u_i follows the rule of `Triplets`.
+    """
+    U, Vh = fix_signs(U.double().cpu(), V.double().cpu().T)
+    W = W.cpu()
+    S = ((W.double() @ Vh.T) * U).sum(0)
+    Vh = torch.where(S < 0, -1.0, 1.0)[:, None] * Vh
+    return Triplets(
+        U=U.float().contiguous(),
+        S=S.abs().float(),
+        Vh=Vh.float().contiguous(),
+        residuals=triplet_residuals(W, U, S.abs(), Vh).float(),
+        next_singular_value=torch.inf,
+        subspace_error_bound=1.0,
+        solver=solver,
+        base_hash=matrix_hash(W),
+    )
+
+
+def _source(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__

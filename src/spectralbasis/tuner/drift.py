@@ -18,10 +18,8 @@ from spectralbasis.checkpoints import matrix_name
 from spectralbasis.errors import InputError
 from spectralbasis.linalg import leading_svd, subspace_overlap
 from spectralbasis.triplets import Triplets, compute_triplets
-from spectralbasis.tuner.layer import SpectralLayer
-from spectralbasis.tuner.matrices import Layers, to_matrix
-from spectralbasis.tuner.originals import check_dense
-from spectralbasis.tuner.parameters import ParamWrapper
+from spectralbasis.tuner.layer import Layers, SpectralLayer, to_matrix
+from spectralbasis.tuner.parameters import ParamWrapper, check_dense
 
 _AVERAGED = ("overlap_left", "overlap_right", "singular_values", "coefficients")
 

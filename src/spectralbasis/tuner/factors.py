@@ -16,7 +16,7 @@ from spectralbasis.errors import InputError
 from spectralbasis.linalg import values_of_singular_vectors
 from spectralbasis.printable import warn
 from spectralbasis.triplets import Triplets, compute_triplets
-from spectralbasis.tuner.forms import FORMS
+from spectralbasis.tuner.parametrisation import FORMS
 
 BASES = ("pretrained", "minor", "random")
 """Bases that are made from the base weight itself; anything else names a basis file."""

@@ -1,4 +1,17 @@
-"""What every layer with spectral coefficients shares: its adapters, merging, and the order of a forward pass."""
+"""What every layer with spectral coefficients shares: its adapters, merging, and the order of a forward pass.
+
+Quantized base layers: what PEFT knows of them, and their weights as dense tensors.
+
+The matrix that a layer's weight is: (m, n) with `output = input Wᵀ`, whatever the layout it is stored in.
+
+Mixed batches: one forward pass in which every row has its own adapter.
+
+Linear layers: the layer of nearly every adapter, with forward passes that keep little for the backward pass.
+
+Convolutions: V becomes k filters of the same kernel, stride and padding, and U a 1×1 convolution.
+
+Embedding tables: a looked-up row of `W + U C Vᵀ` is that of W plus the row of U, times `C Vᵀ`.
+"""
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
@@ -6,17 +19,120 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils.quantization_utils import QuantizationBackend
+from peft.utils.quantization_utils import (
+    QuantizationBackend,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
 from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers.pytorch_utils import Conv1D
 
 from spectralbasis.errors import InputError
 from spectralbasis.printable import warn
-from spectralbasis.tuner.batches import add_row_updates
+from spectralbasis.tuner.autograd import FactoredUpdate, LinearUpdate
 from spectralbasis.tuner.factors import Factors
-from spectralbasis.tuner.forms import FORMS
-from spectralbasis.tuner.matrices import to_weight
-from spectralbasis.tuner.parametrisation import Parametrisation
-from spectralbasis.tuner.quantization import dequantized
+from spectralbasis.tuner.parametrisation import FORMS, Parametrisation
+
+
+def backend_of(layer: nn.Module, model: nn.Module | None = None) -> QuantizationBackend | None:
+    """PEFT's backend of a quantized layer; None for a dense one.
+
+    Args:
+        layer: any module.
+        model: that it is part of, which knows how torchao's layers are quantized again after a merge.
+    """
+    options = {} if model is None else get_quantization_kwargs(model)
+    return resolve_quantization_backend(layer, **{"get_apply_tensor_subclass": _unknown_scheme, **options})
+
+
+def dequantized(layer: nn.Module, backend: QuantizationBackend) -> Tensor:
+    """The weight of a quantized layer, (m, n).
+
+    Raises:
+        InputError: the quantization keeps no way back to a dense weight.
+    """
+    base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    if backend.backend_name == "bnb 4bit":
+        base.state_dict()  # inference on a CPU packs the weight in another order, which saving undoes
+    try:
+        return backend.get_base_weight(base).detach()
+    except (TypeError, NotImplementedError) as error:
+        raise InputError(
+            f"a {type(base).__name__} quantized by {backend.backend_name} gives no dense weight; nothing can be merged "
+            "into it, and its directions come from a basis file of the checkpoint that was quantized: "
+            "spectralbasis basis MODEL -o FILE, then SpectralConfig(basis='FILE')"
+        ) from error
+
+
+def _unknown_scheme() -> None:
+    raise InputError(
+        "a merged torchao weight has to be quantized again, and the model does not say how; load it through "
+        "transformers with quantization_config=TorchAoConfig(...), or export the adapter and merge it into the "
+        "dense checkpoint"
+    )
+
+
+Convolutions = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Layers = nn.Linear | Conv1D | nn.Embedding | Convolutions
+"""Layers whose weight is one matrix."""
+
+
+def to_matrix(weight: Tensor, layer: nn.Module) -> Tensor:
+    """The matrix of a weight: transposed for `Conv1D`, (out, in·kernel) for a convolution, else as stored."""
+    return weight.T if isinstance(layer, Conv1D) else weight.flatten(1)
+
+
+def to_weight(matrix: Tensor, layer: nn.Module) -> Tensor:
+    """The inverse of `to_matrix`: a matrix in the layout of the layer's weight."""
+    if isinstance(layer, Conv1D):
+        return matrix.T
+    return matrix.unflatten(1, kernel_shape(layer)) if isinstance(layer, Convolutions) else matrix
+
+
+def kernel_shape(layer: Convolutions) -> tuple[int, ...]:
+    """What a row of a convolution's matrix is: (in, *kernel)."""
+    return tuple(layer.weight.shape[1:])
+
+
+def add_row_updates(output: Tensor, x: Tensor, layer: "SpectralLayer", adapter_names: list[str]) -> Tensor:
+    """Add to each row the update of its adapter; rows of unknown adapters, as "__base__", stay what they are.
+
+    Adapters on one basis are served together: the input meets the directions once, then the coefficients are gathered
+    for each row.
+
+    Args:
+        output: the base layer's, one row for each of the input.
+        x: the layer's input, rows first.
+        layer: whose adapters are meant.
+        adapter_names: the adapter of each row.
+    """
+    for factors, form, members in _groups(layer, adapter_names):
+        k = max(layer.parametrisation(name).k for name in members)
+        C = _stacked(layer, members, k)
+        position = {name: index for index, name in enumerate(members, start=1)}
+        rows = torch.tensor([position.get(name, 0) for name in adapter_names], device=x.device)
+        U, V = factors.first(k)
+        update = layer.expand(layer.project(x, U, V), C[rows].to(V.dtype), U, V, form, output.shape)
+        output = output + update.to(output.dtype)
+    return output
+
+
+def _groups(layer: "SpectralLayer", adapter_names: list[str]) -> list[tuple[Factors, str, list[str]]]:
+    groups: dict[tuple[int, str], tuple[Factors, str, list[str]]] = {}
+    for name in dict.fromkeys(adapter_names):
+        if name in layer.spectral_coefficients:
+            factors, form = layer.factors(name), layer.parametrisation(name).form
+            groups.setdefault((id(factors), form), (factors, form, []))[2].append(name)
+    return list(groups.values())
+
+
+def _stacked(layer: "SpectralLayer", members: list[str], k: int) -> Tensor:
+    """Coefficients of the members behind a zero entry for rows of others, all padded to k directions."""
+    coefficients = [layer.terms(name)[0] for name in members]
+    padded = [pad(C, [0, k - C.shape[-1]] * C.ndim) for C in coefficients]
+    return torch.stack([torch.zeros_like(padded[0]), *padded])
+
 
 START_SCALE = 0.3
 """Standard deviation of the coefficients that `init_weights=False` starts from."""
@@ -287,3 +403,103 @@ def dense_update(C: Tensor, U: Tensor, V: Tensor, form: str) -> Tensor:
     """`U C Vᵀ`, (m, n), in float32 or wider."""
     dtype = torch.promote_types(U.dtype, torch.float32)
     return FORMS[form].left_factor(U.to(dtype), C.to(dtype)) @ V.to(dtype).T
+
+
+class Linear(SpectralLayer):
+    """`torch.nn.Linear`, transformers' `Conv1D` or a quantized linear layer with spectral coefficients.
+
+    Args:
+        base_layer: the layer, or another tuner's layer around it.
+        adapter_name: name of the first adapter.
+        fan_in_fan_out: whether the weight is stored as (in, out); None asks the layer.
+        options: see `SpectralLayer`.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, fan_in_fan_out: bool | None = None, **options: Any
+    ) -> None:
+        super().__init__(base_layer, adapter_name, **options)
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+        if fan_in_fan_out not in (None, self.fan_in_fan_out):
+            kind = type(self.get_base_layer()).__name__
+            warn(f"fan_in_fan_out={fan_in_fan_out} does not hold for {kind}; using {self.fan_in_fan_out}", stacklevel=2)
+
+    def adapted_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus `x ΔWᵀ` of the adapters `active`."""
+        x = _autocast(x) if active else x
+        if len(active) == 1 and not args and not kwargs and self._is_plain(x):
+            base = cast(nn.Linear, self.base_layer)
+            C, form = self.coefficients(active[0])
+            factors = self.factors(active[0])
+            inverse = factors.inverse_values(base.weight, len(C), x.dtype)
+            return LinearUpdate.apply(x, base.weight, base.bias, C, factors.stacked(len(C)), inverse, form)[0]
+        output = self.base_layer(x, *args, **kwargs)
+        for name in active:
+            C, form = self.coefficients(name)
+            output, _ = FactoredUpdate.apply(output, x, C, self.factors(name).stacked(len(C)), form)
+        return output
+
+    def project(self, x: Tensor, U: Tensor, V: Tensor) -> Tensor:
+        """`x V`."""
+        return x.reshape(len(x), -1, x.shape[-1]).to(V.dtype) @ V
+
+    def expand(self, Z: Tensor, C: Tensor, U: Tensor, V: Tensor, form: str, shape: torch.Size) -> Tensor:
+        """`Z Cᵀ Uᵀ`."""
+        return (FORMS[form].multiply(Z, C) @ U.T).reshape(shape)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True: ΔW has rank k. PEFT converts through a decomposition of the dense ΔW."""
+        return True
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether the base layer is `x Wᵀ + bias` with a frozen W in 32 bits or more, and nothing else.
+
+        One with hooks, or one that is no plain `nn.Linear`, must be called itself; a weight stored in 16 bits would
+        round a small ΔW away where it is formed.
+        """
+        base = self.base_layer
+        if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter or base.weight.requires_grad:
+            return False
+        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base)
+        return not hooked and base.weight.dtype in (torch.float32, torch.float64) and x.is_floating_point()
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """`x` in the dtype that autocast computes in: cast once, for the base layer and its update."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+class Convolution(SpectralLayer):
+    """`torch.nn.Conv1d`, `Conv2d` or `Conv3d` of one group, with spectral coefficients on W (out, in·kernel)."""
+
+    def project(self, x: Tensor, U: Tensor, V: Tensor) -> Tensor:
+        """The k filters' outputs at each position."""
+        base: Any = self.get_base_layer()
+        filters = V.T.reshape(-1, *base.weight.shape[1:])
+        batched = x if x.ndim == base.weight.ndim else x.unsqueeze(0)
+        # Contiguous, since matmul's rounding depends on strides together with what requires a gradient.
+        return base._conv_forward(batched, filters.to(x.dtype), None).flatten(2).mT.contiguous()
+
+    def expand(self, Z: Tensor, C: Tensor, U: Tensor, V: Tensor, form: str, shape: torch.Size) -> Tensor:
+        """`Z Cᵀ Uᵀ` with the channels where convolutions have them."""
+        return (FORMS[form].multiply(Z, C.to(Z.dtype)) @ U.to(Z.dtype).T).mT.reshape(shape)
+
+
+class Embedding(SpectralLayer):
+    """`torch.nn.Embedding` with spectral coefficients on W (entries, features), as it is stored.
+
+    A layer that scales what it looks up, as Gemma's does, scales the update too.
+    """
+
+    def project(self, x: Tensor, U: Tensor, V: Tensor) -> Tensor:
+        """The rows of U that are asked for."""
+        return U[x.reshape(len(x) if x.ndim else 1, -1)]
+
+    def expand(self, Z: Tensor, C: Tensor, U: Tensor, V: Tensor, form: str, shape: torch.Size) -> Tensor:
+        """`Z C Vᵀ`, scaled as the base layer scales."""
+        update = (FORMS[form].multiply_transposed(Z, C.to(Z.dtype)) @ V.T).reshape(shape)
+        scale = self._get_embed_scale()
+        return update if scale is None else update * scale.to(update.dtype)

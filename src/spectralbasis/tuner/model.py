@@ -1,8 +1,12 @@
-"""The PEFT tuner: puts spectral coefficients into a model and manages its adapters."""
+"""The PEFT tuner: puts spectral coefficients into a model and manages its adapters.
+
+What the weighted sum of adapters is: a config of its own, and whether there is one.
+"""
 
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,18 +18,63 @@ from torch import Tensor, nn
 from spectralbasis.checkpoints import matrix_name
 from spectralbasis.checkpoints.names import conversions_of, same_names
 from spectralbasis.errors import InputError
-from spectralbasis.tuner.allocation import Allocation, count_parameters
-from spectralbasis.tuner.combining import combined_config
-from spectralbasis.tuner.config import SpectralConfig
-from spectralbasis.tuner.convolution import Convolution
-from spectralbasis.tuner.embedding import Embedding
-from spectralbasis.tuner.layer import SpectralLayer
-from spectralbasis.tuner.linear import Linear
-from spectralbasis.tuner.matrices import Convolutions
+from spectralbasis.tuner.config import RECORD, SpectralConfig
+from spectralbasis.tuner.layer import Convolution, Convolutions, Embedding, Linear, SpectralLayer, backend_of
 from spectralbasis.tuner.parameters import ParamWrapper, Row
-from spectralbasis.tuner.preparation import prepare
-from spectralbasis.tuner.quantization import backend_of
+from spectralbasis.tuner.parametrisation import pack_positions, unpack_positions
+from spectralbasis.tuner.preparation import Allocation, count_parameters, prepare
 from spectralbasis.tuner.targets import DEFAULT_TARGETS, all_targets, is_targeted, set_default_targets
+
+ALIKE = ("coefficients", "bandwidth", "scaling", "basis", "basis_seed")
+"""Settings that adapters must share for their coefficients to be added."""
+
+
+def combined_config(configs: Sequence[SpectralConfig], names: Sequence[str]) -> SpectralConfig:
+    """The config of a weighted sum of adapters of one base: the first one's; of sparse ones, the union of entries.
+
+    Args:
+        configs: complete ones, as a model holds them.
+        names: of the adapters, for errors.
+
+    Raises:
+        InputError: they are not of one kind.
+    """
+    first = configs[0]
+    differing = [field for field in ALIKE if any(getattr(one, field) != getattr(first, field) for one in configs)]
+    if differing or not _have_equal_ranks(configs):
+        field = (*differing, "ranks")[0]
+        raise InputError(f"adapters {', '.join(names)} differ in {field}, so their coefficients cannot be added")
+    changes: dict[str, Any] = {"inference_mode": True}
+    if first.coefficients == "sparse":
+        changes |= _united_record(configs)
+    return replace(first, **changes)
+
+
+def _united_record(configs: Sequence[SpectralConfig]) -> dict[str, Any]:
+    """Settings of the sparse adapter that trains every entry that one of these does."""
+    record: dict[str, Any] = {
+        field: {name: value for config in configs for name, value in getattr(config, field).items()}
+        for field in RECORD
+        if getattr(configs[0], field) is not None
+    }
+    record["entries"] = {name: _united(configs, name, k) for name, k in record["ranks"].items()}
+    record["target_modules"] = set().union(*(config.target_modules or () for config in configs))
+    return record
+
+
+def _have_equal_ranks(configs: Sequence[SpectralConfig]) -> bool:
+    """Whether each matrix has one k; only sparse adapters may adapt different matrices."""
+    ranks = [config.ranks or {} for config in configs]
+    if configs[0].coefficients != "sparse":
+        return all(one == ranks[0] for one in ranks)
+    found = {pair for one in ranks for pair in one.items()}
+    return len(found) == len({name for name, _ in found})
+
+
+def _united(configs: Sequence[SpectralConfig], name: str, k: int) -> str:
+    packed = [(config.entries or {}).get(name) for config in configs]
+    return pack_positions(torch.cat([unpack_positions(one, k) for one in packed if one is not None]).unique())
+
 
 _MARK = ".spectral_coefficients"
 _WRAPPED = ("", "base_model.")

@@ -1,16 +1,109 @@
 """From the numbers that an adapter trains and stores to the coefficients C of one matrix: a linear map without memory.
 
 Everything that needs C asks a `Parametrisation` for it; `SpectralConfig.parametrisation` makes the one of a matrix.
+
+The forms in which C of `ΔW = U C Vᵀ` multiplies. A form is a few pure functions on tensors.
+
+A band and sparse coefficients multiply as a core; `Parametrisation` says which of its entries are trained.
+
+Entries of sparse coefficients as a config holds them: one string for each matrix.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from spectralbasis.tuner.forms import FORMS
+from spectralbasis.errors import InputError
+
+
+class CoefficientForm(Protocol):
+    """How one form holds C for k directions and how it multiplies. `Z` and `G` are (..., tokens, k)."""
+
+    def shape(self, k: int) -> tuple[int, ...]:
+        """Shape of C."""
+
+    def multiply(self, Z: Tensor, C: Tensor) -> Tensor:
+        """`Z Cᵀ`; leading dimensions of C are batch dimensions."""
+
+    def multiply_transposed(self, G: Tensor, C: Tensor) -> Tensor:
+        """`G C`, the adjoint of `multiply`."""
+
+    def gradient(self, G: Tensor, Z: Tensor, dtype: torch.dtype) -> Tensor:
+        """Gradient with respect to C, where G is the one with respect to `Z Cᵀ`."""
+
+    def left_factor(self, U: Tensor, C: Tensor) -> Tensor:
+        """`U C`, so that `ΔW = left_factor(U, C) @ Vᵀ`."""
+
+
+class Diagonal:
+    """k numbers: each direction is scaled on its own, and no k×k matrix is ever formed."""
+
+    def shape(self, k: int) -> tuple[int, ...]:
+        return (k,)
+
+    def multiply(self, Z: Tensor, C: Tensor) -> Tensor:
+        return Z * C.unsqueeze(-2)
+
+    def multiply_transposed(self, G: Tensor, C: Tensor) -> Tensor:
+        return G * C.unsqueeze(-2)
+
+    def gradient(self, G: Tensor, Z: Tensor, dtype: torch.dtype) -> Tensor:
+        return (G * Z).sum(-2, dtype=dtype)
+
+    def left_factor(self, U: Tensor, C: Tensor) -> Tensor:
+        return U * C
+
+
+class Core:
+    """k×k numbers: every left direction is coupled with every right one."""
+
+    def shape(self, k: int) -> tuple[int, ...]:
+        return (k, k)
+
+    def multiply(self, Z: Tensor, C: Tensor) -> Tensor:
+        return Z @ C.mT
+
+    def multiply_transposed(self, G: Tensor, C: Tensor) -> Tensor:
+        return G @ C
+
+    def gradient(self, G: Tensor, Z: Tensor, dtype: torch.dtype) -> Tensor:
+        return (G.mT @ Z).to(dtype)
+
+    def left_factor(self, U: Tensor, C: Tensor) -> Tensor:
+        return U @ C
+
+
+FORMS: Mapping[str, CoefficientForm] = MappingProxyType({"diagonal": Diagonal(), "core": Core()})
+"""Form by name."""
+
+
+def pack_positions(positions: Tensor) -> str:
+    """Row-major positions `i·k + j`, ascending, as gaps in decimal: the first position, then each less the one before.
+
+    Gaps are short, so that an entry takes 2 to 4 bytes, and JSON keeps the string on one line.
+    """
+    return " ".join(map(str, torch.diff(positions, prepend=positions.new_zeros(1)).tolist()))
+
+
+def unpack_positions(text: str, k: int) -> Tensor:
+    """Row-major positions in a k×k matrix, ascending, (numbers,) int64.
+
+    Raises:
+        InputError: the text is damaged, or names a position outside of the matrix.
+    """
+    gaps = text.split() if isinstance(text, str) else []
+    if gaps and all(gap.isascii() and gap.isdigit() and len(gap) <= 12 for gap in gaps):
+        positions = torch.tensor([int(gap) for gap in gaps]).cumsum(0)
+        if bool((positions.diff() > 0).all()) and int(positions[-1]) < k * k:
+            return positions
+    raise InputError(
+        f"the entries {str(text)[:40]!r} are no gaps between positions in a {k}×{k} matrix; restore adapter_config.json"
+    )
+
 
 COEFFICIENTS = ("diagonal", "core", "band", "sparse")
 SCALINGS = ("absolute", "relative", "normalized")

@@ -10,18 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from spectralbasis.checkpoints import Adapter, AdapterMethod, Checkpoint, matrix_name, register_adapter_method
-from spectralbasis.checkpoints.adapter import Edit, adapted_name
-from spectralbasis.checkpoints.matrix import Cut
+from spectralbasis.checkpoints.matrices import Cut
 from spectralbasis.checkpoints.names import conversions_of, part_number
+from spectralbasis.checkpoints.peft_adapter import Edit, adapted_name
 from spectralbasis.errors import InputError
 from spectralbasis.triplets import matrix_hash
-from spectralbasis.tuner.config import SpectralConfig
+from spectralbasis.tuner.config import METHOD, RECORD, SpectralConfig
 from spectralbasis.tuner.factors import names_in_basis
-from spectralbasis.tuner.forms import FORMS
-from spectralbasis.tuner.originals import DENSE_DTYPES, Target
+from spectralbasis.tuner.parameters import DENSE_DTYPES, Target
+from spectralbasis.tuner.parametrisation import FORMS
 from spectralbasis.tuner.preparation import Preparation, prepare
-from spectralbasis.tuner.record import RECORD
-from spectralbasis.tuner.registration import METHOD
 
 _COEFFICIENTS = ".spectral_coefficients"
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from spectralbasis import compare as compare_checkpoints
-from spectralbasis.study.actions.comparing import compare
+from spectralbasis.study.actions import compare
 from spectralbasis.study.runs import Run, Site
 from tests.models import tiny
 

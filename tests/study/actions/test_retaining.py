@@ -3,10 +3,9 @@
 import pytest
 from safetensors.torch import load_file, save_file
 
-from spectralbasis.study.actions.retaining import retention
-from spectralbasis.study.actions.tuning import tune
-from spectralbasis.study.models.architectures import find_architecture, random_model
+from spectralbasis.study.actions import retention, tune
 from spectralbasis.study.runs import Run, Site
+from spectralbasis.training.models import find_architecture, random_model
 
 SETTINGS = {"task": "digits-parity", "second_task": "digits"}
 

@@ -5,7 +5,7 @@ import torch
 from peft import get_peft_model
 
 from spectralbasis import SpectralConfig, similarity
-from spectralbasis.study.actions.similarity import similarity as act
+from spectralbasis.study.actions import similarity as act
 from spectralbasis.study.runs import Run, Site
 from tests.models import tiny
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pandas as pd
 
-from spectralbasis.study.measures.trajectories import COLUMNS
 from spectralbasis.study.runs import Record, Results, Run
+from spectralbasis.study.trajectories import COLUMNS
 
 
 def results(

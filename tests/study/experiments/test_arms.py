@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from spectralbasis.study.experiments.arms import Arm, Contest
-from spectralbasis.study.experiments.subjects import Subject
+from spectralbasis.study.claims import Arm, Contest
 from spectralbasis.study.runs import Record, Results, Run
+from spectralbasis.study.subjects import Subject
 from tests.study.experiments.planted import conducted
 
 SUBJECT = Subject("toy", "toy-model", ("one", "two", "three"), {"steps": 5})

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from spectralbasis.study.experiments.claims import as_family, conclude, conclude_equal
-from spectralbasis.study.measures.statistics import Interval
+from spectralbasis.study.claims import as_family, conclude, conclude_equal
+from spectralbasis.study.estimates import Interval
 
 
 @pytest.mark.parametrize(

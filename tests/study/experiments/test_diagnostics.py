@@ -5,9 +5,8 @@ import pandas as pd
 import pytest
 
 from spectralbasis.study.experiments import diagnostics
-from spectralbasis.study.measures.trajectories import COLUMNS
-from spectralbasis.study.runs import Results
-from spectralbasis.study.runs.run import with_needs
+from spectralbasis.study.runs import Results, with_needs
+from spectralbasis.study.trajectories import COLUMNS
 from tests.study.experiments.planted import results, verdicts
 
 SETTINGS = diagnostics.PRESETS["cpu"]

@@ -5,8 +5,8 @@ import math
 import pandas as pd
 import pytest
 
-from spectralbasis.study.experiments.lineages import BERT, ROBERTA, TINY, VIT, at_equal_norm, at_last_step
 from spectralbasis.study.runs import Run
+from spectralbasis.study.subjects import BERT, ROBERTA_LINEAGE, TINY, VIT, at_equal_norm, at_last_step
 
 MEASURED = {"leading": 4, "draws": 1, "shares": (0.001, 0.5, 1.0)}
 
@@ -30,8 +30,8 @@ def test_every_update_of_the_largest_size_can_see_new_examples():
 
 
 def test_released_models_are_taken_as_they_are():
-    assert ROBERTA.pretrained(10**8, 1) == "nyu-mll/roberta-base-100M-2"
-    run = ROBERTA.finetune(ROBERTA.pretrained(10**7, 0), "RTE", 0, MEASURED)
+    assert ROBERTA_LINEAGE.pretrained(10**8, 1) == "nyu-mll/roberta-base-100M-2"
+    run = ROBERTA_LINEAGE.finetune(ROBERTA_LINEAGE.pretrained(10**7, 0), "RTE", 0, MEASURED)
     assert (run.settings["model"], dict(run.needs)) == ("nyu-mll/roberta-base-10M-1", {})
 
 

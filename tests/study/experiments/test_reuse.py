@@ -4,8 +4,7 @@ import pandas as pd
 import pytest
 
 from spectralbasis.study.experiments import reuse
-from spectralbasis.study.runs import Results
-from spectralbasis.study.runs.run import with_needs
+from spectralbasis.study.runs import Results, with_needs
 from tests.study.experiments.planted import results, verdicts
 
 SETTINGS = reuse.PRESETS["cpu"]

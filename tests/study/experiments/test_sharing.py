@@ -5,11 +5,11 @@ import math
 import pandas as pd
 import pytest
 
-from spectralbasis.study.experiments import sharing
+from spectralbasis.study.experiments import task_sharing
 from spectralbasis.study.runs import Results
 from tests.study.experiments.planted import results, verdicts
 
-SETTINGS = sharing.PRESETS["cpu"]
+SETTINGS = task_sharing.PRESETS["cpu"]
 
 
 def planted(same, related, apart, null=0.02, base=0.01, base_null=0.01):
@@ -24,7 +24,7 @@ def planted(same, related, apart, null=0.02, base=0.01, base_null=0.01):
         ]
         table = pd.DataFrame(rows)
         distance = [
-            same if a == b else apart if sharing.unrelated(a, b) else related
+            same if a == b else apart if task_sharing.unrelated(a, b) else related
             for a, b in zip(table["task_a"], table["task_b"], strict=True)
         ]
         jitter = 1 + 0.01 * (table["a"] % 3)
@@ -35,11 +35,11 @@ def planted(same, related, apart, null=0.02, base=0.01, base_null=0.01):
         )  # fmt: skip
 
     result = {"sharing": {"permutation": {"p_value": 1e-3}}}
-    return results(sharing.plan(SETTINGS, Results({})), lambda run: result, pairs)
+    return results(task_sharing.plan(SETTINGS, Results({})), lambda run: result, pairs)
 
 
 def test_tasks_that_share():
-    found = sharing.analyse(SETTINGS, planted(same=0.001, related=0.004, apart=0.005))
+    found = task_sharing.analyse(SETTINGS, planted(same=0.001, related=0.004, apart=0.005))
     claims = {claim.name: claim for claim in found.claims}
     assert claims["MiniLM: unrelated tasks share"].verdict == "supported"
     assert claims["MiniLM: unrelated tasks share"].effect == pytest.approx(2, abs=0.05)
@@ -53,38 +53,40 @@ def test_sharing_that_stability_explains_is_no_common_turn():
     """Each stays at half the null's distance from the base, and so do the pairs, give or take."""
     claims = {
         claim.name: claim
-        for claim in sharing.analyse(SETTINGS, planted(0.01, 0.01, 0.01, null=0.02, base=0.005, base_null=0.01)).claims
+        for claim in task_sharing.analyse(
+            SETTINGS, planted(0.01, 0.01, 0.01, null=0.02, base=0.005, base_null=0.01)
+        ).claims
     }
     assert claims["MiniLM: unrelated tasks share"].effect == pytest.approx(1, abs=0.05)
     assert claims["MiniLM: unrelated tasks turn alike"].effect == pytest.approx(0, abs=0.05)
 
 
 def test_tasks_that_part():
-    found = verdicts(sharing.analyse(SETTINGS, planted(same=0.05, related=0.05, apart=0.05)))
+    found = verdicts(task_sharing.analyse(SETTINGS, planted(same=0.05, related=0.05, apart=0.05)))
     assert found["MiniLM: unrelated tasks share"] == found["MiniLM: unrelated tasks turn alike"] == "contradicted"
 
 
 def test_nothing_finished():
-    findings = sharing.analyse(SETTINGS, Results({}))
+    findings = task_sharing.analyse(SETTINGS, Results({}))
     assert set(verdicts(findings).values()) == {"undecided"}
     assert all(math.isnan(claim.effect) for claim in findings.claims)
     assert len(findings.tables["Unrelated tasks"]) == 10 + 3 + 3
 
 
 def test_what_is_unrelated():
-    assert sharing.unrelated("CoLA", "SST-2")
-    assert not sharing.unrelated("RTE", "MRPC")
-    assert not sharing.unrelated("MNIST", "USPS")
+    assert task_sharing.unrelated("CoLA", "SST-2")
+    assert not task_sharing.unrelated("RTE", "MRPC")
+    assert not task_sharing.unrelated("MNIST", "USPS")
     assert all(
-        sharing.unrelated(a, b) == sharing.unrelated(b, a) and not sharing.unrelated(a, a)
-        for a in sharing.TASKS
-        for b in sharing.TASKS
+        task_sharing.unrelated(a, b) == task_sharing.unrelated(b, a) and not task_sharing.unrelated(a, a)
+        for a in task_sharing.TASKS
+        for b in task_sharing.TASKS
     )
 
 
 def test_models_are_those_of_stability():
-    finetuned = set(sharing.stability.plan(SETTINGS.finetuning, Results({})))
-    for run in sharing.plan(SETTINGS, Results({})):
+    finetuned = set(task_sharing.stability.plan(SETTINGS.finetuning, Results({})))
+    for run in task_sharing.plan(SETTINGS, Results({})):
         tuned = [need for role, need in run.needs.items() if role.startswith("tuned_")]
         assert len(tuned) == len(run.settings["tasks"])
         assert set(tuned) <= finetuned

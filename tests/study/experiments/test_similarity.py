@@ -4,12 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from spectralbasis.study.experiments import similarity
-from spectralbasis.study.runs import Results
-from spectralbasis.study.runs.run import with_needs
+from spectralbasis.study.experiments import task_similarity
+from spectralbasis.study.runs import Results, with_needs
 from tests.study.experiments.planted import results, verdicts
 
-SETTINGS = similarity.PRESETS["cpu"]
+SETTINGS = task_similarity.PRESETS["cpu"]
 (SUBJECT,) = SETTINGS.sharing.finetuning.subjects
 TASKS = SUBJECT.tasks
 PLACES = np.array([0.0, 1.0, 3.0, 7.0, 15.0])
@@ -37,13 +36,13 @@ def planted(sign):
         gain = sign * 0.01 * LIKENESS[i, j] + 0.5 * j
         return {"score": 0.5 + gain, "selection_score": 0.5 + gain + 0.001 * run.seed}
 
-    runs = with_needs(similarity.plan(SETTINGS, Results({})))
+    runs = with_needs(task_similarity.plan(SETTINGS, Results({})))
     return results(runs, result, measurements)
 
 
 @pytest.mark.parametrize(("sign", "expected"), [(1, "supported"), (-1, "contradicted")])
 def test_transfer_that_follows_likeness(sign, expected):
-    findings = similarity.analyse(SETTINGS, planted(sign))
+    findings = task_similarity.analyse(SETTINGS, planted(sign))
     found = verdicts(findings)
     assert found["MiniLM: cosine of coefficients predicts transfer"] == expected
     assert found["MiniLM: overlap of leading directions predicts transfer"] == expected
@@ -55,7 +54,7 @@ def test_transfer_that_follows_likeness(sign, expected):
 
 
 def test_gains_by_hand():
-    table = similarity.analyse(SETTINGS, planted(1)).tables["Pairs of tasks"]
+    table = task_similarity.analyse(SETTINGS, planted(1)).tables["Pairs of tasks"]
     row = table[(table["start"] == TASKS[0]) & (table["task"] == TASKS[2])].iloc[0]
     assert row["gain"] == pytest.approx(0.5 * 2 + 0.01 * LIKENESS[0, 2] + 0.0005 * 1)
     own = table[table["task"] == TASKS[2]]["gain"]
@@ -64,9 +63,9 @@ def test_gains_by_hand():
 
 
 def test_nothing_finished():
-    assert set(verdicts(similarity.analyse(SETTINGS, Results({}))).values()) == {"undecided"}
+    assert set(verdicts(task_similarity.analyse(SETTINGS, Results({}))).values()) == {"undecided"}
 
 
 def test_the_same_finetuned_models_are_taken():
-    compared = set(similarity.sharing.plan(similarity.sharing.PRESETS["cpu"], Results({})))
-    assert next(run for run in similarity.plan(SETTINGS, Results({})) if run.action == "compare") in compared
+    compared = set(task_similarity.sharing.plan(task_similarity.sharing.PRESETS["cpu"], Results({})))
+    assert next(run for run in task_similarity.plan(SETTINGS, Results({})) if run.action == "compare") in compared

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import ViTConfig, ViTModel
 
-from spectralbasis.study.measures.activations import layer_activations, linear_cka, linear_probe, svcca
+from spectralbasis.study.probes import layer_activations, linear_cka, linear_probe, svcca
 from tests.models import tiny
 
 N = 200

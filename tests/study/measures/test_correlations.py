@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from spectralbasis.study.measures.correlations import mantel_correlation, rank_correlation_with_p
+from spectralbasis.study.estimates import mantel_correlation, rank_correlation_with_p
 
 
 def test_small_samples_are_enumerated():

@@ -8,13 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from spectralbasis.study.measures.statistics import (
-    holm,
-    jackknife_interval,
-    mean_interval,
-    paired_comparison,
-    verdict_of,
-)
+from spectralbasis.comparison.statistics import verdict_of
+from spectralbasis.study.estimates import holm, jackknife_interval, mean_interval, paired_comparison
 
 
 def test_few_units_are_student_s():

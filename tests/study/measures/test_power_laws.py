@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from spectralbasis.errors import InputError
-from spectralbasis.study.measures import power_laws
+from spectralbasis.study import estimates
 from tests.models import tiny
 
 
@@ -27,18 +27,18 @@ class Watcher:
 
 def test_layers_are_found_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "weightwatcher", SimpleNamespace(WeightWatcher=Watcher))
-    monkeypatch.setattr(power_laws, "is_available", lambda: True)
+    monkeypatch.setattr(estimates, "is_available", lambda: True)
     model = tiny("bert", "classifier")
     wanted = {"encoder.layer.0.output.dense", "encoder.layer.1.output.dense", "encoder.layer.1.attention.self.key"}
-    found = power_laws.power_law_exponents(model, wanted)
+    found = estimates.power_law_exponents(model, wanted)
     names = Watcher(model).names
     # The first has no fit.
     assert set(found) == wanted - {"encoder.layer.0.output.dense"}
     assert found["encoder.layer.1.output.dense"] == 2.0 + names.index("bert.encoder.layer.1.output.dense")
-    assert power_laws.power_law_exponents(model, {"elsewhere"}) == {}
+    assert estimates.power_law_exponents(model, {"elsewhere"}) == {}
 
 
 def test_without_the_package_it_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(power_laws, "is_available", lambda: False)
+    monkeypatch.setattr(estimates, "is_available", lambda: False)
     with pytest.raises(InputError, match="diagnostics"):
-        power_laws.power_law_exponents(tiny("bert"), set())
+        estimates.power_law_exponents(tiny("bert"), set())

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from spectralbasis import compare
 from spectralbasis.errors import InputError
-from spectralbasis.study.measures.trajectories import Origin, TrajectoryCallback, measure_null, measure_update
+from spectralbasis.study.trajectories import Origin, TrajectoryCallback, measure_null, measure_update
 from tests.matrices import power_law, with_spectrum
 from tests.models import tiny
 

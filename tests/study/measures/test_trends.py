@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from spectralbasis.study.measures.statistics import interpolate_at, jonckheere, slope_with_interval
+from spectralbasis.study.estimates import interpolate_at, jonckheere, slope_with_interval
 
 SIZES = np.array([1e3, 4e3, 16e3, 64e3])
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from spectralbasis.errors import InputError
-from spectralbasis.study import load_model, load_task
-from spectralbasis.study.models.collators import ImageCollator
+from spectralbasis.training import load_model, load_task
+from spectralbasis.training.collators import ImageCollator
 from tests.study.examples import bright_side_task, save_image_model, save_text_model, write_sst2
 
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from spectralbasis.errors import InputError
-from spectralbasis.study import load_model, load_task
-from spectralbasis.study.models.handing_over import adapter_config
-from spectralbasis.study.training.evaluation import attach_adapter
+from spectralbasis.training import load_model, load_task
+from spectralbasis.training.evaluation import attach_adapter
+from spectralbasis.training.handing_over import adapter_config
 from tests.study.examples import bright_side_task, save_image_model, save_text_model, write_sst2
 
 
@@ -133,7 +133,7 @@ def test_a_snapshot_of_the_hub_cache_opens(image, tmp_path):
 
 
 def test_a_model_of_the_hub_is_checked_too_and_keeps_its_name(image, tmp_path, monkeypatch):
-    monkeypatch.setattr("spectralbasis.study.models.sources.download", lambda name: image)
+    monkeypatch.setattr("spectralbasis.training.models.download", lambda name: image)
     loaded = opened("owner/name")
     adapted = get_peft_model(loaded.model, LoraConfig(target_modules="all-linear"))
     assert adapted.peft_config["default"].base_model_name_or_path == "owner/name"

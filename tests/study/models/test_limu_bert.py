@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModel
 
 from spectralbasis.errors import InputError
-from spectralbasis.study import load_model, load_task, tune
-from spectralbasis.study.models.limu_bert import (
+from spectralbasis.training import load_model, load_task, tune
+from spectralbasis.training.limu_bert import (
     LimuBertConfig,
     LimuBertForSignalClassification,
     LimuBertModel,

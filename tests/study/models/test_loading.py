@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
 from spectralbasis.errors import InputError
-from spectralbasis.study import load_model, load_task, resolve_source
+from spectralbasis.training import load_model, load_task, resolve_source
 from tests.study.examples import bright_side_task, save_image_model, save_text_model, write_sst2, write_tsv
 
 

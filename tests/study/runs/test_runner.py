@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from spectralbasis import execution
 from spectralbasis.errors import InputError
-from spectralbasis.execution import processes
-from spectralbasis.study.runs import Results, Run
-from spectralbasis.study.runs.runner import ARTEFACTS, run_all
-from spectralbasis.study.runs.store import RunStore
+from spectralbasis.study.runner import ARTEFACTS, run_all
+from spectralbasis.study.runs import Results, Run, RunStore
 
 ACTION = "tests.study.runs.planted:act"
 
@@ -120,7 +119,7 @@ def test_failed_runs_are_tried_again_only_when_asked(tmp_path):
 
 
 def test_a_worker_that_dies_costs_no_other_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "START_METHOD", "fork")  # many start, and what they do needs no threads
+    monkeypatch.setattr(execution, "START_METHOD", "fork")  # many start, and what they do needs no threads
     fragile, hopeless = (planted(deaths, tmp_path / "calls", dies=deaths) for deaths in (1, 9))
     others = [planted(value) for value in range(2, 5)]
     results = do(tmp_path / "study", fragile, hopeless, *others, jobs=2)

@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 
 from spectralbasis.errors import InputError
-from spectralbasis.study.runs import Outcome, Run
-from spectralbasis.study.runs.store import DATABASE, MEASUREMENTS, ROWS, RunStore, _checksum
+from spectralbasis.study.runs import DATABASE, MEASUREMENTS, ROWS, Outcome, Run, RunStore, _checksum
 from tests.damage import flipped
 
 TABLE = pd.DataFrame({"step": [1, 2], "matrix": ["a", "b"], "value": [0.25, float("nan")]})

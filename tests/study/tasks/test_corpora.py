@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spectralbasis.errors import InputError
-from spectralbasis.study import load_task
-from spectralbasis.study.tasks.corpora import EVALUATION_PASSAGES, NOVELS, WORDS, masked_language_task, passages
+from spectralbasis.training import load_task
+from spectralbasis.training.text_tasks import EVALUATION_PASSAGES, NOVELS, WORDS, masked_language_task, passages
 
 
 def words(start, count):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from spectralbasis.errors import InputError
-from spectralbasis.study.tasks import data_files
-from spectralbasis.study.tasks.data_files import read_h5, read_npz, read_text, tar_members
+from spectralbasis.training import data_files
+from spectralbasis.training.data_files import read_h5, read_npz, read_text, tar_members
 
 
 def npy(array):

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from spectralbasis.study import load_task, task_names
-from spectralbasis.study.tasks.data_folders import FOLDERS, ON_HUB, folder_of
-from spectralbasis.study.tasks.hub_images import HUB_IMAGES
-from spectralbasis.study.tasks.task import same_name
+from spectralbasis.training import load_task, task_names
+from spectralbasis.training.data_files import FOLDERS, ON_HUB, folder_of
+from spectralbasis.training.image_tasks import HUB_IMAGES
+from spectralbasis.training.tasks import same_name
 
 
 @pytest.mark.parametrize(

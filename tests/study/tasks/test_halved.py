@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spectralbasis.errors import InputError
-from spectralbasis.study import Task, tune
+from spectralbasis.training import Task, tune
 from tests.study.examples import bright_side_task, save_image_model
 
 

@@ -6,8 +6,8 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pillow
 
 from spectralbasis.errors import InputError
-from spectralbasis.study import load_model, load_task
-from spectralbasis.study.tasks.hub_images import HUB_IMAGES, HubImages
+from spectralbasis.training import load_model, load_task
+from spectralbasis.training.image_tasks import HUB_IMAGES, HubImages
 from tests.study.examples import save_hub_images, save_image_model
 
 PETS, CIFAR_100 = (next(one for one in HUB_IMAGES if one.name == name) for name in ("Pets", "CIFAR-100"))

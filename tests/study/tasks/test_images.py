@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from spectralbasis.errors import InputError
-from spectralbasis.study import Task, load_task
+from spectralbasis.training import Task, load_task
 
 
 def pixels_of(split):

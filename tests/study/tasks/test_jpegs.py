@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from spectralbasis.errors import InputError
-from spectralbasis.study import load_task
+from spectralbasis.training import load_task
 
 
 def jpeg(colour, size=32):
@@ -50,7 +50,7 @@ def test_a_decoded_archive_is_not_decoded_again(tmp_path, private_cache, monkeyp
     small_archive(tmp_path)
     first = load_task("cifar10", tmp_path).train[:]["image"]
     assert list(private_cache.glob("images/*.safetensors"))
-    monkeypatch.setattr("spectralbasis.study.tasks.jpegs._decode", lambda file: pytest.fail("decoded again"))
+    monkeypatch.setattr("spectralbasis.training.image_tasks._decode", lambda file: pytest.fail("decoded again"))
     assert np.array_equal(load_task("cifar10", tmp_path).train[:]["image"], first)
 
 

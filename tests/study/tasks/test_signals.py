@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from spectralbasis.errors import InputError
-from spectralbasis.study import load_task
+from spectralbasis.training import load_task
 
 FILE = "motionsense_20hz_w120.npz"
 

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageClassification
 
 from spectralbasis.errors import BaseMismatchError, InputError
-from spectralbasis.study import Task, evaluate, load_model, load_task, tune
-from spectralbasis.study.training.evaluation import predict
+from spectralbasis.training import Task, evaluate, load_model, load_task, tune
+from spectralbasis.training.evaluation import predict
 from tests.study.examples import bright_side_task, save_image_model, save_text_model, write_tsv
 
 SHORT = {"steps": 2, "batch_size": 8, "progress": False}

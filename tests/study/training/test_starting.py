@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from spectralbasis.errors import InputError
-from spectralbasis.study import tune
+from spectralbasis.training import tune
 from tests.study.examples import bright_side_task, save_image_model
 
 SHORT = {"steps": 3, "batch_size": 8, "progress": False}

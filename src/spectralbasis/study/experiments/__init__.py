@@ -5,11 +5,13 @@ from importlib import import_module
 from typing import Any, Protocol, cast
 
 from spectralbasis.errors import InputError
+from spectralbasis.study.claims import Findings
 from spectralbasis.study.runs import Results, Run
-from spectralbasis.study.verdicts import Findings
 
 EXPERIMENTS = ("stability", "sharing", "scale", "scratch", "ablation", "glue", "similarity", "diagnostics", "reuse")
 """Modules of this package, in the order in which `all` runs them."""
+_MODULES = {"sharing": "task_sharing", "similarity": "task_similarity"}
+"""Experiment → its module, where another module has that name."""
 
 
 class Experiment(Protocol):
@@ -35,4 +37,4 @@ def find_experiment(name: str) -> Experiment:
     """
     if name not in EXPERIMENTS:
         raise InputError(f"unknown experiment {name!r}; the known ones are {', '.join(EXPERIMENTS)}, and all")
-    return cast(Experiment, import_module(f"{__name__}.{name}"))
+    return cast(Experiment, import_module(f"{__name__}.{_MODULES.get(name, name)}"))

@@ -9,13 +9,23 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from spectralbasis.comparison.statistics import Interval
-from spectralbasis.study.experiments.arms import COEFFICIENTS, Arm, Contest, Needs, needs_nothing
-from spectralbasis.study.experiments.claims import as_family, conclude
-from spectralbasis.study.experiments.contrasts import Contrast, conclude_equality, conclude_family
-from spectralbasis.study.experiments.subjects import MINILM_LONGER, ROBERTA, SMALL_VIT, TINY_VIT, VIT_B16, Subject
-from spectralbasis.study.measures.statistics import mean_interval, paired_comparison, rank_correlation_with_p
+from spectralbasis.study.claims import (
+    COEFFICIENTS,
+    Arm,
+    Claim,
+    Contest,
+    Contrast,
+    Findings,
+    Needs,
+    as_family,
+    conclude,
+    conclude_equality,
+    conclude_family,
+    needs_nothing,
+)
+from spectralbasis.study.estimates import mean_interval, paired_comparison, rank_correlation_with_p
 from spectralbasis.study.runs import Results, Run
-from spectralbasis.study.verdicts import Claim, Findings
+from spectralbasis.study.subjects import MINILM_LONGER, ROBERTA, SMALL_VIT, TINY_VIT, VIT_B16, Subject
 
 QUESTION = (
     "At equal numbers of coefficients, does tuning do better on the pretrained singular directions than on random, "

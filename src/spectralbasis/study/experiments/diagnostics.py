@@ -8,13 +8,11 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from spectralbasis.study.claims import Claim, Findings, as_family, conclude
+from spectralbasis.study.estimates import is_available, mean_interval, rank_correlation_with_p
 from spectralbasis.study.experiments import stability
-from spectralbasis.study.experiments.claims import as_family, conclude
-from spectralbasis.study.measures.power_laws import is_available
-from spectralbasis.study.measures.statistics import mean_interval, rank_correlation_with_p
-from spectralbasis.study.measures.trajectory_summary import summarise_steps
 from spectralbasis.study.runs import Record, Results, Run
-from spectralbasis.study.verdicts import Claim, Findings
+from spectralbasis.study.trajectories import summarise_steps
 
 QUESTION = (
     "Where finetuning turns the leading singular directions of a layer, do its activations change (CKA, SVCCA), do "

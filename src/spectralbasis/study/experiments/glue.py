@@ -7,20 +7,19 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from spectralbasis.study.experiments.arms import COEFFICIENTS, Arm, Contest
-from spectralbasis.study.experiments.contrasts import Contrast, compare_pairs, conclude_family, differences
-from spectralbasis.study.experiments.subjects import (
-    DEBERTA,
-    MINILM_LONGER,
-    ROBERTA,
-    SMALL_BERT,
-    TINY_VIT,
-    VIT_B16,
-    Subject,
+from spectralbasis.study.claims import (
+    COEFFICIENTS,
+    Arm,
+    Contest,
+    Contrast,
+    Findings,
+    compare_pairs,
+    conclude_family,
+    differences,
 )
-from spectralbasis.study.measures.statistics import holm
+from spectralbasis.study.estimates import holm
 from spectralbasis.study.runs import Results, Run
-from spectralbasis.study.verdicts import Findings
+from spectralbasis.study.subjects import DEBERTA, MINILM_LONGER, ROBERTA, SMALL_BERT, TINY_VIT, VIT_B16, Subject
 
 QUESTION = (
     "How well does tuning spectral coefficients do beside other ways to adapt, for the numbers that it trains, and is "

@@ -8,12 +8,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from spectralbasis.comparison.statistics import Interval
-from spectralbasis.study.experiments.arms import COEFFICIENTS
-from spectralbasis.study.experiments.claims import as_family, conclude
-from spectralbasis.study.experiments.subjects import ROBERTA, SMALL_VIT, TINY_VIT, VIT_B16, Subject
-from spectralbasis.study.measures.statistics import paired_comparison
+from spectralbasis.study.claims import COEFFICIENTS, Claim, Findings, as_family, conclude
+from spectralbasis.study.estimates import paired_comparison
 from spectralbasis.study.runs import Results, Run
-from spectralbasis.study.verdicts import Claim, Findings
+from spectralbasis.study.subjects import ROBERTA, SMALL_VIT, TINY_VIT, VIT_B16, Subject
 
 QUESTION = (
     "Does a first finetuning that holds the core of the leading directions, or concentrates its update there, leave a "

@@ -8,12 +8,14 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from spectralbasis.comparison.statistics import Interval
-from spectralbasis.study.experiments.claims import as_family, conclude
-from spectralbasis.study.experiments.lineages import (
+from spectralbasis.study.claims import Claim, Findings, as_family, conclude
+from spectralbasis.study.estimates import jonckheere, slope_with_interval
+from spectralbasis.study.runs import Results, Run
+from spectralbasis.study.subjects import (
     BERT,
     EXCESS,
     NORM,
-    ROBERTA,
+    ROBERTA_LINEAGE,
     STABILITY,
     TINY,
     VIT,
@@ -23,9 +25,6 @@ from spectralbasis.study.experiments.lineages import (
     at_last_step,
     measured_steps,
 )
-from spectralbasis.study.measures.statistics import jonckheere, slope_with_interval
-from spectralbasis.study.runs import Results, Run
-from spectralbasis.study.verdicts import Claim, Findings
 
 QUESTION = (
     "Do models pretrained on more data, with as many updates, keep their leading singular directions better when they "
@@ -54,7 +53,7 @@ PRESETS = {
     "quick": Settings((TINY,), (0, 1), {"leading": 4, "draws": 2, "shares": (1 / 3, 1.0)}),
     "cpu": Settings((VIT, BERT)),
     "paper": Settings(
-        (VIT, BERT, ROBERTA), measured={"leading": 64, "draws": 5, "shares": (0.02, 0.05, 0.15, 0.4, 1.0)}
+        (VIT, BERT, ROBERTA_LINEAGE), measured={"leading": 64, "draws": 5, "shares": (0.02, 0.05, 0.15, 0.4, 1.0)}
     ),
 }
 

@@ -8,14 +8,16 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from spectralbasis.comparison.statistics import Interval
+from spectralbasis.study.claims import Claim, Findings, as_family, conclude
+from spectralbasis.study.estimates import paired_comparison
 from spectralbasis.study.experiments import scale
-from spectralbasis.study.experiments.claims import as_family, conclude
-from spectralbasis.study.experiments.lineages import (
+from spectralbasis.study.runs import Results, Run
+from spectralbasis.study.subjects import (
     BERT,
     EXCESS,
-    MINILM,
+    MINILM_LINEAGE,
     NORM,
-    ROBERTA,
+    ROBERTA_LINEAGE,
     STABILITY,
     TINY,
     VIT,
@@ -26,9 +28,6 @@ from spectralbasis.study.experiments.lineages import (
     at_last_step,
     measured_steps,
 )
-from spectralbasis.study.measures.statistics import paired_comparison
-from spectralbasis.study.runs import Results, Run
-from spectralbasis.study.verdicts import Claim, Findings
 
 QUESTION = (
     "Does a pretrained model keep its leading singular directions better than the identical architecture does from "
@@ -67,8 +66,10 @@ class Settings:
 
 PRESETS = {
     "quick": Settings.beside("quick", {TINY.name: 1e-2}, TINY),
-    "cpu": Settings.beside("cpu", {VIT.name: 1e-3, BERT.name: 2e-3, MINILM.name: 1e-3}, VIT, BERT, MINILM),
-    "paper": Settings.beside("paper", {ROBERTA.name: 2e-4, VIT_BASE.name: 5e-4}, ROBERTA, VIT_BASE),
+    "cpu": Settings.beside(
+        "cpu", {VIT.name: 1e-3, BERT.name: 2e-3, MINILM_LINEAGE.name: 1e-3}, VIT, BERT, MINILM_LINEAGE
+    ),
+    "paper": Settings.beside("paper", {ROBERTA_LINEAGE.name: 2e-4, VIT_BASE.name: 5e-4}, ROBERTA_LINEAGE, VIT_BASE),
 }
 
 ARM = ["lineage", "task", "seed"]

@@ -8,20 +8,11 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from spectralbasis.comparison.statistics import Interval
-from spectralbasis.study.experiments.claims import as_family, conclude
-from spectralbasis.study.experiments.subjects import (
-    LARGE,
-    LIMU_BERT,
-    MINILM,
-    SMALL_BERT,
-    SMALL_VIT,
-    TINY_VIT,
-    Subject,
-)
-from spectralbasis.study.measures.statistics import mean_interval, slope_with_interval
-from spectralbasis.study.measures.trajectory_summary import summarise_steps
+from spectralbasis.study.claims import Claim, Findings, as_family, conclude
+from spectralbasis.study.estimates import mean_interval, slope_with_interval
 from spectralbasis.study.runs import Results, Run
-from spectralbasis.study.verdicts import Claim, Findings
+from spectralbasis.study.subjects import LARGE, LIMU_BERT, MINILM, SMALL_BERT, SMALL_VIT, TINY_VIT, Subject
+from spectralbasis.study.trajectories import summarise_steps
 
 QUESTION = (
     "Are the leading singular directions of a pretrained model's weights more stable under full finetuning than under "

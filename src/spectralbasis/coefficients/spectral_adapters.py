@@ -1,0 +1,304 @@
+"""Trained coefficients as an adapter folder holds them, without the base.
+
+Ways to make one vector of coefficients from several. All take X (tasks, numbers) and weights (tasks,).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectralbasis.checkpoints import matrix_name, open_checkpoint
+from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG, adapter_tensors
+from spectralbasis.checkpoints.opening import Source, installed_folder, open_tensors
+from spectralbasis.checkpoints.peft_adapter import AdapterCheckpoint, adapted_name
+from spectralbasis.checkpoints.weight_files import inside
+from spectralbasis.errors import InputError
+from spectralbasis.records import read_record
+from spectralbasis.tuner.config import METHOD, RECORD, SpectralConfig, renamed_record, same_weights
+from spectralbasis.tuner.parametrisation import FORMS
+from spectralbasis.tuner.preparation import PROBE_TOLERANCE
+from spectralbasis.tuner.reading import check_layers_alone, lacking
+
+COEFFICIENTS = ".spectral_coefficients"
+"""Stands, in the name of a stored tensor, between the module and what PEFT appends."""
+
+
+@dataclass(frozen=True)
+class SpectralAdapter:
+    """What one adapter trained, and the record of what it is trained on.
+
+    Attributes:
+        folder: where it was read.
+        config: its record.
+        names: of all its tensors, as PEFT names them.
+        stored: matrix name → the numbers that C is made of.
+        others: name of a parameter in the model → heads and other retrained modules, trained biases.
+    """
+
+    folder: Path
+    config: SpectralConfig
+    names: tuple[str, ...]
+    stored: dict[str, Tensor]
+    others: dict[str, Tensor]
+
+    def coefficients(self) -> dict[str, Tensor]:
+        """Matrix name → C of `ΔW = U C Vᵀ`, (k,) where it is diagonal, else (k, k), in float32 or wider."""
+        wide = {
+            name: numbers.to(torch.promote_types(numbers.dtype, torch.float32)) for name, numbers in self.stored.items()
+        }
+        return {name: self.config.parametrisation(name)(numbers) for name, numbers in wide.items()}
+
+
+def is_spectral_adapter(source: Any) -> bool:
+    """Whether this is the folder of an adapter of the method SPECTRAL."""
+    folder = Path(source) if isinstance(source, str | Path) else None
+    if folder is None or not (folder / ADAPTER_CONFIG).is_file():
+        return False
+    return read_record(inside(folder, ADAPTER_CONFIG), dict[str, Any]).get("peft_type") == METHOD
+
+
+def read_spectral_adapter(folder: Path) -> SpectralAdapter:
+    """Read an adapter's record and coefficients.
+
+    Raises:
+        InputError: a file is missing or damaged, or the two are not of one adapter.
+    """
+    try:
+        config = SpectralConfig.from_pretrained(str(folder))
+        check_layers_alone(config, folder)
+    except InputError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{folder}: {ADAPTER_CONFIG} cannot be used ({error}); restore it") from error
+    stored = adapter_tensors(folder, open_tensors)
+    tensors = {name: stored.read(name) for name in stored.names()}
+    shapes = {name: config.stored_shape(name) for name in config.ranks or {}}
+    numbers, others = split_tensors(tensors, shapes, str(folder))
+    lost = [name for name in shapes if name not in numbers]
+    if lost:
+        raise InputError(lacking(folder, lost, len(shapes)))
+    return SpectralAdapter(folder, config, stored.names(), numbers, others)
+
+
+def with_names_of(first: SpectralConfig, other: SpectralAdapter) -> SpectralAdapter:
+    """An adapter with the names that another one has for the same matrices, which their hashes tell.
+
+    Releases of transformers name modules differently; without this, one matrix would count as two.
+    """
+    names = same_weights(other.config.base_hashes or {}, first.base_hashes or {})
+    if not names:
+        return other
+    record = renamed_record({field: getattr(other.config, field) for field in RECORD}, names)
+    stored = {names.get(name, name): numbers for name, numbers in other.stored.items()}
+    return replace(other, config=replace(other.config, **record), stored=stored)
+
+
+def split_tensors(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], source: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Coefficients by matrix name, and all other tensors by the name of their parameter in the model.
+
+    Args:
+        tensors: an adapter's, as PEFT names them.
+        shapes: matrix name → shape of its stored coefficients.
+        source: how a person names the adapter.
+
+    Raises:
+        InputError: there are coefficients of an unknown matrix, or of another shape.
+    """
+    stored, others = {}, {}
+    for tensor_name, tensor in tensors.items():
+        module, is_coefficients, _ = adapted_name(tensor_name).partition(COEFFICIENTS)
+        if not is_coefficients:
+            others[module] = tensor
+            continue
+        name = module if module in shapes else matrix_name(module)
+        if shapes.get(name) != tuple(tensor.shape):
+            raise InputError(f"{source}: {ADAPTER_CONFIG} does not describe the coefficients of {name}; restore it")
+        stored[name] = tensor
+    return stored, others
+
+
+def open_spectral_adapter(
+    folder: str | Path, base: Source | None = None, *, partial: bool = False
+) -> AdapterCheckpoint:
+    """Open an adapter of the method SPECTRAL over its base.
+
+    Args:
+        folder: holds `adapter_config.json`.
+        base: the model that it was trained on; None opens the one that the adapter names.
+        partial: open it without what the base lacks.
+
+    Raises:
+        InputError: this is no such folder, or the adapter does not fit the base.
+        BaseMismatchError: the base is not the one that the adapter was trained on.
+    """
+    if not is_spectral_adapter(folder):
+        raise InputError(
+            f"{folder} is no folder of a spectral adapter: it has no {ADAPTER_CONFIG} of peft_type {METHOD}"
+        )
+    opened = open_checkpoint(folder, base=base, partial=partial)
+    if not isinstance(opened, AdapterCheckpoint) or not opened.edits:
+        raise InputError(f"the adapter {folder} holds no coefficients; save it again")
+    return opened
+
+
+def named_base(opened: AdapterCheckpoint, given: Source | None) -> str | None:
+    """How a config should name the base of an adapter that was opened with the base `given`."""
+    if given is None or isinstance(given, str | Path):
+        return str(installed_folder(opened.base.source) or opened.base.source)
+    named = opened.adapter.config.get("base_model_name_or_path")
+    return named if isinstance(named, str) else None
+
+
+def other_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Parameter name → shape of what an adapter's file holds besides coefficients; no data is read."""
+    stored = adapter_tensors(folder, open_tensors)
+    return {adapted_name(name): stored.shape(name) for name in stored.names() if COEFFICIENTS not in name}
+
+
+def check_one_basis(adapters: Sequence[SpectralAdapter]) -> None:
+    """Raise InputError unless equal coefficients mean equal updates in all of these adapters."""
+    first, *others = adapters
+    for other in others:
+        found = difference(first.config, other.config)
+        if found:
+            raise InputError(
+                f"the coefficients of {first.folder} and {other.folder} are not of one kind: {found}; "
+                "compare adapters of one base and basis, or their updates alone (of='updates', --of updates)"
+            )
+
+
+def difference(a: SpectralConfig, b: SpectralConfig) -> str:
+    """Why equal C do not mean equal updates in two adapters; empty where they do."""
+    if form_of(a) != form_of(b):
+        return f"one trains {a.coefficients} coefficients, the other {b.coefficients}"
+    if _basis(a) != _basis(b):
+        return f"one has the basis {_basis(a)}, the other {_basis(b)}"
+    ours, theirs = a.base_hashes or {}, b.base_hashes or {}
+    both = [name for name in ours if name in theirs]
+    if not both:
+        return "they adapt no matrix in common"
+    for name in both:
+        if ours[name] != theirs[name]:
+            return f"{name} of their bases differs (hashes {ours[name]} and {theirs[name]})"
+        if _turned(a, b, name):
+            return f"they were trained on different directions of {name} (their probes differ)"
+    return ""
+
+
+def difference_of_numbers(a: SpectralConfig, b: SpectralConfig) -> str:
+    """Why equal stored numbers do not mean equal C where both adapt a matrix; empty where they do."""
+    for field in ("coefficients", "scaling", "bandwidth"):
+        ours, theirs = getattr(a, field), getattr(b, field)
+        if ours != theirs and (field != "bandwidth" or a.coefficients == "band"):
+            return f"one has {field}={ours!r}, the other {theirs!r}"
+    for field in ("ranks", "entries"):
+        ours, theirs = getattr(a, field) or {}, getattr(b, field) or {}
+        for name in ours.keys() & theirs.keys():
+            if ours[name] != theirs[name]:
+                return f"they train other {field} in {name}"
+    return ""
+
+
+def form_of(config: SpectralConfig) -> str:
+    """The form of C, which is that of a core where C is not diagonal."""
+    return config.coefficients if config.coefficients in FORMS else "core"
+
+
+def _basis(config: SpectralConfig) -> str:
+    """A name that two adapters share where they may have one basis; files are told apart by their probes."""
+    if config.basis == "random":
+        return f"random (seed {config.basis_seed})"
+    return config.basis if config.basis in ("pretrained", "minor") else "of a file"
+
+
+def _turned(a: SpectralConfig, b: SpectralConfig, name: str) -> bool:
+    """Whether the probes show different directions; those of different ranks say nothing of each other."""
+    if (a.ranks or {})[name] != (b.ranks or {})[name]:
+        return False
+    ours, theirs = (a.probes or {})[name], (b.probes or {})[name]
+    return any(abs(x - y) > PROBE_TOLERANCE for x, y in zip(ours, theirs, strict=True))
+
+
+Method = Callable[[Tensor, Tensor], Tensor]
+
+
+def weighted_sum(X: Tensor, weights: Tensor) -> Tensor:
+    """`Σ wᵢ xᵢ`."""
+    return weights @ X
+
+
+def weighted_mean(X: Tensor, weights: Tensor) -> Tensor:
+    """`Σ wᵢ xᵢ / Σ wᵢ`.
+
+    Raises:
+        InputError: the weights add up to 0.
+    """
+    total = weights.sum()
+    if not bool(total.abs() > 0):
+        raise InputError(f"the weights {weights.tolist()} add up to 0, so they have no mean; use method='sum'")
+    return weights @ X / total
+
+
+def weighted_difference(X: Tensor, weights: Tensor) -> Tensor:
+    """`w₁ x₁ − w₂ x₂`.
+
+    Raises:
+        InputError: there are not two.
+    """
+    if len(X) != 2:
+        raise InputError(f"a difference is of two adapters, and {len(X)} were given; use method='sum' with weights")
+    return weights[0] * X[0] - weights[1] * X[1]
+
+
+def trim(X: Tensor, keep: Tensor) -> Tensor:
+    """The entries of largest modulus of each row, `keep` of them (tasks,), zeros elsewhere."""
+    kept = torch.zeros_like(X)
+    for row, numbers, count in zip(kept, X, keep.tolist(), strict=True):
+        chosen = numbers.abs().topk(count).indices
+        row[chosen] = numbers[chosen]
+    return kept
+
+
+def ties(X: Tensor, weights: Tensor, *, keep: Tensor) -> Tensor:
+    """Trim, elect signs, and average what agrees (TIES-Merging, arXiv 2306.01708).
+
+    The sign of an entry is that of the weighted sum; the result is the mean of the weighted entries that have it.
+    """
+    weighted = weights[:, None] * trim(X, keep)
+    agreeing = weighted * (weighted.sign() == weighted.sum(0).sign())
+    return agreeing.sum(0) / agreeing.count_nonzero(0).clamp(min=1)
+
+
+_PLAIN: Mapping[str, Method] = MappingProxyType(
+    {"sum": weighted_sum, "mean": weighted_mean, "difference": weighted_difference}
+)
+METHODS = (*_PLAIN, "ties")
+"""Names that `find_method` knows."""
+
+
+def find_method(name: str, density: float, trained: Tensor) -> Method:
+    """A method by name.
+
+    Args:
+        name: one of `METHODS`.
+        density: of "ties", the fraction of each task's numbers that is kept.
+        trained: how many numbers each task trains, (tasks,).
+
+    Raises:
+        InputError: the name or the density is none.
+    """
+    if name in _PLAIN:
+        return _PLAIN[name]
+    if name != "ties":
+        raise InputError(f"method={name!r} is unknown; choose from {', '.join(METHODS)}")
+    if not 0 < density <= 1:
+        raise InputError(f"density={density!r} is no fraction of the numbers to keep; pass one such as 0.2")
+    return partial(ties, keep=(density * trained).round().long().clamp(min=1))

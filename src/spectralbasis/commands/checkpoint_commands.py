@@ -1,0 +1,158 @@
+"""The commands that measure checkpoints; `spectralbasis.cli` registers them."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from spectralbasis.commands import tables
+from spectralbasis.commands.options import (
+    AsJson,
+    Exclude,
+    Include,
+    Leading,
+    Model,
+    Ray,
+    Tolerance,
+    Trust,
+    draws_bars,
+    stopped_by_hand,
+)
+from spectralbasis.errors import InputError
+from spectralbasis.printable import printable
+
+
+def basis(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The basis file.")] = Path("basis.safetensors"),
+    leading: Leading = "64",
+    tolerance: Tolerance = 1e-4,
+    include: Include = None,
+    exclude: Exclude = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compute the leading singular triplets of every weight matrix and save them in one file.
+
+    Example: `spectralbasis basis path/to/model -o basis.safetensors --leading 64`
+    """
+    from spectralbasis.basis import SpectralBasis
+    from spectralbasis.files import check_replaceable
+
+    check_replaceable(output)
+    found = SpectralBasis.compute(
+        model, leading, tolerance=tolerance, include=include or (), exclude=exclude or (), progress=draws_bars()
+    )
+    found.save(output)
+    tables.show_result(tables.basis_facts(found, output), tables.basis_table, as_json)
+
+
+def compare(
+    base: Annotated[str, typer.Argument(help="The pretrained checkpoint: folder, file or hub id.")],
+    tuned: Annotated[list[str], typer.Argument(help="Checkpoints or adapters finetuned from it.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the table and the report.")] = None,
+    leading: Leading = "auto",
+    null: Annotated[str, typer.Option(help="Null model: scrambled, gaussian or none.")] = "scrambled",
+    draws: Annotated[int, typer.Option(min=1, help="Draws of the null per matrix.")] = 5,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK", help="Task of a finetuned checkpoint; given once for each, in their order."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draws and of the bootstrap.")] = 0,
+    tolerance: Tolerance = 1e-4,
+    include: Include = None,
+    exclude: Exclude = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an earlier run into the folder stopped.")
+    ] = False,
+    trust: Trust = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Compare nothing; say what it will take, and how long on each executor.")
+    ] = False,
+    workers: Annotated[int, typer.Option(help="Processes that measure matrices side by side.")] = 1,
+    ray: Ray = None,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Memory for each process, such as 8GB; matrices that take more are read in row blocks."
+        ),
+    ] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Compare an adapter also where the base lacks some of what it adapts.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="Where matrices are decomposed: cpu or cuda.")] = "cpu",
+    trailing: Annotated[bool, typer.Option("--trailing", help="Measure the trailing directions too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what finetuning did to the leading singular vectors, against a null, with a verdict.
+
+    Several checkpoints are also held against each other, and steps of one run (`checkpoint-100`) become a curve.
+
+    Example: `spectralbasis compare path/to/base path/to/tuned -o comparison --leading 64`
+    """
+    from spectralbasis.comparison import compare as run
+    from spectralbasis.comparison import plan_comparison
+
+    what: dict[str, Any] = {
+        "leading": leading,
+        "null": None if null == "none" else null,
+        "draws": draws,
+        "include": include or (),
+        "exclude": exclude or (),
+        "partial": partial,
+        "trailing": trailing,
+        "memory_budget": memory_budget,
+        "ray": ray,
+    }
+    if plan:
+        planned = plan_comparison(base, tuned, **what, workers=workers if workers > 1 else None)
+        tables.show_result(planned, tables.plan_table, as_json)
+        return
+    if resume and output is None:
+        raise InputError("--resume needs the folder of the run to go on with: add -o DIR")
+    kept = "nothing is kept without -o DIR" if output is None else "what was measured is kept: go on with --resume"
+    with stopped_by_hand(kept):
+        result = run(
+            base,
+            tuned,
+            **what,
+            tasks=label or None,
+            seed=seed,
+            tolerance=tolerance,
+            device=device,
+            workers=workers,
+            output=output,
+            resume=resume,
+            trust=trust,
+            progress=draws_bars(),
+        )
+    if not result.summary()["matrices"]:
+        raise InputError(" ".join(result.summary()["notes"]))
+    tables.show_result(result.summary(), tables.findings_table, as_json)
+    if output is not None:
+        print(printable(f"report: {output / 'index.html'}"), file=sys.stderr)
+
+
+def similarity(
+    checkpoints: Annotated[list[str], typer.Argument(help="Two or more adapters or checkpoints of one base.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for similarity.json and similarity.parquet.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The pretrained checkpoint; by default what the first adapter names.")
+    ] = None,
+    of: Annotated[
+        str, typer.Option(metavar="both|coefficients|updates", help="What to compare; coefficients need no base.")
+    ] = "both",
+    include: Include = None,
+    exclude: Exclude = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare trained coefficients, and the updates that they make, by their cosines.
+
+    Example: `spectralbasis similarity adapter-rte adapter-mrpc -o similarity`
+    """
+    from spectralbasis.coefficients import similarity as run
+
+    result = run(checkpoints, base=base, of=of, include=include or (), exclude=exclude or (), output=output)
+    tables.show_result(result.to_dict(), tables.similarity_table, as_json)

@@ -1,0 +1,168 @@
+"""The commands that train models; `spectralbasis.cli` registers them."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spectralbasis.commands import tables
+from spectralbasis.commands.options import AsJson, Data, Model, Overwrite, Ray, Task, Trust, draws_bars, stopped_by_hand
+from spectralbasis.printable import printable
+
+
+def quickstart(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write to.")] = Path("quickstart"),
+    as_json: AsJson = False,
+) -> None:
+    """Pretrain, finetune, compare and tune a small model from nothing, and write one report. No download, minutes.
+
+    Example: `spectralbasis quickstart -o quickstart`
+    """
+    from spectralbasis.training.quickstart import quickstart as run
+
+    tables.show_report(run(output), as_json)
+
+
+def tune(
+    model: Model,
+    task: Task,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the adapter, or of the whole model.")],
+    data: Data = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="What is trained: spectral, full, head, lora, bitfit, dora, pissa, adalora, vera, fourierft, psoft, "
+            "tinylora, svft or subspace; also houlsby, parallel or adapterfusion with the extra baselines, which needs "
+            "an environment of its own, with transformers 4.57."
+        ),
+    ] = "spectral",
+    coefficients: Annotated[
+        str, typer.Option(metavar="diagonal|core|band|sparse", help="What is trained (spectral).")
+    ] = "diagonal",
+    bandwidth: Annotated[int, typer.Option(help="Largest distance from the diagonal (spectral, band).")] = 1,
+    scaling: Annotated[
+        str, typer.Option(metavar="absolute|relative|normalized", help="Unit of the coefficients (spectral).")
+    ] = "normalized",
+    basis: Annotated[
+        str, typer.Option(metavar="pretrained|random|minor|curvature|PATH", help="Whose directions (spectral).")
+    ] = "pretrained",
+    leading: Annotated[
+        str | None, typer.Option(metavar="K|FRACTION|mp|gd", help="Directions in each matrix (spectral).")
+    ] = None,
+    budget: Annotated[float | None, typer.Option(help="Share of the model's parameters to train (spectral).")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank (lora and its kin), or width (houlsby, parallel).")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Scale (lora); default: twice the rank.")] = None,
+    n_frequency: Annotated[int | None, typer.Option(help="Numbers for each matrix (fourierft).")] = None,
+    dimension: Annotated[
+        int | None, typer.Option(help="Numbers for each matrix (tinylora), or altogether (subspace).")
+    ] = None,
+    source: Annotated[
+        list[Path] | None, typer.Option(help="Adapter to fuse; given once for each (adapterfusion).")
+    ] = None,
+    start: Annotated[Path | None, typer.Option(help="Adapter of the same method and size to start from.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; instead of --epochs.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training examples.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples in each step.")] = 32,
+    max_length: Annotated[int, typer.Option(help="Tokens at which a text is cut.")] = 64,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: what suits the method.")] = None,
+    head_learning_rate: Annotated[float | None, typer.Option(help="Default: what suits the method.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the head, the order of examples and dropout.")] = 0,
+    train_examples: Annotated[int | None, typer.Option(help="Use only so many training examples.")] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Train under bfloat16 autocast, where it is native.")] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tune a model to a task, score it on held-out data, and save it (an adapter of a few kilobytes by default).
+
+    Example: `spectralbasis tune minilm --task RTE --data path/to/glue -o adapter --budget 0.002 --coefficients core`
+    """
+    from spectralbasis.training import tune as run
+
+    with stopped_by_hand("nothing was written: give the same command again to start anew"):
+        result = run(
+            model,
+            task=task,
+            data=data,
+            output=output,
+            method=method,
+            coefficients=coefficients,
+            bandwidth=bandwidth,
+            scaling=scaling,
+            basis=basis,
+            leading=leading,
+            budget=budget,
+            rank=rank,
+            alpha=alpha,
+            n_frequency=n_frequency,
+            dimension=dimension,
+            sources=source or (),
+            start=start,
+            steps=steps,
+            epochs=epochs,
+            batch_size=batch_size,
+            max_length=max_length,
+            learning_rate=learning_rate,
+            head_learning_rate=head_learning_rate,
+            seed=seed,
+            train_examples=train_examples,
+            bf16=bf16,
+            overwrite=overwrite,
+            progress=draws_bars(),
+        )
+    tables.show_result(result.to_dict(), tables.tuning_table, as_json)
+
+
+def evaluate(
+    model: Model,
+    task: Task,
+    adapter: Annotated[Path | None, typer.Argument(help="Adapter folder over the model.")] = None,
+    data: Data = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a tuned model, or a model with an adapter, on a task's held-out data.
+
+    Example: `spectralbasis evaluate minilm adapter --task RTE --data path/to/glue`
+    """
+    from spectralbasis.training import evaluate as run
+
+    result = run(model, adapter, task=task, data=data, progress=draws_bars())
+    tables.show_result(result.to_dict(), tables.scores_table, as_json)
+
+
+def study(
+    name: Annotated[str, typer.Argument(metavar="NAME|all|quick", help="An experiment, all, or all in little time.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the study; given again, it goes on.")],
+    preset: Annotated[str, typer.Option(metavar="cpu|paper|quick", help="How much of everything.")] = "cpu",
+    data: Annotated[Path | None, typer.Option(help="Folder with the data sets, each in a folder of its own.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, each in a process of its own.")] = 1,
+    ray: Ray = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Try again what failed.")] = False,
+    analyse_only: Annotated[bool, typer.Option("--analyse", help="Start no run; show what those done say.")] = False,
+    trust: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the experiments that test the claims, with their controls, and write what they show.
+
+    Experiments: stability, sharing, scale, scratch, ablation, glue, similarity, diagnostics, reuse. Every run is done
+    once: stop it any time and give the same command again. Three arms of glue need the extra baselines, which needs an
+    environment of its own with transformers 4.57; elsewhere their runs fail, with that reason, and the others go on.
+
+    Example: `spectralbasis study all --preset cpu --data path/to/data -o study --jobs 2`
+    """
+    from spectralbasis.study.conduct import study as run
+
+    with stopped_by_hand("finished runs are kept: give the same command again to go on"):
+        content = run(
+            name,
+            preset=preset,
+            data=data,
+            output=output,
+            jobs=jobs,
+            ray=ray,
+            retry=retry,
+            analyse_only=analyse_only,
+            trust=trust,
+        )
+    tables.show_result(content, tables.claims_table, as_json)
+    print(printable(f"report: {output / 'index.html'}"), file=sys.stderr)

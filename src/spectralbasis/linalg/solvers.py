@@ -1,0 +1,193 @@
+"""Eigenvalues and leading eigenvectors of a symmetric matrix from one reduction to tridiagonal form.
+
+Block Lanczos in float32: where the leading singular vectors lie, at the price of a few hundred products.
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import numpy as np
+import torch
+from scipy.linalg import eigh_tridiagonal, lapack
+from threadpoolctl import ThreadpoolController
+from torch import Tensor
+
+from spectralbasis.linalg.certificates import ritz_error_bound
+from spectralbasis.linalg.row_blocks import Factor, back_and_forth, largest_modulus
+
+THREADED_SIDE = 1536
+"""From this side on, an eigenvalue problem gains more from several threads than it loses by waiting for torch's."""
+
+
+def eigenvalues(G: Tensor) -> Tensor:
+    """All eigenvalues of a symmetric float64 matrix (p, p), (p,), descending; overwrites `G`."""
+    return leading_eigenpairs(G, 0)[0]
+
+
+def leading_eigenpairs(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """All eigenvalues of a symmetric float64 matrix and its k leading eigenvectors; reads its upper triangle.
+
+    LAPACK reduces to tridiagonal form once (`sytrd`), takes every eigenvalue of it (`sterf`) and the vectors of the
+    leading ones by inverse iteration (`stein`). SciPy's `eigh` on an index range reduces too, but finds the eigenvalues
+    of the range alone, and more slowly.
+
+    Args:
+        G: (p, p), overwritten.
+        k: number of eigenvectors.
+
+    Returns:
+        Eigenvalues (p,) and eigenvectors (p, k), both by descending eigenvalue, on the device of `G`.
+    """
+    if G.device.type != "cpu":
+        values, vectors = torch.linalg.eigh(G, UPLO="U")
+        return values.flip(0), vectors[:, len(G) - k :].flip(1)
+    # The transpose has LAPACK's own memory order, so that it is not copied.
+    with _blas_threads(len(G)):
+        values, vectors = _tridiagonal(G.numpy().T, k)
+    return torch.from_numpy(values).flip(0), torch.from_numpy(vectors).flip(1)
+
+
+def eigenvector_products(G: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+    """All eigenvalues of a symmetric float64 matrix and `Zᵀ X` for its eigenvectors Z, in p² numbers beside `G`.
+
+    Args:
+        G: (p, p), overwritten; its upper triangle is read.
+        X: (p, j) float64.
+
+    Returns:
+        Eigenvalues (p,) and inner products (p, j), both by descending eigenvalue, on the device of `G`.
+    """
+    if G.device.type != "cpu" or len(G) == 1:
+        values, vectors = torch.linalg.eigh(G, UPLO="U")
+        return values.flip(0), (vectors.T @ X).flip(0)
+    with _blas_threads(len(G)):
+        reflectors, diagonal, off, scales, _ = lapack.dsytrd(G.numpy().T, lower=1, lwork=32 * len(G), overwrite_a=1)
+        turned = X.numpy().copy(order="F")
+        turned[1:] = _reflected("T", reflectors, scales, turned[1:])
+        values, vectors = eigh_tridiagonal(diagonal, off)
+    return torch.from_numpy(values).flip(0), torch.from_numpy(vectors.T @ turned).flip(0)
+
+
+def _tridiagonal(G: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ascending eigenvalues and the vectors of the last k."""
+    p = len(G)
+    if p == 1:
+        return G[0].copy(), np.ones((1, k))
+    reflectors, diagonal, off, scales, _ = lapack.dsytrd(G, lower=1, lwork=32 * p, overwrite_a=1)
+    values, failed = lapack.dsterf(diagonal, off)
+    if k and not failed:
+        one_block = np.ones(p, np.int32), np.full(p, p, np.int32)
+        vectors, failed = lapack.dstein(diagonal, off, values[p - k :], *one_block)
+        failed = failed or not np.isfinite(vectors).all()  # a zero matrix
+    if failed:
+        values, vectors = eigh_tridiagonal(diagonal, off)
+    if k == 0:
+        return values, np.empty((p, 0))
+    vectors = np.asfortranarray(vectors[:, -k:])
+    vectors[1:] = _reflected("N", reflectors, scales, vectors[1:])
+    return values, vectors
+
+
+def _reflected(transposed: str, reflectors: np.ndarray, scales: np.ndarray, X: np.ndarray) -> np.ndarray:
+    """`Q X` ("N") or `Qᵀ X` ("T") for the Q (p−1, p−1) of a reduction whose reflectors are the columns below row 0."""
+    p = len(reflectors)
+    # The columns from their second row on, each with the first entry of the next as a last one that LAPACK passes over:
+    # a slice that leaves it out would be copied.
+    below = reflectors.reshape(-1, order="F")[1 : 1 + p * (p - 1)].reshape(p, p - 1, order="F")
+    return lapack.dormqr("L", transposed, below, scales, X, lwork=32 * X.shape[1])[0]
+
+
+def _blas_threads(p: int) -> AbstractContextManager[object]:
+    """One BLAS thread for SciPy on matrices of a side below `THREADED_SIDE`.
+
+    Its threads and torch's wait for each other in turns, which costs small problems more than the threads gain them.
+    """
+    return _pools().limit(limits=1, user_api="blas") if p < THREADED_SIDE else nullcontext()
+
+
+@cache
+def _pools() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+BLOCK = 16
+"""Vectors a product takes at once: fewer need fewer dimensions in all, but use the processor less well."""
+SAFETY = 2.0
+"""How far below the tolerance the estimated error has to be: what is estimated in float32 is measured afterwards."""
+RATE = 8.0
+"""By how much one more block lessens the error once it has begun to fall; only the next look depends on it."""
+EXHAUSTED = 1e-3
+"""A block of this condition holds directions that are little but rounding, and is made orthogonal once more."""
+CLUSTER = 1e-4
+"""Relative spread below which `BLOCK` singular values count as equal: such a block may hide more of them."""
+
+
+def leading_right_space(A: Factor, k: int, tolerance: float) -> Tensor | None:
+    """A basis that holds the k leading right singular vectors of a tall (m, n) matrix, (n, p) float32 with p > k.
+
+    Block Lanczos on `AᵀA` with full reorthogonalisation (Golub & Underwood, 1977) from a random block. A direction is
+    found unless that block is orthogonal to it, which for 16 normal vectors has probability zero, or unless more
+    singular values than the block has vectors are equal, where the search gives up. Nothing is known of the matrix
+    beforehand, so no guess can pull the result towards itself.
+
+    Args:
+        A: (m, n), m ≥ n, any floating dtype; read once for every `BLOCK` dimensions (twice if a transposed source).
+        k: number of directions.
+        tolerance: the largest sine that the subspace should be wrong by; `linalg.svd` measures what was reached.
+
+    Returns:
+        None where as many dimensions as pay do not suffice, or where singular values are equal.
+    """
+    if isinstance(A, Tensor):
+        A = A.float()
+    n = A.shape[1]
+    most = min(n // 2, 6 * k + 20 * BLOCK)
+    scale = max(largest_modulus(A), torch.finfo(torch.float32).tiny)
+    Q = torch.empty(n, most + BLOCK, dtype=torch.float32, device=A.device)
+    start = torch.randn(n, BLOCK, generator=torch.Generator().manual_seed(0))
+    Q[:, :BLOCK] = torch.linalg.qr(start.to(Q))[0]
+    T = torch.zeros(most, most, dtype=torch.float64)
+    check = 3 * k + BLOCK
+    for d in range(BLOCK, most + 1, BLOCK):
+        space = Q[:, :d]
+        W = back_and_forth(A, space[:, -BLOCK:], scale)
+        H = space.T @ W
+        T[:d, d - BLOCK : d] = H
+        W -= space @ H
+        W -= space @ (space.T @ W)
+        following, R = torch.linalg.qr(W)
+        if float(R.diagonal().abs().min()) < EXHAUSTED * float(R.diagonal().abs().max()):
+            following = torch.linalg.qr(following - space @ (space.T @ following))[0]
+        Q[:, d : d + BLOCK] = following
+        if d < check and d + BLOCK <= most:
+            continue
+        theta, weights = _ritz(T[:d, :d], k + 2 * BLOCK)
+        if _clustered(theta[: k + 1]):
+            return None
+        errors = _estimates(theta, R.double().cpu() @ weights[-BLOCK:], k)
+        enough = [p for p, error in errors.items() if SAFETY * error <= tolerance]
+        if enough:
+            return space @ weights[:, : enough[0]].to(Q)
+        missing = SAFETY * min(errors.values(), default=1.0) / tolerance
+        check = d + BLOCK * min(4, math.ceil(math.log(missing, RATE)))
+    return None
+
+
+def _ritz(T: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """All Ritz values σ (d,), and the weights (d, most) of the leading ones' vectors, from the upper triangle of T."""
+    squares, weights = leading_eigenpairs(T.clone(), min(most, len(T)))
+    return squares.clamp_min(0).sqrt(), weights
+
+
+def _clustered(theta: Tensor) -> bool:
+    """Whether as many values as a block has vectors are equal."""
+    return bool((theta[: 1 - BLOCK] - theta[BLOCK - 1 :] < CLUSTER * theta[: 1 - BLOCK]).any())
+
+
+def _estimates(theta: Tensor, leftover: Tensor, k: int) -> dict[int, float]:
+    """Estimated error of the k leading directions by the number of Ritz vectors that are kept beside them."""
+    most = min(leftover.shape[1], int(torch.count_nonzero(theta)))
+    residuals = leftover[:, :most] / theta[:most]
+    numbers = range(k + BLOCK // 2, most + 1, BLOCK // 2)
+    return {p: ritz_error_bound(theta[:p], residuals[:, :p], k) for p in numbers}

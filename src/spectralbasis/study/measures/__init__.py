@@ -1,1 +1,0 @@
-"""What is measured of models while and after they train, and the tests that experiments put to it."""

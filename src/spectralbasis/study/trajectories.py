@@ -1,0 +1,292 @@
+"""What training does to a model's matrices, measured at chosen steps while it trains, beside a null.
+
+Means over matrices of what a trajectory measured, and how they stand to their nulls.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from spectralbasis.checkpoints import Matrix, logical_matrices, open_checkpoint
+from spectralbasis.comparison import metrics
+from spectralbasis.comparison.metrics import Measurements, Window
+from spectralbasis.comparison.nulls import NULLS, draw_generator
+from spectralbasis.comparison.summary import CEILING
+from spectralbasis.errors import InputError
+from spectralbasis.linalg import Leading, LeadingSVD, leading_svd, resolve_leading, singular_values, trailing_vectors
+from spectralbasis.triplets import matrix_hash
+
+TRAIN_LOSS = "train_loss"
+COLUMNS = ("step", "matrix", "layer", "kind", "metric", "side", "value", "null_mean", "null_std")
+Values = dict[tuple[str, str], float]
+"""(metric, side) → value."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A matrix before training, decomposed once.
+
+    Attributes:
+        W: (m, n), float32, a copy.
+        hash: of its content, which fixes the draws.
+        leading: its leading triplets.
+        trailing: its trailing window, where that is measured.
+    """
+
+    W: Tensor
+    hash: str
+    leading: LeadingSVD
+    trailing: Window | None
+
+    @classmethod
+    def of(cls, W: Tensor, leading: Leading, trailing: bool) -> "Origin":
+        """Decompose a matrix; of one that is too small for so many directions, half of them are taken."""
+        W = W.float().clone()
+        most = max(1, min(W.shape) // 2)
+        k = min(leading, most) if isinstance(leading, int) else min(resolve_leading(leading, W), most)
+        return cls(W, matrix_hash(W), leading_svd(W, k), trailing_vectors(W, k) if trailing else None)
+
+    @property
+    def k(self) -> int:
+        """Number of leading directions."""
+        return self.leading.S.numel()
+
+
+def measure_update(origin: Origin, W1: Tensor) -> Values:
+    """Everything that is measured of a trained matrix, at the full number of leading directions.
+
+    Args:
+        origin: the matrix before training.
+        W1: after, (m, n), float32, different from it.
+
+    Returns:
+        subspace_overlap, overlap_haar, and matched_cosine and assigned_cosine averaged over the directions, left and
+        right; coverage_diagonal, coverage_core, update_norm_relative and wedin_bound; trailing_overlap, left and
+        right, and trailing_coverage, where the origin has its trailing window. Definitions: docs/mathematics.md.
+    """
+    update = W1 - origin.W
+    tuned = leading_svd(W1, origin.k)
+    found = (
+        _against_base(origin, update, tuned)
+        | metrics.haar_overlaps(_shape(W1), origin.k)
+        | metrics.wedin_bounds(origin.leading, tuned, float(singular_values(update)[0]))
+    )
+    cosines: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for (metric, side, _, _), value in metrics.cosines(origin.leading, tuned).items():
+        cosines[metric, side].append(value)
+    norm = float(update.norm() / origin.W.norm())
+    return (
+        _at_full_k(found, origin.k)
+        | {key: float(np.mean(values)) for key, values in cosines.items()}
+        | {("update_norm_relative", "both"): norm}
+    )
+
+
+def measure_null(origin: Origin, W1: Tensor, null: str, draws: int, seed: int) -> dict[tuple[str, str], list[float]]:
+    """What draws of a null give for overlap and coverage, leading and trailing; the same draws as `compare` takes."""
+    update, tuned_hash = W1 - origin.W, matrix_hash(W1)
+    values: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for draw in range(draws):
+        chance = NULLS[null](update, draw_generator(seed, origin.hash, tuned_hash, draw))
+        found = _against_base(origin, chance, leading_svd(origin.W + chance, origin.k))
+        for key, value in _at_full_k(found, origin.k).items():
+            values[key].append(value)
+    return values
+
+
+def _against_base(origin: Origin, update: Tensor, tuned: LeadingSVD) -> Measurements:
+    """What has a null: overlaps and coverages of an update and the triplets that it leads to."""
+    found = metrics.overlaps(origin.leading, tuned) | metrics.coverage_shares(
+        origin.leading.U, origin.leading.Vh, update
+    )
+    if origin.trailing is not None:
+        found |= metrics.trailing(origin.trailing, trailing_vectors(origin.W + update, origin.k), update)
+    return found
+
+
+def _at_full_k(found: Measurements, k: int) -> Values:
+    wanted = {"coverage_left", "coverage_right"}
+    return {(metric, side): value for (metric, side, j, _), value in found.items() if j == k and metric not in wanted}
+
+
+def _shape(W: Tensor) -> tuple[int, int]:
+    return W.shape[0], W.shape[1]
+
+
+class TrajectoryCallback(TrainerCallback):
+    """Measures at chosen optimizer steps how far a fully finetuned model's matrices have moved, beside a null.
+
+    Matrices that training has not changed by then, embedding tables and task heads are left out. A step costs a
+    decomposition of each matrix and one for each draw; with `trailing` about twice that.
+
+    Args:
+        base: what the matrices are held against: a path, a module, a state dict; None is the model as it is when
+            training begins. It is decomposed once.
+        steps: optimizer steps to measure after, from 1; those beyond the last step are not reached.
+        leading: number of leading directions, or a rule, as for `compare`; at most half of a matrix's smaller side.
+        draws: draws of the null for each matrix and step; 0 for none.
+        null: "scrambled" or "gaussian".
+        seed: of the draws.
+        trailing: measure as many trailing directions too.
+
+    Raises:
+        InputError: an option cannot be; when training begins, the model carries an adapter or has no matrix that
+            `base` has.
+    """
+
+    def __init__(
+        self,
+        base: Any = None,
+        *,
+        steps: Sequence[int],
+        leading: Leading = 16,
+        draws: int = 3,
+        null: str = "scrambled",
+        seed: int = 0,
+        trailing: bool = False,
+    ) -> None:
+        if null not in NULLS:
+            raise InputError(f"null={null!r} is unknown; pass one of {', '.join(NULLS)}")
+        if draws < 0 or any(step < 1 for step in steps):
+            raise InputError(f"draws={draws}, steps={list(steps)}; expected draws from 0 and steps from 1")
+        self.base, self.steps, self.leading = base, frozenset(steps), leading
+        self.draws, self.null, self.seed, self.trailing = draws, null, seed, trailing
+        self._rows: list[tuple[Any, ...]] = []
+        self._losses: list[float] = []
+        self._matrices: Mapping[str, Matrix] = {}
+        self._origins: dict[str, Origin] = {}
+
+    def table(self) -> pd.DataFrame:
+        """All that was measured: the columns `COLUMNS`, one row per step, matrix, metric and side.
+
+        The rows of the metric `train_loss` have no matrix: the mean training loss since the measurement before.
+        """
+        return pd.DataFrame(self._rows, columns=list(COLUMNS))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Copy and decompose what the model is held against."""
+        self._matrices = logical_matrices(open_checkpoint(model))[0]
+        known = self._matrices if self.base is None else logical_matrices(open_checkpoint(self.base))[0]
+        self._origins = {
+            name: Origin.of(known[name].read(), self.leading, self.trailing)
+            for name, matrix in self._matrices.items()
+            if name in known and known[name].shape == matrix.shape
+        }
+        if not self._origins:
+            raise InputError(
+                f"{type(model).__name__} has no weight matrix that the base of its trajectory has too; "
+                "pass the checkpoint that training starts from, or None"
+            )
+        self._hook = model.register_forward_hook(self._note_loss)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Measure, at the chosen steps."""
+        if state.global_step in self.steps:
+            self._rows += self._measure(state.global_step)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Let go of the model and of the copies."""
+        self._hook.remove()
+        self._matrices, self._origins = {}, {}
+
+    def _note_loss(self, module: nn.Module, _: Any, output: Any) -> None:
+        loss = getattr(output, "loss", None)
+        if module.training and loss is not None:
+            self._losses.append(float(loss.detach()))
+
+    @torch.no_grad()
+    def _measure(self, step: int) -> Iterator[tuple[Any, ...]]:
+        loss = float(np.mean(self._losses)) if self._losses else math.nan
+        self._losses.clear()
+        yield step, "", -1, "", TRAIN_LOSS, "both", loss, math.nan, math.nan
+        for name, origin in self._origins.items():
+            matrix = self._matrices[name]
+            W1 = matrix.read().float()
+            if not bool(W1.isfinite().all()) or torch.equal(W1, origin.W):
+                continue
+            chance = measure_null(origin, W1, self.null, self.draws, self.seed)
+            for (metric, side), value in measure_update(origin, W1).items():
+                drawn = _mean_and_std(chance.get((metric, side), []))
+                yield step, name, matrix.layer, matrix.kind, metric, side, value, *drawn
+
+
+def _mean_and_std(draws: list[float]) -> tuple[float, float]:
+    mean = float(np.mean(draws)) if draws else math.nan
+    return mean, float(np.std(draws, ddof=1)) if len(draws) > 1 else math.nan
+
+
+NOISE = 1e-7
+"""Rotation (1 − overlap) that float32 vectors cannot tell from none."""
+WITH_NULL = {
+    "overlap": "subspace_overlap",
+    "trailing_overlap": "trailing_overlap",
+    "core": "coverage_core",
+    "diagonal": "coverage_diagonal",
+    "trailing_core": "trailing_coverage",
+}
+_ALONE = {
+    "matched_cosine": "matched_cosine",
+    "assigned_cosine": "assigned_cosine",
+    "overlap_haar": "overlap_haar",
+    "norm": "update_norm_relative",
+    "wedin_bound": "wedin_bound",
+}
+
+
+def summarise_steps(measurements: pd.DataFrame, by: Sequence[str] = ("step",)) -> pd.DataFrame:
+    """Means over matrices and sides, a row for each value of `by`.
+
+    Args:
+        measurements: the rows of `TrajectoryCallback.table`, and columns of the caller's.
+        by: columns that tell the rows apart: of the table (`step`, `layer`, `kind`, `matrix`) or the caller's.
+
+    Returns:
+        `by` and, as far as they were measured, `overlap`, `trailing_overlap`, `core`, `diagonal`, `trailing_core`,
+        each with its null's mean as `NAME_null`; `matched_cosine`, `assigned_cosine`, `overlap_haar`, `norm`
+        (`‖ΔW‖/‖W0‖`) and `wedin_bound`; `forced`, the share of matrices in which Wedin's bound alone forces an overlap
+        of `CEILING`, and `stable`, the share whose overlap reaches it; then, in doublings, `held` and `trailing_held`
+        (see `halvings`), and `core_gain` and `diagonal_gain`, the coverage over what chance gives.
+    """
+    keys = list(by)
+    rows = measurements[measurements["metric"] != TRAIN_LOSS]
+    means = rows.groupby([*keys, "metric"])[["value", "null_mean"]].mean().unstack("metric")
+    columns = {name: means["value"].get(metric) for name, metric in (WITH_NULL | _ALONE).items()}
+    columns |= {f"{name}_null": means["null_mean"].get(metric) for name, metric in WITH_NULL.items()}
+    table = pd.DataFrame({name: column for name, column in columns.items() if column is not None}, index=means.index)
+    table = table.join(_shares(rows, keys))
+    if "overlap_null" in table:
+        table["held"] = halvings(table["overlap"], table["overlap_null"])
+        for name in ("core", "diagonal"):
+            table[f"{name}_gain"] = np.log2(table[name] / table[f"{name}_null"])
+    if "trailing_overlap_null" in table:
+        table["trailing_held"] = halvings(table["trailing_overlap"], table["trailing_overlap_null"])
+    return table.reset_index()
+
+
+def halvings(overlap: pd.Series, null: pd.Series) -> pd.Series:
+    """How many times the null's rotation was halved: `log2((1 − φ_null) / (1 − φ))`, negative where there was more.
+
+    It compares rotations, since overlaps near 1 leave a difference no room.
+    """
+    return pd.Series(np.log2((1 - null).clip(lower=NOISE) / (1 - overlap).clip(lower=NOISE)))
+
+
+def _shares(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    bounds = rows[rows["metric"] == "wedin_bound"]
+    overlaps = rows[rows["metric"] == "subspace_overlap"]
+    return pd.DataFrame(
+        {
+            "forced": (1 - bounds["value"] ** 2 >= CEILING).groupby([bounds[key] for key in keys]).mean(),
+            "stable": (overlaps["value"] >= CEILING).groupby([overlaps[key] for key in keys]).mean(),
+        }
+    )

@@ -1,0 +1,319 @@
+"""Trained numbers in a file of their own: written, read, and put where they belong.
+
+What tuning and evaluation report, and the files that keep it.
+
+The README of an adapter folder: what it was trained on, how it scored and how to load it.
+"""
+
+import json
+import platform
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from typing_extensions import TypedDict
+
+from spectralbasis.errors import InputError
+from spectralbasis.files import atomic_path
+from spectralbasis.printable import in_code, in_markdown, printable
+from spectralbasis.records import Finite, Positive, read_record
+from spectralbasis.training.models import LoadedModel, auto_model_of
+from spectralbasis.tuner.calibration import in_modules
+
+TRAINED_FILE = "adapter_model.safetensors"
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_trained(model: nn.Module, folder: Path) -> None:
+    """Write the trained parameters, and nothing else, to `TRAINED_FILE` in the folder."""
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained_parameters(model).items()}
+    with atomic_path(folder / TRAINED_FILE) as temporary:
+        save_file(tensors, temporary)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder's `TRAINED_FILE`.
+
+    Raises:
+        InputError: it is absent or cannot be read.
+    """
+    try:
+        return load_file(folder / TRAINED_FILE)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"the weights in {folder} cannot be read: {error}; tune it again, or name another") from error
+
+
+@torch.no_grad()
+def copy_tensors(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Set parameters to the tensors of their names, which were read from a folder.
+
+    Raises:
+        InputError: a tensor is missing, or of another shape.
+    """
+    for name, parameter in parameters.items():
+        found = tensors.get(name)
+        if found is None or found.shape != parameter.shape:
+            there = "is absent there" if found is None else f"of {tuple(found.shape)} there"
+            raise InputError(
+                f"{folder} does not fit: {name} of {tuple(parameter.shape)} here {there}; "
+                "give an adapter of the same model, method and size"
+            )
+        parameter.copy_(found)
+
+
+TUNING_FILE = "tuning.json"
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Trained parameters of the backbone and of the head, and all parameters of the model that they adapt."""
+
+    backbone: int
+    head: int
+    model: int
+
+    @property
+    def share_backbone(self) -> float:
+        """Trained parameters of the backbone as a fraction of the model's parameters."""
+        return self.backbone / self.model
+
+    @property
+    def share_head(self) -> float:
+        """Trained parameters of the head as a fraction of the model's parameters."""
+        return self.head / self.model
+
+    @classmethod
+    def of(cls, model: nn.Module, head: Iterable[str], total: int) -> "ParameterCounts":
+        """Count the trainable parameters of `model` inside and outside its head modules."""
+        trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+        in_head = sum(size for name, size in trained.items() if in_modules(name, head))
+        return cls(backbone=sum(trained.values()) - in_head, head=in_head, model=total)
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """One tuned model: where it is, how it was made, its scores and what it cost.
+
+    `adapter_bytes` is the size of the weights that were written: coefficients and head, or a whole checkpoint.
+    `selection_metrics` are those on the task's selection split, None where it has none. `precision` is that of the
+    products in training.
+    """
+
+    output: Path
+    model: str
+    task: str
+    method: str
+    coefficients: str
+    metric: str
+    score: float
+    metrics: Mapping[str, float]
+    evaluation_split: str
+    parameters: ParameterCounts
+    adapter_bytes: int
+    steps: int
+    seconds: float
+    seconds_per_step: float
+    seed: int
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    precision: str = "float32"
+    selection_metrics: Mapping[str, float] | None = None
+
+    @property
+    def selection_score(self) -> float | None:
+        """The headline metric on the selection split, None where there is none."""
+        return None if self.selection_metrics is None else self.selection_metrics[self.metric]
+
+    def row(self) -> dict[str, Any]:
+        """The row of a table of tuned models, as the report reads it."""
+        return {
+            "task": self.task,
+            "method": self.method,
+            "coefficients": self.coefficients,
+            "metric": self.metric,
+            "score": self.score,
+            "parameters_backbone": self.parameters.backbone,
+            "parameters_head": self.parameters.head,
+            "share_backbone": self.parameters.share_backbone,
+            "share_head": self.parameters.share_head,
+            "adapter_bytes": self.adapter_bytes,
+            "seconds_per_step": self.seconds_per_step,
+            "seed": self.seed,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it; the selection split's scores are absent where there is none."""
+        selection = (
+            {}
+            if self.selection_metrics is None
+            else {"selection_score": self.selection_score, "selection_metrics": dict(self.selection_metrics)}
+        )
+        return {
+            **self.row(),
+            **selection,
+            "output": str(self.output),
+            "model": self.model,
+            "metrics": dict(self.metrics),
+            "evaluation_split": self.evaluation_split,
+            "parameters_model": self.parameters.model,
+            "steps": self.steps,
+            "precision": self.precision,
+            "seconds": self.seconds,
+            "settings": dict(self.settings),
+            "versions": dict(self.versions),
+        }
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """The scores of one model, with an adapter or without, on a task's evaluation split."""
+
+    model: str
+    adapter: str | None
+    task: str
+    metric: str
+    score: float
+    metrics: Mapping[str, float]
+    evaluation_split: str
+    examples: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        return asdict(self)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` so that no reader sees half of it."""
+    with atomic_path(file) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tuning_table(folder: Path | str, results: Iterable[TuneResult], note: str = "") -> Path:
+    """Write `tuning.json`, the table of tuned models that the report of `folder` shows; returns the file."""
+    file = Path(folder) / TUNING_FILE
+    write_json(file, {"rows": [result.row() for result in results], "note": note})
+    return file
+
+
+class StoredSettings(TypedDict, total=False):
+    """The settings of `tune` that are read back from `tuning.json`: the length of texts, and `MethodOptions`."""
+
+    max_length: Positive
+    coefficients: str
+    bandwidth: Positive
+    scaling: str
+    basis: str
+    leading: int | Finite | str | None
+    budget: Finite | None
+    rank: int | None
+    alpha: Finite | None
+    n_frequency: int | None
+    dimension: int | None
+    sources: tuple[str, ...]
+
+
+class StoredTuning(TypedDict, total=False):
+    """What is read back of the `tuning.json` that `tune` leaves in its output folder, see `TuneResult.to_dict`."""
+
+    method: str
+    settings: StoredSettings
+
+
+def stored(folder: Path) -> StoredTuning:
+    """What `tune` left in the tuning.json of its output folder; empty where there is none.
+
+    Raises:
+        InputError: it is there and cannot be read.
+    """
+    file = folder / TUNING_FILE
+    return read_record(file, StoredTuning, "restore it, or tune again") if file.exists() else {}
+
+
+def stored_settings(folder: Path) -> StoredSettings:
+    """The settings that `tune` left in its output folder; empty where there are none."""
+    return stored(folder).get("settings", {})
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a score depends on."""
+    names = ("spectralbasis", "torch", "transformers", "peft", "tokenizers")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+CARD = """\
+---
+library_name: peft
+tags:
+- spectralbasis
+- {method_tag}
+---
+# {task_text} adapter ({title})
+
+An adapter for {model_code}, trained on {task_text} with spectralbasis {version}.
+
+| | |
+| --- | --- |
+| {metric_text} on {split} | {score:.4f} |
+| trained parameters in the backbone | {backbone:,} ({share_backbone:.4%} of the model) |
+| trained parameters in the head | {head:,} ({share_head:.4%} of the model) |
+| size of the weights | {size:,} bytes |
+| steps, batch size, seed | {steps}, {batch_size}, {seed} |
+
+All settings and scores are in `tuning.json`.
+
+## Use
+
+```
+spectralbasis evaluate {model_word} path/to/this/folder --task {task_word} --data DIR
+```
+
+```python
+import spectralbasis  # registers the method with PEFT
+from peft import PeftModel
+from {module} import {auto_model}
+
+base = {auto_model}.from_pretrained({place}{arguments})
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+"""
+
+
+def write_card(folder: Path, result: TuneResult, loaded: LoadedModel) -> None:
+    """Write `README.md` for the adapter in `folder`, in place of PEFT's template."""
+    labels = f", num_labels={loaded.task.num_labels}, ignore_mismatched_sizes=True"
+    auto_model = auto_model_of(loaded.task)
+    module = auto_model.__module__ if auto_model.__module__.startswith("spectralbasis") else "transformers"
+    card = CARD.format(
+        **{**result.settings, **vars(result)},
+        title=in_markdown(f"{result.method}, {result.coefficients}" if result.coefficients else result.method),
+        task_text=in_markdown(result.task),
+        metric_text=in_markdown(result.metric),
+        model_code=in_code(result.model),
+        method_tag=json.dumps(result.method),
+        model_word=shlex.quote(printable(result.model)),
+        task_word=shlex.quote(printable(result.task)),
+        version=result.versions["spectralbasis"],
+        split=in_markdown(result.evaluation_split),
+        backbone=result.parameters.backbone,
+        head=result.parameters.head,
+        share_backbone=result.parameters.share_backbone,
+        share_head=result.parameters.share_head,
+        size=result.adapter_bytes,
+        module=module,
+        auto_model=auto_model.__name__,
+        place=json.dumps(loaded.model.config.name_or_path),
+        arguments=labels if loaded.task.num_labels else "",
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,0 +1,286 @@
+"""`base(x) + x ΔWᵀ`, `ΔW = U C Vᵀ`, computed so that only `x V` (tokens × k) is kept for the backward pass.
+
+The functions return `x V` beside the output: as an output it may be saved by `setup_context`, which `torch.func` needs,
+and is differentiated through, so that second derivatives are right as well.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from spectralbasis.tuner.parametrisation import FORMS
+
+
+class _Positional(inspect.Signature):
+    """The signature of a function that is given all its arguments by position, so that there is nothing to bind.
+
+    torch binds those of `forward` in each call, and as `inspect` does it that takes longer than a small layer.
+    """
+
+    def bind(self, *args: Any, **kwargs: Any) -> "_Bound":  # type: ignore[override]
+        """The arguments as they are."""
+        return _Bound(args, kwargs)
+
+
+class _Bound(NamedTuple):
+    """What torch asks of bound arguments."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def apply_defaults(self) -> None:
+        """There are none."""
+
+
+def _positional(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, with such a signature."""
+    forward.__signature__ = _Positional()  # type: ignore[attr-defined]
+    return forward
+
+
+class FactoredUpdate(torch.autograd.Function):
+    """`base_output + ((x V) Cᵀ) Uᵀ`: k (m + n) multiplications a token, and as many in the backward pass.
+
+    Args of `apply`:
+        base_output: (..., m), whose dtype the output has.
+        x: (..., n); the products are computed in its dtype.
+        C: coefficients in the shape of `form`.
+        directions: U (m, k) above V (n, k), so that one operation casts both; frozen.
+        form: a key of `FORMS`.
+
+    Returns:
+        The output, and `x V` as (tokens, k).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @_positional
+    def forward(base_output: Tensor, x: Tensor, C: Tensor, directions: Tensor, form: str) -> tuple[Tensor, Tensor]:
+        U, V = _split(directions.to(x.dtype), base_output.shape[-1])
+        Z = x.reshape(-1, x.shape[-1]) @ V
+        return _add_product(base_output, FORMS[form].multiply(Z, C.to(x.dtype)), U.T), Z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, x, C, directions, ctx.form = inputs
+        ctx.save_for_backward(output[1], C, directions)
+        ctx.x_shape = x.shape
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_output, grad_Z = grads
+        Z, C, directions = ctx.saved_tensors
+        U, V = _split(directions.to(Z.dtype), len(directions) - ctx.x_shape[-1])
+        _, needs_x, needs_C, *_ = ctx.needs_input_grad
+        grad_x, grad_C = None, None
+        if grad_output is not None and (needs_x or needs_C):
+            G = grad_output.reshape(-1, grad_output.shape[-1]).to(Z.dtype) @ U
+            grad_C = FORMS[ctx.form].gradient(G, Z, C.dtype) if needs_C else None
+            grad_Z = _add(FORMS[ctx.form].multiply_transposed(G, C.to(Z.dtype)) if needs_x else None, grad_Z)
+        if grad_Z is not None and needs_x:
+            grad_x = (grad_Z @ V.T).reshape(ctx.x_shape)
+        return grad_output, grad_x, grad_C, None, None
+
+
+class LinearUpdate(torch.autograd.Function):
+    """`x (W + U C Vᵀ)ᵀ + bias`, forward and backward in whichever of four ways takes the fewest multiplications.
+
+    A pass needs one product of the tokens with V or U for the coefficients' gradient, and the update itself:
+
+    * *factored* multiplies the tokens with the other factor too;
+    * *formed* forms `W + U C Vᵀ` once for all tokens, and does not keep it;
+    * where U and V are singular vectors of W with values σ, `W V = U Σ` moves the update to one side of W, *input* or
+      *output*: `W + U C Vᵀ = W (I + V Σ⁻¹ C Vᵀ) = (I + U C Σ⁻¹ Uᵀ) W`. Then both products are with the factor of that
+      side, and `x Vᵀ = (x Wᵀ) U Σ⁻¹` or `g U = (g W) V Σ⁻¹` is had from what the base computes anyway.
+
+    Args of `apply`:
+        x: (..., n), in whose dtype the products are computed.
+        W: (m, n), frozen; formed in its own dtype.
+        bias: (m,) or None.
+        C: coefficients in the shape of `form`.
+        directions: U (m, k) above V (n, k), so that one operation casts both; frozen.
+        inverse: 1/σ (k,) in the dtype of x, where U and V are singular vectors of W; else None.
+        form: a key of `FORMS`.
+
+    Returns:
+        The output, `x V` as (tokens, k), and the weight that was multiplied with: where W has to be cast, as under
+        autocast, it is kept for the backward pass, as autocast keeps its copies; else it is empty.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @_positional
+    def forward(
+        x: Tensor, W: Tensor, bias: Tensor | None, C: Tensor, directions: Tensor, inverse: Tensor | None, form: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        flat = x.reshape(-1, x.shape[-1])
+        update = _Update(W, C, directions, inverse, form, x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            y, Z = _forward(flat, bias if bias is None else bias.to(x.dtype), update)
+        kept = x.new_empty(0) if x.dtype == W.dtype else update.multiplied()
+        return _reshaped(y, (*x.shape[:-1], W.shape[0])), Z, kept
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, W, _, C, directions, inverse, ctx.form = inputs
+        _, Z, kept = output
+        ctx.mark_non_differentiable(kept)
+        ctx.save_for_backward(Z, W, C, directions, inverse, kept)
+        ctx.formed = cheapest(len(Z), *W.shape, singular=inverse is not None) == "formed"
+        ctx.x_shape = x.shape
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_output, grad_Z, _ = grads
+        Z, W, C, directions, inverse, kept = ctx.saved_tensors
+        needs_x, _, needs_bias, needs_C, *_ = ctx.needs_input_grad
+        update = _Update(W, C, directions, inverse, ctx.form, Z.dtype)
+        if Z.dtype != W.dtype and not torch.is_grad_enabled():  # a second derivative has to see C in the weight
+            update.keep(kept, formed=ctx.formed)
+        grad_x, grad_bias, grad_C = None, None, None
+        if grad_output is not None:
+            flat = grad_output.reshape(-1, grad_output.shape[-1])
+            grad_bias = flat.sum(0) if needs_bias else None
+            grad_x, G = _backward(flat, update) if needs_x else (None, flat @ update.U)
+            grad_C = FORMS[ctx.form].gradient(G, Z, C.dtype) if needs_C else None
+        if grad_Z is not None and needs_x:
+            grad_x = _add(grad_x, grad_Z @ update.V.T)
+        if grad_x is not None:
+            grad_x = grad_x.reshape(ctx.x_shape)
+        return grad_x, None, grad_bias, grad_C, None, None, None
+
+
+class _Update:
+    """The tensors of one update in the dtype of its tokens, which 1/σ has already."""
+
+    def __init__(
+        self, W: Tensor, C: Tensor, directions: Tensor, inverse: Tensor | None, form: str, dtype: torch.dtype
+    ) -> None:
+        self.stored = W, C, directions
+        self.dtype = dtype
+        self.C, self.inverse = C.to(dtype), inverse
+        self.U, self.V = _split(directions.to(dtype), len(W))
+        self.form = FORMS[form]
+        self.weights: dict[str, Tensor] = {}
+
+    def keep(self, weight: Tensor, *, formed: bool) -> None:
+        """Take the weight of the forward pass, and with it the ways that it serves."""
+        self.weights = {"formed" if formed else "base": weight}
+
+    def way(self, tokens: int, outputs: int, inputs: int) -> str:
+        """See `cheapest`."""
+        if "formed" in self.weights:
+            return "formed"
+        return cheapest(tokens, outputs, inputs, singular=self.inverse is not None, formed=not self.weights)
+
+    def multiplied(self) -> Tensor:
+        """The weight that the pass multiplied with."""
+        (weight,) = self.weights.values()
+        return weight
+
+    def base(self) -> Tensor:
+        """W."""
+        if not self.weights:
+            self.weights["base"] = self.stored[0].to(self.dtype)
+        return self.weights["base"]
+
+    def formed(self) -> Tensor:
+        """`W + U C Vᵀ`, rounded once."""
+        if not self.weights:
+            W, C, directions = self.stored
+            U, V = _split(directions, len(W))
+            self.weights["formed"] = torch.addmm(W, self.form.left_factor(U, C), V.T).to(self.dtype)
+        return self.weights["formed"]
+
+    def over_values(self, Z: Tensor) -> Tensor:
+        """`Z Σ⁻¹`."""
+        return Z if self.inverse is None else Z * self.inverse
+
+
+def _forward(x: Tensor, bias: Tensor | None, update: _Update) -> tuple[Tensor, Tensor]:
+    """`x (W + U C Vᵀ)ᵀ + bias` and `x V`, of x (tokens, n)."""
+    U, V = update.U, update.V
+    way = update.way(len(x), len(U), len(V))
+    if way == "output":
+        y = linear(x, update.base(), bias)
+        Z = update.over_values(y @ U if bias is None else y @ U - bias @ U)
+        return torch.addmm(y, update.form.multiply(Z, update.C), U.T), Z
+    Z = x @ V
+    if way == "formed":
+        return linear(x, update.formed(), bias), Z
+    change = update.form.multiply(Z, update.C)
+    if way == "input":
+        return linear(torch.addmm(x, update.over_values(change), V.T), update.base(), bias), Z
+    return torch.addmm(linear(x, update.base(), bias), change, U.T), Z
+
+
+def _backward(g: Tensor, update: _Update) -> tuple[Tensor, Tensor]:
+    """`g (W + U C Vᵀ)` and `g U`, of g (tokens, m): the forward pass of Wᵀ."""
+    U, V = update.U, update.V
+    way = update.way(len(g), len(V), len(U))
+    if way == "output":
+        h = g @ update.base()
+        G = update.over_values(h @ V)
+        return torch.addmm(h, update.form.multiply_transposed(G, update.C), V.T), G
+    G = g @ U
+    if way == "formed":
+        return g @ update.formed(), G
+    change = update.form.multiply_transposed(G, update.C)
+    if way == "input":
+        return torch.addmm(g, update.over_values(change), U.T) @ update.base(), G
+    return torch.addmm(g @ update.base(), change, V.T), G
+
+
+def cheapest(tokens: int, outputs: int, inputs: int, *, singular: bool, formed: bool = True) -> str:
+    """The way that takes the fewest multiplications beyond the base's own; k cancels.
+
+    The backward pass is the forward pass of Wᵀ: `outputs` and `inputs` change places.
+
+    Args:
+        tokens: rows of the input.
+        outputs: m.
+        inputs: n.
+        singular: whether the ways that need singular vectors of W are open.
+        formed: whether the weight may be formed.
+    """
+    ways = [("factored", tokens * (inputs + outputs))]
+    if formed:
+        ways.append(("formed", (tokens + outputs) * inputs))
+    if singular:
+        ways += [("input", 2 * tokens * inputs), ("output", 2 * tokens * outputs)]
+    best, least = ways[0]
+    for way, cost in ways[1:]:  # torch.compile cannot follow `min` with a key
+        best, least = (way, cost) if cost < least else (best, least)
+    return best
+
+
+def _split(directions: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
+    """U and V."""
+    U, V = directions.split((outputs, len(directions) - outputs))
+    return U, V
+
+
+def _add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`base + left @ right`, rounded once where the dtypes allow it."""
+    if base.dtype != left.dtype:
+        return base + (left @ right).reshape(base.shape).to(base.dtype)
+    return _reshaped(torch.addmm(base.reshape(-1, base.shape[-1]), left, right), base.shape)
+
+
+def _reshaped(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """A result in another shape, but no view of it: torch forbids to change such a view in place, as Llama 4 does."""
+    return torch.ops.aten._unsafe_view(y, list(shape))
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
