@@ -21,6 +21,7 @@ def test_it_is_kept_without_output(stored):
     assert all(cell.outputs == [] and cell.execution_count is None for cell in cells)
 
 
+@pytest.mark.slow
 def test_it_runs(stored, tmp_path):
     client = NotebookClient(stored, timeout=600, startup_timeout=300, kernel_name="python3")
     ran = client.execute(cwd=str(tmp_path))
