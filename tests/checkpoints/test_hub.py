@@ -48,6 +48,7 @@ def test_uncached_model_offline(cached, hub_id):
         open_checkpoint(hub_id)
 
 
+@pytest.mark.slow
 def test_a_hub_that_does_not_answer(tmp_path):
     program = """
 import spectralbasis as sb

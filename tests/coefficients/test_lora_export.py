@@ -52,6 +52,7 @@ def exported_logits(folder, base, head="classifier"):
     return PeftModel.from_pretrained(load_base(base, head), folder).eval()(**tokens()).logits
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_process_without_this_package_gives_the_same_logits(tmp_path):
     expected, jobs = {}, []

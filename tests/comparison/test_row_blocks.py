@@ -221,6 +221,7 @@ def test_without_a_budget_the_free_memory_is_the_limit(tmp_path, monkeypatch):
     assert budgets == [2_000_000_000, 5_000_000]
 
 
+@pytest.mark.slow
 def test_a_process_stays_within_the_budget(tmp_path):
     """Of a matrix of real size: the process grows by less than it may, and less than by the matrix itself."""
     shape, allowed = (9000, 1600), 126_000_000

@@ -43,6 +43,7 @@ def test_it_is_kept_with_what_it_printed(stored):
     assert kinds == {"stdout", "execute_result"}
 
 
+@pytest.mark.slow
 def test_it_runs_and_prints_as_much(stored, tmp_path):
     client = NotebookClient(deepcopy(stored), timeout=600, startup_timeout=300, kernel_name="python3")
     ran = client.execute(cwd=str(tmp_path))
