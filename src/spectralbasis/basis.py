@@ -130,6 +130,7 @@ class SpectralBasis(Mapping[str, Triplets]):
 
         Example:
             >>> import torch
+            >>> from spectralbasis import SpectralBasis
             >>> basis = SpectralBasis.compute({"0.dense.weight": torch.diag(torch.tensor([3.0, 2, 1]))}, leading=2)
             >>> basis["0.dense"].S
             tensor([3., 2.])
@@ -203,6 +204,7 @@ class SpectralBasis(Mapping[str, Triplets]):
 
         Example:
             >>> import tempfile, torch
+            >>> from spectralbasis import SpectralBasis
             >>> W = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     file = SpectralBasis.compute({"dense.weight": W}, leading=2).save(f"{folder}/basis.safetensors")

@@ -132,6 +132,7 @@ def open_checkpoint(source: Source, base: Source | None = None, *, partial: bool
 
     Example:
         >>> import torch
+        >>> from spectralbasis import open_checkpoint
         >>> checkpoint = open_checkpoint({"layer.0.weight": torch.eye(3), "layer.0.bias": torch.zeros(3)})
         >>> checkpoint.names(), checkpoint.shape("layer.0.weight")
         (('layer.0.weight', 'layer.0.bias'), (3, 3))

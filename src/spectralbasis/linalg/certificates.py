@@ -25,6 +25,7 @@ def triplet_residuals(A: MatrixLike, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor
 
     Example:
         >>> import torch
+        >>> from spectralbasis.linalg import triplet_residuals
         >>> E = torch.eye(2, dtype=torch.float64)
         >>> triplet_residuals(torch.diag(torch.tensor([3.0, 1.0])), E, torch.tensor([3.0, 1.5], dtype=torch.float64), E)
         tensor([0.0000, 0.7071], dtype=torch.float64)
@@ -49,6 +50,7 @@ def subspace_error_bound(S: Tensor, residuals: Tensor, next_singular_value: floa
 
     Example:
         >>> import torch
+        >>> from spectralbasis.linalg import subspace_error_bound
         >>> round(subspace_error_bound(torch.tensor([3.0, 2.0]), torch.tensor([0.0, 0.01]), 1.0, (5, 4)), 4)
         0.01
     """
@@ -106,6 +108,7 @@ def largest_value_outside(A: MatrixLike, Vh: Tensor) -> float:
 
     Example:
         >>> import torch
+        >>> from spectralbasis.linalg import largest_value_outside
         >>> E = torch.eye(3, dtype=torch.float64)
         >>> round(largest_value_outside(torch.diag(torch.tensor([3.0, 2.0, 1.0])), E[:1]), 6)
         2.0
@@ -137,6 +140,7 @@ def values_of_singular_vectors(W: Tensor, U: Tensor, V: Tensor) -> Tensor | None
 
     Example:
         >>> import torch
+        >>> from spectralbasis.linalg import values_of_singular_vectors
         >>> values_of_singular_vectors(torch.diag(torch.tensor([3.0, 1.0])), torch.eye(2), torch.eye(2))
         tensor([3., 1.])
     """
@@ -157,6 +161,7 @@ def vector_error_bounds(S: Tensor, residuals: Tensor, next_singular_value: float
 
     Example:
         >>> import torch
+        >>> from spectralbasis.linalg import vector_error_bounds
         >>> vector_error_bounds(torch.tensor([3.0, 2.0]), torch.tensor([0.01, 0.01]), 2.0)
         tensor([0.0100, 1.0000], dtype=torch.float64)
     """
@@ -173,6 +178,7 @@ def wedin_bound(base_value: float, tuned_next_value: float, update_norm: float) 
     `‖ΔW‖₂ / (σ_k(W0) − σ_{k+1}(W1))`, at most 1; 1 says that the size forces nothing.
 
     Example:
+        >>> from spectralbasis.linalg import wedin_bound
         >>> wedin_bound(base_value=3.0, tuned_next_value=1.0, update_norm=0.5)
         0.25
     """

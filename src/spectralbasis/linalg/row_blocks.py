@@ -222,6 +222,7 @@ def inner_products(reads: Sequence[Callable[[], MatrixLike]]) -> Tensor:
 
     Example:
         >>> import torch
+        >>> from spectralbasis.linalg import inner_products
         >>> inner_products([lambda: torch.eye(2), lambda: torch.ones(2, 2)])
         tensor([[2., 2.],
                 [2., 4.]], dtype=torch.float64)
@@ -241,6 +242,7 @@ def gram_cosines(gram: Tensor) -> Tensor:
 
     Example:
         >>> import torch
+        >>> from spectralbasis.linalg import gram_cosines
         >>> gram_cosines(torch.tensor([[4.0, 2.0], [2.0, 4.0]]))
         tensor([[1.0000, 0.5000],
                 [0.5000, 1.0000]])

@@ -20,6 +20,7 @@ def subspace_overlap(U0: Tensor, U1: Tensor) -> float:
 
     Example:
         >>> import torch
+        >>> from spectralbasis.linalg import subspace_overlap
         >>> E = torch.eye(3)
         >>> subspace_overlap(E[:, :2], E[:, [1, 2]])
         0.5
@@ -35,6 +36,7 @@ def cross_cosines(U0: Tensor, U1: Tensor) -> Tensor:
 
     Example:
         >>> import torch
+        >>> from spectralbasis.linalg import cross_cosines
         >>> E = torch.eye(3)
         >>> cross_cosines(E[:, :2], E[:, [1, 2]])
         tensor([[0., 0.],
@@ -53,6 +55,7 @@ def overlaps_by_k(cosines: Tensor) -> Tensor:
 
     Example:
         >>> import torch
+        >>> from spectralbasis.linalg import overlaps_by_k
         >>> overlaps_by_k(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
         tensor([0., 1.])
     """
@@ -64,6 +67,7 @@ def haar_overlap(m: int, k: int) -> float:
     """Expected overlap of two independent uniformly random k-dimensional subspaces of an m-dimensional space.
 
     Example:
+        >>> from spectralbasis.linalg import haar_overlap
         >>> haar_overlap(m=768, k=64)
         0.08333333333333333
     """
@@ -77,6 +81,7 @@ def haar_overlap_std(m: int, k: int) -> float:
     overlap is Beta(1/2, (m − 1)/2).
 
     Example:
+        >>> from spectralbasis.linalg import haar_overlap_std
         >>> round(haar_overlap_std(m=768, k=64), 5)
         0.00169
     """
@@ -94,6 +99,7 @@ def principal_angles(U0: Tensor, U1: Tensor) -> Tensor:
 
     Example:
         >>> import torch
+        >>> from spectralbasis.linalg import principal_angles
         >>> E = torch.eye(3)
         >>> principal_angles(E[:, :2], E[:, [1, 2]])
         tensor([0.0000, 1.5708], dtype=torch.float64)
@@ -108,6 +114,7 @@ def matched_cosines(cosines: Tensor) -> Tensor:
 
     Example:
         >>> import torch
+        >>> from spectralbasis.linalg import matched_cosines
         >>> matched_cosines(torch.tensor([[-0.9, 0.1], [0.1, 0.8]]))
         tensor([0.9000, 0.8000])
     """
@@ -121,6 +128,7 @@ def assigned_cosines(cosines: Tensor) -> Tensor:
 
     Example:
         >>> import torch
+        >>> from spectralbasis.linalg import assigned_cosines
         >>> assigned_cosines(torch.tensor([[0.1, -0.9], [0.8, 0.1]]))
         tensor([0.9000, 0.8000])
     """

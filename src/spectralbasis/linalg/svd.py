@@ -37,6 +37,13 @@ class LeadingSVD:
             right), in [0, 1]; 1 says that nothing is certain, as where σ_k = σ_{k+1} and no leading subspace exists.
         solver: "krylov", "gram" or "dense": what produced the triplets; "dense (gram missed the tolerance)" after a
             fallback; "krylov (row blocks)" or "gram (row blocks)" of a matrix that was never in memory as a whole.
+
+    Example:
+        >>> import torch
+        >>> from spectralbasis.linalg import leading_svd
+        >>> svd = leading_svd(torch.diag(torch.tensor([3.0, 2.0, 1.0])), k=2)
+        >>> svd.U.shape, svd.Vh.shape, svd.residuals.shape
+        (torch.Size([3, 2]), torch.Size([2, 3]), torch.Size([2]))
     """
 
     U: Tensor
@@ -71,6 +78,7 @@ def leading_svd(A: MatrixLike, k: int, *, tolerance: float = 1e-4) -> LeadingSVD
 
     Example:
         >>> import torch
+        >>> from spectralbasis.linalg import leading_svd
         >>> svd = leading_svd(torch.diag(torch.tensor([3.0, 2.0, 1.0])), k=2)
         >>> svd.S, svd.next_singular_value, svd.solver
         (tensor([3., 2.]), 1.0, 'dense')
@@ -100,6 +108,7 @@ def leading_svd_and_values(A: MatrixLike, k: int, *, tolerance: float = 1e-4) ->
 
     Example:
         >>> import torch
+        >>> from spectralbasis.linalg import leading_svd_and_values
         >>> svd, values = leading_svd_and_values(torch.diag(torch.tensor([3.0, 2.0, 1.0])), k=1)
         >>> svd.S, values
         (tensor([3.]), tensor([3., 2., 1.], dtype=torch.float64))
@@ -129,6 +138,7 @@ def singular_values(A: MatrixLike) -> Tensor:
 
     Example:
         >>> import torch
+        >>> from spectralbasis.linalg import singular_values
         >>> singular_values(torch.tensor([[3.0, 0.0], [0.0, -4.0]]))
         tensor([4., 3.], dtype=torch.float64)
     """
@@ -148,6 +158,7 @@ def trailing_vectors(A: Factor, k: int) -> tuple[Tensor, Tensor]:
 
     Example:
         >>> import torch
+        >>> from spectralbasis.linalg import trailing_vectors
         >>> U, V = trailing_vectors(torch.diag(torch.tensor([3.0, 2.0, 1.0])), k=1)
         >>> V[:, 0].abs()
         tensor([0., 0., 1.], dtype=torch.float64)

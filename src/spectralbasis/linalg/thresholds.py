@@ -26,6 +26,7 @@ def parse_leading(text: Leading) -> Leading:
         InputError: it is none of a positive whole number, a fraction below 1, "auto", "mp" and "gd".
 
     Example:
+        >>> from spectralbasis.linalg import parse_leading
         >>> parse_leading("64"), parse_leading("0.1"), parse_leading("MP")
         (64, 0.1, 'mp')
     """
@@ -59,6 +60,7 @@ def resolve_leading(leading: Leading, W: MatrixLike) -> int:
 
     Example:
         >>> import torch
+        >>> from spectralbasis.linalg import resolve_leading
         >>> resolve_leading(0.5, torch.ones(6, 4)), resolve_leading(9, torch.ones(6, 4))
         (2, 4)
     """
@@ -93,6 +95,7 @@ def marchenko_pastur_edge(S: Tensor, shape: tuple[int, int], scale: float | None
 
     Example:
         >>> import torch
+        >>> from spectralbasis.linalg import marchenko_pastur_edge
         >>> marchenko_pastur_edge(torch.tensor([3.0, 2.0]), (4, 9), scale=1.0)
         5.0
     """
@@ -110,6 +113,7 @@ def gavish_donoho_threshold(S: Tensor, shape: tuple[int, int]) -> float:
 
     Example:
         >>> import torch
+        >>> from spectralbasis.linalg import gavish_donoho_threshold
         >>> round(gavish_donoho_threshold(torch.tensor([9.0, 1.0, 1.0]), (3, 3)), 3)  # 2.858 times the median
         2.858
     """
