@@ -86,9 +86,9 @@ def lora_edits(adapter: Adapter) -> Mapping[str, Edit]:
         others = [name for name in modules if not any(name == end or name.endswith(f".{end}") for end in wanted)]
         if others:
             warn(
-                f"the adapter in {adapter.folder} holds factors of {len(others)} modules, such as "
-                f"{shortened(others[0], 100)}, that target_modules in its config leaves out: PEFT does not load them, "
-                "but they are measured here",
+                f"the adapter in {adapter.folder} holds factors of {shortened(others[0], 100)}, which target_modules "
+                f"in its config leaves out ({len(others)} modules in all): PEFT does not load them, but they are "
+                "measured here",
                 stacklevel=2,
             )
     for module, factors in modules.items():

@@ -78,8 +78,10 @@ class Format:
 
 def _read_safetensors(path: Path, source: str, config: Mapping[str, Any]) -> Checkpoint:
     with path.open("rb") as file:
-        if _TORCH.starts(file.read(_START)):  # torch.load, too, goes by this suffix
-            raise InputError(f"{path} is a file of torch.save under another suffix; rename it to {path.stem}.bin")
+        start = file.read(_START)
+    # The length of a header may begin as other formats do; torch.load, too, goes by this suffix.
+    if not SAFETENSORS_START.match(start) and _TORCH.starts(start):
+        raise InputError(f"{path} is a file of torch.save under another suffix; rename it to {path.stem}.bin")
     return SafetensorsFile(path, source, config)
 
 
