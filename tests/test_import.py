@@ -79,6 +79,18 @@ except sb.InputError as error:
     assert "no adapter_model.safetensors" in python(program, str(tmp_path))
 
 
+def test_no_module_of_the_core_needs_what_is_on_unix_alone():
+    program = """
+import sys
+sys.modules |= dict.fromkeys(["fcntl", "grp", "pwd", "resource"])
+import importlib, pkgutil, spectralbasis
+for _, name, _ in pkgutil.walk_packages(spectralbasis.__path__, "spectralbasis."):
+    if name.split(".")[1] not in ("__main__", "cli", "study", "training"):
+        importlib.import_module(name)
+"""
+    python(program)
+
+
 def test_every_public_name_is_there_and_listed():
     assert all(getattr(sb, name) is not None for name in sb.__all__)
     assert set(sb.__all__) <= set(dir(sb))

@@ -1,22 +1,32 @@
-"""Registers the method "SPECTRAL" when PEFT is imported, so that this package need not import PEFT to do so."""
+"""Registers the method "SPECTRAL" when PEFT is imported, so that this package need not import PEFT to do so.
+
+Python has no hook for "after this module is imported", so a finder on `sys.meta_path` puts a loader of ours before
+PEFT's own. What has to be done then is given by the package itself (`spectralbasis/__init__.py`), since this module
+stands below all that knows the method.
+"""
 
 import sys
-from collections.abc import Sequence
-from importlib import import_module
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-REGISTERS = "spectralbasis.tuner"
-"""The module that registers the method when it is imported."""
+_registrations: list[Callable[[], object]] = []
 
 
-def register_with_peft() -> None:
-    """Register the method now where PEFT is imported already, else right after it will be."""
+def register_with_peft(register: Callable[[], object]) -> None:
+    """Call `register` now where PEFT is imported already, else right after it will be."""
+    _registrations.append(register)
     if "peft" in sys.modules:
-        import_module(REGISTERS)
+        register_now()
     else:
         sys.meta_path.insert(0, _PeftFinder())
+
+
+def register_now() -> None:
+    """Do what was asked for with `register_with_peft`, also where PEFT was not imported yet."""
+    for register in _registrations:
+        register()
 
 
 class _PeftFinder(MetaPathFinder):
@@ -48,4 +58,4 @@ class _PeftLoader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        import_module(REGISTERS)
+        register_now()

@@ -103,5 +103,5 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path):
 
 
 def test_no_workers_and_no_cluster_are_sentences():
-    with pytest.raises(InputError, match="workers=0 cannot work"):
+    with pytest.raises(InputError, match="workers must be from 1 to 1024, got 0"):
         open_executor(0)
