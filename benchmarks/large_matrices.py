@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from benchmarks.memory import STEP
 from benchmarks.processes import measure
 from benchmarks.results import earlier, environment, parse_arguments, write
-from spectralbasis.comparison.costs import row_block_memory
+from spectralbasis.comparison.measuring import row_block_memory
 from spectralbasis.sizes import format_size
 
 NAME = "large_matrices"

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from benchmarks.memory import shapes, weights
 from benchmarks.processes import measure
 from benchmarks.results import environment, parse_arguments, write
-from spectralbasis.comparison.costs import Rates
 from spectralbasis.comparison.measuring import Settings
+from spectralbasis.comparison.planning import Rates, calibrate
 
 K, DRAWS = 64, 5
 LAYERS = {384: 4, 768: 2, 1536: 1, 2048: 1}
@@ -61,10 +61,9 @@ def planned_and_made(width: str) -> Callable[[], dict[str, Any]]:
 
 def calibrated() -> Callable[[], dict[str, Any]]:
     """The rates of one core of this machine."""
-    from spectralbasis.comparison.planning import calibrate_with_overhead
 
     def work() -> dict[str, Any]:
-        return asdict(calibrate_with_overhead(None, Settings(K, draws=DRAWS), threads=1, clock=time.process_time))
+        return asdict(calibrate(None, Settings(K, draws=DRAWS), threads=1, clock=time.process_time))
 
     return work
 

@@ -7,9 +7,8 @@ from typing import Any
 from benchmarks.markdown import machine, table, versions
 from benchmarks.planning import read_rates
 from spectralbasis.commands.tables import duration
-from spectralbasis.comparison.costs import KINDS, Rates
 from spectralbasis.comparison.measuring import Settings
-from spectralbasis.comparison.planning import Group, describe_work, make_group, seconds_on
+from spectralbasis.comparison.planning import KINDS, Group, Rates, describe_work, make_group, seconds_on
 
 GOAL = 0.3
 STORED = 2

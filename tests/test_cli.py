@@ -4,12 +4,15 @@ import json
 import subprocess
 import sys
 
+import click
 import pytest
+import typer
 from safetensors.torch import save_file
 
 from spectralbasis import SpectralBasis, cli
 from spectralbasis.commands import COMMANDS
 from spectralbasis.comparison import comparing
+from spectralbasis.comparison.nulls import NULLS
 from spectralbasis.version import __version__
 from tests.comparison.pairs import random_updates
 
@@ -47,6 +50,23 @@ def test_every_command_has_help_with_an_example_and_prints_json(run, command):
     assert f"spectralbasis {command}" in " ".join(out.split())
     assert "Example:" in out
     assert "--json" in out
+
+
+@pytest.mark.parametrize("command", NAMES)
+def test_help_says_every_default(command):
+    for option in typer.main.get_command(cli.app).commands[command].params:
+        if (
+            isinstance(option, click.Option)
+            and option.default is None
+            and not option.required
+            and option.name != "help"
+        ):
+            assert "efault: " in option.help, option.name
+
+
+def test_help_names_every_null_without_a_second_list(run):
+    _, out, _ = run("compare", "--help")
+    assert all(null.name in out and null.update.split()[-1] in out for null in NULLS.values())
 
 
 def test_version(run):

@@ -87,7 +87,7 @@ def test_what_a_killed_process_left_is_removed_and_what_it_had_moved_away_is_put
 
 def test_a_folder_that_was_put_back_is_not_replaced_without_being_asked(tmp_path):
     left_over(tmp_path / "folder", "new", "old")
-    with pytest.raises(InputError, match="is not empty; name a new one, or pass overwrite"):
+    with pytest.raises(InputError, match=r"is not empty; name a new one, or add --overwrite \(overwrite=True\)"):
         check_output(tmp_path / "folder", overwrite=False)
     assert (tmp_path / "folder" / "file").read_text() == "old"
 

@@ -13,7 +13,6 @@ import typer
 
 from spectralbasis.commands import COMMANDS
 from spectralbasis.errors import InputError, SpectralBasisError
-from spectralbasis.files import out_of_room
 from spectralbasis.printable import printable
 from spectralbasis.version import __version__
 
@@ -32,7 +31,7 @@ NOISE = {
 }
 """Logger → words of a warning that it gives whenever PEFT imports torchao and bitsandbytes, whether used or not."""
 OUTDATED = "`is_gradient_checkpointing` is deprecated"
-"""What transformers 5 warns of whenever PEFT wraps a model; nobody at the command line can do anything about it."""
+"""A warning that transformers 5 gives whenever PEFT wraps a model; a user of the command line cannot act on it."""
 
 
 class _PrintableRecord(logging.LogRecord):
@@ -69,28 +68,28 @@ def main() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
     try:
         if "\0" in "".join(arguments):
-            raise InputError("an argument holds the character NUL, which no name can hold; leave it out")
+            raise InputError("an argument holds the character NUL, which no file name can hold; leave it out")
         if re.search("[\ud800-\udfff]", "".join(arguments)):  # how Python holds the bytes of such a name
-            raise InputError("an argument is no valid UTF-8, so it cannot be written into results; rename the file")
+            raise InputError("an argument is not valid UTF-8, so it cannot be written into results; rename the file")
         app(args=arguments, prog_name="spectralbasis")
     except BrokenPipeError:
         # The reader of our output has gone (`| head`); Python would complain once more while flushing at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        if isinstance(error, OSError) and out_of_room(error) and not isinstance(error, SpectralBasisError):
-            error = InputError(f"the result cannot be written: {error.strerror}; write it elsewhere")
+        if isinstance(error, OSError) and not isinstance(error, SpectralBasisError):
+            from spectralbasis.files import out_of_room  # which imports torch
+
+            if out_of_room(error):
+                error = InputError(f"the result cannot be written: {error.strerror}; write it elsewhere")
         if debug:
             print(printable(traceback.format_exc(), lines=True), file=sys.stderr)
-        print(_paragraph(error), file=sys.stderr)
+        if isinstance(error, SpectralBasisError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            print(f"unexpected {type(error).__name__}: {printable(error, lines=True)}", file=sys.stderr)
+            print("Run the command again with --debug to see where it comes from.", file=sys.stderr)
         sys.exit(1)
-
-
-def _paragraph(error: Exception) -> str:
-    if isinstance(error, SpectralBasisError):
-        return f"error: {error}"
-    said = printable(error, lines=True)
-    return f"unexpected {type(error).__name__}: {said}\nRun the command again with --debug to see where it comes from."
 
 
 def _version(wanted: bool) -> None:

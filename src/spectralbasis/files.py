@@ -302,7 +302,9 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     if not _holds_something(place):
         return
     if not overwrite:
-        raise InputError(f"the output folder {path} is not empty; name a new one, or pass overwrite to replace it")
+        raise InputError(
+            f"the output folder {path} is not empty; name a new one, or add --overwrite (overwrite=True) to replace it"
+        )
     if (others := not_ours(place)) is None:
         raise InputError(
             f"the output folder {path} was not made by spectralbasis, so it is not replaced; name a new one"

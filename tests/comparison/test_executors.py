@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 import spectralbasis as sb
 from spectralbasis import execution
 from spectralbasis.comparison import distributing
-from spectralbasis.comparison.distributing import affordable_workers, task_memory
+from spectralbasis.comparison.comparing import open_pairs
+from spectralbasis.comparison.distributing import affordable_workers
 from spectralbasis.comparison.measuring import MatrixTask, Settings
-from spectralbasis.comparison.pairing import open_pairs
 from tests.comparison.pairs import layered, random_updates
 from tests.execution import planted
 
@@ -92,7 +92,7 @@ def test_there_are_no_more_processes_than_memory_for_the_largest_matrix(monkeypa
     base["encoder.layer.9.dense.weight"] = torch.zeros(1024, 512)
     tuned["encoder.layer.9.dense.weight"] = torch.ones(1024, 512)
     tasks = tasks_of(base, tuned, Settings(leading=8))
-    need = max(task_memory(task) for task in tasks)
+    need = max(task.worker_memory for task in tasks)
     monkeypatch.setattr(distributing, "available_memory", lambda: int(3.5 * need))
     assert affordable_workers(3, tasks) == 3
     assert affordable_workers(100, tasks[:2]) == 2
@@ -126,7 +126,7 @@ def test_ctrl_c_keeps_what_was_measured_and_says_how_to_go_on(tmp_path, workers,
     children = psutil.Process(process.pid).children(recursive=True)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == "stopped; what was measured is kept: go on with --resume"
+    assert errors.splitlines()[-1] == "stopped; what was measured is kept: continue with --resume"
     assert "Traceback" not in errors
     _, left = psutil.wait_procs(children, timeout=10)
     assert not [child for child in left if child.status() != psutil.STATUS_ZOMBIE]

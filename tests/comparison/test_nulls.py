@@ -1,10 +1,14 @@
 """Null draws keep what they promise, lose what they promise, and come from the seed alone."""
 
+import json
+import pickle
+
 import pytest
 import torch
 
-from spectralbasis import compare
-from spectralbasis.comparison.nulls import NULLS, draw_generator, gaussian, scrambled
+from spectralbasis import InputError, compare
+from spectralbasis.comparison.measuring import Settings
+from spectralbasis.comparison.nulls import HAAR, NULLS, Null, draw_generator, gaussian, scrambled
 from tests.comparison.pairs import layered, random_updates
 from tests.matrices import power_law, with_spectrum
 
@@ -28,11 +32,11 @@ def test_gaussian_keeps_the_norm(update):
 
 @pytest.mark.parametrize("null", NULLS)
 def test_a_draw_is_fixed_by_its_seed_and_name_alone(update, null):
-    first = NULLS[null](update, draw_generator(3, "W", 1))
+    first = NULLS[null].draw(update, draw_generator(3, "W", 1))
     torch.manual_seed(99)
-    torch.testing.assert_close(first, NULLS[null](update, draw_generator(3, "W", 1)), rtol=0, atol=0)
+    torch.testing.assert_close(first, NULLS[null].draw(update, draw_generator(3, "W", 1)), rtol=0, atol=0)
     for other in (draw_generator(4, "W", 1), draw_generator(3, "V", 1), draw_generator(3, "W", 2)):
-        assert not torch.equal(first, NULLS[null](update, other))
+        assert not torch.equal(first, NULLS[null].draw(update, other))
 
 
 def test_the_coverage_of_scrambled_updates_is_that_of_haar_directions():
@@ -60,3 +64,40 @@ def test_the_null_of_two_checkpoints_is_drawn_apart():
     one, two = (W0 + 0.1 * torch.randn(40, 30) for _ in range(2))
     table = compare(layered({"0.dense": W0}), [layered({"0.dense": one}), layered({"0.dense": two})], leading=4).table
     assert table.groupby("tuned").null_mean.mean().nunique() == 2
+
+
+def shuffle_rows(update, generator):
+    return update[torch.randperm(update.shape[0], generator=generator)]
+
+
+SHUFFLED = Null(
+    "shuffled", "a step with its rows in another order", "W0 + P ΔW with a random permutation P", shuffle_rows
+)
+
+
+def test_a_null_is_one_record_which_works_to_the_end(tmp_path, monkeypatch):
+    base, tuned = random_updates(3, 0.3)
+    passed = compare(base, [tuned], leading=4, null=SHUFFLED, draws=2, output=tmp_path / "passed")
+    assert set(passed.table["null"]) == {"", "shuffled"}
+    assert passed.table.loc[passed.table["metric"] == "subspace_overlap", "null_mean"].between(0, 1).all()
+    summary = json.loads((tmp_path / "passed" / "summary.json").read_text())
+    assert summary["null"] == "shuffled"
+    assert "2 draws of the shuffled null (W0 + P ΔW with a random permutation P)" in summary["methods"]
+    assert "shuffled null" in (tmp_path / "passed" / "index.html").read_text()
+    monkeypatch.setitem(NULLS, "shuffled", SHUFFLED)
+    registered = compare(base, [tuned], leading=4, null="shuffled", draws=2, output=tmp_path / "registered")
+    assert registered.table.equals(passed.table)
+    page = (tmp_path / "registered" / "index.html").read_text()
+    assert "replaces W₁ by W0 + P ΔW with a random permutation P" in page
+    assert "A step with its rows in another order leaves" in page
+
+
+def test_a_null_travels_to_other_processes():
+    settings = Settings(null=SHUFFLED)
+    assert pickle.loads(pickle.dumps(settings)) == settings
+
+
+@pytest.mark.parametrize("null", ["shuffled", HAAR])
+def test_what_cannot_be_drawn_is_refused_before_anything_is_measured(null):
+    with pytest.raises(InputError, match="pass one of scrambled, gaussian, or none for no draws"):
+        compare({}, [{}], null=null)

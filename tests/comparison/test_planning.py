@@ -9,9 +9,8 @@ from safetensors.torch import save_file
 import spectralbasis as sb
 from spectralbasis.checkpoints.weight_files import SafetensorsFile
 from spectralbasis.comparison import measuring, plan_comparison, planning
-from spectralbasis.comparison.costs import Rates, calibrate, operations, read_rate, total
 from spectralbasis.comparison.measuring import Settings
-from spectralbasis.comparison.planning import make_group, seconds_on
+from spectralbasis.comparison.planning import Rates, calibrate, make_group, operations, read_rate, seconds_on, total
 from tests.comparison.pairs import random_updates
 
 KINDS = ("read", "pass", "product64", "thin64", "thin32", "tridiagonal", "dense")
@@ -77,7 +76,7 @@ def test_several_workers_share_the_matrices_and_one_disk():
 
 
 def test_a_calibration_finds_rates_of_this_machine():
-    rates = calibrate(None, threads=1)
+    rates = calibrate(None, Settings(leading=8, draws=1), threads=1)
     assert set(rates.by_side) == set(KINDS)
     assert rates.rate("read", 1) == math.inf
     assert 1e8 < rates.rate("product64", 1500) < 1e14

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from spectralbasis.checkpoints import match_matrices, open_checkpoint
-from spectralbasis.comparison import compare, costs, distributing
+from spectralbasis.comparison import compare, distributing, measuring
 from spectralbasis.comparison.measuring import MatrixTask, Outcome, Settings, measure_matrix, read_matrix
-from spectralbasis.comparison.nulls import NULLS, draw_generator
+from spectralbasis.comparison.nulls import NULLS, draw_generator, parse_null
 from spectralbasis.errors import InputError
 from spectralbasis.linalg import row_blocks
 from spectralbasis.sizes import parse_size
@@ -47,8 +47,8 @@ def partners(folder, shape, count=1, dtype=torch.float32, size=0.3):
 
 def budget(shape, k=K, kept=0, trailing=False):
     """What row blocks need; the whole matrix does not fit into that."""
-    found = costs.row_block_memory(*shape, k, kept=kept, trailing=trailing)
-    assert found < costs.working_memory(*shape, k, trailing=trailing)
+    found = measuring.row_block_memory(*shape, k, kept=kept, trailing=trailing)
+    assert found < measuring.working_memory(*shape, k, trailing=trailing)
     return found
 
 
@@ -78,7 +78,7 @@ def assert_same_rows(found, expected, *, tolerance=1e-6, rounding=2e-8):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_rows_are_those_of_the_matrix_in_memory(tmp_path, monkeypatch, shape, null):
     before, after = partners(tmp_path, shape)
-    settings = Settings(leading=K, null=null, draws=3)
+    settings = Settings(leading=K, null=parse_null(null), draws=3)
     whole = measured(before, after, settings, None).measured["tuned0"]
     monkeypatch.setenv("SPECTRALBASIS_CACHE", str(tmp_path / "other"))
     monkeypatch.setattr(type(before), "read", lambda self: pytest.fail("the whole matrix was read"))
@@ -133,7 +133,7 @@ def test_draws_of_row_sources_are_those_of_tensors(null, shape):
     update = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     source = row_blocks.RowSource(shape, lambda rows: update[rows].clone(), update.device)
     one, other = draw_generator(3, "W", 1), draw_generator(3, "W", 1)
-    expected, found = NULLS[null](update, one), NULLS[null](source, other)
+    expected, found = NULLS[null].draw(update, one), NULLS[null].draw(source, other)
     drawn = torch.cat([found[rows] for rows in row_blocks.row_slices(found)])
     assert torch.equal(drawn, expected)
     assert torch.equal(found[1:3], expected[1:3])

@@ -9,7 +9,7 @@ import pytest
 
 from spectralbasis.report import figures
 from spectralbasis.report.figures import tuning_figure, with_labels
-from spectralbasis.report.results import read_results
+from spectralbasis.report.results import COVERAGE, OVERLAP, read_results
 from tests.report import results
 
 
@@ -29,7 +29,7 @@ def validated(figure, view=0):
     return go.Figure([{**trace, **more} for trace, more in zip(plain["traces"], data, strict=True)], plain["layout"])
 
 
-@pytest.mark.parametrize("panel", [*figures.OVERLAP, *figures.COVERAGE], ids=lambda panel: panel.key)
+@pytest.mark.parametrize("panel", [*OVERLAP, *COVERAGE], ids=lambda panel: panel.key)
 def test_a_curve_has_a_view_per_selection_that_plotly_accepts(read, panel):
     figure = figures.curve_figure(panel, figures.panel_curves(read, panel), ("All 2 checkpoints", "rte", "sst2"))
     assert len(figure["views"]) == 3
@@ -41,7 +41,7 @@ def test_a_curve_has_a_view_per_selection_that_plotly_accepts(read, panel):
 
 
 def test_a_curves_label_says_the_last_point_and_its_null(read):
-    panel = figures.OVERLAP[0]
+    panel = OVERLAP[0]
     figure = figures.curve_figure(
         panel, panel_curves := figures.panel_curves(read, panel), ("All 2 checkpoints", "rte", "sst2")
     )
@@ -51,7 +51,7 @@ def test_a_curves_label_says_the_last_point_and_its_null(read):
 
 
 def test_the_zoom_shows_observed_and_null_but_not_the_unrelated(read):
-    panel = figures.OVERLAP[0]
+    panel = OVERLAP[0]
     curve = figures.panel_curves(read, panel)[0]
     low, high = figures.curve_figure(panel, [curve], ["all"])["views"][0]["range"]
     assert low <= curve["null_low"].min()
@@ -63,7 +63,7 @@ def test_a_curve_without_a_null_draws_none(tmp_path):
     folder = results.write_results(
         tmp_path, results.comparison(("a",), layers=1, k=4, null=False), results.summary(("a",))
     )
-    panel = figures.COVERAGE[0]
+    panel = COVERAGE[0]
     figure = figures.curve_figure(panel, figures.panel_curves(read_results(folder), panel), ["a"])
     drawn = validated(figure)
     assert len(drawn.data[0].x) == 0

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from spectralbasis.report.figures import COVERAGE, OVERLAP, panel_curves, spectra
-from spectralbasis.report.results import headline, read_results
+from spectralbasis.report.figures import panel_curves, spectra
+from spectralbasis.report.results import COVERAGE, OVERLAP, headline, read_results
 from spectralbasis.report.sentences import Finding, tracks
 from tests.report import results
 

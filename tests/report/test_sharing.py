@@ -5,7 +5,7 @@ import pytest
 
 from spectralbasis.report import write_report
 from spectralbasis.report.groups import (
-    PANELS,
+    RUN_PANELS,
     Sharing,
     cluster_order,
     explain_sharing,
@@ -73,7 +73,7 @@ def test_rows_give_each_pair_once():
 
 def test_a_figure_of_a_run_has_what_was_observed_and_its_null():
     runs = results.trajectory(("r",), points=3)
-    by_step, by_size = (trajectory_figure(panel, runs) for panel in PANELS[:2])
+    by_step, by_size = (trajectory_figure(panel, runs) for panel in RUN_PANELS[:2])
     null, observed = by_step["traces"]
     assert observed["x"] == null["x"] == [200, 400, 600]
     assert observed["y"][0] == pytest.approx(0.97)

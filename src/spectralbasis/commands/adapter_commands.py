@@ -1,7 +1,4 @@
-"""The commands on trained adapters; `spectralbasis.cli` registers them.
-
-The commands that need no model; `spectralbasis.cli` registers them.
-"""
+"""The commands on trained adapters, and those that need no model; `spectralbasis.cli` registers them."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,19 +6,17 @@ from typing import Annotated
 import typer
 
 from spectralbasis.commands import tables
-from spectralbasis.commands.options import AsJson, Overwrite
+from spectralbasis.commands.options import AsJson, NewFolder, Overwrite
 from spectralbasis.errors import InputError
-
-Output = Annotated[Path, typer.Option("-o", "--output", help="A new folder.")]
 
 
 def export(
     adapter: Annotated[Path, typer.Argument(help="Folder of a spectral adapter.")],
-    to: Annotated[str, typer.Option(metavar="lora|merged", help="A LoRA adapter, or a whole model.")],
-    output: Output,
-    base: Annotated[str | None, typer.Option(help="The base model; by default what the adapter names.")] = None,
+    to: Annotated[str, typer.Option(metavar="lora|merged", help="lora writes a LoRA adapter, merged a whole model.")],
+    output: NewFolder,
+    base: Annotated[str | None, typer.Option(help="The base model. Default: the one that the adapter names.")] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Largest rank of the LoRA adapter; by default nothing is cut off.")
+        int | None, typer.Option(min=1, help="Largest rank of the LoRA adapter. Default: no limit, which is exact.")
     ] = None,
     partial: Annotated[
         bool, typer.Option("--partial", help="Leave out what the base lacks, instead of refusing the adapter.")
@@ -40,7 +35,7 @@ def export(
         tables.show_result(lora.to_dict(), tables.lora_table, as_json)
     elif to == "merged":
         if rank is not None:
-            raise InputError(f"--rank {rank} is that of a LoRA adapter; leave it out with --to merged")
+            raise InputError(f"--rank {rank} applies only to a LoRA adapter; leave it out with --to merged")
         merged = export_merged(adapter, output, base=base, partial=partial, overwrite=overwrite)
         tables.show_result(merged.to_dict(), tables.merged_table, as_json)
     else:
@@ -49,12 +44,16 @@ def export(
 
 def combine(
     adapters: Annotated[list[Path], typer.Argument(help="Folders of spectral adapters of one base and basis.")],
-    output: Output,
-    weights: Annotated[str | None, typer.Option(metavar="w,w,…", help="A number for each adapter; default 1.")] = None,
-    method: Annotated[str, typer.Option(metavar="sum|mean|difference|ties", help="How C is combined.")] = "sum",
+    output: NewFolder,
+    weights: Annotated[
+        str | None, typer.Option(metavar="w,w,…", help="A number for each adapter. Default: 1 for each.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(metavar="sum|mean|difference|ties", help="How the coefficients are combined.")
+    ] = "sum",
     density: Annotated[float, typer.Option(help="Fraction of each adapter's numbers that ties keeps.")] = 0.2,
     heads: Annotated[
-        str, typer.Option(metavar="refuse|first|mean|none", help="What becomes of heads, if there are any.")
+        str, typer.Option(metavar="refuse|first|mean|none", help="What to do with heads, if there are any.")
     ] = "refuse",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -81,7 +80,7 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(number) for number in text.split(",")]
     except ValueError:
-        raise InputError(f"--weights {text} are no numbers; write them with commas, such as 0.7,0.3") from None
+        raise InputError(f"--weights {text} must be numbers; write them with commas, such as 0.7,0.3") from None
 
 
 def report(

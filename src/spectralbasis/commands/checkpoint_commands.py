@@ -16,16 +16,21 @@ from spectralbasis.commands.options import (
     Ray,
     Tolerance,
     Trust,
-    draws_bars,
+    shows_progress,
     stopped_by_hand,
 )
+from spectralbasis.comparison.nulls import NULLS
 from spectralbasis.errors import InputError
 from spectralbasis.printable import printable
+
+_NULL_HELP = f"Null model: {'; '.join(f'{null.name}, {null.update}' for null in NULLS.values())}; or none."
 
 
 def basis(
     model: Model,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The basis file.")] = Path("basis.safetensors"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write the basis to.")] = Path(
+        "basis.safetensors"
+    ),
     leading: Leading = "64",
     tolerance: Tolerance = 1e-4,
     include: Include = None,
@@ -41,7 +46,7 @@ def basis(
 
     check_replaceable(output)
     found = SpectralBasis.compute(
-        model, leading, tolerance=tolerance, include=include or (), exclude=exclude or (), progress=draws_bars()
+        model, leading, tolerance=tolerance, include=include or (), exclude=exclude or (), progress=shows_progress()
     )
     found.save(output)
     tables.show_result(tables.basis_facts(found, output), tables.basis_table, as_json)
@@ -50,43 +55,49 @@ def basis(
 def compare(
     base: Annotated[str, typer.Argument(help="The pretrained checkpoint: folder, file or hub id.")],
     tuned: Annotated[list[str], typer.Argument(help="Checkpoints or adapters finetuned from it.")],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the table and the report.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Folder for the table and the report. Default: nothing is written."),
+    ] = None,
     leading: Leading = "auto",
-    null: Annotated[str, typer.Option(help="Null model: scrambled, gaussian or none.")] = "scrambled",
+    null: Annotated[str, typer.Option(help=_NULL_HELP)] = "scrambled",
     draws: Annotated[int, typer.Option(min=1, help="Draws of the null per matrix.")] = 5,
     label: Annotated[
         list[str] | None,
-        typer.Option(metavar="TASK", help="Task of a finetuned checkpoint; given once for each, in their order."),
+        typer.Option(
+            metavar="TASK", help="Task of a finetuned checkpoint; once for each, in their order. Default: unknown."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws and of the bootstrap.")] = 0,
     tolerance: Tolerance = 1e-4,
     include: Include = None,
     exclude: Exclude = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where an earlier run into the folder stopped.")
+        bool, typer.Option("--resume", help="Continue where an earlier run into the folder stopped.")
     ] = False,
     trust: Trust = False,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Compare nothing; say what it will take, and how long on each executor.")
+        bool, typer.Option("--plan", help="Compare nothing; print the work, the memory and the expected time.")
     ] = False,
-    workers: Annotated[int, typer.Option(help="Processes that measure matrices side by side.")] = 1,
+    workers: Annotated[int, typer.Option(help="Processes that measure matrices at the same time.")] = 1,
     ray: Ray = None,
     memory_budget: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE", help="Memory for each process, such as 8GB; matrices that take more are read in row blocks."
+            metavar="SIZE",
+            help="Memory for each process, such as 8GB; larger matrices are read in row blocks. Default: what is free.",
         ),
     ] = None,
     partial: Annotated[
-        bool, typer.Option("--partial", help="Compare an adapter also where the base lacks some of what it adapts.")
+        bool, typer.Option("--partial", help="Accept an adapter also where the base lacks some of what it adapts.")
     ] = False,
-    device: Annotated[str, typer.Option(help="Where matrices are decomposed: cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Device that decomposes matrices: cpu or cuda.")] = "cpu",
     trailing: Annotated[bool, typer.Option("--trailing", help="Measure the trailing directions too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure what finetuning did to the leading singular vectors, against a null, with a verdict.
 
-    Several checkpoints are also held against each other, and steps of one run (`checkpoint-100`) become a curve.
+    Several checkpoints are also compared with each other, and steps of one run (`checkpoint-100`) become a curve.
 
     Example: `spectralbasis compare path/to/base path/to/tuned -o comparison --leading 64`
     """
@@ -109,8 +120,8 @@ def compare(
         tables.show_result(planned, tables.plan_table, as_json)
         return
     if resume and output is None:
-        raise InputError("--resume needs the folder of the run to go on with: add -o DIR")
-    kept = "nothing is kept without -o DIR" if output is None else "what was measured is kept: go on with --resume"
+        raise InputError("--resume needs the folder of the run to continue: add -o DIR")
+    kept = "nothing is kept without -o DIR" if output is None else "what was measured is kept: continue with --resume"
     with stopped_by_hand(kept):
         result = run(
             base,
@@ -124,7 +135,7 @@ def compare(
             output=output,
             resume=resume,
             trust=trust,
-            progress=draws_bars(),
+            progress=shows_progress(),
         )
     if not result.summary()["matrices"]:
         raise InputError(" ".join(result.summary()["notes"]))
@@ -136,10 +147,13 @@ def compare(
 def similarity(
     checkpoints: Annotated[list[str], typer.Argument(help="Two or more adapters or checkpoints of one base.")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder for similarity.json and similarity.parquet.")
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="Folder for similarity.json and similarity.parquet. Default: nothing is written."
+        ),
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="The pretrained checkpoint; by default what the first adapter names.")
+        str | None, typer.Option(help="The pretrained checkpoint. Default: the one that the first adapter names.")
     ] = None,
     of: Annotated[
         str, typer.Option(metavar="both|coefficients|updates", help="What to compare; coefficients need no base.")

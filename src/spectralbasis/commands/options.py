@@ -1,4 +1,7 @@
-"""What commands have in common: options, and how they speak while they work."""
+"""What commands have in common: options, and what they print while they work.
+
+Help states the default of every option: typer shows it, except where the default is None and the text has to.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -11,35 +14,43 @@ import typer
 from spectralbasis.printable import printable
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left there.")]
-Trust = Annotated[bool, typer.Option("--trust", help="Build also on results that another user or machine stored.")]
+NewFolder = Annotated[Path, typer.Option("-o", "--output", help="A new folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder of an earlier run.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Use also results that another user or machine stored.")]
 Model = Annotated[str, typer.Argument(help="Folder, file, or hub id of a model.")]
 Leading = Annotated[
     str,
     typer.Option(
         metavar="K|FRACTION|auto|mp|gd",
-        help="Number of leading directions, or the rule that sets it; auto: 64, or half of a matrix's smaller side "
+        help="Number of leading directions, or the rule that sets it. auto is 64, or half of a matrix's smaller side "
         "where that is less.",
     ),
 ]
 Tolerance = Annotated[float, typer.Option(help="Largest sine between computed and true leading subspaces.")]
-Include = Annotated[list[str] | None, typer.Option(help="Glob of matrix names to take; may be given again.")]
-Exclude = Annotated[list[str] | None, typer.Option(help="Glob of matrix names to leave out; may be given again.")]
-Ray = Annotated[str | None, typer.Option(metavar="auto|local|ADDRESS", help="Work on a Ray cluster instead.")]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(help="Glob of matrix names to take; repeatable. Default: all but embeddings and heads."),
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(help="Glob of matrix names to leave out; repeatable. Default: none.")
+]
+Ray = Annotated[
+    str | None, typer.Option(metavar="auto|local|ADDRESS", help="Run on a Ray cluster. Default: on this machine.")
+]
 Task = Annotated[str, typer.Option(help="Task name, such as RTE, SST-2, mnist.")]
-Data = Annotated[Path | None, typer.Option(help="Folder of the task's files; without it the task comes from the hub.")]
+Data = Annotated[Path | None, typer.Option(help="Folder of the task's files. Default: the task is read from the hub.")]
 
 
 @contextmanager
-def stopped_by_hand(what_now: str) -> Iterator[None]:
-    """Tell a person who presses Ctrl-C what is kept; the exit code is 130, as of any program stopped so."""
+def stopped_by_hand(kept: str) -> Iterator[None]:
+    """Say what is kept when a person presses Ctrl-C; the exit code is 130, as usual for that."""
     try:
         yield
     except KeyboardInterrupt:
-        print(printable(f"stopped; {what_now}"), file=sys.stderr)
+        print(printable(f"stopped; {kept}"), file=sys.stderr)
         raise
 
 
-def draws_bars() -> bool:
-    """Whether a person watches."""
+def shows_progress() -> bool:
+    """Whether stderr is a terminal, on which a progress bar can be drawn."""
     return sys.stderr.isatty()

@@ -1,24 +1,23 @@
-"""What a comparison gives back: a tidy table, a summary and a page.
-
-Compares checkpoints: pairs their matrices by name, has each pair measured, and sums up.
-"""
+"""Compares checkpoints: pairs their matrices by name, has each pair measured, sums up, and writes the results."""
 
 import json
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 
-from spectralbasis.checkpoints.matching import describe_unpaired, share_text
+from spectralbasis.checkpoints import Checkpoint, Matrix, match_matrices, matrix_name, open_checkpoint
+from spectralbasis.checkpoints.matching import Unpaired, describe_unpaired, laid_out_as, share_text
+from spectralbasis.checkpoints.names import short_labels
 from spectralbasis.comparison.distributing import affordable_workers, announce_row_blocks, free_memory, measured
-from spectralbasis.comparison.measuring import ROUNDED, UNCHANGED, MatrixTask, Outcome, Settings
+from spectralbasis.comparison.measuring import ROUNDED, UNCHANGED, MatrixTask, Settings
 from spectralbasis.comparison.metrics import SharedRow, to_frame
-from spectralbasis.comparison.pairing import Pairing, open_pairs
+from spectralbasis.comparison.nulls import Null, parse_null
 from spectralbasis.comparison.sharing import Pair
 from spectralbasis.comparison.statistics import with_q_values
 from spectralbasis.comparison.store import Store
@@ -31,51 +30,8 @@ from spectralbasis.printable import track
 from spectralbasis.sizes import parse_size
 from spectralbasis.triplets import check_tolerance
 
-
-@dataclass(frozen=True)
-class Comparison:
-    """Results of `compare`.
-
-    Attributes:
-        table: one row per measurement; the columns are the fields of `comparison.rows.Row`.
-        sharing: the same between every two finetuned checkpoints (`comparison.rows.SharedRow`); None where there is
-            only one.
-    """
-
-    table: pd.DataFrame
-    _summary: dict[str, Any]
-    sharing: pd.DataFrame | None = None
-
-    def summary(self) -> dict[str, Any]:
-        """Verdicts with their intervals, settings, versions: the content of `summary.json`."""
-        return self._summary
-
-    def save(self, directory: str | Path) -> None:
-        """Write `comparison.parquet`, `summary.json` and, of several checkpoints, `sharing.parquet` into a folder."""
-        folder = Path(directory)
-        claim_files(folder, "comparison.parquet", "summary.json", "sharing.parquet")
-        # All are written before the first takes its place: a full disk leaves the files of an earlier run together.
-        with ExitStack() as files:
-            if self.sharing is not None:
-                _write(self.sharing, files.enter_context(atomic_path(folder / "sharing.parquet")))
-            _write(self.table, files.enter_context(atomic_path(folder / "comparison.parquet")))
-            summary = files.enter_context(atomic_path(folder / "summary.json"))
-            summary.write_text(json.dumps(self._summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        if self.sharing is None:
-            (folder / "sharing.parquet").unlink(missing_ok=True)
-
-    def report(self, directory: str | Path) -> Path:
-        """Write the results and the page made from them into a folder; returns the path of `index.html`."""
-        # Reports read results and never the other way round: this is the one place that calls forward.
-        from spectralbasis.report import write_report
-
-        self.save(directory)
-        return write_report(Path(directory))
-
-
-def _write(table: pd.DataFrame, file: Path) -> None:
-    table.to_parquet(file, index=False, write_page_checksum=True)
-
+if TYPE_CHECKING:
+    import pandas as pd
 
 FILES = ("comparison.parquet", "sharing.parquet", "summary.json", "index.html")
 """What `compare` writes into its output folder, beside the store."""
@@ -86,7 +42,7 @@ def compare(
     tuned: Sequence[Any],
     *,
     leading: Leading = "auto",
-    null: str | None = "scrambled",
+    null: str | Null | None = "scrambled",
     draws: int = 5,
     tasks: Sequence[str] | None = None,
     seed: int = 0,
@@ -103,7 +59,7 @@ def compare(
     resume: bool = False,
     trust: bool = False,
     progress: bool = False,
-) -> Comparison:
+) -> "Comparison":
     """Measure what finetuning did to the leading singular vectors of a base model.
 
     Args:
@@ -111,160 +67,289 @@ def compare(
         tuned: one or more checkpoints finetuned from it; PEFT adapter folders are read over `base`.
         leading: number of leading directions: a whole number (all directions of a matrix that has fewer), a fraction
             of min(m, n), "mp", "gd", or "auto" for 64, or half of min(m, n) where that is less.
-        null: "scrambled", "gaussian", or None for no draws (then nothing is tested).
+        null: "scrambled", "gaussian" or a record of your own (`comparison.nulls.Null`); None draws nothing, and then
+            nothing is tested.
         draws: draws of the null per matrix; 2 are needed for a z-score, 5 or more are sensible.
-        tasks: what each of `tuned` was finetuned to, in their order; checkpoints of one task, as of several seeds, are
-            the ceiling for what checkpoints of different tasks share.
+        tasks: the task of each of `tuned`, in their order; checkpoints of one task (several seeds) are the ceiling for
+            what checkpoints of different tasks share.
         seed: of the draws and of the bootstrap.
         tolerance: largest sine accepted between computed and true leading subspaces.
         include: glob patterns of matrix names to measure; empty measures all but embeddings and heads.
         exclude: glob patterns of matrix names to leave out.
         partial: compare an adapter also where the base lacks some of what it adapts, which is listed as skipped.
         device: where matrices are decomposed, such as "cpu" or "cuda".
-        trailing: measure the trailing directions beside the leading ones; it takes a full decomposition each time.
-        workers: processes that measure matrices side by side, or fewer where memory does not suffice for so many; the
-            table does not depend on it.
+        trailing: measure the trailing directions too; each takes a full decomposition.
+        workers: processes that measure matrices at the same time; fewer start where memory is short. The table does not
+            depend on it.
         ray: address of a Ray cluster, "auto" for the one that this machine belongs to, or "local", in place of local
-            processes; the table does not depend on it.
+            processes. The table does not depend on it.
         memory_budget: bytes, or text such as "8GB", that each process may work in: a matrix that takes more is read
-            from its file in row blocks, and the table is the same but for the rounding of float32. None: the memory
+            from its file in row blocks, and the table is the same except for the rounding of float32. None: the memory
             that is free, divided among the processes; no limit on a Ray cluster.
         output: folder for `comparison.parquet`, `summary.json`, `index.html` and the store; None writes nothing.
-        resume: take over what an earlier run into `output` measured on the same weights with the same settings.
-        trust: with `resume`, take over also what another user or machine stored in `output`; see `Store`.
+        resume: use what an earlier run into `output` measured on the same weights with the same settings.
+        trust: with `resume`, use also what another user or machine stored in `output`; see `Store`.
         progress: draw a progress bar on stderr.
 
     Returns:
-        The comparison. Where no weight of either side can be read, as where both are quantized in a way that is not
-        decoded, its table is empty, its verdicts are "undecided" and `unpaired` of its summary says why.
+        The comparison. Where no weight of either side can be read (both are quantized in a way that is not decoded),
+        its table is empty, its verdicts are "undecided" and `unpaired` of its summary says why.
 
     Raises:
         InputError: a checkpoint cannot be read, the models have no matrix in common or nothing changed between them,
             the memory budget is malformed, or the output folder cannot be used.
+
+    Examples:
+        >>> import torch
+        >>> import spectralbasis as sb
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> W0 = torch.randn(24, 16, generator=generator)
+        >>> W1 = W0 + 0.1 * torch.randn(24, 16, generator=generator)
+        >>> found = sb.compare({"layer.0.dense.weight": W0}, [{"layer.0.dense.weight": W1}], leading=4)
+        >>> overlaps = found.table[(found.table.metric == "subspace_overlap") & (found.table.k == 4)]
+        >>> bool(overlaps.value.between(0, 1).all()), list(overlaps.side)
+        (True, ['left', 'right'])
+        >>> found.summary()["stability"]["verdict"]
+        'undecided'
     """
     started = time.monotonic()
     budget = None if memory_budget is None else parse_size(memory_budget)
     if ray is None:
-        _check_device(device)
+        try:
+            torch.ones(1, device=device).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise InputError(f"device={device!r} cannot be used here ({error}); pass device='cpu'") from error
     check_tolerance(tolerance)
-    settings = Settings(parse_leading(leading), null, draws, seed, tolerance, device, trailing)
+    settings = Settings(parse_leading(leading), parse_null(null), draws, seed, tolerance, device, trailing)
     pairing = open_pairs(base, tuned, include, exclude, partial=partial)
-    run = _Run(pairing, settings, tasks)
-    with _open_store(output, settings, resume, trust) as store:
-        run.measure(store, workers, ray, budget, progress)
-        table = to_frame(store.rows(run.done))
-        sharing = to_frame(store.shared_rows(run.shared), SharedRow) if len(pairing.tuned) > 1 else None
+    if tasks is not None and len(tasks) != len(pairing.tuned):
+        raise InputError(
+            f"{len(tasks)} task label(s) ({', '.join(tasks)}) for {len(pairing.tuned)} finetuned checkpoints; "
+            "give one for each, in their order"
+        )
+    store_file = None
+    if output is not None:
+        claim_files(Path(output), *FILES, adopt=resume and trust)
+        store_file = Path(output) / "store.sqlite"
+    known = {setting.name: str(getattr(settings, setting.name)) for setting in fields(settings)}
+    with Store(store_file, known, resume=resume and output is not None, trust=trust) as store:
+        done, shared = _measure(pairing, settings, store, workers, ray, budget, progress)
+        table = to_frame(store.rows(done))
+        sharing = to_frame(store.shared_rows(shared), SharedRow) if len(pairing.tuned) > 1 else None
     if table.empty and (pairing.bases or output is not None):
-        raise InputError(run.nothing_measured())
+        raise InputError(_nothing_measured(pairing))
     table = with_q_values(table)
-    result = Comparison(table, run.summary(table, sharing, time.monotonic() - started), sharing)
+    labels = dict(zip(pairing.tuned, tasks or (), strict=False))
+    summary = summarise(table, sharing, settings, pairing, labels, time.monotonic() - started)
+    result = Comparison(table, summary, sharing)
     if output is not None:
         result.report(output)
     return result
 
 
-class _Run:
-    """The state of one comparison: what is paired, what is done."""
+@dataclass(frozen=True)
+class Comparison:
+    """Results of `compare`.
 
-    def __init__(self, pairing: Pairing, settings: Settings, tasks: Sequence[str] | None) -> None:
-        if tasks is not None and len(tasks) != len(pairing.tuned):
-            raise InputError(
-                f"{len(tasks)} task label(s) ({', '.join(tasks)}) for {len(pairing.tuned)} finetuned checkpoints; "
-                "give one for each, in their order"
-            )
-        self.pairing = pairing
-        self.settings = settings
-        self.tasks = dict(zip(pairing.tuned, tasks or (), strict=False))
-        self.done: list[tuple[str, str]] = []
-        self.shared: list[tuple[Pair, str]] = []
+    Attributes:
+        table: one row per measurement; the columns are the fields of `comparison.metrics.Row`, and `q_value`.
+        sharing: the same between every two finetuned checkpoints (`comparison.metrics.SharedRow`); None where there is
+            only one.
 
-    def measure(self, store: Store, workers: int, ray: str | None, budget: int | None, progress: bool) -> None:
-        """Measure every pair that the store does not hold yet; the driver alone writes the store."""
-        names = list(self.pairing.bases)
-        tasks = [self._task(name, store, budget) for name in names]
-        if ray is None and workers > 1:
-            workers = affordable_workers(workers, tasks)
-        if ray is None and budget is None:
-            budget = free_memory(self.settings.device) // max(workers, 1)
-            tasks = [replace(task, memory_budget=budget) for task in tasks]
-        announce_row_blocks(tasks)
-        with open_executor(workers, ray, threads=1, gpu=self.settings.device.startswith("cuda")) as executor:
-            outcomes = measured(tasks, executor)
-            for task, outcome in track(outcomes, "comparing", total=len(names), enabled=progress):
-                self._take(task.before.name, outcome, store)
-        order = {name: position for position, name in enumerate(names)}
-        self.done.sort(key=lambda done: order[done[1]])
-        self.shared.sort(key=lambda shared: order[shared[1]])
+    Examples:
+        >>> import torch
+        >>> import spectralbasis as sb
+        >>> W0 = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
+        >>> base, tuned = {"layer.0.dense.weight": W0}, {"layer.0.dense.weight": W0 + 0.1}
+        >>> found = sb.compare(base, [tuned], leading=4, draws=2)
+        >>> round(float(found.table[found.table.metric == "update_norm_relative"].value.iloc[0]), 1)
+        0.1
+        >>> found.summary()["matrices"], found.summary()["null"], found.summary()["draws"]
+        (1, 'scrambled', 2)
+    """
 
-    def _task(self, name: str, store: Store, budget: int | None) -> MatrixTask:
-        return MatrixTask(
-            self.pairing.bases[name],
-            self.pairing.partners[name],
-            self.settings,
-            self.pairing.base.source,
+    table: "pd.DataFrame"
+    _summary: dict[str, Any]
+    sharing: "pd.DataFrame | None" = None
+
+    def summary(self) -> dict[str, Any]:
+        """Verdicts with their intervals, settings, versions: the content of `summary.json`."""
+        return self._summary
+
+    def save(self, directory: str | Path) -> None:
+        """Write `comparison.parquet`, `summary.json` and, of several checkpoints, `sharing.parquet` into a folder."""
+        folder = Path(directory)
+        claim_files(folder, "comparison.parquet", "summary.json", "sharing.parquet")
+        tables = {"comparison.parquet": self.table, "sharing.parquet": self.sharing}
+        # All are written before the first takes its place: a full disk leaves the files of an earlier run together.
+        with ExitStack() as files:
+            for name, table in tables.items():
+                if table is not None:
+                    file = files.enter_context(atomic_path(folder / name))
+                    table.to_parquet(file, index=False, write_page_checksum=True)
+            summary = files.enter_context(atomic_path(folder / "summary.json"))
+            summary.write_text(json.dumps(self._summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        if self.sharing is None:
+            (folder / "sharing.parquet").unlink(missing_ok=True)
+
+    def report(self, directory: str | Path) -> Path:
+        """Write the results and the page made from them into a folder; returns the path of `index.html`."""
+        # Reports read results and never the other way round: this is the one place that calls forward.
+        from spectralbasis.report import write_report
+
+        self.save(directory)
+        return write_report(Path(directory))
+
+
+@dataclass
+class Pairing:
+    """A base, finetuned checkpoints by their labels, and the matrices that they have in common.
+
+    Attributes:
+        base: the pretrained checkpoint.
+        tuned: label → finetuned checkpoint.
+        bases: name → matrix of the base that has a partner.
+        partners: name → label → matrix of the finetuned checkpoint.
+        skipped: name, with the label where there are several → why it is not measured.
+        unpaired: label → groups of matrices, of either side, that have no partner or cannot be read.
+        shares: label → share of the model that the pairs make up, in (0, 1].
+        failed: label → name → why a pair could not be measured, as where it holds NaN.
+    """
+
+    base: Checkpoint
+    tuned: dict[str, Checkpoint]
+    bases: dict[str, Matrix] = field(default_factory=dict)
+    partners: dict[str, dict[str, Matrix]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    unpaired: dict[str, tuple[Unpaired, ...]] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def skip(self, label: str, name: str, reason: str) -> None:
+        """Record why a matrix is not measured."""
+        self.skipped[name if len(self.tuned) == 1 else f"{name} [{label}]"] = reason
+
+    def fail(self, label: str, name: str, reason: str) -> None:
+        """Record why a pair could not be measured."""
+        self.skip(label, name, reason)
+        self.failed.setdefault(label, {})[name] = reason
+
+    def measured_share(self, label: str) -> float:
+        """Share of the model that the pairs make up without those that could not be measured, in [0, 1]."""
+        sizes = {name: prod(self.bases[name].shape) for name, partners in self.partners.items() if label in partners}
+        lost = sum(sizes[name] for name in self.failed.get(label, ()))
+        return self.shares[label] * (1 - lost / sum(sizes.values())) if lost else self.shares[label]
+
+
+def open_pairs(
+    base: Any, tuned: Sequence[Any], include: Sequence[str], exclude: Sequence[str], *, partial: bool = False
+) -> Pairing:
+    """Open checkpoints and pair the matrices of the base with those of each finetuned one; no weights are read.
+
+    With `partial`, what an adapter adapts and the base lacks is listed as skipped; without, such an adapter is refused.
+
+    Raises:
+        InputError: there is no finetuned checkpoint, one cannot be opened, or nothing can be paired.
+    """
+    if not tuned:
+        raise InputError("nothing to compare with: pass at least one finetuned checkpoint after the base")
+    opened = open_checkpoint(base)
+    checkpoints = [open_checkpoint(one, base=opened, partial=partial) for one in tuned]
+    labels = short_labels([checkpoint.source for checkpoint in checkpoints])
+    found = Pairing(opened, dict(zip(labels, checkpoints, strict=True)))
+    for label, checkpoint in found.tuned.items():
+        matching = match_matrices(opened, checkpoint, include=include, exclude=exclude)
+        found.unpaired[label], found.shares[label] = matching.unpaired, matching.share
+        for name, reason in matching.skipped.items():
+            found.skip(label, name, reason)
+        for parameter in getattr(checkpoint, "missing", ()):
+            found.skip(label, matrix_name(parameter), f"adapted, but absent in {opened.source}")
+        for before, after in matching.pairs:
+            first = found.bases.get(before.name, before)
+            if first.cut.transposed != before.cut.transposed:  # one finetuned side is a module, which tells, one is not
+                if after.checkpoint.module_type(after.cut.tensor) is None:
+                    before, after = first, laid_out_as(first, after)
+                others = found.partners[before.name]
+                others.update({label: laid_out_as(before, other) for label, other in others.items()})
+            found.bases[before.name] = before
+            found.partners.setdefault(before.name, {})[label] = after
+    return found
+
+
+def _measure(
+    pairing: Pairing,
+    settings: Settings,
+    store: Store,
+    workers: int,
+    ray: str | None,
+    budget: int | None,
+    progress: bool,
+) -> tuple[list[tuple[str, str]], list[tuple[Pair, str]]]:
+    """Measure every pair that the store does not hold yet; only this process writes the store.
+
+    Returns:
+        (label, matrix) of everything that was measured, and (two labels, matrix) of what was measured between finetuned
+        checkpoints, both in the order of the matrices.
+    """
+    tasks = [
+        MatrixTask(
+            matrix,
+            pairing.partners[name],
+            settings,
+            pairing.base.source,
             store.contents(name),
             store.shared_contents(name),
             budget,
         )
+        for name, matrix in pairing.bases.items()
+    ]
+    if ray is None and workers > 1:
+        workers = affordable_workers(workers, tasks)
+    if ray is None and budget is None:
+        budget = free_memory(settings.device) // max(workers, 1)
+        tasks = [replace(task, memory_budget=budget) for task in tasks]
+    announce_row_blocks(tasks)
+    done: list[tuple[str, str]] = []
+    shared: list[tuple[Pair, str]] = []
+    with open_executor(workers, ray, threads=1, gpu=settings.device.startswith("cuda")) as executor:
+        running = measured(tasks, executor)
+        for task, outcome in track(running, "comparing", total=len(tasks), enabled=progress):
+            name = task.before.name
+            for label, (content, rows) in outcome.measured.items():
+                if rows is not None:
+                    store.put(label, name, content, rows)
+                done.append((label, name))
+            for pair, (content, shared_rows) in outcome.shared.items():
+                if shared_rows is not None:
+                    store.put_shared(pair, name, content, shared_rows)
+                shared.append((pair, name))
+            for label, reason in outcome.skipped.items():
+                (pairing.skip if _is_same(reason) else pairing.fail)(label, name, reason)
+    order = {name: position for position, name in enumerate(pairing.bases)}
+    return sorted(done, key=lambda one: order[one[1]]), sorted(shared, key=lambda one: order[one[1]])
 
-    def _take(self, name: str, outcome: Outcome, store: Store) -> None:
-        """Store what came of one matrix."""
-        for label, (content, rows) in outcome.measured.items():
-            if rows is not None:
-                store.put(label, name, content, rows)
-            self.done.append((label, name))
-        for pair, (content, shared) in outcome.shared.items():
-            if shared is not None:
-                store.put_shared(pair, name, content, shared)
-            self.shared.append((pair, name))
-        for label, reason in outcome.skipped.items():
-            record = self.pairing.skip if _is_same(reason) else self.pairing.fail
-            record(label, name, reason)
 
-    def nothing_measured(self) -> str:
-        """Why the table is empty, for the person who asked."""
-        base, skipped, tuned = self.pairing.base.source, self.pairing.skipped, ", ".join(self.pairing.tuned)
-        alone = [group for groups in self.pairing.unpaired.values() for group in groups]
-        if not self.pairing.bases:
-            return f"no weight of {base} and {tuned} can be read: {describe_unpaired(alone)}"
-        pairs = sum(map(len, self.pairing.partners.values()))
-        same = sum(map(_is_same, skipped.values()))
-        if same and same == pairs and not alone:
-            rounded = " but for rounding" if any(reason.startswith(ROUNDED) for reason in skipped.values()) else ""
-            return f"{base} and {tuned} hold the same weights{rounded}: there is no update to measure"
-        if same and same == pairs:
-            part = share_text(min(self.pairing.shares.values()))
+def _nothing_measured(pairing: Pairing) -> str:
+    """Why the table is empty, for the person who asked."""
+    base, skipped, tuned = pairing.base.source, pairing.skipped, ", ".join(pairing.tuned)
+    alone = [group for groups in pairing.unpaired.values() for group in groups]
+    if not pairing.bases:
+        return f"no weight of {base} and {tuned} can be read: {describe_unpaired(alone)}"
+    if sum(map(_is_same, skipped.values())) == sum(map(len, pairing.partners.values())):
+        if alone:
+            part = share_text(min(pairing.shares.values()))
             return (
                 f"what {base} and {tuned} have in common is the same in both, but it is only {part} of the model; "
                 f"not compared: {describe_unpaired(alone)}"
             )
-        # Matrices that were tried say more than embeddings and heads, which nobody asked for.
-        tried = [name for name in skipped if name.split(" [")[0] in self.pairing.bases]
-        name = next(iter([*tried, *skipped]), "")
-        return f"no matrix could be measured; {name}: {skipped[name]}" if name else "no matrix could be measured"
-
-    def summary(self, table: pd.DataFrame, sharing: pd.DataFrame | None, seconds: float) -> dict[str, Any]:
-        """The content of `summary.json`."""
-        sources = {label: checkpoint.source for label, checkpoint in self.pairing.tuned.items()}
-        return summarise(table, sharing, self.settings, self.pairing, sources, self.tasks, seconds)
+        rounded = " but for rounding" if any(reason.startswith(ROUNDED) for reason in skipped.values()) else ""
+        return f"{base} and {tuned} hold the same weights{rounded}: there is no update to measure"
+    # Matrices that were tried say more than embeddings and heads, which nobody asked for.
+    tried = [name for name in skipped if name.split(" [")[0] in pairing.bases]
+    name = next(iter([*tried, *skipped]), "")
+    return f"no matrix could be measured; {name}: {skipped[name]}" if name else "no matrix could be measured"
 
 
 def _is_same(reason: str) -> bool:
     """Whether a matrix was skipped because finetuning left it as it was."""
     return reason == UNCHANGED or reason.startswith(ROUNDED)
-
-
-def _open_store(output: str | Path | None, settings: Settings, resume: bool, trust: bool) -> Store:
-    """The store of the output folder, or one in memory."""
-    known = {name: str(value) for name, value in asdict(settings).items()}
-    if output is None:
-        return Store(None, known, resume=False)
-    claim_files(Path(output), *FILES, adopt=resume and trust)
-    return Store(Path(output) / "store.sqlite", known, resume=resume, trust=trust)
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device={device!r} cannot be used here ({error}); pass device='cpu'") from error

@@ -1,8 +1,6 @@
-"""Has tasks measured by an executor, a few at a time.
+"""Has tasks measured by an executor, a few at a time, in as many processes as memory allows.
 
-A matrix on its way to another process: where it lies in a file, or its numbers themselves.
-
-A task on its way to another process: with the places of its matrices, or with their numbers.
+A task travels to another process as a `Parcel`: with the places of its matrices in files, or with their numbers.
 """
 
 import logging
@@ -16,62 +14,40 @@ from torch import Tensor
 
 from spectralbasis.checkpoints.checkpoint import Checkpoint
 from spectralbasis.checkpoints.matrices import Cut, Matrix
-from spectralbasis.comparison.costs import PROCESS_MEMORY, expected_k, working_memory
 from spectralbasis.comparison.measuring import MatrixTask, Outcome, measure_matrix
 from spectralbasis.errors import InputError
 from spectralbasis.execution import Crew, Executor, Failure
 from spectralbasis.printable import printable
 from spectralbasis.sizes import available_memory, format_size
 
-_NAME = "sent"
 
+def measured(tasks: Iterable[MatrixTask], executor: Executor) -> Iterator[tuple[MatrixTask, Outcome]]:
+    """Each task with its outcome, in the order in which they finish; a task is packed when there is room for it.
 
-def by_place(matrix: Matrix) -> Matrix | None:
-    """The matrix as something small that reads it from its file; None where it is in memory or computed when read."""
-    alone = matrix.checkpoint.alone(matrix.cut.tensor)
-    return None if alone is None else replace(matrix, checkpoint=alone)
-
-
-def by_content(matrix: Matrix) -> Matrix:
-    """The matrix with its numbers; what hinders reading it is raised where it is read."""
-    try:
-        W = matrix.read()
-    except ValueError as error:
-        return replace(matrix, checkpoint=SentTensor(torch.empty(matrix.shape), str(error)), cut=Cut(_NAME))
-    return replace(matrix, checkpoint=SentTensor(W), cut=Cut(_NAME))
-
-
-class SentTensor(Checkpoint):
-    """One tensor that travels as an array of bytes, which other processes can map instead of copying.
-
-    Args:
-        W: any shape, on the CPU.
-        error: why it could not be read; `read` raises it.
+    A task is sent with the places of its matrices. Once a worker does not see the files, all are sent with numbers.
     """
-
-    def __init__(self, W: Tensor, error: str = "") -> None:
-        self.source = _NAME
-        self.config = {}
-        self._shape = tuple(W.shape)
-        self._dtype = W.dtype
-        self._error = error
-        self._bytes = None if error else W.contiguous().reshape(-1).view(torch.uint8).numpy()
-
-    def names(self) -> tuple[str, ...]:
-        return (_NAME,)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._dtype
-
-    def read(self, name: str) -> Tensor:
-        if self._bytes is None:
-            raise InputError(self._error)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a mapped array is read-only, as every tensor read is to us
-            return torch.from_numpy(self._bytes).view(self._dtype).reshape(self._shape)
+    waiting, again = iter(tasks), deque[MatrixTask]()
+    pack: Callable[[MatrixTask], Parcel] = with_places
+    crew: Crew[str] = Crew(executor)
+    under_way: dict[str, MatrixTask] = {}
+    while True:
+        while crew.has_room and (task := again.popleft() if again else next(waiting, None)):
+            under_way[task.before.name] = task
+            if executor.travels:
+                crew.start(task.before.name, measure_parcel, pack(task), memory=task.worker_memory)
+            else:
+                crew.start(task.before.name, measure_matrix, task)
+        if not under_way:
+            return
+        for name, found in crew.finished():
+            task = under_way.pop(name)
+            if found is None:
+                pack = with_contents
+                again.append(task)
+            elif isinstance(found, Failure):
+                yield task, Outcome(skipped=dict.fromkeys(task.partners, found.reason))
+            else:
+                yield task, found
 
 
 @dataclass(frozen=True)
@@ -87,8 +63,15 @@ class Parcel:
     evidence: tuple[tuple[Matrix, str], ...]
 
 
+def measure_parcel(parcel: Parcel) -> Outcome | None:
+    """The outcome of `measure_matrix`, or None where the worker does not see the files that the sender meant."""
+    if any(_evidence(matrix) != expected for matrix, expected in parcel.evidence):
+        return None
+    return measure_matrix(parcel.task)
+
+
 def with_places(task: MatrixTask) -> Parcel:
-    """A parcel whose matrices are read where it arrives, but for those that no file holds as they are."""
+    """A parcel whose matrices are read where it arrives, except those that no file holds as they are."""
     evidence: list[tuple[Matrix, str]] = []
 
     def place(matrix: Matrix) -> Matrix:
@@ -106,11 +89,19 @@ def with_contents(task: MatrixTask) -> Parcel:
     return Parcel(_with_matrices(task, by_content), ())
 
 
-def measure_parcel(parcel: Parcel) -> Outcome | None:
-    """What `measure_matrix` finds, or None where the files that the sender meant are not to be seen."""
-    if any(_evidence(matrix) != expected for matrix, expected in parcel.evidence):
-        return None
-    return measure_matrix(parcel.task)
+def by_place(matrix: Matrix) -> Matrix | None:
+    """The matrix as something small that reads it from its file; None where it is in memory or computed when read."""
+    alone = matrix.checkpoint.alone(matrix.cut.tensor)
+    return None if alone is None else replace(matrix, checkpoint=alone)
+
+
+def by_content(matrix: Matrix) -> Matrix:
+    """The matrix with its numbers; an error of reading it is raised where the receiver reads it."""
+    try:
+        sent = SentTensor(matrix.read())
+    except ValueError as error:
+        sent = SentTensor(torch.empty(matrix.shape), str(error))
+    return replace(matrix, checkpoint=sent, cut=Cut(sent.source))
 
 
 def _with_matrices(task: MatrixTask, change: Callable[[Matrix], Matrix]) -> MatrixTask:
@@ -119,48 +110,44 @@ def _with_matrices(task: MatrixTask, change: Callable[[Matrix], Matrix]) -> Matr
 
 
 def _evidence(matrix: Matrix) -> str:
-    """Empty where there is no file."""
+    """What tells the matrix's file from others of its name; empty where there is no file."""
     try:
         return matrix.checkpoint.evidence(matrix.cut.tensor)
     except ValueError:
         return ""
 
 
-Tasks = Iterable[MatrixTask]
+class SentTensor(Checkpoint):
+    """One tensor that travels as an array of bytes, which other processes can map instead of copying.
 
-
-def measured(tasks: Tasks, executor: Executor) -> Iterator[tuple[MatrixTask, Outcome]]:
-    """Each task with what came of it, as they come; a task is packed when there is room for it.
-
-    A task goes out with the places of its matrices. Once a worker has not seen the files, all go out with numbers.
+    Args:
+        W: any shape, on the CPU.
+        error: why it could not be read; `read` raises it.
     """
-    waiting, again = iter(tasks), deque[MatrixTask]()
-    pack: Callable[[MatrixTask], Parcel] = with_places
-    crew: Crew[str] = Crew(executor)
-    under_way: dict[str, MatrixTask] = {}
-    while True:
-        while crew.has_room and (task := again.popleft() if again else next(waiting, None)):
-            under_way[task.before.name] = task
-            if executor.travels:
-                crew.start(task.before.name, measure_parcel, pack(task), memory=task_memory(task))
-            else:
-                crew.start(task.before.name, measure_matrix, task)
-        if not under_way:
-            return
-        for name, found in crew.finished():
-            task = under_way.pop(name)
-            if found is None:
-                pack = with_contents
-                again.append(task)
-            else:
-                yield task, _outcome(task, found)
 
+    def __init__(self, W: Tensor, error: str = "") -> None:
+        self.source = "sent"
+        self.config = {}
+        self._shape = tuple(W.shape)
+        self._dtype = W.dtype
+        self._error = error
+        self._bytes = None if error else W.contiguous().reshape(-1).view(torch.uint8).numpy()
 
-def task_memory(task: MatrixTask) -> int:
-    """Bytes that the worker of a task needs, interpreter and all."""
-    k = expected_k(task.settings.leading, task.before.shape)
-    whole = working_memory(*task.before.shape, k, trailing=task.settings.trailing)
-    return PROCESS_MEMORY + (whole if task.memory_budget is None else min(whole, task.memory_budget))
+    def names(self) -> tuple[str, ...]:
+        return (self.source,)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtype
+
+    def read(self, name: str) -> Tensor:
+        if self._bytes is None:
+            raise InputError(self._error)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a mapped array is read-only, as every tensor read is to us
+            return torch.from_numpy(self._bytes).view(self._dtype).reshape(self._shape)
 
 
 def free_memory(device: str) -> int:
@@ -170,24 +157,24 @@ def free_memory(device: str) -> int:
     return available_memory()
 
 
-def announce_row_blocks(tasks: Tasks) -> None:
-    """Say on the log which matrices are measured in row blocks, if any."""
+def announce_row_blocks(tasks: Iterable[MatrixTask]) -> None:
+    """Log which matrices are measured in row blocks, if any."""
     large = [task for task in tasks if task.in_row_blocks]
     if large:
         logging.getLogger(__name__).warning(
-            "%s takes more than the memory budget of %s, so it is read in row blocks, again and again%s",
+            "%s takes more than the memory budget of %s, so it is read in row blocks, many times over%s",
             printable(large[0].before.name),
             format_size(large[0].memory_budget or 0),
             f"; so are {len(large) - 1} more" if len(large) > 1 else "",
         )
 
 
-def affordable_workers(wanted: int, tasks: Tasks) -> int:
-    """How many processes fit into memory beside each other when each holds one of the largest matrices; 1 at least.
+def affordable_workers(wanted: int, tasks: Iterable[MatrixTask]) -> int:
+    """How many processes fit into memory when each holds one of the largest matrices; 1 at least.
 
-    Says so on the log where that is fewer than wanted.
+    A warning is logged where that is fewer than wanted.
     """
-    needs = [task_memory(task) for task in tasks]
+    needs = [task.worker_memory for task in tasks]
     wanted = min(wanted, len(needs))
     if wanted <= 1:
         return 1
@@ -195,14 +182,10 @@ def affordable_workers(wanted: int, tasks: Tasks) -> int:
     affordable = max(1, min(wanted, available // need))
     if affordable < wanted:
         logging.getLogger(__name__).warning(
-            "%d processes in place of %d: %.1f GB are free, and the largest matrix takes %.1f GB in each",
+            "%d processes in place of %d: %.1f GB are free, and each process needs %.1f GB for the largest matrix",
             affordable,
             wanted,
             available / 1e9,
             need / 1e9,
         )
     return affordable
-
-
-def _outcome(task: MatrixTask, found: Outcome | Failure) -> Outcome:
-    return Outcome(skipped=dict.fromkeys(task.partners, found.reason)) if isinstance(found, Failure) else found

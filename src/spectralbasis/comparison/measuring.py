@@ -1,10 +1,11 @@
-"""One matrix of the base and its finetuned partners: decomposed once, measured, held against draws of a null.
+"""Measures one matrix of the base and its finetuned partners, whole, or in row blocks where memory is short.
 
-How matrices come into a comparison: whole, or row by row where there is no room for that.
+The base is decomposed once; each partner is measured and compared with draws of a null. The memory that this takes is
+computed from the shape, for the choice between the two ways and for the number of worker processes.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import combinations
@@ -16,9 +17,8 @@ from torch import Tensor
 from spectralbasis.checkpoints import Matrix
 from spectralbasis.checkpoints.matrices import dtype_name
 from spectralbasis.comparison import metrics
-from spectralbasis.comparison.costs import expected_k, row_block_memory, working_memory
 from spectralbasis.comparison.metrics import Key, Measurements, Row, SharedRow, Window
-from spectralbasis.comparison.nulls import NULLS, draw_generator
+from spectralbasis.comparison.nulls import SCRAMBLED, Null
 from spectralbasis.comparison.sharing import Frames, Pair, shared_rows, update_directions
 from spectralbasis.comparison.statistics import against_null
 from spectralbasis.errors import InputError
@@ -30,67 +30,16 @@ from spectralbasis.linalg import (
     leading_svd,
     leading_svd_and_values,
     resolve_leading,
+    row_blocks,
     singular_values,
     trailing_vectors,
 )
 from spectralbasis.linalg.row_blocks import MatrixLike, Rows, RowSource, equal, equal_rounded, minus, plus, row_slices
+from spectralbasis.linalg.solvers import BLOCK
+from spectralbasis.linalg.svd import gram_pays, krylov_pays
+from spectralbasis.linalg.thresholds import leading_by_shape
 from spectralbasis.sizes import format_size
 from spectralbasis.triplets import Triplets, compute_triplets_and_values, matrix_hash
-
-
-def read_matrix(matrix: Matrix, device: str, by_rows: bool, where: str) -> MatrixLike:
-    """The matrix in float32 where the comparison works on it, or a source of its rows.
-
-    Raises:
-        ValueError: it holds NaN or infinite values.
-    """
-    W = _row_source(matrix, device) if by_rows else matrix.read().to(device=device, dtype=torch.float32)
-    bad = sum(int((~torch.isfinite(W[rows])).sum()) for rows in row_slices(W))
-    if bad:
-        size = matrix.shape[0] * matrix.shape[1]
-        raise ValueError(f"{bad} of {size} values in {where} are NaN or infinite; this matrix has no spectrum")
-    return W
-
-
-def _row_source(matrix: Matrix, device: str) -> RowSource:
-    numbers, stored = torch.arange(matrix.shape[0]), matrix.open_rows()
-
-    def read(rows: Rows) -> Tensor:
-        chosen = numbers[rows] if isinstance(rows, slice) else rows.cpu()
-        return stored(chosen).to(device=device, dtype=torch.float32)
-
-    return RowSource(matrix.shape, read, torch.device(device))
-
-
-def fits_whole(shape: tuple[int, int], k: int, trailing: bool, budget: int | None) -> bool:
-    """Whether a matrix can be measured whole within so many bytes."""
-    return budget is None or working_memory(*shape, k, trailing=trailing) <= budget
-
-
-def check_row_blocks(matrices: Iterable[Matrix], k: int, kept: int, trailing: bool, budget: int) -> None:
-    """Check that matrices of one shape can be measured in row blocks within so many bytes.
-
-    Args:
-        matrices: the base's and one partner.
-        k: leading directions.
-        kept: triplets that are kept until all partners are measured.
-        trailing: whether the trailing directions are measured too.
-        budget: bytes.
-
-    Raises:
-        ValueError: they cannot.
-    """
-    matrices = list(matrices)
-    m, n = matrices[0].shape
-    held = sum(matrix.held_bytes for matrix in matrices)
-    needed = held + row_block_memory(m, n, k, kept=kept, trailing=trailing)
-    if needed > budget:
-        why = f", {format_size(held)} of it for what cannot be read by rows from its file" if held else ""
-        raise ValueError(
-            f"measuring {m}×{n} values in row blocks takes {format_size(needed)}{why}, and the memory budget is "
-            f"{format_size(budget)}; pass --memory-budget {format_size(needed, up=True)} or more"
-        )
-
 
 UNCHANGED = "the same in both: finetuning did not touch it"
 ROUNDED = "the same in both but for rounding"
@@ -103,7 +52,7 @@ class Settings:
 
     Attributes:
         leading: number of directions, fraction of min(m, n), "auto", "mp" or "gd".
-        null: "scrambled", "gaussian" or None for no draws.
+        null: what draws come from; None for no draws.
         draws: draws of the null per matrix.
         seed: of the draws and of the bootstrap.
         tolerance: largest sine between computed and true leading subspaces.
@@ -112,7 +61,7 @@ class Settings:
     """
 
     leading: Leading = "auto"
-    null: str | None = "scrambled"
+    null: Null | None = SCRAMBLED
     draws: int = 5
     seed: int = 0
     tolerance: float = 1e-4
@@ -120,27 +69,13 @@ class Settings:
     trailing: bool = False
 
     def __post_init__(self) -> None:
-        if self.null is not None and self.null not in NULLS:
-            raise InputError(f"null={self.null!r} is unknown; pass one of {', '.join(NULLS)}, or none for no draws")
         if self.null is not None and self.draws < 1:
-            raise InputError(f"draws={self.draws} draws nothing; pass 2 or more, or null=None")
+            raise InputError(f"draws must be at least 1, got {self.draws}; pass 2 or more, or null=None for no draws")
 
-
-@dataclass(frozen=True)
-class Base:
-    """What is known of the base's matrix.
-
-    Attributes:
-        W: (m, n), float32, or a source of its rows.
-        triplets: the leading ones.
-        values: all singular values.
-        trailing: singular vectors of the smallest ones, where they were asked for.
-    """
-
-    W: MatrixLike
-    triplets: Triplets
-    values: Tensor
-    trailing: Window | None
+    @property
+    def null_name(self) -> str:
+        """Name of the null; empty where nothing is drawn."""
+        return str(self.null or "")
 
 
 @dataclass(frozen=True)
@@ -166,10 +101,20 @@ class MatrixTask:
     memory_budget: int | None = None
 
     @property
+    def whole_memory(self) -> int:
+        """Bytes that measuring the matrix whole takes."""
+        shape, settings = self.before.shape, self.settings
+        return working_memory(*shape, expected_k(settings.leading, shape), trailing=settings.trailing)
+
+    @property
     def in_row_blocks(self) -> bool:
         """Whether the matrix takes more than the budget when it is measured whole."""
-        shape, settings = self.before.shape, self.settings
-        return not fits_whole(shape, expected_k(settings.leading, shape), settings.trailing, self.memory_budget)
+        return self.memory_budget is not None and self.whole_memory > self.memory_budget
+
+    @property
+    def worker_memory(self) -> int:
+        """Bytes that a worker needs for the task, interpreter and all."""
+        return PROCESS_MEMORY + min(self.whole_memory, self.memory_budget or self.whole_memory)
 
 
 @dataclass
@@ -194,6 +139,23 @@ def measure_matrix(task: MatrixTask) -> Outcome:
             work.outcome.skipped[label] = str(error)
     work.share()
     return work.outcome
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is known of the base's matrix.
+
+    Attributes:
+        W: (m, n), float32, or a source of its rows.
+        triplets: the leading ones.
+        values: all singular values.
+        trailing: singular vectors of the smallest ones, where they were asked for.
+    """
+
+    W: MatrixLike
+    triplets: Triplets
+    values: Tensor
+    trailing: Window | None
 
 
 class _Work:
@@ -259,25 +221,33 @@ class _Work:
         for pair in missing:
             cosine = float(update_cosines[labels.index(pair[0]), labels.index(pair[1])])
             a, b = (self._frames[label] for label in pair)
-            rows = shared_rows(pair, self.task.before, a, b, cosine, self.settings.null or "")
+            rows = shared_rows(pair, self.task.before, a, b, cosine, self.settings.null_name)
             self.outcome.shared[pair] = self.outcome.shared[pair][0], rows
 
     def _check_room(self, k: int) -> None:
         """Raise ValueError where not even row blocks fit the budget."""
         budget, partners = self.task.memory_budget, self.task.partners.values()
-        if self.task.in_row_blocks and budget is not None:
-            kept = len(partners) * (1 + self.settings.draws) if len(partners) > 1 else 0
-            largest = max(partners, key=lambda partner: partner.held_bytes)
-            check_row_blocks((self.task.before, largest), k, kept, self.settings.trailing, budget)
-
-    def _read(self, matrix: Matrix, where: str) -> MatrixLike:
-        return read_matrix(matrix, self.settings.device, self.task.in_row_blocks, where)
+        if budget is None or not self.task.in_row_blocks:
+            return
+        m, n = self.task.before.shape
+        kept = len(partners) * (1 + self.settings.draws) if len(partners) > 1 else 0
+        held = self.task.before.held_bytes + max(partner.held_bytes for partner in partners)
+        needed = held + row_block_memory(m, n, k, kept=kept, trailing=self.settings.trailing)
+        if needed > budget:
+            why = f", {format_size(held)} of it for what cannot be read by rows from its file" if held else ""
+            raise ValueError(
+                f"measuring {m}×{n} values in row blocks takes {format_size(needed)}{why}, and the memory budget is "
+                f"{format_size(budget)}; pass --memory-budget {format_size(needed, up=True)} or more"
+            )
 
     def _tuned(self, label: str) -> MatrixLike:
         return self._read(self.task.partners[label], label)
 
     def _update(self, label: str) -> MatrixLike:
         return minus(self._tuned(label), self.W0)
+
+    def _read(self, matrix: Matrix, where: str) -> MatrixLike:
+        return read_matrix(matrix, self.settings.device, self.task.in_row_blocks, where)
 
     def _rows(self, label: str, W1: MatrixLike, tuned_hash: str) -> list[Row]:
         """The measurements of one pair as rows of the table, beside their null where they have one."""
@@ -291,9 +261,33 @@ class _Work:
             row = Row(label, matrix.name, matrix.layer, matrix.kind, *matrix.shape, k, metric, side, index, value)
             draws = null_values.get((metric, side, k, index))
             if draws is not None:
-                row = replace(row, null=self.settings.null or "", **asdict(against_null(value, np.array(draws))))
+                row = replace(row, null=self.settings.null_name, **asdict(against_null(value, np.array(draws))))
             rows.append(row)
         return rows
+
+
+def read_matrix(matrix: Matrix, device: str, by_rows: bool, where: str) -> MatrixLike:
+    """The matrix in float32 where the comparison works on it, or a source of its rows.
+
+    Raises:
+        ValueError: it holds NaN or infinite values.
+    """
+    W = _row_source(matrix, device) if by_rows else matrix.read().to(device=device, dtype=torch.float32)
+    bad = sum(int((~torch.isfinite(W[rows])).sum()) for rows in row_slices(W))
+    if bad:
+        size = matrix.shape[0] * matrix.shape[1]
+        raise ValueError(f"{bad} of {size} values in {where} are NaN or infinite; this matrix has no spectrum")
+    return W
+
+
+def _row_source(matrix: Matrix, device: str) -> RowSource:
+    numbers, stored = torch.arange(matrix.shape[0]), matrix.open_rows()
+
+    def read(rows: Rows) -> Tensor:
+        chosen = numbers[rows] if isinstance(rows, slice) else rows.cpu()
+        return stored(chosen).to(device=device, dtype=torch.float32)
+
+    return RowSource(matrix.shape, read, torch.device(device))
 
 
 def measure_pair(
@@ -306,7 +300,7 @@ def measure_pair(
         W1: finetuned matrix, (m, n), float32, or a source of its rows, as the base is; not equal to it.
         settings: what to measure.
         tuned_hash: content hash of W1, which fixes the draws.
-        keep: return also the frames that other finetuned checkpoints are held against, else None.
+        keep: return also the frames that other finetuned checkpoints are compared with, else None.
     """
     triplets, k = base.triplets, base.triplets.k
     update = minus(W1, base.W)
@@ -338,16 +332,86 @@ def _null_values(
 ) -> NullValues:
     """Values of each measurement under the null's draws; the base's triplets under each draw are added to `kept`."""
     values: NullValues = defaultdict(list)
-    for draw in range(settings.draws if settings.null else 0):
-        generator = draw_generator(settings.seed, base.triplets.base_hash, tuned_hash, draw)
-        chance = NULLS[str(settings.null)](update, generator)
+    if settings.null is None:
+        return values
+    triplets, k = base.triplets, base.triplets.k
+    for chance in settings.null.draws(update, settings.draws, settings.seed, triplets.base_hash, tuned_hash):
         W1 = plus(base.W, chance)
-        moved = leading_svd(W1, base.triplets.k, tolerance=settings.tolerance)
-        measured = metrics.coverages(base.triplets, chance) | metrics.overlaps(base.triplets, moved)
+        moved = leading_svd(W1, k, tolerance=settings.tolerance)
+        measured = metrics.coverages(triplets, chance) | metrics.overlaps(triplets, moved)
         if base.trailing:
-            measured |= metrics.trailing(base.trailing, trailing_vectors(W1, base.triplets.k), chance)
+            measured |= metrics.trailing(base.trailing, trailing_vectors(W1, k), chance)
         for key, value in measured.items():
             values[key].append(value)
         if kept is not None:
             kept.append(moved)
     return values
+
+
+FLOAT32, FLOAT64 = 4, 8
+PROCESS_MEMORY = 450_000_000
+"""Bytes of an interpreter with torch and this package, before it has read anything."""
+USUAL_LEADING = 64
+"""k assumed when it depends on the spectrum."""
+_BLOCKS = 24
+"""Blocks of rows in float32 that a process grows by: those of base, tuned, update and draw, the widened one, and what
+lies free between them, of which allocators leave more or less (20 were seen)."""
+
+
+def expected_k(leading: Leading, shape: tuple[int, int]) -> int:
+    """How many directions a setting means for a matrix of shape (m, n), as far as the shape tells."""
+    known = leading_by_shape(leading, shape)
+    return min(USUAL_LEADING, *shape) if known is None else known
+
+
+def working_memory(m: int, n: int, k: int, *, trailing: bool = False) -> int:
+    """Bytes that measuring one (m, n) matrix against one partner takes at most, beside the interpreter's own.
+
+    Seven float32 matrices are held while a null is drawn: base, tuned, update, the last draw's update and sum, and two
+    on the way to the next. A decomposition runs beside five of them.
+
+    Args:
+        m: rows.
+        n: columns.
+        k: leading directions.
+        trailing: whether the trailing directions are measured too, which takes all eigenvectors.
+    """
+    matrix, short = FLOAT32 * m * n, min(m, n)
+    # In float64: the matrix, LAPACK's copy, both factors and their workspace. A full decomposition is the last resort
+    # of every solver, and settles doubtful intruders.
+    dense = FLOAT64 * (4 * m * n + 9 * short**2)
+    gram = 2 * FLOAT64 * short**2 + 4 * FLOAT64 * k * (m + n)
+    if trailing:
+        solver = max(dense, 3 * FLOAT64 * short**2)
+    elif krylov_pays(m, n, k):
+        dimensions = _krylov_dimensions(short, k)
+        solver = max(gram, FLOAT32 * dimensions * short + FLOAT64 * dimensions**2)
+    else:
+        solver = gram if gram_pays(m, n, k) else dense
+    return max(7 * matrix, 5 * matrix + solver, 3 * matrix + dense)
+
+
+def row_block_memory(m: int, n: int, k: int, *, kept: int = 0, trailing: bool = False) -> int:
+    """Bytes that measuring one (m, n) matrix in row blocks takes at most, beside what cannot be read by rows.
+
+    The Gram matrix of the smaller side is the largest part; that of a wide matrix comes from blocks of its own size,
+    and all its eigenvectors take several more.
+
+    Args:
+        m: rows.
+        n: columns.
+        k: leading directions.
+        kept: triplets that are kept until all partners of the matrix are measured.
+        trailing: whether the trailing directions are measured too.
+    """
+    short = min(m, n)
+    dimensions = _krylov_dimensions(short, k)
+    krylov = FLOAT32 * dimensions * short + 3 * FLOAT64 * dimensions**2
+    gram = FLOAT64 * short**2 * (7 if trailing else 2 if m < n else 1)
+    blocks = _BLOCKS * FLOAT32 * min(m * n, row_blocks.BLOCK_ENTRIES)
+    return blocks + max(gram, krylov) + (6 * FLOAT64 + kept * FLOAT32) * k * (m + n)
+
+
+def _krylov_dimensions(short: int, k: int) -> int:
+    """The largest dimension of a Krylov space for k directions of a matrix whose smaller side is `short`."""
+    return min(short // 2, 6 * k + 20 * BLOCK) + BLOCK

@@ -1,26 +1,24 @@
-"""What is measured on one pair of matrices: the definitions of the documentation's mathematics page, as pure functions.
+"""What is measured on one pair of matrices, as pure functions; docs/mathematics.md defines the metrics.
 
 A measurement is keyed by (metric, side, k, index): metric name, "left", "right" or "both", the number of leading
-directions, and the direction (from 0) or -1.
-
-One measurement of one matrix: the rows of `comparison.parquet`, and between two checkpoints of `sharing.parquet`.
+directions, and the direction (from 0) or -1. `Row` and `SharedRow` are a line of `comparison.parquet` and of
+`sharing.parquet`.
 """
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
+from spectralbasis.comparison.nulls import HAAR
 from spectralbasis.linalg import (
     LeadingSVD,
     assigned_cosines,
     cross_cosines,
-    haar_overlap,
     matched_cosines,
     overlaps_by_k,
     wedin_bound,
@@ -28,6 +26,9 @@ from spectralbasis.linalg import (
 from spectralbasis.linalg.row_blocks import MatrixLike, frobenius_norm, times, transposed_times
 from spectralbasis.linalg.svd import largest_cosines
 from spectralbasis.triplets import Triplets
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Key = tuple[str, str, int, int]
 Measurements = dict[Key, float]
@@ -45,12 +46,8 @@ def leading_grid(k: int) -> list[int]:
 
 def overlaps(base: Factors, tuned: Factors) -> Measurements:
     """Subspace overlap, left and right, for every number of directions in the grid."""
-    return {
-        ("subspace_overlap", side, k, -1): float(by_k[k - 1])
-        for side, cosines in _cosines(base, tuned).items()
-        for by_k in [overlaps_by_k(cosines)]
-        for k in leading_grid(len(by_k))
-    }
+    left, right = (overlaps_by_k(cosines) for cosines in _cosines(base, tuned).values())
+    return _over_grid("subspace_overlap", "left", left) | _over_grid("subspace_overlap", "right", right)
 
 
 def coverages(base: Factors, update: MatrixLike) -> Measurements:
@@ -70,17 +67,12 @@ def coverage_shares(U: Tensor, Vh: Tensor, update: MatrixLike) -> Measurements:
     left = transposed_times(update, U.double()).T
     right = times(update, Vh.double().T)
     core = left @ Vh.double().T
-    by_k = {
-        ("coverage_left", "left"): left.square().sum(1).cumsum(0),
-        ("coverage_right", "right"): right.square().sum(0).cumsum(0),
-        ("coverage_core", "both"): core.square().cumsum(0).cumsum(1).diagonal(),
-        ("coverage_diagonal", "both"): core.diagonal().square().cumsum(0),
-    }
-    return {
-        (metric, side, k, -1): float(energy[k - 1] / total)
-        for (metric, side), energy in by_k.items()
-        for k in leading_grid(len(energy))
-    }
+    return (
+        _over_grid("coverage_left", "left", left.square().sum(1).cumsum(0) / total)
+        | _over_grid("coverage_right", "right", right.square().sum(0).cumsum(0) / total)
+        | _over_grid("coverage_core", "both", core.square().cumsum(0).cumsum(1).diagonal() / total)
+        | _over_grid("coverage_diagonal", "both", core.diagonal().square().cumsum(0) / total)
+    )
 
 
 def trailing(base: Window, tuned: Window, update: MatrixLike) -> Measurements:
@@ -91,19 +83,14 @@ def trailing(base: Window, tuned: Window, update: MatrixLike) -> Measurements:
         tuned: those of W1.
         update: ΔW, (m, n), not zero.
     """
-    values = {
-        ("trailing_overlap", side, k, -1): float(by_k[k - 1])
-        for side, before, after in zip(("left", "right"), base, tuned, strict=True)
-        for by_k in [overlaps_by_k(cross_cosines(before, after))]
-        for k in leading_grid(len(by_k))
-    }
+    left, right = (overlaps_by_k(cross_cosines(*vectors)) for vectors in zip(base, tuned, strict=True))
     shares = coverage_shares(base[0], base[1].T, update)
-    core = {
-        ("trailing_coverage", "both", k, -1): value
-        for (name, _, k, _), value in shares.items()
-        if name == "coverage_core"
-    }
-    return values | core
+    core = {k: value for (metric, _, k, _), value in shares.items() if metric == "coverage_core"}
+    return (
+        _over_grid("trailing_overlap", "left", left)
+        | _over_grid("trailing_overlap", "right", right)
+        | {("trailing_coverage", "both", k, -1): value for k, value in core.items()}
+    )
 
 
 def cosines(base: Factors, tuned: Factors) -> Measurements:
@@ -120,11 +107,9 @@ def cosines(base: Factors, tuned: Factors) -> Measurements:
 
 def haar_overlaps(shape: tuple[int, int], k: int) -> Measurements:
     """What two unrelated subspaces overlap by on average, for every number of directions in the grid."""
-    return {
-        ("overlap_haar", side, j, -1): haar_overlap(size, j)
-        for side, size in zip(("left", "right"), shape, strict=True)
-        for j in leading_grid(k)
-    }
+    m, n = shape
+    means = {side: HAAR.closed_forms["subspace_overlap", side] for side in ("left", "right")}
+    return {("overlap_haar", side, j, -1): mean(j, m, n) for side, mean in means.items() for j in leading_grid(k)}
 
 
 def spectra(base: Factors, tuned: Factors) -> Measurements:
@@ -200,6 +185,11 @@ def effective_rank(S: Tensor) -> float:
     return math.exp(-float(torch.special.xlogy(shares, shares).sum()))
 
 
+def _over_grid(metric: str, side: str, by_k: Tensor) -> Measurements:
+    """Entry k − 1 of values by number of directions, (most,), for every k of the grid."""
+    return {(metric, side, k, -1): float(by_k[k - 1]) for k in leading_grid(len(by_k))}
+
+
 def _cosines(base: Factors, tuned: Factors) -> dict[str, Tensor]:
     return {"left": cross_cosines(base.U, tuned.U), "right": cross_cosines(base.Vh.T, tuned.Vh.T)}
 
@@ -258,9 +248,6 @@ class SharedRow:
     base_overlap_b: float = math.nan
 
 
-_PANDAS = {int: "int64", float: "float64"}
-
-
 _VALUES = {kind: attrgetter(*(field.name for field in fields(kind))) for kind in (Row, SharedRow)}
 
 
@@ -269,8 +256,10 @@ def row_values(row: Row | SharedRow) -> tuple[Any, ...]:
     return _VALUES[type(row)](row)
 
 
-def to_frame(rows: Iterable[Row | SharedRow], kind: type[Row | SharedRow] = Row) -> pd.DataFrame:
+def to_frame(rows: Iterable[Row | SharedRow], kind: type[Row | SharedRow] = Row) -> "pd.DataFrame":
     """The rows, all of one kind, as a table with one column per field, also where there are none."""
-    columns = fields(kind)
-    frame = pd.DataFrame([row_values(row) for row in rows], columns=[field.name for field in columns])
-    return frame.astype({field.name: _PANDAS[field.type] for field in columns if field.type in _PANDAS})
+    import pandas as pd
+
+    frame = pd.DataFrame([row_values(row) for row in rows], columns=[field.name for field in fields(kind)])
+    types = {int: "int64", float: "float64"}
+    return frame.astype({field.name: types[field.type] for field in fields(kind) if field.type in types})

@@ -1,25 +1,132 @@
 """Null models: updates as large as the real one whose alignment to the base is left to chance.
 
-The numbers of `torch.randn` by rows, without all of them.
+A null is one record: how it is drawn, its closed forms, and the words for it in help, errors, the methods paragraph and
+on the page. To add one, append it to `NULLS`, or pass it to `compare(null=...)`. torch is imported only where it is
+used, so that `--help` can list the nulls without waiting for it.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 import xxhash
-from torch import Tensor
 
-from spectralbasis.linalg import row_blocks
-from spectralbasis.linalg.row_blocks import Rows, RowSource, frobenius_norm
+from spectralbasis.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from spectralbasis.linalg.row_blocks import Rows, RowSource
+
+Update = TypeVar("Update", "Tensor", "RowSource")
+
+
+@dataclass(frozen=True)
+class Null:
+    """A null model.
+
+    Attributes:
+        name: as in `compare(null=...)` and in the column `null` of the table.
+        update: what a draw of ΔW is, in a few words that continue "compared with".
+        description: what stands in for W1, as a formula in words.
+        draw: gives a random update of the shape of ΔW, from ΔW (a tensor, or a row source where a matrix exceeds the
+            memory budget) and a CPU generator, which is the only source of randomness; None where closed forms replace
+            draws. A function of a module, where other processes measure.
+        closed_forms: (metric, side) → its mean under the null, from k, m and n; functions of a module, too.
+    """
+
+    name: str
+    update: str
+    description: str
+    draw: Callable[[Any, "torch.Generator"], Any] | None = None
+    closed_forms: Mapping[tuple[str, str], Callable[[Any, Any, Any], Any]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def draws(self, update: Any, count: int, seed: int, base_hash: str, tuned_hash: str) -> Iterator[Any]:
+        """Random updates, fixed by the seed and the content of both matrices, whatever the order or place of work.
+
+        Args:
+            update: ΔW, (m, n), a tensor or a row source, as each draw is then.
+            count: how many to draw; each is drawn when it is asked for.
+            seed: of all draws of a comparison.
+            base_hash: content hash of W0.
+            tuned_hash: content hash of W1.
+        """
+        if self.draw is None:
+            raise InputError(f"the null {self.name!r} has no draws, only closed forms; pass null=None instead")
+        for number in range(count):
+            yield self.draw(update, draw_generator(seed, base_hash, tuned_hash, number))
+
+
+def parse_null(null: str | Null | None) -> Null | None:
+    """The null of this name, or the record itself; None for no draws.
+
+    Raises:
+        InputError: there is none of this name, or it cannot be drawn.
+    """
+    found = NULLS.get(null) if isinstance(null, str) else null
+    if (found is None and null is not None) or (found is not None and found.draw is None):
+        raise InputError(f"null={str(null)!r} is unknown; pass one of {', '.join(NULLS)}, or none for no draws")
+    return found
+
+
+def draw_generator(seed: int, *what: str | int) -> "torch.Generator":
+    """A generator for one draw, fixed by the seed and by what is drawn."""
+    import torch
+
+    key = "/".join(str(part) for part in (seed, *what))
+    return torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(key.encode()) & 0x7FFFFFFFFFFFFFFF)
+
+
+def scrambled(update: Update, generator: "torch.Generator") -> Update:
+    """`D1 P1 ΔW P2 D2`, with random permutations P and signs D: norm and singular values stay, alignment is lost.
+
+    Args:
+        update: ΔW, (m, n); a row source gives a row source of the same values.
+        generator: a CPU generator, the only source of randomness.
+    """
+    import torch
+
+    from spectralbasis.linalg.row_blocks import RowSource
+
+    def signs(size: int) -> "Tensor":
+        return (torch.randint(0, 2, (size,), generator=generator) * 2 - 1).to(update.device, update.dtype)
+
+    m, n = update.shape
+    order = torch.randperm(m, generator=generator).to(update.device)
+    columns = torch.randperm(n, generator=generator).to(update.device)
+    row_signs, column_signs = signs(m), signs(n)
+
+    def draw(rows: "Rows") -> "Tensor":
+        return update[order[rows]][:, columns].mul_(row_signs[rows][:, None]).mul_(column_signs)
+
+    return RowSource((m, n), draw, update.device) if isinstance(update, RowSource) else draw(slice(m))
+
+
+def gaussian(update: Update, generator: "torch.Generator") -> Update:
+    """An update of independent normal entries, (m, n), with the Frobenius norm of ΔW; arguments as of `scrambled`."""
+    import torch
+
+    from spectralbasis.linalg.row_blocks import RowSource, frobenius_norm
+
+    norm = frobenius_norm(update)
+    if not isinstance(update, RowSource):
+        noise = torch.randn(update.shape, generator=generator, dtype=torch.float64).to(update)
+        return noise * float(norm / frobenius_norm(noise))
+    source = normal_rows(update.shape, generator, update.device)
+    scale = float(norm / frobenius_norm(source))
+    return replace(source, read=lambda rows: source[rows] * scale)
+
 
 TOGETHER = 16
 """How many normal numbers torch makes of as many uniform ones at once, so that 16 more continue where it stopped."""
 
 
-def normal_rows(shape: tuple[int, int], generator: torch.Generator, device: torch.device) -> RowSource:
+def normal_rows(shape: tuple[int, int], generator: "torch.Generator", device: "torch.device") -> "RowSource":
     """`torch.randn(shape, generator=generator, dtype=torch.float64)` in float32, a run of rows at a time.
 
     The state of the generator before each run is kept; what the generator is left with is that of the whole draw. Runs
@@ -30,6 +137,10 @@ def normal_rows(shape: tuple[int, int], generator: torch.Generator, device: torc
         generator: a CPU generator.
         device: where the rows come to lie.
     """
+    import torch
+
+    from spectralbasis.linalg import row_blocks
+
     m, n = shape
     height = TOGETHER * max(1, row_blocks.BLOCK_ENTRIES // (TOGETHER * n))
     starts = range(0, max(1, m - TOGETHER + 1), height)  # the last run is never shorter than what is made together
@@ -40,12 +151,12 @@ def normal_rows(shape: tuple[int, int], generator: torch.Generator, device: torc
         torch.randn(stop - start, n, generator=generator, dtype=torch.float64)
 
     @lru_cache(maxsize=1)
-    def run(number: int) -> Tensor:
+    def run(number: int) -> "Tensor":
         own = torch.Generator()
         own.set_state(states[number])
         return torch.randn(stops[number] - starts[number], n, generator=own, dtype=torch.float64).to(torch.float32)
 
-    def read(rows: Rows) -> Tensor:
+    def read(rows: "Rows") -> "Tensor":
         if not isinstance(rows, slice):
             raise TypeError(f"normal numbers are drawn in their order; expected a slice of rows, got {type(rows)}")
         start, stop, _ = rows.indices(m)
@@ -53,50 +164,49 @@ def normal_rows(shape: tuple[int, int], generator: torch.Generator, device: torc
         parts = [run(number) for number in range(first, len(starts)) if starts[number] < stop]
         return torch.cat(parts)[start - starts[first] : stop - starts[first]].to(device)
 
-    return RowSource(shape, read, device)
+    return row_blocks.RowSource(shape, read, device)
 
 
-Update = TypeVar("Update", Tensor, RowSource)
-Null = Callable[[Update, torch.Generator], Update]
+def _left_share(k: Any, m: Any, n: Any) -> Any:
+    return k / m
 
 
-def scrambled(update: Update, generator: torch.Generator) -> Update:
-    """`D1 P1 ΔW P2 D2`, with random permutations P and signs D: norm and singular values stay, alignment is lost.
-
-    Args:
-        update: ΔW, (m, n); a row source gives one, of the same values.
-        generator: a CPU generator, the only source of randomness.
-    """
-    m, n = update.shape
-    order = torch.randperm(m, generator=generator).to(update.device)
-    columns = torch.randperm(n, generator=generator).to(update.device)
-    row_signs, column_signs = _signs(m, generator, update), _signs(n, generator, update)
-
-    def draw(rows: Rows) -> Tensor:
-        return update[order[rows]][:, columns].mul_(row_signs[rows][:, None]).mul_(column_signs)
-
-    return draw(slice(m)) if isinstance(update, Tensor) else RowSource((m, n), draw, update.device)
+def _right_share(k: Any, m: Any, n: Any) -> Any:
+    return k / n
 
 
-def gaussian(update: Update, generator: torch.Generator) -> Update:
-    """An update of independent normal entries, (m, n), with the Frobenius norm of ΔW; arguments as of `scrambled`."""
-    norm = frobenius_norm(update)
-    if isinstance(update, Tensor):
-        noise = torch.randn(update.shape, generator=generator, dtype=torch.float64).to(update)
-        return noise * float(norm / frobenius_norm(noise))
-    source = normal_rows(update.shape, generator, update.device)
-    scale = float(norm / frobenius_norm(source))
-    return replace(source, read=lambda rows: source[rows] * scale)
+def _core_share(k: Any, m: Any, n: Any) -> Any:
+    return k * k / (m * n)
 
 
-NULLS: dict[str, Null] = {"scrambled": scrambled, "gaussian": gaussian}
+def _diagonal_share(k: Any, m: Any, n: Any) -> Any:
+    return k / (m * n)
 
 
-def draw_generator(seed: int, *what: str | int) -> torch.Generator:
-    """A generator for one draw, fixed by the seed and by what is drawn, whatever the order or place of work."""
-    key = "/".join(str(part) for part in (seed, *what))
-    return torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(key.encode()) & 0x7FFFFFFFFFFFFFFF)
-
-
-def _signs(size: int, generator: torch.Generator, like: Update) -> Tensor:
-    return (torch.randint(0, 2, (size,), generator=generator) * 2 - 1).to(like.device, like.dtype)
+SCRAMBLED = Null(
+    name="scrambled",
+    update="a random step of the same size and spectrum",
+    description="W0 + D1 P1 ΔW P2 D2 with random permutations P and signs D",
+    draw=scrambled,
+)
+GAUSSIAN = Null(
+    name="gaussian",
+    update="a random step of the same size",
+    description="W0 + G with independent normal entries and ‖G‖ = ‖ΔW‖",
+    draw=gaussian,
+)
+HAAR = Null(
+    name="haar",
+    update="directions that have no relation to those of the base",
+    description="matrices whose singular vectors are Haar-random",
+    closed_forms={
+        ("subspace_overlap", "left"): _left_share,
+        ("subspace_overlap", "right"): _right_share,
+        ("coverage_core", "both"): _core_share,
+        ("coverage_diagonal", "both"): _diagonal_share,
+        ("coverage_left", "left"): _left_share,
+        ("coverage_right", "right"): _right_share,
+    },
+)
+NULLS = {null.name: null for null in (SCRAMBLED, GAUSSIAN)}
+"""The nulls that `compare` can draw, by name; the first is the default."""

@@ -1,8 +1,7 @@
-"""What two finetuned checkpoints of one base have in common in one matrix, beside what chance gives.
+"""What finetuned checkpoints of one base have in common, beside what chance gives, and the course of training runs.
 
-What finetuned checkpoints share, over all matrices: the entry `sharing` of `summary.json`.
-
-Checkpoints of one training run, told by their names, and how the findings move from step to step.
+`shared_rows` measures one matrix between two checkpoints, `sharing_findings` makes the entry `sharing` of
+`summary.json` from all of them, and `trajectories` the entry `trajectory` from the checkpoints of one run.
 """
 
 import math
@@ -10,19 +9,18 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from spectralbasis.checkpoints import Matrix
 from spectralbasis.comparison.metrics import Measurements, SharedRow, leading_grid, overlaps
+from spectralbasis.comparison.nulls import HAAR
 from spectralbasis.comparison.statistics import (
     FindingEntry,
-    PermutationTest,
     against_haar,
     against_null,
     against_unrelated,
@@ -35,16 +33,18 @@ from spectralbasis.linalg import LeadingSVD, cross_cosines, leading_svd, overlap
 from spectralbasis.linalg.row_blocks import MatrixLike
 from spectralbasis.records import Count, Finite
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 UPDATE_DIRECTIONS = 8
-"""How many leading directions of an update are held against those of another."""
+"""How many leading directions of an update are compared with those of another."""
 Pair = tuple[str, str]
 """Labels of two finetuned checkpoints, in the order in which they were given."""
-Place = tuple[str, str, str, int, str, int, int]
 
 
 @dataclass(frozen=True)
 class Frames:
-    """What is kept of one finetuned matrix until it has met its siblings: k×(m+n) numbers and as many for each draw.
+    """What is kept of one finetuned matrix until all its partners are measured: k×(m+n) numbers, and as many a draw.
 
     Attributes:
         content: hash of the matrix.
@@ -89,51 +89,36 @@ def shared_rows(pair: Pair, matrix: Matrix, a: Frames, b: Frames, update_cosine:
         null: which null `Frames.draws` come from; empty where there are none.
     """
     place = (*pair, matrix.name, matrix.layer, matrix.kind, *matrix.shape)
-    whole = against_unrelated(update_cosine, matrix.shape)
-    return [
-        *_subspace_overlaps(place, a, b, null),
-        SharedRow(*place, a.tuned.S.numel(), "update_cosine", "both", update_cosine, "haar", **asdict(whole)),
-        *_update_overlaps(place, a, b),
-    ]
-
-
-def _subspace_overlaps(place: Place, a: Frames, b: Frames, null: str) -> list[SharedRow]:
-    draws = [overlaps(one, other) for one, other in _independent_draws(a, b)]
+    if a.content != b.content:
+        paired = list(zip(a.draws, b.draws, strict=True))
+    else:  # equal matrices have equal draws, so each is paired with the other's next one
+        paired = list(zip(a.draws, b.draws[1:] + b.draws[:1], strict=True)) if len(a.draws) > 1 else []
+    draws = [overlaps(one, other) for one, other in paired]
     rows = []
     for key, value in overlaps(a.tuned, b.tuned).items():
         metric, side, k, _ = key
         fit = against_null(value, np.array([draw[key] for draw in draws]))
         row = SharedRow(*place, k, metric, side, value, null if draws else "", **asdict(fit))
         rows.append(replace(row, base_overlap_a=a.base_overlaps[key], base_overlap_b=b.base_overlaps[key]))
-    return rows
-
-
-def _independent_draws(a: Frames, b: Frames) -> list[tuple[LeadingSVD, LeadingSVD]]:
-    """Draws of both nulls in pairs. Equal matrices have equal draws, so theirs are paired with each other's next."""
-    if a.content != b.content:
-        return list(zip(a.draws, b.draws, strict=True))
-    return list(zip(a.draws, b.draws[1:] + b.draws[:1], strict=True)) if len(a.draws) > 1 else []
-
-
-def _update_overlaps(place: Place, a: Frames, b: Frames) -> list[SharedRow]:
+    whole = asdict(against_unrelated(update_cosine, matrix.shape))
+    rows.append(SharedRow(*place, a.tuned.S.numel(), "update_cosine", "both", update_cosine, HAAR.name, **whole))
     most = min(a.update.S.numel(), b.update.S.numel())
     sides = {
         "left": cross_cosines(a.update.U[:, :most], b.update.U[:, :most]),
         "right": cross_cosines(a.update.Vh[:most].T, b.update.Vh[:most].T),
     }
-    rows = []
-    for (side, cosines), size in zip(sides.items(), place[-2:], strict=True):
+    for (side, cosines), size in zip(sides.items(), matrix.shape, strict=True):
         by_k = overlaps_by_k(cosines).tolist()
         for k in leading_grid(most):
-            fit = against_haar(by_k[k - 1], size, k)
-            rows.append(SharedRow(*place, k, "update_overlap", side, by_k[k - 1], "haar", **asdict(fit)))
+            unrelated = asdict(against_haar(by_k[k - 1], size, k))
+            rows.append(SharedRow(*place, k, "update_overlap", side, by_k[k - 1], HAAR.name, **unrelated))
     return rows
 
 
 _PAIR = ["tuned_a", "tuned_b"]
 ONE_RUN = (
-    "These are checkpoints of one training run. Each goes on from the one before, so that what they share says how "
-    "far the run moved, and nothing about what tasks have in common."
+    "These are checkpoints of one training run. Each continues the one before, so what they share says how far the run "
+    "moved, and nothing about what tasks have in common."
 )
 
 
@@ -176,7 +161,7 @@ class SharingEntry(FindingEntry):
 
 
 def sharing_findings(
-    shared: pd.DataFrame, tasks: Mapping[str, str], earlier: Collection[str], seed: int
+    shared: "pd.DataFrame", tasks: Mapping[str, str], earlier: Collection[str], seed: int
 ) -> dict[str, Any]:
     """The finding over pairs of checkpoints, each pair, the ceiling and the permutation test.
 
@@ -210,9 +195,9 @@ def sharing_methods(found: Mapping[str, Any]) -> str:
     counted = {"different tasks": "those of different tasks", "same task": "all, which are of one task"}
     text = (
         f"Of every two of the finetuned checkpoints ({len(found['pairs'])} pairs; counted are "
-        f"{counted.get(found['over'], 'all')}) the leading subspaces were held against pairs of independent draws; the "
-        "error of the mean excess is the larger of the hierarchical bootstrap's (pairs outermost) and of the jackknife "
-        "over checkpoints."
+        f"{counted.get(found['over'], 'all')}) the leading subspaces were compared with pairs of independent draws; "
+        "the error of the mean excess is the larger of the hierarchical bootstrap's (pairs outermost) and of the "
+        "jackknife over checkpoints."
     )
     test = found["permutation"]
     if test is None:
@@ -229,7 +214,7 @@ def _kind(a: str, b: str, tasks: Mapping[str, str], earlier: Collection[str]) ->
     return "same task" if tasks[a] == tasks[b] else "different tasks"
 
 
-def _units(shared: pd.DataFrame) -> pd.DataFrame:
+def _units(shared: "pd.DataFrame") -> "pd.DataFrame":
     """One row per pair and matrix at its full k, left and right averaged; `tuned` numbers the pairs."""
     rows = shared[(shared["metric"] == "subspace_overlap") & (shared["k"] == full_k(shared))]
     values = ["value", "null_mean", "base_overlap_a", "base_overlap_b"]
@@ -237,7 +222,7 @@ def _units(shared: pd.DataFrame) -> pd.DataFrame:
     return units.assign(tuned=units.groupby(_PAIR, sort=False).ngroup())
 
 
-def _pairs(units: pd.DataFrame, shared: pd.DataFrame, tasks: Mapping[str, str]) -> list[dict[str, Any]]:
+def _pairs(units: "pd.DataFrame", shared: "pd.DataFrame", tasks: Mapping[str, str]) -> list[dict[str, Any]]:
     """Means over matrices of each pair, with what its updates have in common."""
     means = units.groupby(_PAIR, sort=False)[["value", "null_mean", "base_overlap_a", "base_overlap_b"]].mean()
     means.insert(2, "effect", means["value"] - means["null_mean"])
@@ -257,6 +242,7 @@ def _pairs(units: pd.DataFrame, shared: pd.DataFrame, tasks: Mapping[str, str]) 
 def _permutation(
     pairs: list[dict[str, Any]], tasks: Mapping[str, str], earlier: Collection[str], seed: int
 ) -> dict[str, Any] | None:
+    """The permutation test over task labels; None where it is not possible."""
     labels = [label for label in tasks if label not in earlier]
     excess = np.full((len(labels), len(labels)), math.nan)
     np.fill_diagonal(excess, 0)
@@ -266,7 +252,7 @@ def _permutation(
             excess[i, j] = excess[j, i] = pair["effect"]
     if len(labels) < 3 or np.isnan(excess).any():
         return None
-    test: PermutationTest | None = permutation_test(excess, [tasks[label] for label in labels], seed)
+    test = permutation_test(excess, [tasks[label] for label in labels], seed)
     return None if test is None else asdict(test)
 
 
@@ -333,7 +319,7 @@ def _run_path(named: PurePath) -> str:
 
 
 def trajectories(
-    runs: Mapping[str, Mapping[int, str]], per_tuned: Mapping[str, Any], table: pd.DataFrame
+    runs: Mapping[str, Mapping[int, str]], per_tuned: Mapping[str, Any], table: "pd.DataFrame"
 ) -> list[dict[str, Any]]:
     """Stability, coverage and relative size of the update at each step of each run.
 

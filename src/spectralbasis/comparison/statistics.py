@@ -1,22 +1,25 @@
-"""From measurements and null draws to effects, intervals and verdicts.
+"""From measurements and null draws to effects, intervals and verdicts, and the permutation test over task labels.
 
-Whether checkpoints of one task share more than those of different tasks: a permutation test over task labels.
+`student_interval`, `jackknife_error`, `arrangements` and `share_reached` serve the study too. pandas and scipy.stats
+are imported where they are used: the processes that measure matrices need neither.
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
-from numpy.typing import NDArray
-from scipy import special, stats
+from numpy.typing import ArrayLike, NDArray
+from scipy import special
 from typing_extensions import TypedDict
 
 from spectralbasis.linalg import haar_overlap, haar_overlap_std
 from spectralbasis.records import Count, Finite
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Verdict = Literal["supported", "contradicted", "undecided"]
 CONFIDENCE = 0.95
@@ -29,7 +32,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class NullFit:
-    """A measurement held against draws of its null; NaN where there are too few draws to tell."""
+    """A measurement compared with draws of its null; NaN where there are too few draws to tell."""
 
     null_mean: float
     null_std: float
@@ -41,22 +44,18 @@ def against_null(value: float, draws: Floats) -> NullFit:
     """Effect of one value in standard deviations of its null, and its two-sided p-value.
 
     The p-value is that of a further draw from a normal null whose mean and variance are estimated from the R draws:
-    Student's t with R − 1 degrees of freedom and a variance of `s² (1 + 1/R)`, so that few draws are no pretence.
+    Student's t with R − 1 degrees of freedom and a variance of `s² (1 + 1/R)`, which accounts for few draws.
     """
-    if draws.size == 0:
-        return NullFit(math.nan, math.nan, math.nan, math.nan)
-    mean = float(draws.mean())
-    if draws.size == 1:
-        return NullFit(mean, math.nan, math.nan, math.nan)
-    std = float(draws.std(ddof=1))
-    if std == 0:
+    mean = float(draws.mean()) if draws.size else math.nan
+    std = float(draws.std(ddof=1)) if draws.size > 1 else math.nan
+    if not std > 0:
         return NullFit(mean, std, math.nan, math.nan)
     t = (value - mean) / (std * math.sqrt(1 + 1 / draws.size))
     return NullFit(mean, std, (value - mean) / std, float(2 * special.stdtr(draws.size - 1, -abs(t))))
 
 
 def against_haar(overlap: float, size: int, k: int) -> NullFit:
-    """An overlap of two k-dimensional subspaces of a `size`-dimensional space, held against Haar-random ones.
+    """An overlap of two k-dimensional subspaces of a `size`-dimensional space, compared with Haar-random ones.
 
     Mean and standard deviation are exact; the two-sided p-value is that of the Beta law with these two moments, which
     is the exact law for k = 1.
@@ -71,10 +70,10 @@ def against_haar(overlap: float, size: int, k: int) -> NullFit:
 
 
 def against_unrelated(cosine: float, shape: tuple[int, int]) -> NullFit:
-    """A cosine between two updates, held against updates whose orientations are unrelated.
+    """A cosine between two updates, compared with updates whose orientations are unrelated.
 
-    Its mean is 0 and its standard deviation `1/√(mn)`, exactly, for Haar-random rotations as for scrambling and
-    whatever the updates. Its law does depend on them (for rank one it is a product of two normals), so the p-value is
+    Its mean is 0 and its standard deviation `1/√(mn)`, exactly, under Haar-random rotations and under scrambling, for
+    all updates. Its law depends on the updates (for rank one it is a product of two normals), so the p-value is
     Chebyshev's bound, 1/z².
     """
     std = 1 / math.sqrt(math.prod(shape))
@@ -82,19 +81,21 @@ def against_unrelated(cosine: float, shape: tuple[int, int]) -> NullFit:
     return NullFit(0.0, std, z, min(1.0, z**-2) if z else 1.0)
 
 
-def with_q_values(table: pd.DataFrame) -> pd.DataFrame:
+def with_q_values(table: "pd.DataFrame") -> "pd.DataFrame":
     """The table with a column `q_value`: p-values adjusted over matrices by Benjamini–Hochberg.
 
-    A family is one metric, side and number of directions in one checkpoint: what one would scan by eye. Each matrix's
-    full number counts as the same, also where a fraction, "mp" or "gd" makes them differ.
+    A family is one metric, side and number of directions in one checkpoint. The full numbers of directions of all
+    matrices count as the same number, also where a fraction, "mp" or "gd" makes them differ.
     """
+    from scipy import stats
+
     tested = table[table["p_value"].notna()]
     directions = tested["k"].where(tested["k"] != full_k(table)[tested.index], -1)
     families = tested.groupby(["tuned", "metric", "side", "index", directions])["p_value"]
     return table.assign(q_value=families.transform(stats.false_discovery_control).reindex(table.index))
 
 
-def full_k(table: pd.DataFrame) -> pd.Series:
+def full_k(table: "pd.DataFrame") -> "pd.Series":
     """The full number of leading directions of each row's matrix."""
     overlaps = table[table["metric"] == "subspace_overlap"]
     return table["matrix"].map(overlaps.groupby("matrix")["k"].max())
@@ -135,7 +136,7 @@ class FindingEntry(TypedDict):
     matrices: Count
 
 
-def find(units: pd.DataFrame, seed: int, interval_of: "IntervalRule | None" = None) -> Finding:
+def find(units: "pd.DataFrame", seed: int, interval_of: "IntervalRule | None" = None) -> Finding:
     """Test over matrices whether a measurement exceeds its null.
 
     Args:
@@ -158,7 +159,7 @@ def find(units: pd.DataFrame, seed: int, interval_of: "IntervalRule | None" = No
     )
 
 
-def _mean(column: pd.Series) -> float:
+def _mean(column: "pd.Series") -> float:
     return float(column.mean()) if column.notna().any() else math.nan
 
 
@@ -179,7 +180,29 @@ class Interval:
     p_value: float
 
 
-def hierarchical_interval(effects: pd.DataFrame, seed: int, resamples: int = RESAMPLES) -> Interval:
+NO_INTERVAL = Interval(math.nan, math.nan, math.nan, math.nan)
+"""What is known of no values."""
+IntervalRule = Callable[["pd.DataFrame", int], Interval]
+
+
+def student_interval(estimate: float, error: float, freedom: int) -> Interval:
+    """Student's confidence interval and two-sided p-value against zero; NaN where the standard error is NaN."""
+    from scipy import stats
+
+    if math.isnan(error):
+        return Interval(estimate, math.nan, math.nan, math.nan)
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    p_value = float(2 * stats.t.sf(abs(estimate) / error, freedom)) if error > 0 else float(estimate == 0)
+    return Interval(estimate, estimate - reach, estimate + reach, p_value)
+
+
+def jackknife_error(without_each: ArrayLike) -> float:
+    """Standard error of a statistic from its values without each of n units, (n,); NaN of fewer than two."""
+    values = np.asarray(without_each, dtype=float)
+    return math.sqrt((values.size - 1) * float(values.var())) if values.size > 1 else math.nan
+
+
+def hierarchical_interval(effects: "pd.DataFrame", seed: int, resamples: int = RESAMPLES) -> Interval:
     """Confidence interval of the mean effect by a hierarchical bootstrap: matrices within layers within checkpoints.
 
     The bootstrap gives the standard error; the interval is Student's, with one degree of freedom less than there are
@@ -192,67 +215,45 @@ def hierarchical_interval(effects: pd.DataFrame, seed: int, resamples: int = RES
         resamples: number of bootstrap samples.
     """
     if effects.empty:
-        return Interval(math.nan, math.nan, math.nan, math.nan)
-    return _student_interval(float(effects["effect"].mean()), *_bootstrap_error(effects, seed, resamples))
+        return NO_INTERVAL
+    error, groups = _bootstrap_error(effects, seed, resamples)
+    return student_interval(float(effects["effect"].mean()), error, groups - 1)
 
 
-def pair_interval(effects: pd.DataFrame, seed: int) -> Interval:
+def pair_interval(effects: "pd.DataFrame", seed: int) -> Interval:
     """Confidence interval of the mean effect over pairs of checkpoints, of which many have a checkpoint in common.
 
-    The hierarchical bootstrap takes pairs as its outermost groups, as if they were independent. Where leaving out one
-    checkpoint with all its pairs moves the mean by more (the delete-one jackknife of a statistic of pairs; Arvesen,
-    1969), that error counts, and in any case the degrees of freedom are those of the checkpoints.
+    The hierarchical bootstrap treats pairs, its outermost groups, as independent. Where the delete-one jackknife over
+    checkpoints (for statistics of pairs: Arvesen, 1969) gives a larger error, that error counts. The degrees of freedom
+    are those of the checkpoints in any case.
 
     Args:
         effects: the columns `tuned` (the pair), `tuned_a`, `tuned_b`, `layer`, `effect`, a row per matrix.
         seed: of the resampling.
     """
     if effects.empty:
-        return Interval(math.nan, math.nan, math.nan, math.nan)
+        return NO_INTERVAL
     error, groups = _bootstrap_error(effects, seed, RESAMPLES)
-    without = _means_without_each_checkpoint(effects)
-    if without.size > 1:
-        jackknife = math.sqrt((without.size - 1) * float(without.var()))
-        error, groups = max(error, jackknife), without.size
-    return _student_interval(float(effects["effect"].mean()), error, groups)
-
-
-IntervalRule = Callable[[pd.DataFrame, int], Interval]
-
-
-def _means_without_each_checkpoint(effects: pd.DataFrame) -> Floats:
-    """Mean effect of the pairs that lack a checkpoint, for each whose absence leaves any."""
     pairs = effects.groupby(["tuned_a", "tuned_b"])["effect"].agg(["sum", "count"]).reset_index()
-    kept = [
-        pairs[(pairs["tuned_a"] != one) & (pairs["tuned_b"] != one)]
-        for one in pd.unique(pairs[["tuned_a", "tuned_b"]].to_numpy().ravel())
-    ]
-    return np.array([rest["sum"].sum() / rest["count"].sum() for rest in kept if len(rest)])
+    checkpoints = dict.fromkeys(pairs[["tuned_a", "tuned_b"]].to_numpy().ravel())
+    others = [pairs[(pairs["tuned_a"] != one) & (pairs["tuned_b"] != one)] for one in checkpoints]
+    without_each = [rest["sum"].sum() / rest["count"].sum() for rest in others if len(rest)]
+    if len(without_each) > 1:
+        error, groups = max(error, jackknife_error(without_each)), len(without_each)
+    return student_interval(float(effects["effect"].mean()), error, groups - 1)
 
 
-def _bootstrap_error(effects: pd.DataFrame, seed: int, resamples: int) -> tuple[float, int]:
+def _bootstrap_error(effects: "pd.DataFrame", seed: int, resamples: int) -> tuple[float, int]:
     """Standard error of the mean effect, and how many independent groups it rests on."""
-    groups = _outer_groups(effects)
+    counts = (effects["tuned"].nunique(), effects.groupby("tuned")["layer"].nunique().max(), len(effects))
+    groups = int(next((count for count in counts if count > 1), 1))
     if groups < 2:
         return math.nan, groups
     means = bootstrap_means(effects, np.random.default_rng(seed), resamples)
     return float(means.std(ddof=1)) * math.sqrt(groups / (groups - 1)), groups
 
 
-def _student_interval(estimate: float, error: float, groups: int) -> Interval:
-    if math.isnan(error):
-        return Interval(estimate, math.nan, math.nan, math.nan)
-    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, groups - 1)) * error
-    p_value = float(2 * stats.t.sf(abs(estimate) / error, groups - 1)) if error > 0 else float(estimate == 0)
-    return Interval(estimate, estimate - reach, estimate + reach, p_value)
-
-
-def _outer_groups(effects: pd.DataFrame) -> int:
-    counts = (effects["tuned"].nunique(), effects.groupby("tuned")["layer"].nunique().max(), len(effects))
-    return int(next((count for count in counts if count > 1), 1))
-
-
-def bootstrap_means(effects: pd.DataFrame, rng: np.random.Generator, resamples: int) -> Floats:
+def bootstrap_means(effects: "pd.DataFrame", rng: np.random.Generator, resamples: int) -> Floats:
     """Means of hierarchical resamples, (resamples,): checkpoints, then their layers, then the layers' matrices."""
     cells = [[layer["effect"].to_numpy() for _, layer in one.groupby("layer")] for _, one in effects.groupby("tuned")]
     layers = np.array([len(checkpoint) for checkpoint in cells])
@@ -282,7 +283,41 @@ def _resample(
 
 
 MOST_ENUMERATED = 20_000
+"""Arrangements up to which a permutation test looks at all of them; beyond, it looks at `SAMPLED` of them."""
 SAMPLED = 10_000
+
+
+def arrangements(values: ArrayLike, seed: int) -> tuple[NDArray[Any], bool]:
+    """All different orders of some values, or the given order and a sample of others.
+
+    Args:
+        values: (n,); equal ones are interchangeable.
+        seed: of the sample.
+
+    Returns:
+        The orders, (arrangements, n), and whether they are all there are.
+    """
+    given = np.asarray(values)
+    counts = Counter(given.tolist())
+    different = math.factorial(given.size) // math.prod(map(math.factorial, counts.values()))
+    if different <= MOST_ENUMERATED:
+        return np.array(list(_distinct(counts)), dtype=given.dtype), True
+    sampled = np.random.default_rng(seed).permuted(np.tile(given, (SAMPLED - 1, 1)), axis=1)
+    return np.concatenate([given[None], sampled]), False
+
+
+def share_reached(chance: Floats, statistic: float, scale: float) -> float:
+    """Share of `chance` that is at least `statistic`; what differs only by rounding at this scale counts as equal."""
+    return float((chance >= statistic - 1e-12 * scale).mean())
+
+
+def _distinct(left: Counter[Any]) -> Iterator[tuple[Any, ...]]:
+    """Every different order of a multiset."""
+    if not left.total():
+        yield ()
+    for value in [value for value, count in left.items() if count]:
+        for rest in _distinct(left - Counter([value])):
+            yield (value, *rest)
 
 
 @dataclass(frozen=True)
@@ -318,43 +353,18 @@ def permutation_test(excess: Floats, tasks: Sequence[str], seed: int) -> Permuta
         None where all pairs are of one kind, so that there is nothing to compare.
     """
     labels = np.unique(list(tasks), return_inverse=True)[1]
-    upper = np.triu_indices(len(labels), 1)
-    values = excess[upper]
-    same = _same(labels[None], upper)[0]
+    i, j = np.triu_indices(len(labels), 1)
+    values, same = excess[i, j], labels[i] == labels[j]
     if same.all() or not same.any():
         return None
-    exact = math.factorial(len(labels)) / math.prod(map(math.factorial, np.bincount(labels))) <= MOST_ENUMERATED
-    chance = _statistics(values, _same(_arrangements(labels, exact, seed), upper))
-    statistic = float(_statistics(values, same[None])[0])
-    # Equal statistics may differ by rounding, and must count as equal.
-    reached = chance >= statistic - 1e-12 * np.abs(values).max()
+
+    def statistics(same: NDArray[np.bool_]) -> Floats:
+        """Of each arrangement, from which of its pairs are of one task, (arrangements, pairs)."""
+        inside, count = same @ values, same.sum(1)
+        return inside / count - (values.sum() - inside) / (values.size - count)
+
+    orders, exact = arrangements(labels, seed)
+    statistic = float(statistics(same[None])[0])
+    p_value = share_reached(statistics(orders[:, i] == orders[:, j]), statistic, np.abs(values).max())
     inside, between = float(values[same].mean()), float(values[~same].mean())
-    return PermutationTest(statistic, inside, between, float(reached.mean()), len(chance), exact)
-
-
-def _same(labels: NDArray[np.int64], upper: tuple[NDArray[np.int64], ...]) -> NDArray[np.bool_]:
-    """Which pairs are of one task, (arrangements, pairs)."""
-    return labels[:, upper[0]] == labels[:, upper[1]]
-
-
-def _statistics(values: Floats, same: NDArray[np.bool_]) -> Floats:
-    inside = same @ values
-    count = same.sum(1)
-    return inside / count - (values.sum() - inside) / (values.size - count)
-
-
-def _arrangements(labels: NDArray[np.int64], exact: bool, seed: int) -> NDArray[np.int64]:
-    """All distinct arrangements, or the given one and a sample, (arrangements, t)."""
-    if exact:
-        return np.array(list(_distinct(Counter(labels.tolist()))))
-    rng = np.random.default_rng(seed)
-    return np.concatenate([labels[None], rng.permuted(np.tile(labels, (SAMPLED - 1, 1)), axis=1)])
-
-
-def _distinct(left: Counter[int]) -> Iterator[tuple[int, ...]]:
-    """Every different order of a multiset."""
-    if not left.total():
-        yield ()
-    for label in [label for label, count in left.items() if count]:
-        for rest in _distinct(left - Counter([label])):
-            yield (label, *rest)
+    return PermutationTest(statistic, inside, between, p_value, len(orders), exact)

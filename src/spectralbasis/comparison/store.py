@@ -1,4 +1,4 @@
-"""Results on disk while a comparison runs, so that one that was stopped goes on."""
+"""Results on disk while a comparison runs, so that a stopped comparison can be continued."""
 
 import json
 import math
@@ -38,10 +38,9 @@ _TABLES = ("pairs", "shared")
 class Store:
     """Rows by (tuned, matrix), and by (tuned_a, tuned_b, matrix) what two finetuned checkpoints share.
 
-    Either counts as done only for the very weights (`content`) that it was made from, and only while it has its
-    checksum: what a bad disk has changed is measured again. Either is believed only with its seal, which this user
-    alone can make (`databases.seal`): rows that were stored elsewhere are refused, or taken over where the caller
-    trusts them.
+    Both count as done only for the weights (`content`) that they were made from, and only with their checksum: what a
+    bad disk has changed is measured again. Both are used only with their seal, which only this user can make
+    (`databases.seal`): rows that were stored elsewhere are refused, or sealed where the caller trusts them.
     """
 
     def __init__(self, path: Path | None, settings: dict[str, str], *, resume: bool, trust: bool = False) -> None:
@@ -75,7 +74,7 @@ class Store:
             self._connection.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", settings.items())
 
     def _check_origin(self, table: str, trust: bool) -> None:
-        """Refuse sound rows of others, or seal them where they are trusted."""
+        """Refuse intact rows of other users, or seal them where they are trusted."""
         elsewhere = [
             (*key, text)
             for *key, text, sealed, check in self._connection.execute(f"SELECT * FROM {table}").fetchall()
@@ -87,11 +86,9 @@ class Store:
                 "store on this machine; add --trust (trust=True) to build on them, or leave out --resume to measure "
                 "them again"
             )
+        kind: type[Any] = Row if table == "pairs" else SharedRow
         for *key, text in elsewhere:
-            if table == "pairs":
-                self._rows(text, Row, *key)
-            else:
-                self._rows(text, SharedRow, *key)
+            self._rows(text, kind, *key)  # which checks them
             self._put(table, text, *key)
 
     def contents(self, matrix: str) -> dict[str, str]:
@@ -123,7 +120,7 @@ class Store:
                 yield from self._rows(text, SharedRow, *key)
 
     def _found(self, table: str, **where: str) -> Iterator[tuple[list[str], str]]:
-        """Key and rows of the records that are to be believed."""
+        """Key and rows of the records that have their checksum and seal."""
         condition = " AND ".join(f"{name} = ?" for name in where)
         query = f"SELECT * FROM {table} WHERE {condition}"
         for *key, text, sealed, check in self._connection.execute(query, tuple(where.values())):
@@ -150,7 +147,7 @@ class Store:
         except sqlite3.DatabaseError as error:
             raise InputError(
                 f"{self.path} cannot be written ({error}); what was measured before is kept: free some room, or make "
-                "the folder writable, and go on with --resume"
+                "the folder writable, and continue with --resume"
             ) from error
 
     def __enter__(self) -> Self:
@@ -165,5 +162,5 @@ def _text(rows: Iterable[Row] | Iterable[SharedRow]) -> str:
 
 
 def _checksum(*parts: object) -> str:
-    """Of a record, of whatever types a damaged file may give it."""
+    """Checksum of a record, whose parts may have any type in a damaged file."""
     return checksum(*map(repr, parts))

@@ -1,25 +1,18 @@
-"""The verdicts over all matrices, and the facts needed to reproduce them.
-
-The methods paragraph: what ran, in the words that a referee needs to run it again.
-"""
+"""The content of `summary.json`: verdicts over all matrices, notes, the methods paragraph, and what reproduces them."""
 
 import math
-import platform
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from importlib.metadata import version
-from typing import Any, NotRequired
+from typing import TYPE_CHECKING, Any, NotRequired
 
-import pandas as pd
 import psutil
 from typing_extensions import TypedDict
 
 from spectralbasis.checkpoints.matching import describe_unpaired, share_text
 from spectralbasis.comparison.measuring import UNCHANGED, Settings
 from spectralbasis.comparison.metrics import INTRUDER_COSINE
-from spectralbasis.comparison.pairing import Pairing
 from spectralbasis.comparison.sharing import (
     RunEntry,
     SharingEntry,
@@ -39,91 +32,12 @@ from spectralbasis.comparison.statistics import (
 )
 from spectralbasis.linalg.thresholds import AUTO_LEADING
 from spectralbasis.records import Count, Finite
+from spectralbasis.version import library_versions
 
-_RULES = {
-    "auto": f"{AUTO_LEADING}, or half of min(m, n) where that is less",
-    "mp": "the number of singular values above the Marchenko–Pastur edge of noise fitted to the median one",
-    "gd": "the number of singular values above the Gavish–Donoho threshold",
-}
-_NULLS = {
-    "scrambled": "the scrambled null (W0 + D1 P1 ΔW P2 D2, random permutations P and signs D)",
-    "gaussian": "the gaussian null (independent normal entries of the norm of ΔW)",
-}
+if TYPE_CHECKING:
+    import pandas as pd
 
-
-def methods_paragraph(
-    table: pd.DataFrame, settings: Settings, base: str, tuned: Mapping[str, str], skipped: Mapping[str, str], facts: Any
-) -> str:
-    """One paragraph on models, matrices, solver, leading directions, nulls, tests and versions.
-
-    Args:
-        table: all rows of the comparison.
-        settings: what was measured.
-        base: the base, as it was named.
-        tuned: label → source of each finetuned checkpoint.
-        skipped: matrix → reason.
-        facts: version of each package by name.
-    """
-    return " ".join(
-        (
-            _models(base, tuned),
-            _matrices(table, skipped),
-            _leading(table, settings),
-            _solver(settings),
-            _tests(settings),
-            "Versions: " + ", ".join(f"{name} {number}" for name, number in facts.items()) + ".",
-        )
-    )
-
-
-def _models(base: str, tuned: Mapping[str, str]) -> str:
-    checkpoints = "1 finetuned checkpoint" if len(tuned) == 1 else f"{len(tuned)} finetuned checkpoints"
-    return f"The base {base} was compared with {checkpoints} ({', '.join(tuned.values())})."
-
-
-def _matrices(table: pd.DataFrame, skipped: Mapping[str, str]) -> str:
-    matrices = table.drop_duplicates("matrix")
-    kinds = ", ".join(f"{count} × {kind}" for kind, count in matrices["kind"].value_counts(sort=False).items())
-    layers = matrices.loc[matrices["layer"] >= 0, "layer"].nunique()
-    text = f"{len(matrices)} weight matrices of {layers} numbered layers were measured ({kinds})."
-    if skipped:
-        groups = Counter("unchanged" if reason == UNCHANGED else reason.split(":")[0] for reason in skipped.values())
-        listed = "; ".join(f"{count} × {reason}" for reason, count in groups.most_common(5))
-        text += f" {len(skipped)} were skipped ({listed})."
-    return text
-
-
-def _leading(table: pd.DataFrame, settings: Settings) -> str:
-    counts = table[table["metric"] == "subspace_overlap"].groupby("matrix")["k"].max()
-    span = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
-    windows = "leading and as many trailing" if settings.trailing else "leading"
-    if isinstance(settings.leading, int):
-        fewer = "" if counts.min() == settings.leading else f" (all of a matrix that has fewer: {span})"
-        return f"The {settings.leading} {windows} directions were taken{fewer}."
-    rule = _RULES.get(str(settings.leading), f"a fraction of {settings.leading} of min(m, n)")
-    return f"The number of {windows} directions was set by {rule}: {span}."
-
-
-def _solver(settings: Settings) -> str:
-    return (
-        "Singular triplets were computed by block Lanczos, from the Gram matrix or densely, whichever was the cheapest "
-        f"to meet the tolerance, a sine of {settings.tolerance:g} between computed and true leading subspaces, bounded "
-        "by residuals in float64 (Wedin); no solve was started from another matrix's vectors. Tuned left vectors among "
-        f"the top 10 whose cosine to every base vector is below {INTRUDER_COSINE} count as intruders (2410.21228)."
-    )
-
-
-def _tests(settings: Settings) -> str:
-    if settings.null is None:
-        return "No null was drawn, so nothing was tested."
-    return (
-        f"Overlap and coverage were held against {settings.draws} draws of {_NULLS[settings.null]} for each matrix, "
-        f"seed {settings.seed}; p-values of single matrices are Student's t for one further draw, adjusted over "
-        f"matrices by Benjamini–Hochberg (rate {FALSE_DISCOVERY_RATE:g}). The mean effect over matrices has a "
-        f"{CONFIDENCE:.0%} interval from a hierarchical bootstrap ({RESAMPLES} resamples; matrices within layers "
-        "within checkpoints) with Student's t over the outermost groups."
-    )
-
+    from spectralbasis.comparison.comparing import Pairing
 
 CEILING = 0.99
 """Above this null overlap, stability has next to no room to show in."""
@@ -131,7 +45,11 @@ LARGE_STEP = 0.5
 """From this ‖ΔW‖/‖W0‖ on, what the update takes away of the base makes up much of its coverage."""
 STRANGE_STEP = 1.0
 """From this ‖ΔW‖/‖W0‖ on, two matrices are as far apart as unrelated ones, or one of them was emptied."""
-_PACKAGES = ("spectralbasis", "torch", "numpy", "scipy", "pandas", "safetensors", "transformers", "peft")
+_RULES = {
+    "auto": f"{AUTO_LEADING}, or half of min(m, n) where that is less",
+    "mp": "the number of singular values above the Marchenko–Pastur edge of noise fitted to the median one",
+    "gd": "the number of singular values above the Gavish–Donoho threshold",
+}
 
 
 class SignificantEntry(TypedDict):
@@ -206,11 +124,10 @@ class Summary(FindingsEntry):
 
 
 def summarise(
-    table: pd.DataFrame,
-    sharing: pd.DataFrame | None,
+    table: "pd.DataFrame",
+    sharing: "pd.DataFrame | None",
     settings: Settings,
-    pairing: Pairing,
-    tuned: dict[str, str],
+    pairing: "Pairing",
     tasks: dict[str, str],
     seconds: float,
 ) -> dict[str, Any]:
@@ -221,25 +138,30 @@ def summarise(
         sharing: all rows of what finetuned checkpoints share; None where there is one checkpoint.
         settings: what was measured.
         pairing: what was compared, what was skipped, and what found no partner.
-        tuned: label → source of each finetuned checkpoint.
         tasks: label → task of each, or empty.
         seconds: wall-clock time that the comparison took.
     """
-    versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+    tuned = {label: checkpoint.source for label, checkpoint in pairing.tuned.items()}
     per_tuned = {str(label): findings(rows, settings.seed) for label, rows in table.groupby("tuned", sort=False)}
-    between = _between(table, sharing, per_tuned, tuned, tasks, settings.seed)
-    base, skipped = pairing.base.source, pairing.skipped
-    methods = "" if table.empty else methods_paragraph(table, settings, base, tuned, skipped, versions)
+    runs = training_runs(tuned)
+    between: dict[str, Any] = {}
+    if sharing is not None and len(sharing):
+        earlier = {label for steps in runs.values() for label in list(steps.values())[:-1]}
+        between["sharing"] = sharing_findings(sharing, tasks, earlier, settings.seed)
+    if runs:
+        between["trajectory"] = trajectories(runs, per_tuned, table)
+    versions = library_versions()
+    methods = "" if table.empty else methods_paragraph(table, settings, pairing, versions)
     return {
-        "base": base,
+        "base": pairing.base.source,
         "tuned": list(tuned),
         "tuned_sources": tuned,
         "leading": settings.leading,
-        "null": settings.null,
+        "null": settings.null_name or None,
         "draws": settings.draws if settings.null else 0,
         "tolerance": settings.tolerance,
         "matrices": int(table["matrix"].nunique()),
-        "skipped": skipped,
+        "skipped": pairing.skipped,
         "unpaired": [
             {"tuned": label, **asdict(group)} for label, groups in pairing.unpaired.items() for group in groups
         ],
@@ -256,27 +178,86 @@ def summarise(
     }
 
 
-def _notes(table: pd.DataFrame, settings: Settings, pairing: Pairing) -> list[str]:
+def methods_paragraph(
+    table: "pd.DataFrame", settings: Settings, pairing: "Pairing", versions: Mapping[str, str]
+) -> str:
+    """What ran, in the words that a referee needs to run it again: models, matrices, solver, nulls, tests, versions."""
+    sources = [checkpoint.source for checkpoint in pairing.tuned.values()]
+    checkpoints = "1 finetuned checkpoint" if len(sources) == 1 else f"{len(sources)} finetuned checkpoints"
+    said = [f"The base {pairing.base.source} was compared with {checkpoints} ({', '.join(sources)})."]
+    matrices = table.drop_duplicates("matrix")
+    kinds = ", ".join(f"{count} × {kind}" for kind, count in matrices["kind"].value_counts(sort=False).items())
+    layers = matrices.loc[matrices["layer"] >= 0, "layer"].nunique()
+    said.append(f"{len(matrices)} weight matrices of {layers} numbered layers were measured ({kinds}).")
+    if pairing.skipped:
+        reasons = pairing.skipped.values()
+        groups = Counter("unchanged" if reason == UNCHANGED else reason.split(":")[0] for reason in reasons)
+        listed = "; ".join(f"{count} × {reason}" for reason, count in groups.most_common(5))
+        said.append(f"{len(pairing.skipped)} were skipped ({listed}).")
+    said.append(_leading(table, settings))
+    said.append(
+        "Singular triplets were computed by block Lanczos, from the Gram matrix or densely, whichever was the cheapest "
+        f"to meet the tolerance, a sine of {settings.tolerance:g} between computed and true leading subspaces, bounded "
+        "by residuals in float64 (Wedin); no solve was started from another matrix's vectors. Tuned left vectors among "
+        f"the top 10 whose cosine to every base vector is below {INTRUDER_COSINE} count as intruders (2410.21228)."
+    )
+    if settings.null is None:
+        said.append("No null was drawn, so nothing was tested.")
+    else:
+        said.append(
+            f"Overlap and coverage were compared with {settings.draws} draws of the {settings.null.name} null "
+            f"({settings.null.description}) for each matrix, seed {settings.seed}; p-values of single matrices are "
+            "Student's t for one further draw, adjusted over matrices by Benjamini–Hochberg (rate "
+            f"{FALSE_DISCOVERY_RATE:g}). The mean effect over matrices has a {CONFIDENCE:.0%} interval from a "
+            f"hierarchical bootstrap ({RESAMPLES} resamples; matrices within layers within checkpoints) with Student's "
+            "t over the outermost groups."
+        )
+    said.append("Versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ".")
+    return " ".join(said)
+
+
+def _leading(table: "pd.DataFrame", settings: Settings) -> str:
+    counts = table[table["metric"] == "subspace_overlap"].groupby("matrix")["k"].max()
+    span = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
+    windows = "leading and as many trailing" if settings.trailing else "leading"
+    if isinstance(settings.leading, int):
+        fewer = "" if counts.min() == settings.leading else f" (all of a matrix that has fewer: {span})"
+        return f"The {settings.leading} {windows} directions were taken{fewer}."
+    rule = _RULES.get(str(settings.leading), f"a fraction of {settings.leading} of min(m, n)")
+    return f"The number of {windows} directions was set by {rule}: {span}."
+
+
+def _notes(table: "pd.DataFrame", settings: Settings, pairing: "Pairing") -> list[str]:
     """What a reader of the verdicts has to know before them."""
+
+    def whom(label: str) -> str:
+        return f" ({label})" if len(pairing.tuned) > 1 else ""
+
     notes = []
     for label, groups in pairing.unpaired.items():
-        if groups:
-            whom = f" ({label})" if len(pairing.unpaired) > 1 else ""
-            if not pairing.shares[label]:
-                notes.append(f"Nothing was compared{whom}: {describe_unpaired(groups)}.")
-                continue
+        if groups and not pairing.shares[label]:
+            notes.append(f"Nothing was compared{whom(label)}: {describe_unpaired(groups)}.")
+        elif groups:
             notes.append(
-                f"The verdicts are of {share_text(pairing.shares[label])} of the model{whom}, by parameters of its "
-                f"weight matrices. Not compared: {describe_unpaired(groups)}."
+                f"The verdicts are of {share_text(pairing.shares[label])} of the model{whom(label)}, by parameters of "
+                f"its weight matrices. Not compared: {describe_unpaired(groups)}."
             )
     for label, failed in pairing.failed.items():
-        whom = f" ({label})" if len(pairing.unpaired) > 1 else ""
         name, reason = next(iter(failed.items()))
         notes.append(
-            f"{len(failed)} {'pair' if len(failed) == 1 else 'pairs'} of matrices{whom} could not be measured, so that "
-            f"{share_text(pairing.measured_share(label))} of the model was: {name}: {reason}."
+            f"{len(failed)} {'pair' if len(failed) == 1 else 'pairs'} of matrices{whom(label)} could not be measured, "
+            f"so that {share_text(pairing.measured_share(label))} of the model was: {name}: {reason}."
         )
-    notes.extend(_strangers(table))
+    steps = table[table["metric"] == "update_norm_relative"]
+    for tuned, rows in steps.groupby("tuned", sort=False):
+        large = rows[rows["value"] >= STRANGE_STEP]
+        if len(large):
+            notes.append(
+                f"In {len(large)} of {len(rows)} matrices (such as {large['matrix'].iloc[0]})"
+                f"{f' ({tuned})' if steps['tuned'].nunique() > 1 else ''} the update is at least as large as the "
+                "weights, as it is between unrelated matrices: check that the finetuned checkpoint was made from this "
+                "base, that it was not trained anew there, and that both number their layers alike."
+            )
     if isinstance(settings.leading, int):
         counts = table[table["metric"] == "subspace_overlap"].groupby("matrix", sort=False)["k"].max()
         small = counts[counts < settings.leading].index
@@ -289,24 +270,7 @@ def _notes(table: pd.DataFrame, settings: Settings, pairing: Pairing) -> list[st
     return notes
 
 
-def _strangers(table: pd.DataFrame) -> list[str]:
-    """A note on matrices that changed by as much as they hold, as no finetuning changes them."""
-    notes = []
-    steps = table[table["metric"] == "update_norm_relative"]
-    for label, rows in steps.groupby("tuned", sort=False):
-        large = rows[rows["value"] >= STRANGE_STEP]
-        if len(large):
-            whom = f" ({label})" if steps["tuned"].nunique() > 1 else ""
-            notes.append(
-                f"In {len(large)} of {len(rows)} matrices (such as {large['matrix'].iloc[0]}){whom} the update is at "
-                "least as large as the weights, as it is between unrelated matrices: check that the finetuned "
-                "checkpoint was made from this base, that it was not trained anew there, and that both number their "
-                "layers alike."
-            )
-    return notes
-
-
-def findings(table: pd.DataFrame, seed: int) -> dict[str, dict[str, Any]]:
+def findings(table: "pd.DataFrame", seed: int) -> dict[str, dict[str, Any]]:
     """Stability and coverage with their intervals and verdicts, over the rows of a table."""
     forced = forced_by_size(table)
     stability, finding = _finding(table, "subspace_overlap", seed, rotation_avoided)
@@ -321,52 +285,25 @@ def findings(table: pd.DataFrame, seed: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _between(
-    table: pd.DataFrame,
-    sharing: pd.DataFrame | None,
-    per_tuned: dict[str, Any],
-    tuned: dict[str, str],
-    tasks: dict[str, str],
-    seed: int,
-) -> dict[str, Any]:
-    """What concerns several checkpoints at once: what they share, and the course of training runs."""
-    runs = training_runs(tuned)
-    found: dict[str, Any] = {}
-    if sharing is not None and len(sharing):
-        earlier = {label for steps in runs.values() for label in list(steps.values())[:-1]}
-        found["sharing"] = sharing_findings(sharing, tasks, earlier, seed)
-    if runs:
-        found["trajectory"] = trajectories(runs, per_tuned, table)
-    return found
-
-
 def _finding(
-    table: pd.DataFrame,
-    metric: str,
-    seed: int,
-    relative: Callable[[Finding], float],
+    table: "pd.DataFrame", metric: str, seed: int, relative: Callable[[Finding], float]
 ) -> tuple[dict[str, Any], Finding]:
     rows = table[(table["metric"] == metric) & (table["k"] == full_k(table))]
     keys = ["tuned", "layer", "matrix"]
     finding = find(rows.groupby(keys, as_index=False)[["value", "null_mean"]].mean(), seed)
     share = relative(finding)
+    found = rows[rows["q_value"] <= FALSE_DISCOVERY_RATE]
     entry = {
         **finding.to_dict(),
         "relative_effect": share if math.isfinite(share) else None,
-        "significant": _significant(rows),
+        "significant": {  # single measurements that stand out from their null after correction
+            "above_null": int((found["z"] > 0).sum()),
+            "below_null": int((found["z"] < 0).sum()),
+            "of": int(rows["q_value"].notna().sum()),
+            "false_discovery_rate": FALSE_DISCOVERY_RATE,
+        },
     }
     return entry, finding
-
-
-def _significant(rows: pd.DataFrame) -> dict[str, int | float]:
-    """How many single measurements stand out from their null after correction, on either side of it."""
-    found = rows[rows["q_value"] <= FALSE_DISCOVERY_RATE]
-    return {
-        "above_null": int((found["z"] > 0).sum()),
-        "below_null": int((found["z"] < 0).sum()),
-        "of": int(rows["q_value"].notna().sum()),
-        "false_discovery_rate": FALSE_DISCOVERY_RATE,
-    }
 
 
 def rotation_avoided(finding: Finding) -> float:
@@ -380,7 +317,7 @@ def ratio_to_null(finding: Finding) -> float:
     return finding.value / finding.null_mean if finding.null_mean > 0 else math.nan
 
 
-def forced_by_size(table: pd.DataFrame) -> dict[str, int]:
+def forced_by_size(table: "pd.DataFrame") -> dict[str, int]:
     """In how many matrices Wedin's bound, which knows only the size of ΔW, forces an overlap of at least `CEILING`.
 
     A largest sine of s leaves an overlap of at least 1 − s².
@@ -404,7 +341,7 @@ def _stability_note(finding: Finding, forced: dict[str, int]) -> str:
     return " ".join(notes)
 
 
-def _coverage_note(table: pd.DataFrame) -> str:
+def _coverage_note(table: "pd.DataFrame") -> str:
     step = table[table["metric"] == "update_norm_relative"]["value"].mean()
     if not step >= LARGE_STEP:
         return ""

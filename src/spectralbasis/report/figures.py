@@ -1,24 +1,18 @@
-"""Plotly figures as plain dictionaries.
+"""The page's figures, as plain dictionaries for Plotly, and the numbers that they draw.
 
 A colour is written `var(--name)`: the page's script puts the style sheet's value there, anew when the scheme changes.
 A figure has `traces` and a `layout`, and `views`: per selection what replaces the traces' data. The heat map and the
 spectra are drawn by the script from the embedded grids, so theirs hold the looks only.
-
-Singular values before and after finetuning, cut down to what a page can carry.
-
-A metric against k: the mean over matrices, beside what the null and unrelated subspaces give.
-
-The scores of tuned adapters, as one chart per task.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from spectralbasis.report.results import Results, category_positions, plotly_text, rounded, with_mean
+from spectralbasis.report.results import Measure, Results, category_positions, plotly_text, rounded, with_mean
 
 _CARRIED = 400_000
 _FEWEST_DIRECTIONS = 16
@@ -45,10 +39,17 @@ def spectra(results: Results, matrices: pd.Series, carried: int = _CARRIED) -> S
     if rows.empty:
         return None
     depth = int(rows["index"].max()) + 1
-    directions = _directions(depth, max(carried // (4 * len(matrices)), _FEWEST_DIRECTIONS))
+    most = max(carried // (4 * len(matrices)), _FEWEST_DIRECTIONS)
+    directions = np.arange(depth)
+    if depth > most:
+        directions = np.unique(np.geomspace(1, depth, most).round().astype(int)) - 1
     rows = rows[rows["index"].isin(directions)]
     every = (len(results.tuned), len(matrices), len(directions))
-    where = _positions(rows, results.tuned, matrices, directions)
+    where = (
+        category_positions(rows["tuned"], results.tuned),
+        category_positions(rows["matrix"], matrices),
+        np.searchsorted(directions, rows["index"].to_numpy()),
+    )
     is_base = (rows["metric"] == "singular_value_base").to_numpy()
     base, tuned = np.full(every[1:], np.nan), np.full(every, np.nan)
     base[where[1][is_base], where[2][is_base]] = rows["value"][is_base]
@@ -58,63 +59,19 @@ def spectra(results: Results, matrices: pd.Series, carried: int = _CARRIED) -> S
     return Spectra(directions, base, selections if selections.size <= carried else selections[:1], low, high)
 
 
-def _directions(depth: int, most: int) -> np.ndarray:
-    if depth <= most:
-        return np.arange(depth)
-    return np.unique(np.geomspace(1, depth, most).round().astype(int)) - 1
-
-
-def _positions(
-    rows: pd.DataFrame, tuned: tuple[str, ...], matrices: pd.Series, directions: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return (
-        category_positions(rows["tuned"], tuned),
-        category_positions(rows["matrix"], matrices),
-        np.searchsorted(directions, rows["index"].to_numpy()),
-    )
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One chart of a metric against k; `unrelated` is the Haar expectation for k, m and n."""
-
-    key: str
-    title: str
-    formula: str
-    metric: str
-    side: str
-    unrelated: Callable[[pd.Series, pd.Series, pd.Series], pd.Series]
-    percent: bool = False
-
-
-OVERLAP = (
-    Panel("overlap-left", "Left vectors", "‖U₀ᵀU₁‖² / k", "subspace_overlap", "left", lambda k, m, n: k / m),
-    Panel("overlap-right", "Right vectors", "‖V₀ᵀV₁‖² / k", "subspace_overlap", "right", lambda k, m, n: k / n),
-)
-COVERAGE = (
-    Panel("coverage-core", "Core", "‖UᵀΔWV‖²", "coverage_core", "both", lambda k, m, n: k * k / (m * n), True),
-    Panel(
-        "coverage-diagonal", "Diagonal", "Σ(uᵢᵀΔWvᵢ)²", "coverage_diagonal", "both", lambda k, m, n: k / (m * n), True
-    ),
-    Panel("coverage-left", "Left", "‖UᵀΔW‖²", "coverage_left", "left", lambda k, m, n: k / m, True),
-    Panel("coverage-right", "Right", "‖ΔWV‖²", "coverage_right", "right", lambda k, m, n: k / n, True),
-)
-
-
 SMALLEST = 1e-12
 """Where the bands end below, so that a logarithmic scale can show them."""
 
 
-def panel_curves(results: Results, panel: Panel) -> list[pd.DataFrame]:
+def panel_curves(results: Results, measure: Measure) -> list[pd.DataFrame]:
     """One curve per selection: all checkpoints together where there are several, then each of them.
 
     A curve holds means over matrices, at each k (its index) that at least half of them reach: columns `count, value,
     low, high` (the middle 80 % of matrices), `null_mean, null_low, null_high` (two standard deviations of a typical
     matrix: the median of theirs) and `unrelated`.
     """
-    rows = results.measurements
-    rows = rows[(rows["metric"] == panel.metric) & rows["side"].isin([panel.side, "both"])]
-    rows = rows.assign(unrelated=panel.unrelated(rows["k"], rows["m"], rows["n"]))
+    rows = measure.rows(results.measurements)
+    rows = rows.assign(unrelated=measure.unrelated(rows["k"], rows["m"], rows["n"]))
     each = _aggregate(rows, ["tuned", "k"])
     single = [_well_founded(each[each["tuned"] == name]) for name in results.tuned]
     return single if len(single) == 1 else [_well_founded(_aggregate(rows, ["k"])), *single]
@@ -176,7 +133,7 @@ def layout(x: dict[str, Any], y: dict[str, Any], **more: Any) -> Figure:
     } | more
 
 
-def curve_figure(panel: Panel, curves: Sequence[pd.DataFrame], selections: Sequence[str]) -> Figure:
+def curve_figure(measure: Measure, curves: Sequence[pd.DataFrame], selections: Sequence[str]) -> Figure:
     """A metric against k with the null's band; one view per selection.
 
     An overlap is drawn zoomed on what was observed and its null, with `full` as its whole range; a coverage, which
@@ -185,13 +142,13 @@ def curve_figure(panel: Panel, curves: Sequence[pd.DataFrame], selections: Seque
     ks = sorted({int(k) for curve in curves for k in curve.index})
     ticks = {"tickvals": ks, "ticktext": [str(k) for k in ks]}
     x = {"type": "log", "title": {"text": "k"}, "showgrid": False, "unifiedhovertitle": {"text": "k = %{x}"}} | ticks
-    y = {"type": "log", "tickformat": "~%", "dtick": 1} if panel.percent else {"tickformat": ".3~f", "nticks": 6}
+    y = {"type": "log", "tickformat": "~%", "dtick": 1} if measure.percent else {"tickformat": ".3~f", "nticks": 6}
     figure = {
-        "traces": _curve_traces(".2~%" if panel.percent else ".4f"),
+        "traces": _curve_traces(".2~%" if measure.percent else ".4f"),
         "layout": layout(x, y, hovermode="x unified"),
-        "views": [_curve_view(panel, curve, name) for curve, name in zip(curves, selections, strict=True)],
+        "views": [_curve_view(measure, curve, name) for curve, name in zip(curves, selections, strict=True)],
     }
-    return figure if panel.percent else figure | {"full": [0.0, 1.02]}
+    return figure if measure.percent else figure | {"full": [0.0, 1.02]}
 
 
 def _curve_traces(number: str) -> list[Figure]:
@@ -223,7 +180,7 @@ def _curve_traces(number: str) -> list[Figure]:
     ]
 
 
-def _curve_view(panel: Panel, curve: pd.DataFrame, selection: str) -> Figure:
+def _curve_view(measure: Measure, curve: pd.DataFrame, selection: str) -> Figure:
     k = [int(size) for size in curve.index]
     nulled = curve[curve["null_mean"].notna()]
     traces = [
@@ -233,7 +190,19 @@ def _curve_view(panel: Panel, curve: pd.DataFrame, selection: str) -> Figure:
         {"x": k, "y": rounded(curve["null_mean"])},
         {"x": k, "y": rounded(curve["value"]), "customdata": [int(count) for count in curve["count"]]},
     ]
-    return {"traces": traces, "range": _zoom(curve, panel.percent), "label": _label(panel, curve, selection)}
+    if curve.empty:
+        label = f"{measure.title}, {selection}: no measurements"
+    else:
+        last, number = curve.iloc[-1], "{:.3%}" if measure.percent else "{:.4f}"
+        null = "" if pd.isna(last["null_mean"]) else f", null {number.format(last['null_mean'])}"
+        value = number.format(last["value"])
+        label = f"Line chart. {measure.title}, {selection}. At k = {curve.index[-1]}: observed {value}{null}."
+    return {"traces": traces, "range": _zoom(curve, measure.percent), "label": label}
+
+
+def _band(curve: pd.DataFrame, low: str, high: str) -> Figure:
+    k = [int(size) for size in curve.index]
+    return {"x": k + k[::-1], "y": rounded(curve[high]) + rounded(curve[low])[::-1]}
 
 
 def _zoom(curve: pd.DataFrame, logarithmic: bool) -> list[float | None]:
@@ -248,61 +217,49 @@ def _zoom(curve: pd.DataFrame, logarithmic: bool) -> list[float | None]:
     return rounded([max(shown.min() - pad, 0), shown.max() + pad])
 
 
-def _band(curve: pd.DataFrame, low: str, high: str) -> Figure:
-    k = [int(size) for size in curve.index]
-    return {"x": k + k[::-1], "y": rounded(curve[high]) + rounded(curve[low])[::-1]}
-
-
-def _label(panel: Panel, curve: pd.DataFrame, selection: str) -> str:
-    if curve.empty:
-        return f"{panel.title}, {selection}: no measurements"
-    last = curve.iloc[-1]
-    number = "{:.3%}" if panel.percent else "{:.4f}"
-    null = "" if pd.isna(last["null_mean"]) else f", null {number.format(last['null_mean'])}"
-    value = number.format(last["value"])
-    return f"Line chart. {panel.title}, {selection}. At k = {curve.index[-1]}: observed {value}{null}."
-
-
 def heatmap_figure() -> Figure:
     """The looks of the heat map of matrices; the script fills in rows, columns and values."""
     return {
-        "traces": [
-            {
-                "type": "heatmap",
-                "xgap": 2,
-                "ygap": 2,
-                "hoverongaps": False,
-                "hovertemplate": "%{text}<extra></extra>",
-                "colorbar": {
-                    "orientation": "h",
-                    "thickness": 8,
-                    "len": 1,
-                    "x": 0,
-                    "xanchor": "left",
-                    "y": 1,
-                    "yanchor": "bottom",
-                    "ypad": 8,
-                    "outlinewidth": 1,
-                    "outlinecolor": "var(--rule)",
-                    "ticks": "",
-                    "nticks": 6,
-                },
-            }
-        ],
+        "traces": [HEATMAP],
         "layout": layout(
             {"title": {"text": "layer"}, "showgrid": False, "ticks": "", "showline": False},
             {"autorange": "reversed", "showgrid": False, "ticks": "", "showline": False},
             margin={"l": 8, "r": 8, "t": 44, "b": 40},
         ),
         "scales": {
-            "sequential": _scale("sequential", 5),
-            "diverging": _scale("diverging", 5),
+            "sequential": colour_scale("sequential"),
+            "diverging": colour_scale("diverging"),
         },
     }
 
 
-def _scale(name: str, steps: int) -> list[list[Any]]:
-    return [[step / (steps - 1), f"var(--{name}-{step})"] for step in range(steps)]
+def colour_scale(name: str) -> list[list[Any]]:
+    """The five colours of a scale of the style sheet."""
+    return [[step / 4, f"var(--{name}-{step})"] for step in range(5)]
+
+
+COLOURBAR: Figure = {
+    "orientation": "h",
+    "thickness": 8,
+    "len": 1,
+    "x": 0,
+    "xanchor": "left",
+    "y": 1,
+    "yanchor": "bottom",
+    "ypad": 8,
+    "outlinewidth": 1,
+    "outlinecolor": "var(--rule)",
+    "ticks": "",
+    "nticks": 6,
+}
+HEATMAP: Figure = {
+    "type": "heatmap",
+    "xgap": 2,
+    "ygap": 2,
+    "hoverongaps": False,
+    "hovertemplate": "%{text}<extra></extra>",
+    "colorbar": COLOURBAR,
+}
 
 
 def heatmap_cells(matrices: pd.DataFrame) -> Figure:

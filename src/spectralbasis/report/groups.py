@@ -1,21 +1,16 @@
-"""What finetuned checkpoints share, for the page: a clustered heat map, a table, sentences.
-
-Findings along a training run, for the page: against the step, and against the size of the update.
-"""
+"""What several checkpoints show together, for the page: what they share, and the course of a training run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.cluster.hierarchy import leaves_list, linkage
-from scipy.spatial.distance import squareform
 
-from spectralbasis.comparison.sharing import PermutationEntry, RunEntry, SharingEntry, StepEntry
+from spectralbasis.comparison.sharing import RunEntry, SharingEntry
 from spectralbasis.comparison.summary import Summary
-from spectralbasis.report.figures import Figure, layout, shorten
+from spectralbasis.report.figures import COLOURBAR, HEATMAP, Figure, colour_scale, layout, shorten
 from spectralbasis.report.results import plotly_text, rounded, short_names
-from spectralbasis.report.sentences import CLAIMS, Cell, Claim, fixed, number, p_value
+from spectralbasis.report.sentences import CLAIMS, Cell, Claim, fixed, p_phrase
 
 SHARING_HEADINGS = (
     "Checkpoint",
@@ -51,9 +46,9 @@ _OVER = {
     "one run": "pairs of steps of one run",
 }
 _MEANING = {
-    "supported": "So they share more than independent updates of their sizes would leave. Either each kept more of the "
-    "base than by chance, or they moved the same way: the similarity of the updates themselves tells the two apart.",
-    "contradicted": "So they share less than independent updates of their sizes would leave.",
+    "supported": "So they share more than independent updates of their sizes leave. Either each kept more of the base "
+    "than by chance, or they moved the same way: the similarity of the updates themselves tells the two apart.",
+    "contradicted": "So they share less than independent updates of their sizes leave.",
     "undecided": "So what they have in common is what independent updates of their sizes leave of one base.",
 }
 
@@ -89,7 +84,7 @@ class Sharing:
         place = {label: i for i, label in enumerate(self.names)}
         grid = np.full((len(place), len(place)), np.nan)
         for pair in self.entry["pairs"]:
-            value = number(pair.get(key))
+            value = pair.get(key)
             i, j = place[pair["a"]], place[pair["b"]]
             grid[i, j] = grid[j, i] = np.nan if value is None else value
         return grid
@@ -103,6 +98,9 @@ def cluster_order(likeness: np.ndarray) -> list[int]:
     """
     if len(likeness) < 3:
         return list(range(len(likeness)))
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
     distance = 1 - np.nan_to_num(likeness)
     np.fill_diagonal(distance, 0)
     tree = linkage(squareform(distance.clip(min=0), checks=False), "average", optimal_ordering=True)
@@ -118,18 +116,12 @@ def sharing_figure(sharing: Sharing) -> Figure:
     grid = grid[np.ix_(order, order)]
     ticks = [plotly_text(shorten(name)) for name in names]
     axis = {"showgrid": False, "ticks": "", "showline": False, "tickvals": list(range(len(ticks))), "ticktext": ticks}
-    scale = "diverging" if sharing.tested else "sequential"
-    trace = {
-        "type": "heatmap",
-        "xgap": 2,
-        "ygap": 2,
-        "hoverongaps": False,
-        "hovertemplate": "%{text}<extra></extra>",
-        "colorscale": [[step / 4, f"var(--{scale}-{step})"] for step in range(5)],
-        "colorbar": {"orientation": "h", "thickness": 8, "len": 1, "x": 0, "xanchor": "left", "y": 1, "ypad": 8}
-        | {"yanchor": "bottom", "outlinewidth": 1, "outlinecolor": "var(--rule)", "ticks": "", "nticks": 5}
-        | {"tickformat": ".3~g"},
+    trace = HEATMAP | {
+        "colorscale": colour_scale("diverging" if sharing.tested else "sequential"),
+        "colorbar": COLOURBAR | {"nticks": 5, "tickformat": ".3~g"},
     }
+    what = "Excess of shared overlap over the null" if sharing.tested else "Shared overlap"
+    found = f" From {np.nanmin(grid):.4f} to {np.nanmax(grid):.4f}." if np.isfinite(grid).any() else ""
     return {
         "traces": [trace | ({"zmid": 0} if sharing.tested else {})],
         "layout": layout(
@@ -138,48 +130,37 @@ def sharing_figure(sharing: Sharing) -> Figure:
         "views": [
             {
                 "traces": [{"z": [rounded(row) for row in grid], "text": _hover(sharing, order)}],
-                "label": _sharing_label(sharing, names, grid),
+                "label": f"Heat map. {what} between {len(names)} checkpoints, alike ones side by side: "
+                f"{', '.join(names)}.{found}",
             }
         ],
     }
 
 
 def _hover(sharing: Sharing, order: Sequence[int]) -> list[list[str]]:
+    """The numbers of each cell's pair, as lines."""
+    shown = {"overlap": "value", "null mean": "null_mean", "excess": "effect", "cosine of updates": "update_cosine"}
+    texts = {}
+    for pair in sharing.entry["pairs"]:
+        lines = [f"<b>{plotly_text(pair['a'])}</b> and <b>{plotly_text(pair['b'])}</b>"]
+        numbers = {name: pair.get(key) for name, key in shown.items()}
+        lines += [f"{name}: {fixed(value, 4).text}" for name, value in numbers.items() if value is not None]
+        texts[frozenset((pair["a"], pair["b"]))] = "<br>".join(lines)
     labels = [list(sharing.names)[i] for i in order]
-    pairs = {frozenset((pair["a"], pair["b"])): pair for pair in sharing.entry["pairs"]}
-    return [[_numbers(pairs.get(frozenset((row, column)))) for column in labels] for row in labels]
-
-
-def _numbers(pair: Mapping[str, Any] | None) -> str:
-    if pair is None:
-        return ""
-    lines = [f"<b>{plotly_text(str(pair['a']))}</b> and <b>{plotly_text(str(pair['b']))}</b>"]
-    named = {"overlap": "value", "null mean": "null_mean", "excess": "effect", "cosine of updates": "update_cosine"}
-    lines += [f"{name}: {fixed(pair.get(key), 4).text}" for name, key in named.items() if pair.get(key) is not None]
-    return "<br>".join(lines)
-
-
-def _sharing_label(sharing: Sharing, names: Sequence[str], grid: np.ndarray) -> str:
-    what = "Excess of shared overlap over the null" if sharing.tested else "Shared overlap"
-    found = f" From {np.nanmin(grid):.4f} to {np.nanmax(grid):.4f}." if np.isfinite(grid).any() else ""
-    return f"Heat map. {what} between {len(names)} checkpoints, alike ones side by side: {', '.join(names)}.{found}"
+    return [[texts.get(frozenset((row, column)), "") for column in labels] for row in labels]
 
 
 def sharing_rows(sharing: Sharing) -> list[list[Cell]]:
-    """One row per pair, in the order of `HEADINGS`."""
+    """One row per pair, in the order of `SHARING_HEADINGS`."""
+    tasks = {None: "–", True: "same", False: "different"}
     return [
         [
             *(Cell(sharing.names[pair[end]], sharing.names[pair[end]]) for end in ("a", "b")),
-            _tasks(pair["same_task"]),
+            Cell(tasks[pair["same_task"]], tasks[pair["same_task"]]),
             *(fixed(pair.get(key), 4) for key in _NUMBERS),
         ]
         for pair in sharing.entry["pairs"]
     ]
-
-
-def _tasks(same: bool | None) -> Cell:
-    text = "–" if same is None else "same" if same else "different"
-    return Cell(text, text)
 
 
 def explain_sharing(sharing: Sharing) -> list[str]:
@@ -189,9 +170,13 @@ def explain_sharing(sharing: Sharing) -> list[str]:
     observed = f"Averaged over {over}, the leading subspaces of two finetuned checkpoints overlap by"
     if not sharing.tested:
         return [f"{observed} {fixed(entry['value'], 4).text}. No null was drawn, so nothing tells how much is chance."]
+    sure, p = "", entry["p_value"]
+    if entry["ci_low"] is not None and entry["ci_high"] is not None:
+        ends = f"{_signed(entry['ci_low'])} to {_signed(entry['ci_high'])}"
+        sure = f" (95\u00a0% interval {ends}{'' if p is None else ', ' + p_phrase(p)})"
     said = [
-        f"{observed} {fixed(entry['value'], 4).text}; two independent random updates of their sizes and spectra leave "
-        f"{fixed(entry['null_mean'], 4).text}. The excess is {_signed(entry['effect'])}{_sure(entry)}.",
+        f"{observed} {fixed(entry['value'], 4).text}; two independent draws of the null leave "
+        f"{fixed(entry['null_mean'], 4).text}. The excess is {_signed(entry['effect'])}{sure}.",
     ]
     if entry["over"] != "one run":
         said.append(_MEANING[entry["verdict"]])
@@ -200,47 +185,24 @@ def explain_sharing(sharing: Sharing) -> list[str]:
 
 def explain_tasks(sharing: Sharing) -> list[str]:
     """The ceiling and the permutation test in sentences, where tasks are known."""
-    return [*_ceiling(sharing.entry), *_permutation(sharing.entry["permutation"])]
+    ceiling, test, said = sharing.entry["ceiling"], sharing.entry["permutation"], []
+    if ceiling and sharing.entry["over"] == "different tasks":
+        said.append(
+            f"The ceiling, which is the same task with other seeds, is {fixed(ceiling['value'], 4).text} "
+            f"(excess {_signed(ceiling['effect'])})."
+        )
+    if test:
+        said.append(
+            f"Checkpoints of one task share {fixed(abs(test['statistic']), 4).text} "
+            f"{'more' if test['statistic'] > 0 else 'less'} than those of different tasks: permutation test over "
+            f"{'all' if test['exact'] else 'a sample of'} {test['arrangements']:,} arrangements of the task labels, "
+            f"one-sided {p_phrase(test['p_value'])}."
+        )
+    return said
 
 
-def _ceiling(entry: SharingEntry) -> list[str]:
-    ceiling = entry["ceiling"]
-    if not ceiling or entry["over"] != "different tasks":
-        return []
-    return [
-        f"The ceiling, which is the same task with other seeds, is {fixed(ceiling['value'], 4).text} "
-        f"(excess {_signed(ceiling['effect'])})."
-    ]
-
-
-def _permutation(test: PermutationEntry | None) -> list[str]:
-    if not test:
-        return []
-    more = "more" if test["statistic"] > 0 else "less"
-    how = "all" if test["exact"] else "a sample of"
-    return [
-        f"Checkpoints of one task share {fixed(abs(test['statistic']), 4).text} {more} than those of different tasks: "
-        f"permutation test over {how} {test['arrangements']:,} arrangements of the task labels, one-sided "
-        f"{_p(test['p_value'])}."
-    ]
-
-
-def _sure(entry: SharingEntry) -> str:
-    ends = [entry["ci_low"], entry["ci_high"]]
-    if None in ends:
-        return ""
-    p = entry["p_value"]
-    return f" (95\u00a0% interval {_signed(ends[0])} to {_signed(ends[1])}{'' if p is None else ', ' + _p(p)})"
-
-
-def _p(value: float) -> str:
-    text = p_value(value)
-    return f"p\u00a0{text}" if text.startswith("<") else f"p\u00a0=\u00a0{text}"
-
-
-def _signed(value: Any) -> str:
-    found = number(value)
-    return "–" if found is None else f"{found:+.4f}".replace("-", "−")
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.4f}".replace("-", "−")
 
 
 TRAJECTORY_HEADINGS = (
@@ -263,7 +225,7 @@ _SCALES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Panel:
+class RunPanel:
     """One chart: a claim against the step or against the relative size of the update."""
 
     key: str
@@ -272,8 +234,8 @@ class Panel:
     against: str
 
 
-PANELS = tuple(
-    Panel(f"trajectory-{claim}-{against}", f"{_TITLES[claim]} by {words}", claim, against)
+RUN_PANELS = tuple(
+    RunPanel(f"trajectory-{claim}-{against}", f"{_TITLES[claim]} by {words}", claim, against)
     for claim in CLAIMS
     for against, words in (("step", "training step"), ("size", "size of the update"))
 )
@@ -290,10 +252,15 @@ def markers(runs: Sequence[RunEntry]) -> list[tuple[str, str]]:
     return [(signs[place % len(signs)], run["run"]) for place, run in enumerate(runs)]
 
 
-def trajectory_figure(panel: Panel, runs: Sequence[RunEntry]) -> Figure:
+def trajectory_figure(panel: RunPanel, runs: Sequence[RunEntry]) -> Figure:
     """What was observed at each point of each run, and its null."""
     percent = panel.claim == "coverage"
     traces = [trace for place, run in enumerate(runs) for trace in _traces(panel, run, place, percent)]
+    said = []
+    for run in runs:
+        first, last = run["points"][0], run["points"][-1]
+        ends = (fixed(point[panel.claim].get("value"), 4).text for point in (first, last))
+        said.append(f"{run['run']} goes from {' to '.join(ends)} between steps {first['step']} and {last['step']}")
     return {
         "traces": traces,
         "layout": layout(
@@ -301,17 +268,22 @@ def trajectory_figure(panel: Panel, runs: Sequence[RunEntry]) -> Figure:
             {"nticks": 6, "tickformat": ".3~%" if percent else ".3~f"},
             margin={"l": 44, "r": 14, "t": 8, "b": 40},
         ),
-        "views": [{"traces": [{} for _ in traces], "label": _trajectory_label(panel, runs)}],
+        "views": [{"traces": [{} for _ in traces], "label": f"Line chart. {panel.title}. {'; '.join(said)}."}],
     }
 
 
-def _traces(panel: Panel, run: RunEntry, place: int, percent: bool) -> list[Figure]:
-    points = [point for point in run["points"] if _x(panel, point) is not None]
+def _traces(panel: RunPanel, run: RunEntry, place: int, percent: bool) -> list[Figure]:
+    key = "step" if panel.against == "step" else "update_norm_relative"
+    points: list[Any] = [point for point in run["points"] if dict(point)[key] is not None]
     name = plotly_text(run["run"] or "run")
+    ys = {
+        key: [np.nan if point[panel.claim][key] is None else point[panel.claim][key] for point in points]
+        for key in ("value", "null_mean")
+    }
     amount = "%{y:.2~%}" if percent else "%{y:.4f}"
     shared = {
         "type": "scatter",
-        "x": rounded(_x(panel, point) or 0.0 for point in points),
+        "x": rounded(point[key] for point in points),
         "customdata": [f"{name}, step {point['step']:,}" for point in points],
         "cliponaxis": False,
     }
@@ -321,7 +293,7 @@ def _traces(panel: Panel, run: RunEntry, place: int, percent: bool) -> list[Figu
         | {
             "mode": "lines",
             "name": f"{name}, null",
-            "y": _ys(points, panel.claim, "null_mean"),
+            "y": rounded(ys["null_mean"]),
             "line": {"color": "var(--null)", "width": 2, "dash": "dash"},
             "hovertemplate": f"%{{customdata}}: null {amount}<extra></extra>",
         },
@@ -329,7 +301,7 @@ def _traces(panel: Panel, run: RunEntry, place: int, percent: bool) -> list[Figu
         | {
             "mode": "lines+markers",
             "name": name,
-            "y": _ys(points, panel.claim, "value"),
+            "y": rounded(ys["value"]),
             "line": {"color": "var(--observed)", "width": 2.5},
             "marker": {"size": 8, "symbol": symbol},
             "hovertemplate": f"%{{customdata}}: {amount}<extra></extra>",
@@ -337,26 +309,8 @@ def _traces(panel: Panel, run: RunEntry, place: int, percent: bool) -> list[Figu
     ]
 
 
-def _x(panel: Panel, point: StepEntry) -> float | None:
-    return number(point["step"] if panel.against == "step" else point["update_norm_relative"])
-
-
-def _ys(points: Sequence[StepEntry], claim: Claim, key: str) -> list[float | None]:
-    values = (number(point[claim].get(key)) for point in points)
-    return rounded(float("nan") if value is None else value for value in values)
-
-
-def _trajectory_label(panel: Panel, runs: Sequence[RunEntry]) -> str:
-    said = []
-    for run in runs:
-        first, last = run["points"][0], run["points"][-1]
-        ends = (fixed(point[panel.claim].get("value"), 4).text for point in (first, last))
-        said.append(f"{run['run']} goes from {' to '.join(ends)} between steps {first['step']} and {last['step']}")
-    return f"Line chart. {panel.title}. {'; '.join(said)}."
-
-
 def trajectory_rows(runs: Sequence[RunEntry]) -> list[list[Cell]]:
-    """One row per run and step, in the order of `HEADINGS`."""
+    """One row per run and step, in the order of `TRAJECTORY_HEADINGS`."""
     return [
         [
             Cell(run["run"], run["run"]),

@@ -1,8 +1,6 @@
-"""Reading what a comparison left in its folder.
+"""What a comparison left in its folder, the headline numbers of each matrix, and how both get into a page.
 
-Carrying names and numbers into the page, where a name can be anything and must stay text.
-
-Headline numbers of each matrix: one value per measure, checkpoint and matrix.
+A name can be anything and must stay text; what is read may be damaged or hostile, and is checked here.
 """
 
 import base64
@@ -10,7 +8,7 @@ import hashlib
 import html
 import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NotRequired
@@ -26,16 +24,62 @@ from numpy.typing import ArrayLike
 from typing_extensions import TypedDict
 
 from spectralbasis.checkpoints.weight_files import inside
+from spectralbasis.comparison.nulls import HAAR
 from spectralbasis.comparison.summary import Summary
 from spectralbasis.errors import InputError
+from spectralbasis.files import atomic_path, claim_files
 from spectralbasis.printable import printable
-from spectralbasis.records import Count, Finite, Schema, read_record
+from spectralbasis.records import Count, Finite, read_record
+from spectralbasis.version import __version__
+
+_HERE = Path(__file__).parent
+
+
+def write_page(folder: Path, page: str) -> Path:
+    """Write `index.html` into a folder that is ours, and return its path.
+
+    Raises:
+        InputError: the page cannot be written, or the file there is another's.
+    """
+    target = folder / "index.html"
+    claim_files(folder, target.name)
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(page.encode("utf-8", "replace"))
+    return target
+
+
+def render_page(
+    template: str, script: str, functions: Iterable[Callable[..., str]], payload: Any, **values: Any
+) -> str:
+    """A page of this folder as HTML that holds its style, scripts and numbers, and lets no other script run.
+
+    Args:
+        template: file of the template.
+        script: file of the page's own script.
+        functions: what the template calls, by name.
+        payload: what the script reads, as JSON.
+        **values: what the template shows.
+    """
+    from plotly.offline import get_plotlyjs  # imported once the results were read: it is slow
+
+    templates = environment()
+    templates.globals |= {function.__name__: function for function in functions}
+    plotly, own = Markup(get_plotlyjs()), Markup((_HERE / script).read_text(encoding="utf-8"))
+    return templates.get_template(template).render(
+        version=__version__,
+        policy=f"{script_hash(plotly)} {script_hash(own)}",
+        style=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
+        plotly=plotly,
+        script=own,
+        payload=script_json(payload),
+        **values,
+    )
 
 
 def environment() -> jinja2.Environment:
     """Templates of this folder, whose names and texts stay text: markup is escaped, and nothing is invisible."""
     return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
         finalize=_visible_text,
         undefined=jinja2.StrictUndefined,
@@ -93,8 +137,66 @@ def short_names(names: Sequence[str]) -> list[str]:
     return last if len(set(last)) == len(last) else list(names)
 
 
-CURVES = ("subspace_overlap", "coverage_core", "coverage_diagonal", "coverage_left", "coverage_right")
-SCALARS = ("update_norm_relative", "stable_rank_base", "stable_rank_update", "effective_rank_update", "intruders")
+STATISTICS = ("value", "null_mean", "z", "p_value")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a matrix: where it stands in the table of measurements, and how the page writes it.
+
+    Attributes:
+        key: its name in the page.
+        metric: of the table's rows.
+        side: of the table's rows; "both" always counts.
+        label: heading of its column.
+        digits: decimals that are shown.
+        percent: whether it is a share, shown in percent.
+        title: of its chart against k; empty where there is none.
+        formula: beside the title.
+    """
+
+    key: str
+    metric: str
+    side: str
+    label: str
+    digits: int
+    percent: bool = False
+    title: str = ""
+    formula: str = ""
+
+    @property
+    def chart(self) -> str:
+        """Id of the element that its chart is drawn in."""
+        return self.key.replace("_", "-")
+
+    def rows(self, measurements: pd.DataFrame) -> pd.DataFrame:
+        """The rows of this measure."""
+        return measurements[(measurements["metric"] == self.metric) & measurements["side"].isin([self.side, "both"])]
+
+    def unrelated(self, k: Any, m: Any, n: Any) -> Any:
+        """Its mean where nothing relates the directions."""
+        return HAAR.closed_forms[self.metric, self.side](k, m, n)
+
+
+OVERLAP = (
+    Measure("overlap_left", "subspace_overlap", "left", "Overlap, left", 4, False, "Left vectors", "‖U₀ᵀU₁‖² / k"),
+    Measure("overlap_right", "subspace_overlap", "right", "Overlap, right", 4, False, "Right vectors", "‖V₀ᵀV₁‖² / k"),
+)
+COVERAGE = (
+    Measure("coverage_core", "coverage_core", "both", "Coverage, core", 2, True, "Core", "‖UᵀΔWV‖²"),
+    Measure("coverage_diagonal", "coverage_diagonal", "both", "Coverage, diagonal", 3, True, "Diagonal", "Σ(uᵢᵀΔWvᵢ)²"),
+    Measure("coverage_left", "coverage_left", "left", "Coverage, left", 2, True, "Left", "‖UᵀΔW‖²"),
+    Measure("coverage_right", "coverage_right", "right", "Coverage, right", 2, True, "Right", "‖ΔWV‖²"),
+)
+SCALAR = (
+    Measure("step", "update_norm_relative", "both", "Relative step", 2, percent=True),
+    Measure("stable_rank_base", "stable_rank_base", "both", "Stable rank of W₀", 1),
+    Measure("stable_rank_update", "stable_rank_update", "both", "Stable rank of ΔW", 1),
+    Measure("effective_rank_update", "effective_rank_update", "both", "Effective rank of ΔW", 1),
+    Measure("intruders", "intruders", "left", "Intruders", 1),
+)
+MEASURES = (*OVERLAP, *COVERAGE, *SCALAR)
+CURVES = tuple(dict.fromkeys(measure.metric for measure in (*OVERLAP, *COVERAGE)))
 SPECTRA = ("singular_value_base", "singular_value_tuned")
 
 _NAMES = ("tuned", "matrix", "kind", "metric", "side", "null")
@@ -104,7 +206,6 @@ _MEASUREMENT_COLUMNS = (*_NAMES, "layer", "m", "n", "k", "value", "null_mean", "
 _SPECTRUM_COLUMNS = ("tuned", "matrix", "metric", "index", "value")
 _SPARSEST = 1_000_000
 """Pairs of a checkpoint and a matrix that a page holds without asking whether the table has rows of them."""
-_AGAIN = "run `spectralbasis compare BASE TUNED... -o {directory}` to write it"
 
 
 class TuningRow(TypedDict):
@@ -143,8 +244,8 @@ class Tuning:
 class Results:
     """One comparison as its folder holds it, cut down to what the page draws.
 
-    `measurements` holds the metrics of `CURVES` and `SCALARS`, `spectra` those of `SPECTRA`; both keep the columns
-    of `comparison.parquet`, names as categories. `tuning` is None where the folder has no `tuning.json`.
+    `measurements` holds the metrics of `MEASURES`, `spectra` those of `SPECTRA`; both keep the columns of
+    `comparison.parquet`, names as categories. `tuning` is None where the folder has no `tuning.json`.
     """
 
     measurements: pd.DataFrame
@@ -170,29 +271,22 @@ def read_results(directory: Path | str) -> Results:
     table = folder / "comparison.parquet"
     for name in ("summary.json", table.name, "tuning.json"):
         inside(folder, name)
-    summary = _read_record(folder / "summary.json", Summary)
-    measurements = _read_rows(table, _MEASUREMENT_COLUMNS, (*CURVES, *SCALARS))
+    if not (folder / "summary.json").exists():
+        raise InputError(f"there is no {folder / 'summary.json'}; {_again(folder)}")
+    summary = read_record(folder / "summary.json", Summary, _again(folder))
+    measurements = _read_rows(table, _MEASUREMENT_COLUMNS, [measure.metric for measure in MEASURES])
     if measurements.empty:
         raise InputError(f"{table} holds no measurement, so there is nothing to draw; {_again(folder)}")
     spectra = _read_rows(table, _SPECTRUM_COLUMNS, SPECTRA)
     _check_measurements(table, measurements)
     _check_spectra(table, spectra, measurements)
-    return Results(measurements, spectra, summary, _read_tuning(folder / "tuning.json"))
-
-
-def _read_tuning(path: Path) -> Tuning | None:
-    if not path.exists():
-        return None
-    content = read_record(path, TuningTable, "remove the file, or write it again")
+    tuning = folder / "tuning.json"
+    if not tuning.exists():
+        return Results(measurements, spectra, summary)
+    content = read_record(tuning, TuningTable, "remove the file, or write it again")
     if not content["rows"]:
-        raise InputError(f"{path} has no rows; remove the file, or write it again")
-    return Tuning(pd.DataFrame(content["rows"]), content["note"])
-
-
-def _read_record(path: Path, schema: type[Schema]) -> Schema:
-    if not path.exists():
-        raise InputError(f"there is no {path}; {_again(path.parent)}")
-    return read_record(path, schema, _again(path.parent))
+        raise InputError(f"{tuning} has no rows; remove the file, or write it again")
+    return Results(measurements, spectra, summary, Tuning(pd.DataFrame(content["rows"]), content["note"]))
 
 
 _MOST_ROWS = 20_000_000
@@ -211,7 +305,7 @@ def _read_rows(path: Path, columns: Sequence[str], metrics: Sequence[str]) -> pd
             if file.metadata.num_rows > _MOST_ROWS:
                 raise InputError(f"{path} has {file.metadata.num_rows} rows, expected at most {_MOST_ROWS}")
             wanted = pa.array(metrics, pa.string())
-            batches = map(_as_table, file.iter_batches(columns=list(columns)))
+            batches = (pa.Table.from_batches([batch]) for batch in file.iter_batches(columns=list(columns)))
             found = (batch.filter(pc.is_in(batch["metric"].cast(pa.string()), value_set=wanted)) for batch in batches)
             table = pa.concat_tables([file.schema_arrow.empty_table().select(columns), *found])
             typed = {name: _typed(name, table[name]) for name in columns}
@@ -221,7 +315,12 @@ def _read_rows(path: Path, columns: Sequence[str], metrics: Sequence[str]) -> pd
         raise InputError(f"{path} is not a readable Parquet file ({error}); {_again(path.parent)}") from error
     for name, least in _LEAST.items():
         if name in columns and table.num_rows:
-            _check_whole(path, name, typed[name], least)
+            empty, smallest = typed[name].null_count, pc.min(typed[name]).as_py()
+            if empty or smallest < least:
+                got = "empty" if empty else str(smallest)
+                raise InputError(
+                    f"{name} of a row of {path} is {got}, expected at least {least}; {_again(path.parent)}"
+                )
     return pa.table(typed).to_pandas()  # without the file's metadata: plain columns need none, and it may be damaged
 
 
@@ -261,13 +360,6 @@ def _typed(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.fill_null(column.cast(pa.string()), "").dictionary_encode()
 
 
-def _check_whole(path: Path, name: str, column: pa.ChunkedArray, least: int) -> None:
-    smallest = pc.min(column).as_py()
-    if column.null_count or smallest < least:
-        found = "empty" if column.null_count else str(smallest)
-        raise InputError(f"{name} of a row of {path} is {found}, expected at least {least}; {_again(path.parent)}")
-
-
 def _check_measurements(path: Path, rows: pd.DataFrame) -> None:
     """Refuse a table whose rows contradict each other, or would take a page of far more cells than it has rows."""
     twice = rows.duplicated(["tuned", "matrix", "metric", "side", "k"])
@@ -305,42 +397,8 @@ def _check_spectra(path: Path, rows: pd.DataFrame, measurements: pd.DataFrame) -
             )
 
 
-def _as_table(batch: pa.RecordBatch) -> pa.Table:
-    return pa.Table.from_batches([batch])
-
-
 def _again(directory: Path) -> str:
-    return _AGAIN.format(directory=directory)
-
-
-STATISTICS = ("value", "null_mean", "z", "p_value")
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One number of a matrix: where it stands in the table of measurements, and how it is written."""
-
-    key: str
-    metric: str
-    side: str
-    label: str
-    digits: int
-    percent: bool = False
-
-
-MEASURES = (
-    Measure("overlap_left", "subspace_overlap", "left", "Overlap, left", 4),
-    Measure("overlap_right", "subspace_overlap", "right", "Overlap, right", 4),
-    Measure("coverage_core", "coverage_core", "both", "Coverage, core", 2, percent=True),
-    Measure("coverage_diagonal", "coverage_diagonal", "both", "Coverage, diagonal", 3, percent=True),
-    Measure("coverage_left", "coverage_left", "left", "Coverage, left", 2, percent=True),
-    Measure("coverage_right", "coverage_right", "right", "Coverage, right", 2, percent=True),
-    Measure("step", "update_norm_relative", "both", "Relative step", 2, percent=True),
-    Measure("stable_rank_base", "stable_rank_base", "both", "Stable rank of W₀", 1),
-    Measure("stable_rank_update", "stable_rank_update", "both", "Stable rank of ΔW", 1),
-    Measure("effective_rank_update", "effective_rank_update", "both", "Effective rank of ΔW", 1),
-    Measure("intruders", "intruders", "left", "Intruders", 1),
-)
+    return f"run `spectralbasis compare BASE TUNED... -o {directory}` to write it"
 
 
 @dataclass(frozen=True)
@@ -366,8 +424,7 @@ def headline(results: Results) -> Headline:
     rows = rows[~rows["metric"].isin(CURVES) | (rows["k"] == largest)]
     grids = {}
     for measure in MEASURES:
-        found = rows[(rows["metric"] == measure.metric) & rows["side"].isin([measure.side, "both"])]
-        grids[measure.key] = _grids(found, results.tuned, matrices["matrix"])
+        grids[measure.key] = _grids(measure.rows(rows), results.tuned, matrices["matrix"])
     measures = tuple(measure for measure in MEASURES if grids[measure.key])
     return Headline(
         matrices, selections(results.tuned), measures, {key: found for key, found in grids.items() if found}

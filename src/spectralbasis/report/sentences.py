@@ -1,9 +1,4 @@
-"""What the numbers of `summary.json` say, in plain English.
-
-The page's tables: cells as text, with the value that they are sorted by.
-
-Effects with their intervals on one common scale, drawn by the page with plain boxes.
-"""
+"""The page's words: findings in sentences, cells of its tables, settings, and where effects stand on a common scale."""
 
 import math
 from collections.abc import Sequence
@@ -12,16 +7,16 @@ from typing import Any, Literal, NamedTuple
 
 from spectralbasis.checkpoints.matching import share_text
 from spectralbasis.comparison.summary import ClaimEntry, Summary
-from spectralbasis.report.results import Headline, Measure, Tuning
+from spectralbasis.report.results import Headline, Tuning
 
 Claim = Literal["stability", "coverage"]
 CLAIMS: tuple[Claim, ...] = ("stability", "coverage")
 _SPACE = "\N{NO-BREAK SPACE}"
+_ABSENT = "–"
 QUESTIONS: dict[Claim, str] = {
     "stability": "Do the leading directions stay where they were?",
     "coverage": "Does the update act along them?",
 }
-
 
 _UNJUDGED: dict[Claim, str] = {
     "stability": "a small step alone gives a high overlap",
@@ -100,8 +95,13 @@ class Finding:
 
     @property
     def has_null(self) -> bool:
-        """Whether the value was held against a null."""
+        """Whether the value was compared with a null."""
         return self.null_mean is not None and self.effect is not None
+
+    @property
+    def words(self) -> _Words:
+        """What the verdict is called."""
+        return _WORDS[self.claim, self.verdict]
 
 
 def number(value: Any) -> float | None:
@@ -118,68 +118,84 @@ def headline(stability: Finding, coverage: Finding, share: float = 1.0) -> str:
     if not (stability.has_null or coverage.has_null):
         return "No null was drawn, so nothing below can be compared with chance."
     link = "and" if stability.verdict == coverage.verdict else "but"
-    said = f"{_words(stability).headline}, {link} {_words(coverage).headline}."
+    said = f"{stability.words.headline}, {link} {coverage.words.headline}."
     if share >= 1:
         return said
     return f"Of {share_text(share)} of the model: {said[0].lower()}{said[1:]}"
 
 
-def explain(finding: Finding, scope: str) -> list[str]:
-    """One claim in sentences: what was observed (`scope`: over what), what the null gives, how sure, what it means."""
-    observed = f"{_observed(finding)}, averaged over {scope}."
+def explain(finding: Finding, scope: str, step: str = "a random step of the same size") -> list[str]:
+    """One claim in sentences: what was observed, what the null gives, how sure that is, and what it means.
+
+    Args:
+        finding: the claim's numbers.
+        scope: what the numbers are averaged over.
+        step: a draw of the null in a few words.
+    """
+    stability = finding.claim == "stability"
+    value, null_mean = (amount(finding.claim, number) for number in (finding.value, finding.null_mean))
+    if stability:
+        observed = f"The leading subspaces before and after finetuning overlap by {value} (1 is unchanged)"
+    else:
+        observed = (
+            f"The core spanned by the leading left and right directions holds {value} of the update’s squared norm"
+        )
+    said = [f"{observed}, averaged over {scope}."]
     if not finding.has_null:
-        return [observed, f"No null was drawn, so the claim cannot be judged: {_UNJUDGED[finding.claim]}."]
-    return [observed, _against_null(finding), _meaning(finding)]
+        return [*said, f"No null was drawn, so the claim cannot be judged: {_UNJUDGED[finding.claim]}."]
+    sure = [] if finding.ci_low is None else [f"95{_SPACE}% interval {interval(finding)}"]
+    if finding.p_value is not None:
+        sure.append(p_phrase(finding.p_value))
+    leaves = f"{step[0].upper()}{step[1:]} leaves" if stability else "A random update would put there"
+    effect = f"{difference(finding.claim, finding.effect)}{'' if stability else ' percentage points'}"
+    brackets = f" ({', '.join(sure)})" if sure else ""
+    said.append(f"{leaves} {null_mean}: the effect is {effect}{brackets}.")
+    if finding.value is None or not finding.null_mean:
+        return [*said, finding.words.reading]
+    room = 1 - finding.null_mean
+    turned = f"{100 * abs(finding.value - finding.null_mean) / room:.0f}{_SPACE}%" if room > 0 else "no"
+    return [*said, finding.words.meaning.format(turned=turned, times=f"{finding.value / finding.null_mean:.2g}")]
 
 
 def reading(finding: Finding) -> str:
     """One claim in a few words."""
-    return _words(finding).reading if finding.has_null else "no null was drawn"
+    return finding.words.reading if finding.has_null else "no null was drawn"
 
 
 def amount(claim: Claim, value: float | None) -> str:
     """`value` as its claim is spoken of: an overlap in [0, 1], a coverage in percent."""
     if value is None:
-        return "–"
+        return _ABSENT
     return f"{value:.4f}" if claim == "stability" else f"{_percent(value)}{_SPACE}%"
 
 
 def difference(claim: Claim, value: float | None) -> str:
     """A difference of two amounts, signed; of coverages in percentage points, without the unit."""
     if value is None:
-        return "–"
-    text = f"{value:+.{_decimals(value)}f}" if claim == "stability" else f"{'+' if value >= 0 else ''}{_percent(value)}"
+        return _ABSENT
+    decimals = 6 if 0 < abs(value) < 5e-5 else 4
+    text = f"{value:+.{decimals}f}" if claim == "stability" else f"{'+' if value >= 0 else ''}{_percent(value)}"
     return text.replace("-", "−")
 
 
 def interval(finding: Finding) -> str:
     """The 95 % interval of the effect."""
     if finding.ci_low is None or finding.ci_high is None:
-        return "–"
+        return _ABSENT
     return " to ".join(difference(finding.claim, end) for end in (finding.ci_low, finding.ci_high))
 
 
 def p_value(value: float | None) -> str:
     """A p-value to two significant digits, never as zero."""
     if value is None:
-        return "–"
+        return _ABSENT
     return f"<{_SPACE}0.001" if value < 0.001 else f"{value:.2g}"
 
 
-def _words(finding: Finding) -> _Words:
-    return _WORDS[finding.claim, finding.verdict]
-
-
-def _meaning(finding: Finding) -> str:
-    if finding.value is None or not finding.null_mean:
-        return _words(finding).reading
-    room = 1 - finding.null_mean
-    turned = f"{100 * abs(finding.value - finding.null_mean) / room:.0f}{_SPACE}%" if room > 0 else "no"
-    return _words(finding).meaning.format(turned=turned, times=f"{finding.value / finding.null_mean:.2g}")
-
-
-def _decimals(value: float) -> int:
-    return 6 if 0 < abs(value) < 5e-5 else 4
+def p_phrase(value: float) -> str:
+    """A p-value with its sign, such as "p = 0.01"."""
+    text = p_value(value)
+    return f"p{_SPACE}{text}" if text.startswith("<") else f"p{_SPACE}={_SPACE}{text}"
 
 
 def _percent(value: float) -> str:
@@ -187,29 +203,8 @@ def _percent(value: float) -> str:
     return f"{100 * value:.{digits}f}"
 
 
-def _observed(finding: Finding) -> str:
-    value = amount(finding.claim, finding.value)
-    if finding.claim == "stability":
-        return f"The leading subspaces before and after finetuning overlap by {value} (1 is unchanged)"
-    return f"The core spanned by the leading left and right directions holds {value} of the update’s squared norm"
-
-
-def _against_null(finding: Finding) -> str:
-    stability = finding.claim == "stability"
-    null = "A random step of the same size and spectrum leaves" if stability else "A random update would put there"
-    sure = [] if finding.ci_low is None else [f"95{_SPACE}% interval {interval(finding)}"]
-    if finding.p_value is not None:
-        p = p_value(finding.p_value)
-        sure.append(f"p{_SPACE}{p}" if p.startswith("<") else f"p{_SPACE}={_SPACE}{p}")
-    unit = "" if stability else " percentage points"
-    effect = f"{difference(finding.claim, finding.effect)}{unit}"
-    brackets = f" ({', '.join(sure)})" if sure else ""
-    return f"{null} {amount(finding.claim, finding.null_mean)}: the effect is {effect}{brackets}."
-
-
 _MEASURES = ("overlap_left", "overlap_right", "coverage_core", "step")
 _STATISTICS = {"value": "observed", "null_mean": "null", "z": "z"}
-_ABSENT = "–"
 
 
 class Cell(NamedTuple):
@@ -232,15 +227,15 @@ class Column:
 
 def matrix_columns(headline: Headline) -> list[tuple[str, list[Column]]]:
     """Groups of columns with their headings: for each measure what was observed, its null and z."""
-    shown = [measure for measure in headline.measures if measure.key in _MEASURES]
-    return [(measure.label + ", %" * measure.percent, _columns(measure, headline)) for measure in shown]
-
-
-def _columns(measure: Measure, headline: Headline) -> list[Column]:
-    scale = 100 if measure.percent else 1
-    values = [name for name in ("value", "null_mean") if name in headline.grids[measure.key]]
-    columns = [Column(measure.key, name, _STATISTICS[name], measure.digits, scale) for name in values]
-    return columns + [Column(measure.key, "z", "z", 1, 1)] * ("z" in headline.grids[measure.key])
+    groups = []
+    for measure in headline.measures:
+        if measure.key in _MEASURES:
+            grids, scale = headline.grids[measure.key], 100 if measure.percent else 1
+            found = [name for name in _STATISTICS if name in grids]
+            looks = {name: (1, 1) if name == "z" else (measure.digits, scale) for name in found}
+            columns = [Column(measure.key, name, _STATISTICS[name], *looks[name]) for name in found]
+            groups.append((measure.label + ", %" * measure.percent, columns))
+    return groups
 
 
 def matrix_rows(headline: Headline, columns: Sequence[Column], selection: int = 0) -> list[list[Cell]]:

@@ -4,21 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 from typing_extensions import TypedDict
 
 from spectralbasis.checkpoints.weight_files import inside
 from spectralbasis.errors import InputError
-from spectralbasis.files import atomic_path, claim_files
-from spectralbasis.records import Count, Finite, Schema, read_record
-from spectralbasis.report.results import environment, script_hash, script_json
-from spectralbasis.version import __version__
+from spectralbasis.records import Count, Finite, read_record
+from spectralbasis.report.results import render_page, script_json, write_page
 
 RESULTS = "results.json"
 FIGURES = "figures.json"
-_HERE = Path(__file__).parent
 
 
 class ClaimEntry(TypedDict):
@@ -87,29 +81,13 @@ def write_study_report(directory: Path | str) -> Path:
         InputError: a file is missing or cannot be read, or the page cannot be written.
     """
     folder = Path(directory)
-    page = render_study(read_study(folder), read_figures(folder))
-    target = folder / "index.html"
-    claim_files(folder, target.name)
-    with atomic_path(target) as temporary:
-        temporary.write_bytes(page.encode("utf-8", "replace"))
-    return target
-
-
-def render_study(results: StudyResults, figures: StudyFigures) -> str:
-    """The page as HTML, from the content of `results.json` and of `figures.json`."""
-    plotly, script = Markup(get_plotlyjs()), Markup((_HERE / "study_page.js").read_text(encoding="utf-8"))
+    results, figures = read_study(folder), read_figures(folder)
     numbered = {name: [(f"{name}-{i}", title) for i, title in enumerate(drawn)] for name, drawn in figures.items()}
     payload = {key: figures[name][title] for name, drawn in numbered.items() for key, title in drawn}
-    return _template().render(
-        results=results,
-        figures=numbered,
-        version=__version__,
-        policy=f"{script_hash(plotly)} {script_hash(script)}",
-        style=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
-        plotly=plotly,
-        script=script,
-        payload=script_json(payload),
+    page = render_page(
+        "study_page.html", "study_page.js", (cell, devices_used), payload, results=results, figures=numbered
     )
+    return write_page(folder, page)
 
 
 def cell(value: Any) -> str:
@@ -130,19 +108,13 @@ def devices_used(devices: Mapping[str, int]) -> str:
     return " on " + " and ".join(f"{name} ({number} runs)" for name, number in devices.items())
 
 
-def _template() -> jinja2.Template:
-    templates = environment()
-    templates.globals |= {"cell": cell, "devices_used": devices_used}
-    return templates.get_template("study_page.html")
-
-
 def read_study(folder: Path) -> StudyResults:
     """The content of `results.json` of a folder.
 
     Raises:
         InputError: it is missing, cannot be read, or is not what a study writes.
     """
-    results = _read(inside(folder, RESULTS), StudyResults)
+    results = read_record(inside(folder, RESULTS), StudyResults, _study_again(folder))
     for name, part in results["experiments"].items():
         for title, table in part["tables"].items():
             wrong = next((row for row in table["data"] if len(row) != len(table["columns"])), None)
@@ -163,7 +135,7 @@ def read_figures(folder: Path) -> StudyFigures:
     file = inside(folder, FIGURES)
     if not file.exists():
         return {}
-    figures = _read(file, StudyFigures)
+    figures = read_record(file, StudyFigures, _study_again(folder))
     try:
         script_json(figures)
     except ValueError as error:
@@ -171,10 +143,6 @@ def read_figures(folder: Path) -> StudyFigures:
             f"{file} holds NaN or an infinite number, expected finite ones; {_study_again(folder)}"
         ) from error
     return figures
-
-
-def _read(file: Path, schema: type[Schema]) -> Schema:
-    return read_record(file, schema, _study_again(file.parent))
 
 
 def _study_again(folder: Path) -> str:

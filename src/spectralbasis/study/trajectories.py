@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from spectralbasis.checkpoints import Matrix, logical_matrices, open_checkpoint
 from spectralbasis.comparison import metrics
 from spectralbasis.comparison.metrics import Measurements, Window
-from spectralbasis.comparison.nulls import NULLS, draw_generator
+from spectralbasis.comparison.nulls import NULLS
 from spectralbasis.comparison.summary import CEILING
 from spectralbasis.errors import InputError
 from spectralbasis.linalg import Leading, LeadingSVD, leading_svd, resolve_leading, singular_values, trailing_vectors
@@ -94,8 +94,7 @@ def measure_null(origin: Origin, W1: Tensor, null: str, draws: int, seed: int) -
     """What draws of a null give for overlap and coverage, leading and trailing; the same draws as `compare` takes."""
     update, tuned_hash = W1 - origin.W, matrix_hash(W1)
     values: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for draw in range(draws):
-        chance = NULLS[null](update, draw_generator(seed, origin.hash, tuned_hash, draw))
+    for chance in NULLS[null].draws(update, draws, seed, origin.hash, tuned_hash):
         found = _against_base(origin, chance, leading_svd(origin.W + chance, origin.k))
         for key, value in _at_full_k(found, origin.k).items():
             values[key].append(value)

@@ -6,11 +6,9 @@ The README of an adapter folder: what it was trained on, how it scored and how t
 """
 
 import json
-import platform
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from spectralbasis.printable import in_code, in_markdown, printable
 from spectralbasis.records import Finite, Positive, read_record
 from spectralbasis.training.models import LoadedModel, auto_model_of
 from spectralbasis.tuner.calibration import in_modules
+from spectralbasis.version import library_versions as library_versions
 
 TRAINED_FILE = "adapter_model.safetensors"
 
@@ -244,12 +243,6 @@ def stored(folder: Path) -> StoredTuning:
 def stored_settings(folder: Path) -> StoredSettings:
     """The settings that `tune` left in its output folder; empty where there are none."""
     return stored(folder).get("settings", {})
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that a score depends on."""
-    names = ("spectralbasis", "torch", "transformers", "peft", "tokenizers")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 CARD = """\
