@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from spectralbasis.commands import COMMANDS
+from spectralbasis.commands.training_commands import CLASSES
 from spectralbasis.errors import InputError, SpectralBasisError
 from spectralbasis.files import out_of_room
 from spectralbasis.printable import printable
@@ -109,4 +110,4 @@ def options(
 
 
 for command in COMMANDS:
-    app.command()(command)
+    app.command(**CLASSES.get(command, {}))(command)

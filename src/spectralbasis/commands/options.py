@@ -26,7 +26,6 @@ Tolerance = Annotated[float, typer.Option(help="Largest sine between computed an
 Include = Annotated[list[str] | None, typer.Option(help="Glob of matrix names to take; may be given again.")]
 Exclude = Annotated[list[str] | None, typer.Option(help="Glob of matrix names to leave out; may be given again.")]
 Ray = Annotated[str | None, typer.Option(metavar="auto|local|ADDRESS", help="Work on a Ray cluster instead.")]
-Task = Annotated[str, typer.Option(help="Task name, such as RTE, SST-2, mnist.")]
 Data = Annotated[Path | None, typer.Option(help="Folder of the task's files; without it the task comes from the hub.")]
 
 

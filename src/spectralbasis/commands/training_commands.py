@@ -2,13 +2,19 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from spectralbasis.commands import tables
-from spectralbasis.commands.options import AsJson, Data, Model, Overwrite, Ray, Task, Trust, draws_bars, stopped_by_hand
+from spectralbasis.commands.options import AsJson, Data, Model, Overwrite, Ray, Trust, draws_bars, stopped_by_hand
+from spectralbasis.extras import require_extra
 from spectralbasis.printable import printable
+from spectralbasis.training.known_tasks import tasks_in_words
+from spectralbasis.training.methods import methods_in_words, owners
+
+Task = Annotated[str, typer.Option(metavar="NAME", help=f"Name of a task: {tasks_in_words()}.")]
 
 
 def quickstart(
@@ -17,8 +23,11 @@ def quickstart(
 ) -> None:
     """Pretrain, finetune, compare and tune a small model from nothing, and write one report. No download, minutes.
 
+    Needs the extra `tune`: `pip install 'spectralbasis[tune]'`.
+
     Example: `spectralbasis quickstart -o quickstart`
     """
+    require_extra("tune", "the quickstart")
     from spectralbasis.training.quickstart import quickstart as run
 
     tables.show_report(run(output), as_json)
@@ -29,36 +38,35 @@ def tune(
     task: Task,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the adapter, or of the whole model.")],
     data: Data = None,
-    method: Annotated[
-        str,
-        typer.Option(
-            help="What is trained: spectral, full, head, lora, bitfit, dora, pissa, adalora, vera, fourierft, psoft, "
-            "tinylora, svft or subspace; also houlsby, parallel or adapterfusion with the extra baselines, which needs "
-            "an environment of its own, with transformers 4.57."
-        ),
-    ] = "spectral",
+    method: Annotated[str, typer.Option(metavar="NAME", help=f"What is trained: {methods_in_words()}.")] = "spectral",
     coefficients: Annotated[
-        str, typer.Option(metavar="diagonal|core|band|sparse", help="What is trained (spectral).")
+        str, typer.Option(metavar="diagonal|core|band|sparse", help=f"What is trained ({owners('coefficients')}).")
     ] = "diagonal",
-    bandwidth: Annotated[int, typer.Option(help="Largest distance from the diagonal (spectral, band).")] = 1,
+    bandwidth: Annotated[
+        int, typer.Option(help=f"Largest distance from the diagonal, for band ({owners('bandwidth')}).")
+    ] = 1,
     scaling: Annotated[
-        str, typer.Option(metavar="absolute|relative|normalized", help="Unit of the coefficients (spectral).")
+        str,
+        typer.Option(metavar="absolute|relative|normalized", help=f"Unit of the coefficients ({owners('scaling')})."),
     ] = "normalized",
     basis: Annotated[
-        str, typer.Option(metavar="pretrained|random|minor|curvature|PATH", help="Whose directions (spectral).")
+        str,
+        typer.Option(metavar="pretrained|random|minor|curvature|PATH", help=f"Whose directions ({owners('basis')})."),
     ] = "pretrained",
     leading: Annotated[
-        str | None, typer.Option(metavar="K|FRACTION|mp|gd", help="Directions in each matrix (spectral).")
+        str | None, typer.Option(metavar="K|FRACTION|mp|gd", help=f"Directions in each matrix ({owners('leading')}).")
     ] = None,
-    budget: Annotated[float | None, typer.Option(help="Share of the model's parameters to train (spectral).")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank (lora and its kin), or width (houlsby, parallel).")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Scale (lora); default: twice the rank.")] = None,
-    n_frequency: Annotated[int | None, typer.Option(help="Numbers for each matrix (fourierft).")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help=f"Share of the model's parameters to train ({owners('budget')}).")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help=f"Rank or width of what is added ({owners('rank')}).")] = None,
+    alpha: Annotated[float | None, typer.Option(help=f"Scale; default: twice the rank ({owners('alpha')}).")] = None,
+    n_frequency: Annotated[int | None, typer.Option(help=f"Numbers for each matrix ({owners('n_frequency')}).")] = None,
     dimension: Annotated[
-        int | None, typer.Option(help="Numbers for each matrix (tinylora), or altogether (subspace).")
+        int | None, typer.Option(help=f"Numbers for each matrix, or in all for subspace ({owners('dimension')}).")
     ] = None,
     source: Annotated[
-        list[Path] | None, typer.Option(help="Adapter to fuse; given once for each (adapterfusion).")
+        list[Path] | None, typer.Option(help=f"Adapter to fuse; given once for each ({owners('sources')}).")
     ] = None,
     start: Annotated[Path | None, typer.Option(help="Adapter of the same method and size to start from.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; instead of --epochs.")] = None,
@@ -74,6 +82,8 @@ def tune(
     as_json: AsJson = False,
 ) -> None:
     """Tune a model to a task, score it on held-out data, and save it (an adapter of a few kilobytes by default).
+
+    Needs the extra `tune`: `pip install 'spectralbasis[tune]'`.
 
     Example: `spectralbasis tune minilm --task RTE --data path/to/glue -o adapter --budget 0.002 --coefficients core`
     """
@@ -122,6 +132,8 @@ def evaluate(
 ) -> None:
     """Score a tuned model, or a model with an adapter, on a task's held-out data.
 
+    Needs the extra `tune`: `pip install 'spectralbasis[tune]'`.
+
     Example: `spectralbasis evaluate minilm adapter --task RTE --data path/to/glue`
     """
     from spectralbasis.training import evaluate as run
@@ -144,9 +156,9 @@ def study(
 ) -> None:
     """Run the experiments that test the claims, with their controls, and write what they show.
 
-    Experiments: stability, sharing, scale, scratch, ablation, glue, similarity, diagnostics, reuse. Every run is done
-    once: stop it any time and give the same command again. Three arms of glue need the extra baselines, which needs an
-    environment of its own with transformers 4.57; elsewhere their runs fail, with that reason, and the others go on.
+    Needs the extra `study`: `pip install 'spectralbasis[study]'`. Every run is done once: stop it any time and give the
+    same command again. Three arms of glue need the extra `baselines`, which needs an environment of its own with
+    transformers 4.57; elsewhere their runs fail, with that reason, and the others go on.
 
     Example: `spectralbasis study all --preset cpu --data path/to/data -o study --jobs 2`
     """
@@ -166,3 +178,26 @@ def study(
         )
     tables.show_result(content, tables.claims_table, as_json)
     print(printable(f"report: {output / 'index.html'}"), file=sys.stderr)
+
+
+class StudyCommand(TyperCommand):
+    """`study`, whose help lists the experiments: their records are imported when it is shown, which takes seconds."""
+
+    @property
+    def help(self) -> str | None:
+        """The docstring of `study`, and the name and the question of each experiment."""
+        from spectralbasis.study.experiments import EXPERIMENTS
+
+        listed = "\n".join(f"- `{name}`: {experiment.question}" for name, experiment in EXPERIMENTS.items())
+        text, example = (self._help or "").split("\n\nExample:")
+        return f"{text}\n\nExperiments:\n\n{listed}\n\nExample:{example}"
+
+    @help.setter
+    def help(self, text: str | None) -> None:
+        self._help = text
+
+
+CLASSES: dict[Any, dict[str, Any]] = {
+    study: {"cls": StudyCommand, "short_help": "Run the experiments that test the claims, and write what they show."}
+}
+"""What a command is registered with beside its function."""

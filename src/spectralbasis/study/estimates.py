@@ -1,10 +1,6 @@
-"""What is measured of models while and after they train, and the tests that experiments put to it.
+"""The tests that experiments share: pure functions on arrays, for the few tasks and seeds that a study has.
 
-Rank correlations whose p-values come from permutations of what is independent: pairs, or the items of a table.
-
-Power-law exponents of weight matrices, through the package `weightwatcher` where it is installed.
-
-The tests that experiments share: pure functions on arrays, honest with the few tasks and seeds that a study has.
+The Student interval and the permutations are those of `comparison.statistics`.
 """
 
 import math
@@ -12,8 +8,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
-from itertools import permutations, product
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -23,10 +18,243 @@ from scipy import stats
 from torch import nn
 
 from spectralbasis.checkpoints import matrix_name
-from spectralbasis.comparison.statistics import CONFIDENCE, Interval
-from spectralbasis.errors import InputError
+from spectralbasis.comparison.statistics import SAMPLED, Interval, _arrangements, _student_interval
+from spectralbasis.extras import lacking, require_extra
 
 Floats = NDArray[np.float64]
+NOTHING = Interval(math.nan, math.nan, math.nan, math.nan)
+FEWEST_FLIPS = 10
+"""From this many units on, flipping signs gives p-values down to 0.002, which survive correction for 25 claims."""
+MOST_ENUMERATED = 2**15
+"""Permutations, sign patterns or resamples that are all looked at; of more, `SAMPLED` are drawn."""
+
+
+def paired_comparison(a: ArrayLike, b: ArrayLike, tasks: ArrayLike | None = None, *, seed: int = 0) -> Interval:
+    """Mean of `a − b` over pairs of scores of the same task and seed, with its 95 % interval and two-sided p-value.
+
+    See `mean_interval`: with `tasks`, the unit is the task, so that the interval is about tasks like these; without,
+    every pair is a unit of its own, which suits the seeds of a single task.
+
+    Args:
+        a, b: scores, (n,), paired; pairs that lack one of the two (NaN) are left out.
+        tasks: of each pair, (n,).
+        seed: of sampled sign flips.
+    """
+    return mean_interval(np.asarray(a, dtype=float) - np.asarray(b, dtype=float), tasks, seed=seed)
+
+
+def mean_interval(values: ArrayLike, clusters: ArrayLike | None = None, *, seed: int = 0) -> Interval:
+    """Mean of values, with its 95 % interval and two-sided p-value against zero.
+
+    Values of one cluster (the seeds of a task) are averaged first, since they are not independent evidence of an
+    effect; every cluster weighs the same. The interval is Student's over the clusters' means. So is the p-value of
+    fewer than ten clusters, as there are too few signs to flip; from ten on it comes from flipping the signs of the
+    means, all of them or a sample.
+
+    Args:
+        values: (n,); NaN is left out.
+        clusters: labels, (n,); None where each value stands alone.
+        seed: of sampled sign flips.
+
+    Returns:
+        NaN for the interval and the p-value where there is only one cluster.
+    """
+    units = np.asarray(values, dtype=float)
+    known = np.isfinite(units)
+    units = units[known]
+    if clusters is not None:
+        labels = np.asarray(clusters)[known]
+        units = np.array([units[labels == label].mean() for label in np.unique(labels)])
+    if units.size == 0:
+        return NOTHING
+    mean = float(units.mean())
+    if units.size == 1:
+        return Interval(mean, math.nan, math.nan, math.nan)
+    error = float(units.std(ddof=1)) / math.sqrt(units.size)
+    interval = _student_interval(mean, error, units.size)
+    if units.size < FEWEST_FLIPS or error == 0:
+        return interval
+    return Interval(mean, interval.low, interval.high, _sign_flip_p(units, seed))
+
+
+def _sign_flip_p(units: Floats, seed: int) -> float:
+    """All 2ⁿ sign patterns, or the given one and a seeded sample of them."""
+    if 2**units.size <= MOST_ENUMERATED:
+        signs = np.array(list(product((1, -1), repeat=units.size)))
+    else:
+        signs = np.random.default_rng(seed).choice((1, -1), (SAMPLED, units.size))
+        signs[0] = 1
+    chance = np.abs(signs @ units)
+    # Equal sums may differ by rounding, and must count as equal.
+    return float((chance >= abs(units.sum()) - 1e-12 * np.abs(units).sum()).mean())
+
+
+def jackknife_interval(estimate: float, without_each: ArrayLike) -> Interval:
+    """Interval of a statistic from its values without each of n units; Student's with n − 1 degrees of freedom.
+
+    Args:
+        estimate: with all units.
+        without_each: (n,); NaN where leaving out a unit leaves nothing to compute, which leaves the interval unknown.
+    """
+    values = np.asarray(without_each, dtype=float)
+    if values.size < 2 or not np.isfinite([estimate, *values]).all():
+        return Interval(estimate, math.nan, math.nan, math.nan)
+    error = math.sqrt((values.size - 1) * float(values.var()))
+    return _student_interval(estimate, error, values.size)
+
+
+def holm(p_values: ArrayLike) -> Floats:
+    """p-values adjusted for their number by Holm's step-down rule (Scand. J. Stat. 6, 1979), in their order.
+
+    Args:
+        p_values: (n,); NaN, of what could not be tested, stays NaN and does not count.
+    """
+    given = np.asarray(p_values, dtype=float)
+    adjusted = np.full(given.shape, math.nan)
+    tested = np.flatnonzero(np.isfinite(given))
+    order = tested[np.argsort(given[tested], kind="stable")]
+    scaled = given[order] * np.arange(order.size, 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    return adjusted
+
+
+def slope_with_interval(examples: ArrayLike, values: ArrayLike, groups: ArrayLike, *, seed: int = 0) -> Interval:
+    """Slope of values on log10(examples), with its 95 % interval and two-sided p-value, over groups such as seeds.
+
+    Least squares with a level for each group. The error is that of a bootstrap over groups, all resamples of them or a
+    sample, widened by `sqrt(G / (G − 1))`, and the interval is Student's with G − 1 degrees of freedom: percentiles of
+    three seeds would be far too narrow. On the same sizes for all groups this is Student's t over their slopes.
+
+    Args:
+        examples: (n,), above 0.
+        values: (n,); NaN is left out.
+        groups: labels, (n,).
+        seed: of a sampled bootstrap.
+
+    Returns:
+        NaN where no group has two sizes; NaN for interval and p-value where one alone has.
+    """
+    sums = _slope_sums(np.log10(np.asarray(examples, dtype=float)), np.asarray(values, dtype=float), np.asarray(groups))
+    if len(sums) == 0:
+        return NOTHING
+    slope = float(sums[:, 0].sum() / sums[:, 1].sum())
+    count = len(sums)
+    if count == 1:
+        return Interval(slope, math.nan, math.nan, math.nan)
+    if count**count <= MOST_ENUMERATED:
+        chosen = np.array(list(product(range(count), repeat=count)))
+    else:
+        chosen = np.random.default_rng(seed).integers(0, count, (SAMPLED, count))
+    resampled = sums[chosen].sum(1)
+    spread = float((resampled[:, 0] / resampled[:, 1]).std())
+    return _student_interval(slope, spread * math.sqrt(count / (count - 1)), count)
+
+
+def _slope_sums(x: Floats, y: Floats, groups: NDArray[Any]) -> Floats:
+    """`Σ (x − x̄)(y − ȳ)` and `Σ (x − x̄)²` of each group that has several x, (groups, 2)."""
+    sums = []
+    for group in np.unique(groups):
+        here = (groups == group) & np.isfinite(x) & np.isfinite(y)
+        if np.unique(x[here]).size > 1:
+            centred = x[here] - x[here].mean()
+            sums.append((centred @ y[here], centred @ centred))
+    return np.array(sums)
+
+
+@dataclass(frozen=True)
+class Trend:
+    """A trend over ordered groups.
+
+    Attributes:
+        statistic: pairs of values of different groups that rise with the order of the groups; ties count a half.
+        expected: that number without a trend, half of all such pairs.
+        p_value: two-sided.
+        exact: whether the p-value is from the exact distribution.
+    """
+
+    statistic: float
+    expected: float
+    p_value: float
+    exact: bool
+
+
+def jonckheere(groups: Sequence[ArrayLike], *, seed: int = 0) -> Trend:
+    """Jonckheere's test for a trend over ordered groups (Biometrika 41, 1954), without a normal approximation.
+
+    Without ties the distribution is exact, from its generating function; with ties the p-value is that of a seeded
+    sample of permutations.
+
+    Args:
+        groups: the values of each group, in the order that a trend would follow; NaN is left out.
+        seed: of sampled permutations.
+
+    Returns:
+        NaN for the p-value where fewer than two groups have values.
+    """
+    values = [array[np.isfinite(array)] for array in (np.asarray(group, dtype=float) for group in groups)]
+    sizes = [array.size for array in values]
+    pooled = np.concatenate([*values, np.empty(0)])
+    statistic = float(_rising(pooled[None], sizes)[0])
+    expected = (pooled.size**2 - sum(size**2 for size in sizes)) / 4
+    if sum(size > 0 for size in sizes) < 2:
+        return Trend(statistic, expected, math.nan, False)
+    exact = np.unique(pooled).size == pooled.size
+    if exact:
+        p_value = _exact_trend_p(int(statistic), sizes)
+    else:
+        chance = _rising(_arrangements(pooled, False, seed).astype(float), sizes)
+        p_value = min(1.0, 2 * float(min((chance >= chance[0]).mean(), (chance <= chance[0]).mean())))
+    return Trend(statistic, expected, p_value, exact)
+
+
+def _rising(rows: Floats, sizes: Sequence[int]) -> Floats:
+    """The statistic of each row of pooled values (rows, n)."""
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    before, after = np.nonzero(group[:, None] < group[None, :])
+    return (0.5 + 0.5 * np.sign(rows[:, after] - rows[:, before])).sum(1)
+
+
+def _exact_trend_p(statistic: int, sizes: Sequence[int]) -> float:
+    """From the product of the Gaussian binomials of each group with all before it, as polynomials in q."""
+    counts, before = [1], 0
+    for size in sizes:
+        for j in range(1, size + 1):
+            shifted = [0] * (before + j)
+            counts = [
+                a - b for a, b in zip(counts + shifted, shifted + counts, strict=True)
+            ]  # times 1 − q^(before + j)
+            # Divided by 1 − q^j, which leaves no remainder.
+            for i in range(j, len(counts)):
+                counts[i] += counts[i - j]
+            counts = counts[: len(counts) - j]
+        before += size
+    total = sum(counts)
+    tail = min(sum(counts[: statistic + 1]), sum(counts[statistic:]))
+    return min(1.0, 2 * tail / total)
+
+
+def interpolate_at(norms: ArrayLike, values: ArrayLike, target: float) -> float:
+    """What a measurement was when the update had the norm `target`, along one training run.
+
+    Linear in the logarithm of the norm, between the first two measured steps whose norms enclose the target.
+
+    Args:
+        norms: of the update at each measured step, (steps,), above 0, in the order of the steps.
+        values: (steps,).
+        target: a norm.
+
+    Returns:
+        NaN where the run never had that norm between two measured steps.
+    """
+    x, y = np.log(np.asarray(norms, dtype=float)), np.asarray(values, dtype=float)
+    sought = math.log(target)
+    for i in range(x.size):
+        if x[i] == sought:
+            return float(y[i])
+        if i + 1 < x.size and min(x[i], x[i + 1]) < sought < max(x[i], x[i + 1]):
+            share = (sought - x[i]) / (x[i + 1] - x[i])
+            return float(y[i] + share * (y[i + 1] - y[i]))
+    return math.nan
 
 
 @dataclass(frozen=True)
@@ -81,11 +309,8 @@ def mantel_correlation(x: ArrayLike, y: ArrayLike, *, seed: int = 0) -> Correlat
 
 def _orders(size: int, seed: int) -> NDArray[np.int64]:
     """All orders of `size` things, or a sample of them behind the given one, (orders, size)."""
-    if math.factorial(size) <= MOST_ENUMERATED:
-        return np.array(list(permutations(range(size))), dtype=np.int64).reshape(math.factorial(size), size)
-    given = np.arange(size)
-    sampled = np.random.default_rng(seed).permuted(np.tile(given, (SAMPLED - 1, 1)), axis=1)
-    return np.concatenate([given[None], sampled])
+    exact = math.factorial(size) <= MOST_ENUMERATED
+    return _arrangements(np.arange(size), exact, seed).astype(np.int64)  # no order of nothing has a type
 
 
 def _correlation(x: Floats, y: Floats, shuffled: Floats) -> Correlation:
@@ -101,7 +326,7 @@ def _correlation(x: Floats, y: Floats, shuffled: Floats) -> Correlation:
 
 def is_available() -> bool:
     """Whether `weightwatcher` is installed."""
-    return find_spec("weightwatcher") is not None
+    return not lacking("diagnostics")
 
 
 def power_law_exponents(model: nn.Module, matrices: set[str]) -> dict[str, float]:
@@ -117,8 +342,7 @@ def power_law_exponents(model: nn.Module, matrices: set[str]) -> dict[str, float
     Raises:
         InputError: the package is not installed.
     """
-    if not is_available():
-        raise InputError("power-law exponents need the package weightwatcher: pip install 'spectralbasis[diagnostics]'")
+    require_extra("diagnostics", "a fit of power-law exponents")
     with redirect_stdout(None):  # it prints where it has few eigenvalues to fit
         watcher = import_module("weightwatcher").WeightWatcher(model=model)
         layers = _rows(watcher.describe())
@@ -129,261 +353,3 @@ def power_law_exponents(model: nn.Module, matrices: set[str]) -> dict[str, float
 
 def _rows(table: pd.DataFrame) -> Any:
     return table.itertuples()
-
-
-NOTHING = Interval(math.nan, math.nan, math.nan, math.nan)
-FEWEST_FLIPS = 10
-"""From this many units on, flipping signs gives p-values down to 0.002, which survive correction for 25 claims."""
-MOST_ENUMERATED = 2**15
-SAMPLED = 10_000
-
-
-def paired_comparison(a: ArrayLike, b: ArrayLike, tasks: ArrayLike | None = None, *, seed: int = 0) -> Interval:
-    """Mean of `a − b` over pairs of scores of the same task and seed, with its 95 % interval and two-sided p-value.
-
-    See `mean_interval`: with `tasks`, the unit is the task, so that the interval speaks of tasks like these; without,
-    every pair is a unit of its own, which suits the seeds of a single task.
-
-    Args:
-        a, b: scores, (n,), paired; pairs that lack one of the two (NaN) are left out.
-        tasks: of each pair, (n,).
-        seed: of sampled sign flips.
-    """
-    return mean_interval(np.asarray(a, dtype=float) - np.asarray(b, dtype=float), tasks, seed=seed)
-
-
-def mean_interval(values: ArrayLike, clusters: ArrayLike | None = None, *, seed: int = 0) -> Interval:
-    """Mean of values, with its 95 % interval and two-sided p-value against zero.
-
-    Values of one cluster (the seeds of a task) are averaged first, since they are not independent witnesses of an
-    effect; every cluster weighs the same. The interval is Student's over the clusters' means. So is the p-value of
-    fewer than ten clusters, as there are too few signs to flip; from ten on it comes from flipping the signs of the
-    means, all of them or a sample.
-
-    Args:
-        values: (n,); NaN is left out.
-        clusters: labels, (n,); None where each value stands alone.
-        seed: of sampled sign flips.
-
-    Returns:
-        NaN for the interval and the p-value where there is but one cluster.
-    """
-    units = _cluster_means(np.asarray(values, dtype=float), clusters)
-    if units.size == 0:
-        return NOTHING
-    mean = float(units.mean())
-    if units.size == 1:
-        return Interval(mean, math.nan, math.nan, math.nan)
-    error = float(units.std(ddof=1)) / math.sqrt(units.size)
-    interval = _student(mean, error, units.size - 1)
-    if units.size < FEWEST_FLIPS or error == 0:
-        return interval
-    return Interval(mean, interval.low, interval.high, _sign_flip_p(units, seed))
-
-
-def _cluster_means(values: Floats, clusters: ArrayLike | None) -> Floats:
-    known = np.isfinite(values)
-    if clusters is None:
-        return values[known]
-    labels = np.asarray(clusters)[known]
-    return np.array([values[known][labels == label].mean() for label in np.unique(labels)])
-
-
-def _student(estimate: float, error: float, freedom: int) -> Interval:
-    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
-    p_value = float(2 * stats.t.sf(abs(estimate) / error, freedom)) if error > 0 else float(estimate == 0)
-    return Interval(estimate, estimate - reach, estimate + reach, p_value)
-
-
-def _sign_flip_p(units: Floats, seed: int) -> float:
-    """All 2ⁿ sign patterns, or the given one and a seeded sample of them."""
-    if 2**units.size <= MOST_ENUMERATED:
-        signs = np.array(list(product((1, -1), repeat=units.size)))
-    else:
-        signs = np.random.default_rng(seed).choice((1, -1), (SAMPLED, units.size))
-        signs[0] = 1
-    chance = np.abs(signs @ units)
-    # Equal sums may differ by rounding, and must count as equal.
-    return float((chance >= abs(units.sum()) - 1e-12 * np.abs(units).sum()).mean())
-
-
-def jackknife_interval(estimate: float, without_each: ArrayLike) -> Interval:
-    """Interval of a statistic from its values without each of n units; Student's with n − 1 degrees of freedom.
-
-    Args:
-        estimate: with all units.
-        without_each: (n,); NaN where leaving out a unit leaves nothing to compute, which leaves the interval unknown.
-    """
-    values = np.asarray(without_each, dtype=float)
-    if values.size < 2 or not np.isfinite([estimate, *values]).all():
-        return Interval(estimate, math.nan, math.nan, math.nan)
-    error = math.sqrt((values.size - 1) * float(values.var()))
-    return _student(estimate, error, values.size - 1)
-
-
-def holm(p_values: ArrayLike) -> Floats:
-    """p-values adjusted for their number by Holm's step-down rule (Scand. J. Stat. 6, 1979), in their order.
-
-    Args:
-        p_values: (n,); NaN, of what could not be tested, stays NaN and does not count.
-    """
-    given = np.asarray(p_values, dtype=float)
-    adjusted = np.full(given.shape, math.nan)
-    tested = np.flatnonzero(np.isfinite(given))
-    order = tested[np.argsort(given[tested], kind="stable")]
-    scaled = given[order] * np.arange(order.size, 0, -1)
-    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
-    return adjusted
-
-
-def slope_with_interval(examples: ArrayLike, values: ArrayLike, groups: ArrayLike, *, seed: int = 0) -> Interval:
-    """Slope of values on log10(examples), with its 95 % interval and two-sided p-value, over groups such as seeds.
-
-    Least squares with a level for each group. The error is that of a bootstrap over groups, all resamples of them or a
-    sample, widened by `sqrt(G / (G − 1))`, and the interval is Student's with G − 1 degrees of freedom: percentiles of
-    three seeds would be far too narrow. On the same sizes for all groups this is Student's t over their slopes.
-
-    Args:
-        examples: (n,), above 0.
-        values: (n,); NaN is left out.
-        groups: labels, (n,).
-        seed: of a sampled bootstrap.
-
-    Returns:
-        NaN where no group has two sizes; NaN for interval and p-value where one alone has.
-    """
-    sums = _slope_sums(np.log10(np.asarray(examples, dtype=float)), np.asarray(values, dtype=float), np.asarray(groups))
-    if len(sums) == 0:
-        return NOTHING
-    slope = float(sums[:, 0].sum() / sums[:, 1].sum())
-    count = len(sums)
-    if count == 1:
-        return Interval(slope, math.nan, math.nan, math.nan)
-    resampled = sums[_resamples(count, seed)].sum(1)
-    spread = float((resampled[:, 0] / resampled[:, 1]).std())
-    return _student(slope, spread * math.sqrt(count / (count - 1)), count - 1)
-
-
-def _slope_sums(x: Floats, y: Floats, groups: NDArray[Any]) -> Floats:
-    """`Σ (x − x̄)(y − ȳ)` and `Σ (x − x̄)²` of each group that has several x, (groups, 2)."""
-    sums = []
-    for group in np.unique(groups):
-        here = (groups == group) & np.isfinite(x) & np.isfinite(y)
-        if np.unique(x[here]).size > 1:
-            centred = x[here] - x[here].mean()
-            sums.append((centred @ y[here], centred @ centred))
-    return np.array(sums)
-
-
-def _resamples(count: int, seed: int) -> NDArray[np.int64]:
-    """Which groups each bootstrap sample holds, (samples, count)."""
-    if count**count <= MOST_ENUMERATED:
-        return np.array(list(product(range(count), repeat=count)))
-    return np.random.default_rng(seed).integers(0, count, (SAMPLED, count))
-
-
-@dataclass(frozen=True)
-class Trend:
-    """A trend over ordered groups.
-
-    Attributes:
-        statistic: pairs of values of different groups that rise with the order of the groups; ties count a half.
-        expected: that number without a trend, half of all such pairs.
-        p_value: two-sided.
-        exact: whether the p-value is from the exact distribution.
-    """
-
-    statistic: float
-    expected: float
-    p_value: float
-    exact: bool
-
-
-def jonckheere(groups: Sequence[ArrayLike], *, seed: int = 0) -> Trend:
-    """Jonckheere's test for a trend over ordered groups (Biometrika 41, 1954), without a normal approximation.
-
-    Without ties the distribution is exact, from its generating function; with ties the p-value is that of a seeded
-    sample of permutations.
-
-    Args:
-        groups: the values of each group, in the order that a trend would follow; NaN is left out.
-        seed: of sampled permutations.
-
-    Returns:
-        NaN for the p-value where fewer than two groups have values.
-    """
-    values = [array[np.isfinite(array)] for array in (np.asarray(group, dtype=float) for group in groups)]
-    sizes = [array.size for array in values]
-    pooled = np.concatenate([*values, np.empty(0)])
-    statistic = float(_rising(pooled[None], sizes)[0])
-    expected = (pooled.size**2 - sum(size**2 for size in sizes)) / 4
-    if sum(size > 0 for size in sizes) < 2:
-        return Trend(statistic, expected, math.nan, False)
-    exact = np.unique(pooled).size == pooled.size
-    p_value = _exact_trend_p(int(statistic), sizes) if exact else _sampled_trend_p(pooled, sizes, seed)
-    return Trend(statistic, expected, p_value, exact)
-
-
-def _rising(rows: Floats, sizes: Sequence[int]) -> Floats:
-    """The statistic of each row of pooled values (rows, n)."""
-    group = np.repeat(np.arange(len(sizes)), sizes)
-    before, after = np.nonzero(group[:, None] < group[None, :])
-    return (0.5 + 0.5 * np.sign(rows[:, after] - rows[:, before])).sum(1)
-
-
-def _exact_trend_p(statistic: int, sizes: Sequence[int]) -> float:
-    """From the product of the Gaussian binomials of each group with all before it."""
-    counts, before = [1], 0
-    for size in sizes:
-        for j in range(1, size + 1):
-            counts = _quotient(_product(counts, before + j), j)
-        before += size
-    total = sum(counts)
-    tail = min(sum(counts[: statistic + 1]), sum(counts[statistic:]))
-    return min(1.0, 2 * tail / total)
-
-
-def _product(polynomial: list[int], power: int) -> list[int]:
-    """Times `1 − q^power`."""
-    found = polynomial + [0] * power
-    for i, coefficient in enumerate(polynomial):
-        found[i + power] -= coefficient
-    return found
-
-
-def _quotient(polynomial: list[int], power: int) -> list[int]:
-    """Divided by `1 − q^power`, which leaves no remainder."""
-    found = list(polynomial)
-    for i in range(power, len(found)):
-        found[i] += found[i - power]
-    return found[: len(found) - power]
-
-
-def _sampled_trend_p(pooled: Floats, sizes: Sequence[int], seed: int) -> float:
-    shuffled = np.random.default_rng(seed).permuted(np.tile(pooled, (SAMPLED - 1, 1)), axis=1)
-    chance = np.concatenate([_rising(pooled[None], sizes), _rising(shuffled, sizes)])
-    return min(1.0, 2 * float(min((chance >= chance[0]).mean(), (chance <= chance[0]).mean())))
-
-
-def interpolate_at(norms: ArrayLike, values: ArrayLike, target: float) -> float:
-    """What a measurement was when the update had the norm `target`, along one training run.
-
-    Linear in the logarithm of the norm, between the first two measured steps whose norms enclose the target.
-
-    Args:
-        norms: of the update at each measured step, (steps,), above 0, in the order of the steps.
-        values: (steps,).
-        target: a norm.
-
-    Returns:
-        NaN where the run never had that norm between two measured steps.
-    """
-    x, y = np.log(np.asarray(norms, dtype=float)), np.asarray(values, dtype=float)
-    sought = math.log(target)
-    for i in range(x.size):
-        if x[i] == sought:
-            return float(y[i])
-        if i + 1 < x.size and min(x[i], x[i + 1]) < sought < max(x[i], x[i + 1]):
-            share = (sought - x[i]) / (x[i + 1] - x[i])
-            return float(y[i] + share * (y[i + 1] - y[i]))
-    return math.nan
