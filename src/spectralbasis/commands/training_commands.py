@@ -87,6 +87,7 @@ def tune(
 
     Example: `spectralbasis tune minilm --task RTE --data path/to/glue -o adapter --budget 0.002 --coefficients core`
     """
+    require_extra("tune", "the command tune")
     from spectralbasis.training import tune as run
 
     with stopped_by_hand("nothing was written: give the same command again to start anew"):
@@ -136,6 +137,7 @@ def evaluate(
 
     Example: `spectralbasis evaluate minilm adapter --task RTE --data path/to/glue`
     """
+    require_extra("tune", "the command evaluate")
     from spectralbasis.training import evaluate as run
 
     result = run(model, adapter, task=task, data=data, progress=draws_bars())
@@ -162,6 +164,7 @@ def study(
 
     Example: `spectralbasis study all --preset cpu --data path/to/data -o study --jobs 2`
     """
+    require_extra("study", "the study")
     from spectralbasis.study.conduct import study as run
 
     with stopped_by_hand("finished runs are kept: give the same command again to go on"):
