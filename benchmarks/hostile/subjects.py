@@ -240,7 +240,7 @@ def _data(file: str) -> Callable[[Bench, Path], None]:
 def _load_task(task: str, file: str) -> Callable[[Path], Callable[[], None]]:
     def read(room: Path) -> Callable[[], None]:
         def work() -> None:
-            from spectralbasis.training.tasks import load_task
+            from spectralbasis.training import load_task
 
             found: Any = load_task(task, room / file if file else room)
             told = f"found {len(found.train)} {found.label_names} {found.train[0]}"

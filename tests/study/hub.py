@@ -161,7 +161,7 @@ def kinds_of_runs() -> Iterator[Run]:
     seen = set()
     for name in EXPERIMENTS:
         experiment = find_experiment(name)
-        for run in with_needs(experiment.plan(experiment.PRESETS["paper"], Results({}))):
+        for run in with_needs(experiment.plan(experiment.presets["paper"], Results({}))):
             told = ("method", "coefficients", "basis", "kind", "rank", "dimension", "penalty", "architecture")
             kind = json.dumps(
                 [run.action, sorted(run.needs), _family(run), {key: run.settings.get(key) for key in told}]

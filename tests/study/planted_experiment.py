@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pandas as pd
 import plotly.graph_objects as go
 
-from spectralbasis.study.claims import Claim, Findings
+from spectralbasis.study.claims import Claim, Experiment, Findings
 from spectralbasis.study.runs import Results, Run
 
 QUESTION = "Is the <best> value above zero?"
@@ -41,3 +41,6 @@ def analyse(settings: Settings, results: Results) -> Findings:
 
 def _run(value: int, seed: int, **more: str) -> Run:
     return Run("tests.study.runs.planted:act", {"value": value, **more}, seed)
+
+
+EXPERIMENT = Experiment("planted", QUESTION, PRESETS, plan, analyse)

@@ -1,6 +1,7 @@
 """A study does its experiments' runs, goes on where it was stopped, and writes what they show."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,16 +9,17 @@ import pytest
 from spectralbasis.errors import InputError
 from spectralbasis.report import write_study_report
 from spectralbasis.report.study_page import devices_used
-from spectralbasis.study import conduct
 from spectralbasis.study.conduct import study, time_left
+from spectralbasis.study.experiments import EXPERIMENTS
 from spectralbasis.study.runs import DATABASE, Run, Timing
 from tests.study import planted_experiment
 
 
 @pytest.fixture(autouse=True)
 def planted(monkeypatch):
-    monkeypatch.setattr(conduct, "EXPERIMENTS", ("planted",))
-    monkeypatch.setattr(conduct, "find_experiment", lambda name: planted_experiment)
+    for known in list(EXPERIMENTS):
+        monkeypatch.delitem(EXPERIMENTS, known)
+    monkeypatch.setitem(EXPERIMENTS, "planted", planted_experiment.EXPERIMENT)
 
 
 def test_a_second_stage_follows_from_the_first(tmp_path):
@@ -84,7 +86,7 @@ def test_the_page_can_be_written_again(tmp_path):
 
 def test_results_of_other_experiments_stay(tmp_path, monkeypatch):
     study("planted", preset="quick", output=tmp_path, progress=False)
-    monkeypatch.setattr(conduct, "EXPERIMENTS", ("other",))
+    monkeypatch.setitem(EXPERIMENTS, "other", replace(planted_experiment.EXPERIMENT, name="other"))
     study("other", preset="quick", output=tmp_path, progress=False)
     assert set(json.loads((tmp_path / "results.json").read_text())["experiments"]) == {"planted", "other"}
 

@@ -4,9 +4,9 @@ import pytest
 
 from spectralbasis.errors import InputError
 from spectralbasis.training import METHODS, MethodOptions, load_model
-from spectralbasis.training.method import Setup
-from spectralbasis.training.methods import check_options, find_method
+from spectralbasis.training.methods import DEFAULT_SCALING, Setup, find_method, methods_in_words
 from spectralbasis.training.outcomes import ParameterCounts
+from spectralbasis.tuner import parametrisation
 from tests.study.examples import bright_side_task, save_image_model
 
 HEAD = 2 * 16 + 2
@@ -55,12 +55,18 @@ def test_a_budget_is_a_share_of_the_model_that_spectral_keeps_within(tmp_path):
 )
 def test_an_option_that_would_be_ignored_is_refused(name, options, message):
     with pytest.raises(InputError, match=message):
-        check_options(find_method(name), MethodOptions(**options))
+        find_method(name).complete(MethodOptions(**options))
 
 
 def test_an_unknown_method_lists_the_known_ones():
-    with pytest.raises(InputError, match=f"unknown method 'adapter'; the known ones are {', '.join(METHODS)}"):
+    with pytest.raises(InputError, match="unknown method 'adapter'; the known ones are spectral, svft") as caught:
         find_method("adapter")
+    assert str(caught.value).endswith(methods_in_words())
+    assert all(name in methods_in_words() for name in METHODS)
+
+
+def test_the_default_unit_is_the_tuners():
+    assert DEFAULT_SCALING == parametrisation.DEFAULT_SCALING
 
 
 def test_learning_rates_that_are_given_win_over_the_defaults():

@@ -10,7 +10,7 @@ import pytest
 from spectralbasis.study.experiments import EXPERIMENTS, find_experiment, task_sharing
 from spectralbasis.study.runs import Results, with_needs
 from spectralbasis.study.subjects import LARGE
-from spectralbasis.training.tasks import same_name, task_names
+from spectralbasis.training.known_tasks import TASKS, task_key
 
 
 @pytest.mark.slow
@@ -33,8 +33,8 @@ def test_all_models_and_tasks_of_the_preset_are_known():
     runs = [
         run
         for name in EXPERIMENTS
-        for run in with_needs(find_experiment(name).plan(find_experiment(name).PRESETS["paper"], Results({})))
+        for run in with_needs(find_experiment(name).plan(find_experiment(name).presets["paper"], Results({})))
     ]
     tasks = {run.settings["task"] for run in runs if "task" in run.settings}
-    assert all(any(same_name(task, name) for name in task_names()) for task in tasks)
+    assert all(task_key(task) in TASKS for task in tasks)
     assert all(task in task_sharing.TASKS for subject in LARGE for task in subject.tasks)

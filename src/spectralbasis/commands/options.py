@@ -37,7 +37,6 @@ Exclude = Annotated[
 Ray = Annotated[
     str | None, typer.Option(metavar="auto|local|ADDRESS", help="Run on a Ray cluster. Default: on this machine.")
 ]
-Task = Annotated[str, typer.Option(help="Task name, such as RTE, SST-2, mnist.")]
 Data = Annotated[Path | None, typer.Option(help="Folder of the task's files. Default: the task is read from the hub.")]
 
 

@@ -2,23 +2,19 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from spectralbasis.commands import tables
-from spectralbasis.commands.options import (
-    AsJson,
-    Data,
-    Model,
-    Overwrite,
-    Ray,
-    Task,
-    Trust,
-    shows_progress,
-    stopped_by_hand,
-)
+from spectralbasis.commands.options import AsJson, Data, Model, Overwrite, Ray, Trust, shows_progress, stopped_by_hand
+from spectralbasis.extras import require_extra
 from spectralbasis.printable import printable
+from spectralbasis.training.known_tasks import tasks_in_words
+from spectralbasis.training.methods import methods_in_words, owners
+
+Task = Annotated[str, typer.Option(metavar="NAME", help=f"Name of a task: {tasks_in_words()}.")]
 
 
 def quickstart(
@@ -27,8 +23,11 @@ def quickstart(
 ) -> None:
     """Pretrain, finetune, compare and tune a small model from nothing, and write one report. No download, minutes.
 
+    Needs the extra `tune`: `pip install 'spectralbasis[tune]'`.
+
     Example: `spectralbasis quickstart -o quickstart`
     """
+    require_extra("tune", "the quickstart")
     from spectralbasis.training.quickstart import quickstart as run
 
     tables.show_report(run(output), as_json)
@@ -42,53 +41,60 @@ def tune(
     ],
     data: Data = None,
     method: Annotated[
-        str,
-        typer.Option(
-            help="Method: spectral, full, head, lora, bitfit, dora, pissa, adalora, vera, fourierft, psoft, "
-            "tinylora, svft or subspace. houlsby, parallel and adapterfusion need the extra `baselines`, in an "
-            "environment with transformers 4.57."
-        ),
+        str, typer.Option(metavar="NAME", help=f"Method of training: {methods_in_words()}.")
     ] = "spectral",
     coefficients: Annotated[
-        str, typer.Option(metavar="diagonal|core|band|sparse", help="Entries of C that are trained (spectral).")
+        str,
+        typer.Option(
+            metavar="diagonal|core|band|sparse", help=f"Entries of C that are trained ({owners('coefficients')})."
+        ),
     ] = "diagonal",
-    bandwidth: Annotated[int, typer.Option(help="Largest distance from the diagonal (spectral, band).")] = 1,
+    bandwidth: Annotated[
+        int, typer.Option(help=f"Largest distance from the diagonal, for band ({owners('bandwidth')}).")
+    ] = 1,
     scaling: Annotated[
-        str, typer.Option(metavar="absolute|relative|normalized", help="Unit of the coefficients (spectral).")
+        str,
+        typer.Option(metavar="absolute|relative|normalized", help=f"Unit of the coefficients ({owners('scaling')})."),
     ] = "normalized",
     basis: Annotated[
         str,
         typer.Option(
-            metavar="pretrained|random|minor|curvature|PATH", help="Where the directions come from (spectral)."
+            metavar="pretrained|random|minor|curvature|PATH",
+            help=f"Where the directions come from ({owners('basis')}).",
         ),
     ] = "pretrained",
     leading: Annotated[
         str | None,
         typer.Option(
             metavar="K|FRACTION|mp|gd",
-            help="Directions in each matrix (spectral). Default: 64, or what --budget gives.",
+            help=f"Directions in each matrix ({owners('leading')}). Default: 64, or what --budget gives.",
         ),
     ] = None,
     budget: Annotated[
         float | None,
         typer.Option(
-            help="Share of the model's parameters to train, such as 0.002 (spectral). Default: what --leading gives."
+            help=f"Share of the model's parameters to train, such as 0.002 ({owners('budget')}). Default: what "
+            "--leading gives."
         ),
     ] = None,
     rank: Annotated[
         int | None,
         typer.Option(
-            help="Rank (lora and variants) or width (houlsby, parallel). Default: 8; psoft 32, vera 256, tinylora 2."
+            help=f"Rank or width of what is added ({owners('rank')}). Default: 8; psoft 32, vera 256, tinylora 2."
         ),
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help="Scale (lora, dora, adalora). Default: twice the rank.")] = None,
-    n_frequency: Annotated[int | None, typer.Option(help="Numbers for each matrix (fourierft). Default: 1000.")] = None,
+    alpha: Annotated[float | None, typer.Option(help=f"Scale ({owners('alpha')}). Default: twice the rank.")] = None,
+    n_frequency: Annotated[
+        int | None, typer.Option(help=f"Numbers for each matrix ({owners('n_frequency')}). Default: 1000.")
+    ] = None,
     dimension: Annotated[
         int | None,
-        typer.Option(help="Numbers for each matrix (tinylora, default: 64) or in all (subspace, default: 1000)."),
+        typer.Option(
+            help=f"Numbers for each matrix, or in all for subspace ({owners('dimension')}). Default: 64; subspace 1000."
+        ),
     ] = None,
     source: Annotated[
-        list[Path] | None, typer.Option(help="Adapter to fuse; repeatable (adapterfusion). Default: none.")
+        list[Path] | None, typer.Option(help=f"Adapter to fuse; repeatable ({owners('sources')}). Default: none.")
     ] = None,
     start: Annotated[
         Path | None, typer.Option(help="Adapter of the same method and size to start from. Default: none.")
@@ -118,8 +124,11 @@ def tune(
 ) -> None:
     """Tune a model to a task, score it on held-out data, and save it (an adapter of a few kilobytes by default).
 
+    Needs the extra `tune`: `pip install 'spectralbasis[tune]'`.
+
     Example: `spectralbasis tune minilm --task RTE --data path/to/glue -o adapter --budget 0.002 --coefficients core`
     """
+    require_extra("tune", "the command tune")
     from spectralbasis.training import tune as run
 
     with stopped_by_hand("nothing was written: give the same command again to start anew"):
@@ -165,8 +174,11 @@ def evaluate(
 ) -> None:
     """Score a tuned model, or a model with an adapter, on a task's held-out data.
 
+    Needs the extra `tune`: `pip install 'spectralbasis[tune]'`.
+
     Example: `spectralbasis evaluate minilm adapter --task RTE --data path/to/glue`
     """
+    require_extra("tune", "the command evaluate")
     from spectralbasis.training import evaluate as run
 
     result = run(model, adapter, task=task, data=data, progress=shows_progress())
@@ -193,12 +205,13 @@ def study(
 ) -> None:
     """Run the experiments that test the claims, with their controls, and write what they show.
 
-    Experiments: stability, sharing, scale, scratch, ablation, glue, similarity, diagnostics, reuse. Each run is done
-    once: stop the study at any time and give the same command again. Three arms of glue need the extra `baselines`, in
-    an environment with transformers 4.57; elsewhere their runs fail with that reason, and the others continue.
+    Needs the extra `study`: `pip install 'spectralbasis[study]'`. Each run is done once: stop the study at any time and
+    give the same command again. Three arms of glue need the extra `baselines`, in an environment with transformers
+    4.57; elsewhere their runs fail with that reason, and the others continue.
 
     Example: `spectralbasis study all --preset cpu --data path/to/data -o study --jobs 2`
     """
+    require_extra("study", "the study")
     from spectralbasis.study.conduct import study as run
 
     with stopped_by_hand("finished runs are kept: give the same command again to continue"):
@@ -215,3 +228,26 @@ def study(
         )
     tables.show_result(content, tables.claims_table, as_json)
     print(printable(f"report: {output / 'index.html'}"), file=sys.stderr)
+
+
+class StudyCommand(TyperCommand):
+    """`study`, whose help lists the experiments: their records are imported when it is shown, which takes seconds."""
+
+    @property
+    def help(self) -> str | None:
+        """The docstring of `study`, and the name and the question of each experiment."""
+        from spectralbasis.study.experiments import EXPERIMENTS
+
+        listed = "\n".join(f"- `{name}`: {experiment.question}" for name, experiment in EXPERIMENTS.items())
+        text, example = (self._help or "").split("\n\nExample:")
+        return f"{text}\n\nExperiments:\n\n{listed}\n\nExample:{example}"
+
+    @help.setter
+    def help(self, text: str | None) -> None:
+        self._help = text
+
+
+CLASSES: dict[Any, dict[str, Any]] = {
+    study: {"cls": StudyCommand, "short_help": "Run the experiments that test the claims, and write what they show."}
+}
+"""What a command is registered with beside its function."""

@@ -1,10 +1,6 @@
-"""What an experiment concludes: claims with effects and verdicts, and the tables and figures that show why.
+"""Experiments and what they conclude: claims with effects and verdicts, and the tables and figures that show why.
 
-From intervals to claims, and to families of claims.
-
-Paired comparisons of arms, adjusted for how many there are.
-
-Ways to tune that are compared: all choose learning rates by one rule, on other examples than they are scored on.
+Also the contests of ways to tune: all choose learning rates by one rule, on other examples than they are scored on.
 """
 
 import math
@@ -26,7 +22,7 @@ VERDICTS = ("supported", "contradicted", "undecided")
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim, held against the runs.
+    """One claim with its verdict.
 
     Args:
         name: short and stable, such as `leading above scrambled`.
@@ -61,6 +57,25 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Experiment:
+    """One experiment of the study; help, errors and pages come from this record.
+
+    Args:
+        name: what `study` calls it.
+        question: that it answers.
+        presets: name → settings of a type of its own: how much of everything.
+        plan: the runs wanted, in order of preference, as far as what is known tells; needs need not be listed.
+        analyse: what the finished runs show.
+    """
+
+    name: str
+    question: str
+    presets: Mapping[str, Any]
+    plan: Callable[[Any, Results], list[Run]]
+    analyse: Callable[[Any, Results], "Findings"]
+
+
+@dataclass(frozen=True)
 class Findings:
     """All that an experiment shows: its claims, small tables by title, figures by title, and a note."""
 
@@ -68,6 +83,23 @@ class Findings:
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     figures: Mapping[str, go.Figure] = field(default_factory=dict)
     note: str = ""
+
+
+def scatter_figure(traces: Iterable[Mapping[str, Any]], x: str, y: str, *, log: str = "") -> go.Figure:
+    """Points in a plane.
+
+    Args:
+        traces: of Plotly's `scatter`, with markers alone where nothing else is said.
+        x, y: titles of the axes.
+        log: the axes that are logarithmic, such as "xy".
+    """
+    figure = go.Figure()
+    for trace in traces:
+        figure.add_scatter(**{"mode": "markers", **trace})
+    axes = {f"{axis}axis": {"title": title} for axis, title in (("x", x), ("y", y))}
+    for axis in log:
+        axes[f"{axis}axis"]["type"] = "log"
+    return figure.update_layout(**axes)
 
 
 LEVEL = 0.05
@@ -88,7 +120,7 @@ def conclude_equal(name: str, text: str, found: Interval, *, within: float, unit
     """The claim that an effect is smaller than `within`, either way, as equivalence is tested (Schuirmann, 1987).
 
     Supported where the whole interval is within, contradicted where it is wholly without, undecided where it is not
-    known or crosses a limit. At 95 %, that is a level of 2.5 % for each side; the p-value, which speaks of no effect at
+    known or crosses a limit. At 95 %, that is a level of 2.5 % for each side; the p-value, which is of no effect at
     all, is left out.
     """
     inside = found.low > -within and found.high < within
@@ -154,7 +186,7 @@ def differences(scores: pd.DataFrame, column: str, better: str, worse: str, by: 
 
 
 def compare_pairs(pairs: pd.DataFrame) -> Interval:
-    """The mean difference; tasks of a subject are the units, since seeds and cells of one are no further witnesses."""
+    """The mean difference; tasks of a subject are the units, since seeds and cells of one task are not independent."""
     return paired_comparison(pairs["better"], pairs["worse"], pairs["subject"] + " / " + pairs["task"])
 
 
@@ -174,7 +206,13 @@ def conclude_family(
         Claims whose p-values are adjusted; those that are not below 0.05 then are undecided, except that a margin is
         judged by the interval alone.
     """
-    claims = [_conclude(one, differences(scores, column, one.better, one.worse, by), unit) for one in contrasts]
+    claims = []
+    for one in contrasts:
+        pairs = differences(scores, column, one.better, one.worse, by)
+        found = compare_pairs(pairs)
+        shifted = replace(found, low=found.low + one.margin, high=found.high + one.margin)
+        judged = conclude(one.name, one.text, shifted, unit=unit, would_change=one.would_change, runs=2 * len(pairs))
+        claims.append(replace(judged, low=found.low, high=found.high))
     return [
         replace(judged, verdict=claim.verdict) if contrast.margin else judged
         for contrast, claim, judged in zip(contrasts, claims, as_family(claims), strict=True)
@@ -195,27 +233,13 @@ def conclude_equality(
     return claims
 
 
-def _conclude(contrast: Contrast, pairs: pd.DataFrame, unit: str) -> Claim:
-    found = compare_pairs(pairs)
-    shifted = replace(found, low=found.low + contrast.margin, high=found.high + contrast.margin)
-    judged = conclude(
-        contrast.name, contrast.text, shifted, unit=unit, would_change=contrast.would_change, runs=2 * len(pairs)
-    )
-    return replace(judged, low=found.low, high=found.high)
-
-
 Needs = Callable[[Subject, str], Mapping[str, Run]]
 COEFFICIENTS = {"method": "spectral", "scaling": "absolute"}
 """Settings of all arms that train spectral coefficients; their learning rates are meant in this unit."""
 FURTHER_RATES = 3
-"""How many rates an arm may try beyond those it begins with, as long as the best is the first or the last."""
+"""How many rates an arm may try beyond its own, as long as the best is the first or the last."""
 COLUMNS = ("subject", "arm", "task", "seed", "learning_rate", "score", "backbone", "head", "model", "seconds_per_step",
            "precision", "adapter_bytes")  # fmt: skip
-
-
-def needs_nothing(subject: Subject, task: str) -> Mapping[str, Run]:
-    """The needs of an arm that has none but the model."""
-    return {}
 
 
 @dataclass(frozen=True)
@@ -233,7 +257,7 @@ class Arm:
     name: str
     settings: Mapping[str, Any]
     learning_rates: tuple[float, ...]
-    needs: Needs = needs_nothing
+    needs: Needs = lambda subject, task: {}
 
     def run(self, subject: Subject, task: str, learning_rate: float, seed: int) -> Run:
         """One tuning."""
@@ -264,11 +288,15 @@ class Contest:
 
     def plan(self, results: Results) -> list[Run]:
         """All trials of learning rates, then the runs that count of those arms whose rate is known."""
-        trials = [run for arm in self.arms for run in self._trials(arm, results)]
+        trials = []
+        for arm in self.arms:
+            rates = self.tried_rates(arm, results)
+            if len(rates) > 1:
+                trials += [run for rate in rates for run in self._at(arm, rate)]
         return trials + [run for _, run in self.counted(results)]
 
     def counted(self, results: Results) -> Iterator[tuple[dict[str, Any], Run]]:
-        """The runs at chosen rates, with what tells them apart in tables, one seed of everything after another."""
+        """The runs at chosen rates, with their labels in tables, one seed of everything after another."""
         rates = {arm.name: self.chosen_rate(arm, results) for arm in self.arms}
         for seed in self.seeds:
             for arm in self.arms:
@@ -315,11 +343,6 @@ class Contest:
                 rows.append({**labels, **_facts(record.result)})
         return pd.DataFrame(rows, columns=list(COLUMNS))
 
-    def _trials(self, arm: Arm, results: Results) -> list[Run]:
-        """None where there is nothing to choose."""
-        rates = self.tried_rates(arm, results)
-        return [run for rate in rates for run in self._at(arm, rate)] if len(rates) > 1 else []
-
     def _at(self, arm: Arm, rate: float) -> list[Run]:
         return [arm.run(self.subject, task, rate, self.seeds[0]) for task in self.selection_tasks]
 
@@ -339,6 +362,5 @@ def _selection_score(run: Run, results: Results) -> float:
 
 def _facts(result: Mapping[str, Any]) -> dict[str, Any]:
     named = {"backbone": "parameters_backbone", "head": "parameters_head", "model": "parameters_model"}
-    same = ("score", "seconds_per_step", "adapter_bytes")
-    facts = {**{name: result[key] for name, key in named.items()}, **{name: result[name] for name in same}}
-    return facts | {"precision": result.get("precision", "")}  # rows of earlier versions name none
+    same = ("score", "seconds_per_step", "adapter_bytes", "precision")
+    return {**{name: result[key] for name, key in named.items()}, **{name: result[name] for name in same}}

@@ -11,11 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from spectralbasis.errors import InputError
+from spectralbasis.extras import require_extra
 from spectralbasis.files import claim_files
 from spectralbasis.printable import shortened
 from spectralbasis.report import write_study_report
 from spectralbasis.report.study_page import FIGURES, RESULTS
-from spectralbasis.study.experiments import EXPERIMENTS, Experiment, find_experiment
+from spectralbasis.study.claims import Experiment
+from spectralbasis.study.experiments import EXPERIMENTS, find_experiment
 from spectralbasis.study.pages import Part, write_pages
 from spectralbasis.study.runner import run_all
 from spectralbasis.study.runs import Results, Run, RunStore, Timing, with_needs
@@ -56,20 +58,24 @@ def study(
         progress: show what is done, what is left, and about how long it will take.
 
     Raises:
-        InputError: a name is not known, the data are absent, or the folder cannot be used.
+        InputError: a name is not known, the data are absent, the folder cannot be used, or the extra `study` is not
+            installed.
     """
+    require_extra("study", "the study")
     if name == QUICK:
         name, preset = ALL, QUICK
     if data is not None and not Path(data).is_dir():
         raise InputError(f"the data folder {data} does not exist; pass --data with the folder that holds the data sets")
-    names = EXPERIMENTS if name == ALL else (name,)
-    chosen = {one: find_experiment(one) for one in names}
-    settings = {one: _settings(one, experiment, preset) for one, experiment in chosen.items()}
+    chosen = list(EXPERIMENTS.values()) if name == ALL else [find_experiment(name)]
+    for experiment in chosen:
+        if preset not in experiment.presets:
+            raise InputError(f"{experiment.name} has no preset {preset!r}; it has {', '.join(experiment.presets)}")
 
     def plan(results: Results) -> list[Run]:
-        return [run for one, experiment in chosen.items() for run in experiment.plan(settings[one], results)]
+        return [run for experiment in chosen for run in experiment.plan(experiment.presets[preset], results)]
 
-    claim_files(Path(output), RESULTS, FIGURES, "index.html", *(f"{one}.md" for one in names), adopt=trust)
+    pages = (f"{experiment.name}.md" for experiment in chosen)
+    claim_files(Path(output), RESULTS, FIGURES, "index.html", *pages, adopt=trust)
     with RunStore(Path(output), trust=trust) as store:
         if retry:
             store.forget_errors()
@@ -80,25 +86,19 @@ def study(
                     run_all(plan, store, data=place, jobs=jobs, ray=ray, watcher=watcher)
         finally:
             store.export()
-        parts = [_part(one, experiment, settings[one], store) for one, experiment in chosen.items()]
+        parts = [_part(experiment, experiment.presets[preset], store) for experiment in chosen]
     content = write_pages(Path(output), preset, parts)
     write_study_report(output)
     return content
 
 
-def _settings(name: str, experiment: Experiment, preset: str) -> Any:
-    if preset not in experiment.PRESETS:
-        raise InputError(f"{name} has no preset {preset!r}; it has {', '.join(experiment.PRESETS)}")
-    return experiment.PRESETS[preset]
-
-
-def _part(name: str, experiment: Experiment, settings: Any, store: RunStore) -> Part:
+def _part(experiment: Experiment, settings: Any, store: RunStore) -> Part:
     results = store.results
     runs = list(with_needs(experiment.plan(settings, results)))
     finished = [record for run in runs if (record := results.get(run)) is not None]
     return Part(
-        name=name,
-        question=experiment.QUESTION,
+        name=experiment.name,
+        question=experiment.question,
         planned=len(runs),
         finished=len(finished),
         failed={f"{run} ({run.key})": error for run in runs if (error := results.error(run)) is not None},

@@ -1,10 +1,6 @@
-"""What is measured of models while and after they train, and the tests that experiments put to it.
+"""The tests that experiments share: pure functions on arrays, for the few tasks and seeds that a study has.
 
-Rank correlations whose p-values come from permutations of what is independent: pairs, or the items of a table.
-
-Power-law exponents of weight matrices, through the package `weightwatcher` where it is installed.
-
-The tests that experiments share: pure functions on arrays, honest with the few tasks and seeds that a study has.
+The Student interval and the permutations are those of `comparison.statistics`.
 """
 
 import math
@@ -12,8 +8,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
-from itertools import permutations, product
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -23,125 +18,27 @@ from scipy import stats
 from torch import nn
 
 from spectralbasis.checkpoints import matrix_name
-from spectralbasis.comparison.statistics import CONFIDENCE, Interval
-from spectralbasis.errors import InputError
+from spectralbasis.comparison.statistics import (
+    NO_INTERVAL,
+    SAMPLED,
+    Interval,
+    arrangements,
+    jackknife_error,
+    student_interval,
+)
+from spectralbasis.extras import lacking, require_extra
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Correlation:
-    """A rank correlation.
-
-    Attributes:
-        rho: Spearman's, in [−1, 1]; NaN where one side does not vary.
-        p_value: two-sided, the share of permutations whose `|rho|` is at least as large.
-        permutations: how many were looked at, the given order among them.
-    """
-
-    rho: float
-    p_value: float
-    permutations: int
-
-
-def rank_correlation_with_p(x: ArrayLike, y: ArrayLike, *, seed: int = 0) -> Correlation:
-    """Spearman's rank correlation of independent pairs, with a p-value over all permutations or a sample of them.
-
-    Args:
-        x, y: (n,); pairs that lack one of the two (NaN) are left out.
-        seed: of sampled permutations.
-    """
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    known = np.isfinite(x) & np.isfinite(y)
-    ranks = stats.rankdata(y[known])
-    return _correlation(stats.rankdata(x[known]), ranks, ranks[_orders(ranks.size, seed)])
-
-
-def mantel_correlation(x: ArrayLike, y: ArrayLike, *, seed: int = 0) -> Correlation:
-    """Spearman's rank correlation of two tables over the same items, pair by pair (Mantel, Cancer Res. 27, 1967).
-
-    Pairs with an item in common are not independent, so that the items are permuted, not the pairs: rows and columns
-    of one table at once.
-
-    Args:
-        x, y: (items, items), not necessarily symmetric; diagonals are not read, and pairs that lack one of the two
-            (NaN) are left out, which asks for tables whose gaps are few.
-        seed: of sampled permutations.
-    """
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    rows, columns = np.nonzero(~np.eye(len(x), dtype=bool) & np.isfinite(x) & np.isfinite(y))
-    ranked = np.full(y.shape, math.nan)
-    ranked[rows, columns] = stats.rankdata(y[rows, columns])
-    orders = _orders(len(x), seed)
-    shuffled = ranked[orders[:, rows], orders[:, columns]]
-    # A permutation moves gaps onto known pairs; these take the mean rank, which says nothing.
-    shuffled = np.where(np.isnan(shuffled), (rows.size + 1) / 2, shuffled)
-    return _correlation(stats.rankdata(x[rows, columns]), ranked[rows, columns], shuffled)
-
-
-def _orders(size: int, seed: int) -> NDArray[np.int64]:
-    """All orders of `size` things, or a sample of them behind the given one, (orders, size)."""
-    if math.factorial(size) <= MOST_ENUMERATED:
-        return np.array(list(permutations(range(size))), dtype=np.int64).reshape(math.factorial(size), size)
-    given = np.arange(size)
-    sampled = np.random.default_rng(seed).permuted(np.tile(given, (SAMPLED - 1, 1)), axis=1)
-    return np.concatenate([given[None], sampled])
-
-
-def _correlation(x: Floats, y: Floats, shuffled: Floats) -> Correlation:
-    """Of ranks x with ranks y (n,), beside that with each row of `shuffled` (permutations, n)."""
-    if x.size < 3 or x.std() == 0 or y.std() == 0:
-        return Correlation(math.nan, math.nan, len(shuffled))
-    rho = float(np.corrcoef(x, y)[0, 1])
-    centred = shuffled - shuffled.mean(1, keepdims=True)
-    lengths = np.linalg.norm(centred, axis=1)
-    chance = centred @ (x - x.mean()) / (np.where(lengths > 0, lengths, 1) * x.std() * math.sqrt(x.size))
-    return Correlation(rho, float((np.abs(chance) >= abs(rho) - 1e-12).mean()), len(shuffled))
-
-
-def is_available() -> bool:
-    """Whether `weightwatcher` is installed."""
-    return find_spec("weightwatcher") is not None
-
-
-def power_law_exponents(model: nn.Module, matrices: set[str]) -> dict[str, float]:
-    """The exponent α of the tail of each matrix's eigenvalue density (Martin & Mahoney, 1810.01075), by matrix name.
-
-    Args:
-        model: its layers are read as they are.
-        matrices: names of matrices to fit.
-
-    Returns:
-        Matrices that the package finds no fit for are absent.
-
-    Raises:
-        InputError: the package is not installed.
-    """
-    if not is_available():
-        raise InputError("power-law exponents need the package weightwatcher: pip install 'spectralbasis[diagnostics]'")
-    with redirect_stdout(None):  # it prints where it has few eigenvalues to fit
-        watcher = import_module("weightwatcher").WeightWatcher(model=model)
-        layers = _rows(watcher.describe())
-        wanted = [int(row.layer_id) for row in layers if matrix_name(str(row.longname)) in matrices]
-        found = watcher.analyze(layers=wanted) if wanted else pd.DataFrame()
-    return {matrix_name(str(row.longname)): float(row.alpha) for row in _rows(found) if row.alpha > 0}
-
-
-def _rows(table: pd.DataFrame) -> Any:
-    return table.itertuples()
-
-
-NOTHING = Interval(math.nan, math.nan, math.nan, math.nan)
 FEWEST_FLIPS = 10
 """From this many units on, flipping signs gives p-values down to 0.002, which survive correction for 25 claims."""
 MOST_ENUMERATED = 2**15
-SAMPLED = 10_000
+"""Permutations, sign patterns or resamples that are all looked at; of more, `SAMPLED` are drawn."""
 
 
 def paired_comparison(a: ArrayLike, b: ArrayLike, tasks: ArrayLike | None = None, *, seed: int = 0) -> Interval:
     """Mean of `a − b` over pairs of scores of the same task and seed, with its 95 % interval and two-sided p-value.
 
-    See `mean_interval`: with `tasks`, the unit is the task, so that the interval speaks of tasks like these; without,
+    See `mean_interval`: with `tasks`, the unit is the task, so that the interval is about tasks like these; without,
     every pair is a unit of its own, which suits the seeds of a single task.
 
     Args:
@@ -155,7 +52,7 @@ def paired_comparison(a: ArrayLike, b: ArrayLike, tasks: ArrayLike | None = None
 def mean_interval(values: ArrayLike, clusters: ArrayLike | None = None, *, seed: int = 0) -> Interval:
     """Mean of values, with its 95 % interval and two-sided p-value against zero.
 
-    Values of one cluster (the seeds of a task) are averaged first, since they are not independent witnesses of an
+    Values of one cluster (the seeds of a task) are averaged first, since they are not independent evidence of an
     effect; every cluster weighs the same. The interval is Student's over the clusters' means. So is the p-value of
     fewer than ten clusters, as there are too few signs to flip; from ten on it comes from flipping the signs of the
     means, all of them or a sample.
@@ -166,33 +63,24 @@ def mean_interval(values: ArrayLike, clusters: ArrayLike | None = None, *, seed:
         seed: of sampled sign flips.
 
     Returns:
-        NaN for the interval and the p-value where there is but one cluster.
+        NaN for the interval and the p-value where there is only one cluster.
     """
-    units = _cluster_means(np.asarray(values, dtype=float), clusters)
+    units = np.asarray(values, dtype=float)
+    known = np.isfinite(units)
+    units = units[known]
+    if clusters is not None:
+        labels = np.asarray(clusters)[known]
+        units = np.array([units[labels == label].mean() for label in np.unique(labels)])
     if units.size == 0:
-        return NOTHING
+        return NO_INTERVAL
     mean = float(units.mean())
     if units.size == 1:
         return Interval(mean, math.nan, math.nan, math.nan)
     error = float(units.std(ddof=1)) / math.sqrt(units.size)
-    interval = _student(mean, error, units.size - 1)
+    interval = student_interval(mean, error, units.size - 1)
     if units.size < FEWEST_FLIPS or error == 0:
         return interval
     return Interval(mean, interval.low, interval.high, _sign_flip_p(units, seed))
-
-
-def _cluster_means(values: Floats, clusters: ArrayLike | None) -> Floats:
-    known = np.isfinite(values)
-    if clusters is None:
-        return values[known]
-    labels = np.asarray(clusters)[known]
-    return np.array([values[known][labels == label].mean() for label in np.unique(labels)])
-
-
-def _student(estimate: float, error: float, freedom: int) -> Interval:
-    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
-    p_value = float(2 * stats.t.sf(abs(estimate) / error, freedom)) if error > 0 else float(estimate == 0)
-    return Interval(estimate, estimate - reach, estimate + reach, p_value)
 
 
 def _sign_flip_p(units: Floats, seed: int) -> float:
@@ -217,8 +105,7 @@ def jackknife_interval(estimate: float, without_each: ArrayLike) -> Interval:
     values = np.asarray(without_each, dtype=float)
     if values.size < 2 or not np.isfinite([estimate, *values]).all():
         return Interval(estimate, math.nan, math.nan, math.nan)
-    error = math.sqrt((values.size - 1) * float(values.var()))
-    return _student(estimate, error, values.size - 1)
+    return student_interval(estimate, jackknife_error(values), values.size - 1)
 
 
 def holm(p_values: ArrayLike) -> Floats:
@@ -254,14 +141,18 @@ def slope_with_interval(examples: ArrayLike, values: ArrayLike, groups: ArrayLik
     """
     sums = _slope_sums(np.log10(np.asarray(examples, dtype=float)), np.asarray(values, dtype=float), np.asarray(groups))
     if len(sums) == 0:
-        return NOTHING
+        return NO_INTERVAL
     slope = float(sums[:, 0].sum() / sums[:, 1].sum())
     count = len(sums)
     if count == 1:
         return Interval(slope, math.nan, math.nan, math.nan)
-    resampled = sums[_resamples(count, seed)].sum(1)
+    if count**count <= MOST_ENUMERATED:
+        chosen = np.array(list(product(range(count), repeat=count)))
+    else:
+        chosen = np.random.default_rng(seed).integers(0, count, (SAMPLED, count))
+    resampled = sums[chosen].sum(1)
     spread = float((resampled[:, 0] / resampled[:, 1]).std())
-    return _student(slope, spread * math.sqrt(count / (count - 1)), count - 1)
+    return student_interval(slope, spread * math.sqrt(count / (count - 1)), count - 1)
 
 
 def _slope_sums(x: Floats, y: Floats, groups: NDArray[Any]) -> Floats:
@@ -273,13 +164,6 @@ def _slope_sums(x: Floats, y: Floats, groups: NDArray[Any]) -> Floats:
             centred = x[here] - x[here].mean()
             sums.append((centred @ y[here], centred @ centred))
     return np.array(sums)
-
-
-def _resamples(count: int, seed: int) -> NDArray[np.int64]:
-    """Which groups each bootstrap sample holds, (samples, count)."""
-    if count**count <= MOST_ENUMERATED:
-        return np.array(list(product(range(count), repeat=count)))
-    return np.random.default_rng(seed).integers(0, count, (SAMPLED, count))
 
 
 @dataclass(frozen=True)
@@ -320,7 +204,12 @@ def jonckheere(groups: Sequence[ArrayLike], *, seed: int = 0) -> Trend:
     if sum(size > 0 for size in sizes) < 2:
         return Trend(statistic, expected, math.nan, False)
     exact = np.unique(pooled).size == pooled.size
-    p_value = _exact_trend_p(int(statistic), sizes) if exact else _sampled_trend_p(pooled, sizes, seed)
+    if exact:
+        p_value = _exact_trend_p(int(statistic), sizes)
+    else:
+        sampled = np.random.default_rng(seed).permuted(np.tile(pooled, (SAMPLED - 1, 1)), axis=1)
+        chance = _rising(np.concatenate([pooled[None], sampled]), sizes)
+        p_value = min(1.0, 2 * float(min((chance >= chance[0]).mean(), (chance <= chance[0]).mean())))
     return Trend(statistic, expected, p_value, exact)
 
 
@@ -332,37 +221,22 @@ def _rising(rows: Floats, sizes: Sequence[int]) -> Floats:
 
 
 def _exact_trend_p(statistic: int, sizes: Sequence[int]) -> float:
-    """From the product of the Gaussian binomials of each group with all before it."""
+    """From the product of the Gaussian binomials of each group with all before it, as polynomials in q."""
     counts, before = [1], 0
     for size in sizes:
         for j in range(1, size + 1):
-            counts = _quotient(_product(counts, before + j), j)
+            shifted = [0] * (before + j)
+            counts = [
+                a - b for a, b in zip(counts + shifted, shifted + counts, strict=True)
+            ]  # times 1 − q^(before + j)
+            # Divided by 1 − q^j, which leaves no remainder.
+            for i in range(j, len(counts)):
+                counts[i] += counts[i - j]
+            counts = counts[: len(counts) - j]
         before += size
     total = sum(counts)
     tail = min(sum(counts[: statistic + 1]), sum(counts[statistic:]))
     return min(1.0, 2 * tail / total)
-
-
-def _product(polynomial: list[int], power: int) -> list[int]:
-    """Times `1 − q^power`."""
-    found = polynomial + [0] * power
-    for i, coefficient in enumerate(polynomial):
-        found[i + power] -= coefficient
-    return found
-
-
-def _quotient(polynomial: list[int], power: int) -> list[int]:
-    """Divided by `1 − q^power`, which leaves no remainder."""
-    found = list(polynomial)
-    for i in range(power, len(found)):
-        found[i] += found[i - power]
-    return found[: len(found) - power]
-
-
-def _sampled_trend_p(pooled: Floats, sizes: Sequence[int], seed: int) -> float:
-    shuffled = np.random.default_rng(seed).permuted(np.tile(pooled, (SAMPLED - 1, 1)), axis=1)
-    chance = np.concatenate([_rising(pooled[None], sizes), _rising(shuffled, sizes)])
-    return min(1.0, 2 * float(min((chance >= chance[0]).mean(), (chance <= chance[0]).mean())))
 
 
 def interpolate_at(norms: ArrayLike, values: ArrayLike, target: float) -> float:
@@ -387,3 +261,95 @@ def interpolate_at(norms: ArrayLike, values: ArrayLike, target: float) -> float:
             share = (sought - x[i]) / (x[i + 1] - x[i])
             return float(y[i] + share * (y[i + 1] - y[i]))
     return math.nan
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """A rank correlation.
+
+    Attributes:
+        rho: Spearman's, in [−1, 1]; NaN where one side does not vary.
+        p_value: two-sided, the share of permutations whose `|rho|` is at least as large.
+        permutations: how many were looked at, the given order among them.
+    """
+
+    rho: float
+    p_value: float
+    permutations: int
+
+
+def rank_correlation_with_p(x: ArrayLike, y: ArrayLike, *, seed: int = 0) -> Correlation:
+    """Spearman's rank correlation of independent pairs, with a p-value over all permutations or a sample of them.
+
+    Args:
+        x, y: (n,); pairs that lack one of the two (NaN) are left out.
+        seed: of sampled permutations.
+    """
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    known = np.isfinite(x) & np.isfinite(y)
+    ranks = stats.rankdata(y[known])
+    return _correlation(stats.rankdata(x[known]), ranks, ranks[arrangements(np.arange(ranks.size), seed)[0]])
+
+
+def mantel_correlation(x: ArrayLike, y: ArrayLike, *, seed: int = 0) -> Correlation:
+    """Spearman's rank correlation of two tables over the same items, pair by pair (Mantel, Cancer Res. 27, 1967).
+
+    Pairs with an item in common are not independent, so that the items are permuted, not the pairs: rows and columns
+    of one table at once.
+
+    Args:
+        x, y: (items, items), not necessarily symmetric; diagonals are not read, and pairs that lack one of the two
+            (NaN) are left out, which asks for tables whose gaps are few.
+        seed: of sampled permutations.
+    """
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    rows, columns = np.nonzero(~np.eye(len(x), dtype=bool) & np.isfinite(x) & np.isfinite(y))
+    ranked = np.full(y.shape, math.nan)
+    ranked[rows, columns] = stats.rankdata(y[rows, columns])
+    orders = arrangements(np.arange(len(x)), seed)[0]
+    shuffled = ranked[orders[:, rows], orders[:, columns]]
+    # A permutation moves gaps onto known pairs; these take the mean rank, which says nothing.
+    shuffled = np.where(np.isnan(shuffled), (rows.size + 1) / 2, shuffled)
+    return _correlation(stats.rankdata(x[rows, columns]), ranked[rows, columns], shuffled)
+
+
+def _correlation(x: Floats, y: Floats, shuffled: Floats) -> Correlation:
+    """Of ranks x with ranks y (n,), beside that with each row of `shuffled` (permutations, n)."""
+    if x.size < 3 or x.std() == 0 or y.std() == 0:
+        return Correlation(math.nan, math.nan, len(shuffled))
+    rho = float(np.corrcoef(x, y)[0, 1])
+    centred = shuffled - shuffled.mean(1, keepdims=True)
+    lengths = np.linalg.norm(centred, axis=1)
+    chance = centred @ (x - x.mean()) / (np.where(lengths > 0, lengths, 1) * x.std() * math.sqrt(x.size))
+    return Correlation(rho, float((np.abs(chance) >= abs(rho) - 1e-12).mean()), len(shuffled))
+
+
+def is_available() -> bool:
+    """Whether `weightwatcher` is installed."""
+    return not lacking("diagnostics")
+
+
+def power_law_exponents(model: nn.Module, matrices: set[str]) -> dict[str, float]:
+    """The exponent α of the tail of each matrix's eigenvalue density (Martin & Mahoney, 1810.01075), by matrix name.
+
+    Args:
+        model: its layers are read as they are.
+        matrices: names of matrices to fit.
+
+    Returns:
+        Matrices that the package finds no fit for are absent.
+
+    Raises:
+        InputError: the package is not installed.
+    """
+    require_extra("diagnostics", "a fit of power-law exponents")
+    with redirect_stdout(None):  # it prints where it has few eigenvalues to fit
+        watcher = import_module("weightwatcher").WeightWatcher(model=model)
+        layers = _rows(watcher.describe())
+        wanted = [int(row.layer_id) for row in layers if matrix_name(str(row.longname)) in matrices]
+        found = watcher.analyze(layers=wanted) if wanted else pd.DataFrame()
+    return {matrix_name(str(row.longname)): float(row.alpha) for row in _rows(found) if row.alpha > 0}
+
+
+def _rows(table: pd.DataFrame) -> Any:
+    return table.itertuples()

@@ -80,6 +80,7 @@ def page(part: Part, content: Mapping[str, Any]) -> str:
     """The Markdown page of one experiment."""
     findings = part.findings
     command = content["command"].replace("study all", f"study {part.name}")
+    failures = {"run": list(part.failed), "reason": list(part.failed.values())}
     lines = [
         f"# {part.name.capitalize()}",
         part.question,
@@ -94,7 +95,7 @@ def page(part: Part, content: Mapping[str, Any]) -> str:
             f'## {in_markdown(title)}\n\n<div class="figure" data-figure="{html.escape(f"{part.name}/{title}")}"></div>'
             for title in findings.figures
         ),
-        *(["## Runs that failed", markdown_table(_failures(part))] if part.failed else []),
+        *(["## Runs that failed", markdown_table(pd.DataFrame(failures))] if part.failed else []),
     ]
     return "\n\n".join(line for line in lines if line) + "\n"
 
@@ -122,15 +123,11 @@ def commit() -> str:
 def _claim(claim: Claim) -> str:
     found = f"**{claim.verdict.capitalize()}**: {claim.text}"
     if not math.isfinite(claim.effect):
-        return f"{found} No finished run speaks of it."
+        return f"{found} No finished run measures it."
     interval = f", 95 % interval {claim.low:+.4g} to {claim.high:+.4g}" if math.isfinite(claim.low) else ""
     change = f"What would change it: {claim.would_change}"
     p_value = f", p = {claim.p_value:.2g}" if math.isfinite(claim.p_value) else ""
     return f"{found} Effect {claim.effect:+.4g} {claim.unit}{interval}{p_value}; {claim.runs} runs. {change}"
-
-
-def _failures(part: Part) -> pd.DataFrame:
-    return pd.DataFrame({"run": list(part.failed), "reason": list(part.failed.values())})
 
 
 def _cell(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Does the runs that a plan asks for and the store lacks, side by side, and plans again as results come in."""
+"""Does the runs that a plan wants and the store does not have, side by side, and plans again after each result."""
 
 import platform
 import shutil
@@ -22,7 +22,7 @@ Plan = Callable[[Results], Iterable[Run]]
 
 
 class Watcher(Protocol):
-    """Hears of the progress of a study."""
+    """Is told of the progress of a study."""
 
     def finished(self, run: Run, seconds: float, error: str | None) -> None:
         """A run is done, or failed for the reason given."""
@@ -35,7 +35,7 @@ class Watcher(Protocol):
 class _Done:
     """What a worker sends back: an outcome or an error, never an exception that might not travel.
 
-    `no_room` says that the disk was full, which is no fault of the run.
+    `no_room` says that the disk was full, which is not the run's fault.
     """
 
     outcome: Outcome | None
@@ -54,7 +54,7 @@ def run_all(
     ray: str | None = None,
     watcher: Watcher | None = None,
 ) -> None:
-    """Do what the plan wants and the store lacks, until the plan wants nothing new.
+    """Do what the plan wants and the store does not have, until the plan wants nothing new.
 
     Args:
         plan: what is wanted, in order of preference, given what is known; called again after each run.
@@ -62,13 +62,18 @@ def run_all(
         data: the folder of all data sets, or None.
         jobs: how many runs go side by side, each in a process of its own; 1 runs here.
         ray: address of a Ray cluster that sees the same folders, "auto" or "local", instead of local processes.
-        watcher: hears of the progress.
+        watcher: is told of the progress.
 
     Raises:
         InputError: the store cannot be written, the disk is full, or jobs is below 1.
     """
     with open_executor(jobs, ray) as executor:
-        _Runner(plan, store, data, executor, watcher).go()
+        runner = _Runner(plan, store, data, executor, watcher)
+        runner.submit()
+        while finished := runner.crew.finished():
+            for run, done in finished:
+                runner.record(run, done)
+            runner.submit()
 
 
 class _Runner:
@@ -84,20 +89,15 @@ class _Runner:
         self.artefacts = store.folder.absolute() / ARTEFACTS  # workers may run in another folder
         self.crew: Crew[Run] = Crew(executor)
 
-    def go(self) -> None:
-        """Submit, wait, record, until nothing is left to do."""
-        self._submit()
-        while finished := self.crew.finished():
-            for run, done in finished:
-                self._record(run, done)
-            self._submit()
-
-    def _submit(self) -> None:
+    def submit(self) -> None:
         """Start as many runs as there is room for."""
         for run in self._missing():
             if not self.crew.has_room:
                 break
-            if run in self.crew.keys or not all(self._is_usable(need) for need in run.needs.values()):
+            ready = all(
+                self.store.results.get(need) is not None and self._folder(need).is_dir() for need in run.needs.values()
+            )
+            if run in self.crew.keys or not ready:
                 continue
             needs = {role: self._folder(need) for role, need in run.needs.items()}
             self.crew.start(run, perform, run, self._folder(run), self.data, needs)
@@ -111,7 +111,7 @@ class _Runner:
 
         def visit(run: Run, folder_is_needed: bool) -> None:
             done = results.get(run) is not None and (self._folder(run).is_dir() or not folder_is_needed)
-            if run in seen or done or self._is_hopeless(run):
+            if run in seen or done or any(results.error(one) is not None for one in with_needs([run])):
                 return
             seen.add(run)
             for need in run.needs.values():
@@ -126,17 +126,10 @@ class _Runner:
         self._clear(wanted)
         return missing
 
-    def _is_hopeless(self, run: Run) -> bool:
-        """The run failed, or one that it needs."""
-        return any(self.store.results.error(one) is not None for one in with_needs([run]))
-
-    def _is_usable(self, run: Run) -> bool:
-        return self.store.results.get(run) is not None and self._folder(run).is_dir()
-
     def _folder(self, run: Run) -> Path:
         return self.artefacts / run.key
 
-    def _record(self, run: Run, done: "_Done | Failure") -> None:
+    def record(self, run: Run, done: "_Done | Failure") -> None:
         if isinstance(done, Failure):
             done = _Done(None, done.reason, 0.0, library_versions())
         if done.no_room:
@@ -164,18 +157,14 @@ def perform(run: Run, folder: Path, data: Path | None, needs: Mapping[str, Path]
     """Do one run; its folder appears whole, when it has succeeded. Runs in a worker."""
     started = time.monotonic()
     try:
-        outcome = _make(run, folder, data, needs)
+        with atomic_folder(folder) as fresh:
+            outcome = find_action(run.action)(run, Site(data, fresh, needs))
     except Exception as error:
         if out_of_memory(error):
             raise
         seconds = time.monotonic() - started
         return _Done(None, describe(error), seconds, _made_with(), came_of_no_room(error))
     return _Done(outcome, "", time.monotonic() - started, _made_with())
-
-
-def _make(run: Run, folder: Path, data: Path | None, needs: Mapping[str, Path]) -> Outcome:
-    with atomic_folder(folder) as fresh:
-        return find_action(run.action)(run, Site(data, fresh, needs))
 
 
 def _made_with() -> dict[str, Any]:

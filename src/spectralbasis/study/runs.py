@@ -1,8 +1,6 @@
-"""Runs: what they are, the store that keeps them, and the runner that does those that are missing.
+"""What a study is made of: runs, each identified by its content, and the store that keeps their results.
 
-What a study is made of: runs, each told apart by its content, and what is known of them.
-
-Finished runs on disk: a database while a study goes on, and tables of its rows to keep and to pass on.
+The store is a database while a study goes on, and tables of its rows to keep and to pass on.
 """
 
 import hashlib
@@ -75,7 +73,7 @@ class Run:
 
 
 def run_key(action: str, settings: Mapping[str, Any], seed: int, needs: Mapping[str, str]) -> str:
-    """What tells a run apart; see `Run`. `needs` is role → key."""
+    """What identifies a run; see `Run`. `needs` is role → key."""
     content = json.dumps([action, settings, seed, needs], sort_keys=True, allow_nan=False)
     return hashlib.sha256(content.encode()).hexdigest()[:24]
 
@@ -112,7 +110,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run: plain JSON, and tidy measurements where there are many."""
+    """The result of a run: plain JSON, and tidy measurements where there are many."""
 
     result: Mapping[str, Any]
     measurements: pd.DataFrame | None = None
@@ -177,10 +175,10 @@ class Timing:
 class RunStore:
     """The runs of a study folder. One process at a time holds it; each run is written whole or not at all.
 
-    A run whose row has not its checksum, as where a bad disk has changed it, counts as not done. A run is believed only
-    with its seal, which this user alone can make (`databases.seal`): those that were stored elsewhere are refused, or
-    taken over where the caller trusts them. Exported rows have no seals; a folder without a database starts from them
-    where they are trusted.
+    A run whose row fails its checksum, as after a bad disk changed it, counts as not done. A run is believed only with
+    its seal, which this user alone can make (`databases.seal`): runs that were stored elsewhere are refused, or taken
+    over where the caller trusts them. Exported rows have no seals; a folder without a database starts from them where
+    they are trusted.
     """
 
     def __init__(self, folder: Path, *, trust: bool = False) -> None:
@@ -227,7 +225,7 @@ class RunStore:
         """
         table = outcome.measurements
         content = json.dumps(outcome.result)
-        self._write(run, content, None, seconds, versions, None if table is None else _to_bytes(table))
+        self._write(run, content, None, seconds, versions, _to_bytes(table))
         record = Record(
             json.loads(content), pd.DataFrame() if table is None else table, seconds, dict(versions), run.seed
         )
@@ -292,10 +290,12 @@ class RunStore:
             file = self.folder / MEASUREMENTS
             measured = read(file) if file.exists() else pd.DataFrame({"key": []})
             tables = {str(key): table.drop(columns="key") for key, table in measured.groupby("key", sort=False)}
-            values = [
-                (*(_plain(row[column]) for column in _COLUMNS), _blob(tables.get(row["key"])))
-                for row in rows[list(_COLUMNS)].to_dict("records")
-            ]
+            values = []
+            for row in rows[list(_COLUMNS)].to_dict("records"):
+                table = tables.get(row["key"])
+                if table is not None:  # without the columns that only other runs have
+                    table = table.dropna(axis="columns", how="all").reset_index(drop=True)
+                values.append((*(_plain(row[column]) for column in _COLUMNS), _to_bytes(table)))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._unreadable(error) from error
         try:
@@ -362,18 +362,8 @@ class RunStore:
         settings, made_with = json.dumps(run.settings, sort_keys=True), json.dumps(versions)
         finished = datetime.now(UTC).isoformat(timespec="seconds")
         row = (
-            run.key,
-            run.action,
-            settings,
-            run.seed,
-            needs,
-            result,
-            error,
-            seconds,
-            made_with,
-            finished,
-            measurements,
-        )
+            run.key, run.action, settings, run.seed, needs, result, error, seconds, made_with, finished, measurements,
+        )  # fmt: skip
         try:
             with self._connection:
                 self._connection.execute(_INSERT, _signed(row))
@@ -407,15 +397,12 @@ def _checksum(*row: Any) -> str:
     return checksum(*(xxhash.xxh3_128_hexdigest(part) if isinstance(part, bytes) else repr(part) for part in row))
 
 
-def _to_bytes(table: pd.DataFrame) -> bytes:
+def _to_bytes(table: pd.DataFrame | None) -> bytes | None:
+    if table is None:
+        return None
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False, compression="zstd")
     return buffer.getvalue()
-
-
-def _blob(table: pd.DataFrame | None) -> bytes | None:
-    """The measurements of one run; columns that only other runs have are left out."""
-    return None if table is None else _to_bytes(table.dropna(axis="columns", how="all").reset_index(drop=True))
 
 
 def _plain(value: Any) -> Any:

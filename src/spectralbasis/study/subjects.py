@@ -1,6 +1,6 @@
-"""What experiments are made on: a pretrained model, the tasks that it is tuned to, and how long.
+"""What experiments are made on: pretrained models with the tasks that they are tuned to, and lineages.
 
-One architecture at several scales of pretraining, and the tasks that it is then moved to.
+A lineage is one architecture at several scales of pretraining, and the tasks that it is then moved to.
 """
 
 import math
@@ -169,14 +169,14 @@ class Lineage:
 
 @dataclass(frozen=True)
 class LabelledRun:
-    """A run, and what tells it apart in tables."""
+    """A run, and its labels in tables."""
 
     run: Run
     labels: Mapping[str, Any]
 
 
 def measured_steps(runs: Iterable[LabelledRun], results: Results) -> tuple[pd.DataFrame, int]:
-    """What `summarise_steps` makes of each finished run, with its labels and its score; and how many are finished."""
+    """`summarise_steps` of each finished run, with its labels and its score; and how many runs are finished."""
     tables = []
     for one in runs:
         record = results.get(one.run)
@@ -186,7 +186,7 @@ def measured_steps(runs: Iterable[LabelledRun], results: Results) -> tuple[pd.Da
 
 
 def at_last_step(steps: pd.DataFrame, run: list[str]) -> pd.DataFrame:
-    """The last measured step of each run, a row each; `run` names the columns that tell runs apart."""
+    """The last measured step of each run, a row each; `run` names the columns that identify a run."""
     return steps.loc[steps.groupby(run)["step"].idxmax()].reset_index(drop=True)
 
 
@@ -198,8 +198,8 @@ def at_equal_norm(steps: pd.DataFrame, run: list[str], among: list[str]) -> pd.D
 
     Args:
         steps: measurements by step, with the columns `norm`, `overlap` and `overlap_null`.
-        run: columns that tell runs apart.
-        among: columns that tell groups of runs apart, some of `run`.
+        run: columns that identify a run.
+        among: columns that identify a group of runs, some of `run`.
 
     Returns:
         A row for each run: `run`, `norm`, `overlap`, `overlap_null` and `held`, NaN where a run never had that norm

@@ -1,7 +1,4 @@
-"""What training does to a model's matrices, measured at chosen steps while it trains, beside a null.
-
-Means over matrices of what a trajectory measured, and how they stand to their nulls.
-"""
+"""What training does to a model's matrices, measured at chosen steps beside a null, and summaries of it."""
 
 import math
 from collections import defaultdict
@@ -76,7 +73,7 @@ def measure_update(origin: Origin, W1: Tensor) -> Values:
     tuned = leading_svd(W1, origin.k)
     found = (
         _against_base(origin, update, tuned)
-        | metrics.haar_overlaps(_shape(W1), origin.k)
+        | metrics.haar_overlaps((W1.shape[0], W1.shape[1]), origin.k)
         | metrics.wedin_bounds(origin.leading, tuned, float(singular_values(update)[0]))
     )
     cosines: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -116,10 +113,6 @@ def _at_full_k(found: Measurements, k: int) -> Values:
     return {(metric, side): value for (metric, side, j, _), value in found.items() if j == k and metric not in wanted}
 
 
-def _shape(W: Tensor) -> tuple[int, int]:
-    return W.shape[0], W.shape[1]
-
-
 class TrajectoryCallback(TrainerCallback):
     """Measures at chosen optimizer steps how far a fully finetuned model's matrices have moved, beside a null.
 
@@ -127,7 +120,7 @@ class TrajectoryCallback(TrainerCallback):
     decomposition of each matrix and one for each draw; with `trailing` about twice that.
 
     Args:
-        base: what the matrices are held against: a path, a module, a state dict; None is the model as it is when
+        base: what the matrices are compared with: a path, a module, a state dict; None is the model as it is when
             training begins. It is decomposed once.
         steps: optimizer steps to measure after, from 1; those beyond the last step are not reached.
         leading: number of leading directions, or a rule, as for `compare`; at most half of a matrix's smaller side.
@@ -173,7 +166,7 @@ class TrajectoryCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Copy and decompose what the model is held against."""
+        """Copy and decompose what the model is compared with."""
         self._matrices = logical_matrices(open_checkpoint(model))[0]
         known = self._matrices if self.base is None else logical_matrices(open_checkpoint(self.base))[0]
         self._origins = {
@@ -194,7 +187,7 @@ class TrajectoryCallback(TrainerCallback):
             self._rows += self._measure(state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Let go of the model and of the copies."""
+        """Release the model and the copies."""
         self._hook.remove()
         self._matrices, self._origins = {}, {}
 
@@ -215,13 +208,10 @@ class TrajectoryCallback(TrainerCallback):
                 continue
             chance = measure_null(origin, W1, self.null, self.draws, self.seed)
             for (metric, side), value in measure_update(origin, W1).items():
-                drawn = _mean_and_std(chance.get((metric, side), []))
-                yield step, name, matrix.layer, matrix.kind, metric, side, value, *drawn
-
-
-def _mean_and_std(draws: list[float]) -> tuple[float, float]:
-    mean = float(np.mean(draws)) if draws else math.nan
-    return mean, float(np.std(draws, ddof=1)) if len(draws) > 1 else math.nan
+                draws = chance.get((metric, side), [])
+                mean = float(np.mean(draws)) if draws else math.nan
+                std = float(np.std(draws, ddof=1)) if len(draws) > 1 else math.nan
+                yield step, name, matrix.layer, matrix.kind, metric, side, value, mean, std
 
 
 NOISE = 1e-7
@@ -247,7 +237,7 @@ def summarise_steps(measurements: pd.DataFrame, by: Sequence[str] = ("step",)) -
 
     Args:
         measurements: the rows of `TrajectoryCallback.table`, and columns of the caller's.
-        by: columns that tell the rows apart: of the table (`step`, `layer`, `kind`, `matrix`) or the caller's.
+        by: columns that identify a row: of the table (`step`, `layer`, `kind`, `matrix`) or the caller's.
 
     Returns:
         `by` and, as far as they were measured, `overlap`, `trailing_overlap`, `core`, `diagonal`, `trailing_core`,
@@ -262,7 +252,12 @@ def summarise_steps(measurements: pd.DataFrame, by: Sequence[str] = ("step",)) -
     columns = {name: means["value"].get(metric) for name, metric in (WITH_NULL | _ALONE).items()}
     columns |= {f"{name}_null": means["null_mean"].get(metric) for name, metric in WITH_NULL.items()}
     table = pd.DataFrame({name: column for name, column in columns.items() if column is not None}, index=means.index)
-    table = table.join(_shares(rows, keys))
+    for name, metric, reached in (
+        ("forced", "wedin_bound", lambda bound: 1 - bound**2 >= CEILING),
+        ("stable", "subspace_overlap", lambda overlap: overlap >= CEILING),
+    ):
+        measured = rows[rows["metric"] == metric]
+        table[name] = reached(measured["value"]).groupby([measured[key] for key in keys]).mean()
     if "overlap_null" in table:
         table["held"] = halvings(table["overlap"], table["overlap_null"])
         for name in ("core", "diagonal"):
@@ -273,19 +268,8 @@ def summarise_steps(measurements: pd.DataFrame, by: Sequence[str] = ("step",)) -
 
 
 def halvings(overlap: pd.Series, null: pd.Series) -> pd.Series:
-    """How many times the null's rotation was halved: `log2((1 − φ_null) / (1 − φ))`, negative where there was more.
+    """How many times the null's rotation was halved: `log2((1 − φ_null) / (1 − φ))`, negative where it grew.
 
     It compares rotations, since overlaps near 1 leave a difference no room.
     """
     return pd.Series(np.log2((1 - null).clip(lower=NOISE) / (1 - overlap).clip(lower=NOISE)))
-
-
-def _shares(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    bounds = rows[rows["metric"] == "wedin_bound"]
-    overlaps = rows[rows["metric"] == "subspace_overlap"]
-    return pd.DataFrame(
-        {
-            "forced": (1 - bounds["value"] ** 2 >= CEILING).groupby([bounds[key] for key in keys]).mean(),
-            "stable": (overlaps["value"] >= CEILING).groupby([overlaps[key] for key in keys]).mean(),
-        }
-    )

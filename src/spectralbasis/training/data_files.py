@@ -1,8 +1,7 @@
-"""Where a task's files lie below the one folder of all data sets.
+"""Named tasks as records, and the files of their data sets, which may be damaged or hostile.
 
-Reading files of data sets, which may be damaged or hostile: sizes are checked before anything is made of them.
-
-Nothing is read but the file itself: no link in it is followed, nothing is unpickled, and nothing is unpacked to disk.
+Sizes are checked before anything is made of a file. Nothing is read but the file itself: no link in it is followed,
+nothing is unpickled, and nothing is unpacked to disk.
 """
 
 import bz2
@@ -13,48 +12,45 @@ import tarfile
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from spectralbasis.errors import InputError
-from spectralbasis.training.messages import first_line
-from spectralbasis.training.tasks import same_name
+from spectralbasis.training.tasks import Task
 
-FOLDERS: dict[str, tuple[str, ...]] = {
-    "glue": ("RTE", "MRPC", "CoLA", "STS-B", "SST-2", "QNLI", "QQP", "MNLI"),
-    "mnist": ("MNIST",),
-    "usps": ("USPS",),
-    "fashion_mnist": ("Fashion-MNIST",),
-    "cifar10_jpg": ("CIFAR-10",),
-    "motionsense": ("MotionSense",),
-    "english_novels": ("novels",),
-    "wikitext2_shakespeare": ("Shakespeare", "WikiText-2"),
-    "cifar100": ("CIFAR-100",),
-    "svhn": ("SVHN",),
-    "dtd": ("DTD",),
-    "eurosat": ("EuroSAT",),
-    "resisc45": ("RESISC45",),
-    "oxford-iiit-pet": ("Pets",),
-}
-ON_HUB = ("glue", "cifar100", "svhn", "dtd", "eurosat", "resisc45", "oxford-iiit-pet")
-"""Folders whose tasks come from the hub where they are absent."""
+TaskLoader = Callable[[Path | None], Task]
 
 
-def folder_of(task_name: str, data: Path | None) -> Path | None:
-    """The folder for `load_task`, where `data` holds those of all tasks.
+@dataclass(frozen=True)
+class TaskRecord:
+    """All that is known of a named task before it is loaded; help, errors and the places of data come from it.
 
-    None for a task that has no folder there, such as the bundled digits or one that the hub has, and where `data` is
-    None.
+    Args:
+        name: as lists show it.
+        group: under which lists name it, such as "images".
+        description: what is asked, in a few words.
+        load: gets the folder or file of data that the user named, or None.
+        folder: of its data, below a folder that holds those of all tasks; None for data that come with scikit-learn.
+        hub: id of the data set on the hub that is taken where no folder is given.
     """
-    for folder, names in FOLDERS.items():
-        if data is not None and any(same_name(task_name, name) for name in names):
-            return None if folder in ON_HUB and not (data / folder).is_dir() else data / folder
-    return None
+
+    name: str
+    group: str
+    description: str
+    load: TaskLoader
+    folder: str | None = None
+    hub: str | None = None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, without its full stop, or its class name where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__
 
 
 def find_data_file(task_name: str, folder_name: str, file_name: str, data: Path | None) -> Path:
@@ -106,8 +102,8 @@ def read_npz(file: Path, names: Sequence[str]) -> Arrays:
     """Arrays of numbers of a NumPy archive, by name.
 
     Raises:
-        InputError: the file is no such archive, or lacks one of them, or holds it twice, as something else than numbers
-            or larger than `LARGEST`.
+        InputError: the file is not such an archive, or an array is missing, there twice, not of numbers, or larger than
+            `LARGEST`.
     """
     _check_file(file)
     try:
@@ -156,9 +152,11 @@ def read_h5(file: Path, names: Sequence[str]) -> Arrays:
     """Arrays of numbers of an HDF5 file, by path within it.
 
     Raises:
-        InputError: the file is no such file, lacks one of them, or holds it as a link, in another file, as something
-            else than numbers, or larger than `LARGEST`.
+        InputError: the file is not an HDF5 file, or an array is missing, a link, in another file, not of numbers, or
+            larger than `LARGEST`.
     """
+    import h5py
+
     _check_file(file)
     try:
         with h5py.File(file, "r") as stored:
@@ -171,9 +169,11 @@ def read_h5(file: Path, names: Sequence[str]) -> Arrays:
         raise InputError(f"{file} cannot be read as an HDF5 file: {first_line(error)}") from error
 
 
-def _h5_array(file: Path, stored: h5py.File, name: str) -> h5py.Dataset:
-    """A data set whose numbers are in this file; nothing is read."""
-    place: Any = stored
+def _h5_array(file: Path, stored: Any, name: str) -> Any:
+    """A data set of HDF5 whose numbers are in this file; nothing is read."""
+    import h5py
+
+    place = stored
     for part in name.split("/"):
         link = place.get(part, getlink=True) if isinstance(place, h5py.Group) else None
         if link is None:
@@ -182,7 +182,7 @@ def _h5_array(file: Path, stored: h5py.File, name: str) -> h5py.Dataset:
             raise InputError(f"{file}: {name} is a link elsewhere, expected an array in the file itself; copy it there")
         place = place[part]
     if not isinstance(place, h5py.Dataset) or place.shape is None:
-        raise InputError(f"{file}: {name} is no array, expected one of numbers")
+        raise InputError(f"{file}: {name} is not an array; expected an array of numbers")
     if place.external or place.is_virtual:
         raise InputError(
             f"{file}: {name} takes its numbers from another file, expected them in this one; copy them there"
@@ -195,7 +195,7 @@ def tar_members(file: Path, largest: int = LARGEST) -> Iterator[tuple[str, bytes
     """Name and content of every regular file of an archive of at most `largest` bytes; other members are left out.
 
     Raises:
-        InputError: it is no archive, it is damaged, or what it unpacks to exceeds `largest` bytes or `MOST_MEMBERS`.
+        InputError: it is not an archive, it is damaged, or it unpacks to more than `largest` bytes or `MOST_MEMBERS`.
     """
     _check_file(file)
     total = 0
@@ -244,7 +244,7 @@ def read_text(file: Path) -> str:
     """The text of a file.
 
     Raises:
-        InputError: it is no regular file, larger than `LARGEST`, or no UTF-8.
+        InputError: it is not a regular file, larger than `LARGEST`, or not UTF-8.
     """
     _check_file(file)
     try:
@@ -255,7 +255,7 @@ def read_text(file: Path) -> str:
 
 def _check_file(file: Path) -> None:
     if not file.is_file():
-        raise InputError(f"{file} is no regular file, expected one with data")
+        raise InputError(f"{file} is not a regular file; expected a file with data")
     _check_size(file, file.stat().st_size)
 
 

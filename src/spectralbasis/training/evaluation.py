@@ -1,75 +1,44 @@
-"""Reading back what methods that PEFT does not know have trained.
-
-Scoring a model on a task's evaluation split, and reading a tuned one back to do so.
-"""
+"""Scoring a model on a task's evaluation split, and reading a tuned one back to do so."""
 
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from datasets import Dataset
 from numpy.typing import NDArray
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from spectralbasis.errors import InputError, SpectralBasisError
+from spectralbasis.extras import require_extra
 from spectralbasis.printable import track
-from spectralbasis.training.collators import Collator, MaskingCollator
-from spectralbasis.training.handing_over import adapter_config, try_out
-from spectralbasis.training.messages import described
-from spectralbasis.training.method import MethodOptions, Setup
-from spectralbasis.training.methods import METHODS
-from spectralbasis.training.models import LoadedModel, load_model
+from spectralbasis.training.collators import IGNORED, Collator, MaskingCollator
+from spectralbasis.training.folder_checks import adapter_config, described
+from spectralbasis.training.known_tasks import load_task
+from spectralbasis.training.methods import METHODS, MethodOptions, Setup
+from spectralbasis.training.models import LoadedModel, load_model, try_out
 from spectralbasis.training.outcomes import (
     TRAINED_FILE,
     EvaluateResult,
     copy_tensors,
     read_tensors,
     stored,
-    stored_settings,
     trained_parameters,
 )
-from spectralbasis.training.tasks import Task, batches, load_task, score
-from spectralbasis.training.text_tasks import masked_token_scores
+from spectralbasis.training.tasks import LIKELIHOOD_METRICS, Task, batches, score
 from spectralbasis.tuner.calibration import in_modules  # importing the tuner makes PEFT know its method
 
-
-def holds_trained(folder: Path) -> bool:
-    """Whether the folder holds the trained parameters alone, of a method that its `tuning.json` names."""
-    method = METHODS.get(str(stored(folder).get("method")))
-    return method is not None and method.writes == "trained" and (folder / TRAINED_FILE).is_file()
-
-
-def restore_trained(loaded: LoadedModel, folder: Path) -> nn.Module:
-    """The loaded model as its method prepared it, with the trained parameters of the folder.
-
-    Raises:
-        InputError: the folder's files do not fit each other or the model.
-    """
-    record = stored(folder)
-    method = METHODS[record["method"]]
-    options = method.complete(_options(record.get("settings", {}), folder))
-    model = method.prepare(Setup(loaded, options, folder))
-    copy_tensors(trained_parameters(model), read_tensors(folder), folder)
-    return model
-
-
-def _options(settings: Mapping[str, Any], folder: Path) -> MethodOptions:
-    known = {field.name: settings[field.name] for field in fields(MethodOptions) if field.name in settings}
-    try:
-        return MethodOptions(**known)
-    except TypeError as error:
-        raise InputError(f"the settings in {folder} cannot be read: {error}; tune it again") from error
-
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 BATCH_SIZE = 64
 MAX_LENGTH = 64
+"""Tokens at which texts are cut, where nothing else is asked for."""
 
 
 def evaluate(
@@ -83,16 +52,37 @@ def evaluate(
 ) -> EvaluateResult:
     """Score a tuned model, or a base model with an adapter, on the task's evaluation split, in float32.
 
-    `max_length` defaults to that of the tuning.
+    Args:
+        model: a folder, a hub id or `minilm`; a fully tuned model, or the base of the adapter.
+        adapter: folder of an adapter that `tune` or PEFT wrote; None scores the model's own head.
+        task: a name that `task_names` gives, or a task of your own.
+        data: folder or file of the task's data; see `load_task`.
+        max_length: tokens at which texts are cut; None takes that of the tuning.
+        progress: draw a bar on stderr.
+
+    Returns:
+        The task's metrics, each in the range of its definition in `tasks`, and the seconds it took.
 
     Raises:
-        InputError: the model, the adapter or the data cannot be used.
+        InputError: the model, the adapter or the data cannot be used, or the extra `tune` is not installed.
         BaseMismatchError: the adapter was trained on another base.
+
+    Example:
+        >>> import tempfile
+        >>> from spectralbasis.training import tune
+        >>> from spectralbasis.training.quickstart import save_untrained
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> options = {"task": "digits-parity", "progress": False}
+        >>> tuned = tune(save_untrained(folder / "vit"), output=folder / "head", method="head", steps=2, **options)
+        >>> evaluate(folder / "head", **options).score == tuned.score
+        True
     """
+    require_extra("tune", "spectralbasis.evaluate")
     started = time.perf_counter()
     chosen = load_task(task, data) if isinstance(task, str) else task
     tuned = Path(adapter or model)
-    length = stored_settings(tuned).get("max_length", MAX_LENGTH) if max_length is None else max_length
+    record = stored(tuned)
+    length = record.get("settings", {}).get("max_length", MAX_LENGTH) if max_length is None else max_length
     loaded = load_model(model, chosen, head="fresh" if adapter else "stored", max_length=length)
     scored = attach_adapter(loaded, tuned) if adapter else loaded.model
     metrics = score_task(scored, chosen, loaded.collator, progress=progress)
@@ -116,8 +106,14 @@ def attach_adapter(loaded: LoadedModel, adapter: Path) -> nn.Module:
         InputError: the folder holds no adapter, or one that does not fit the model or brings no head for it.
         BaseMismatchError: the adapter was trained on another base.
     """
-    if holds_trained(adapter):
-        return restore_trained(loaded, adapter)
+    record = stored(adapter)
+    method = METHODS.get(str(record.get("method")))
+    if method is not None and method.writes == "trained" and (adapter / TRAINED_FILE).is_file():
+        settings: Mapping[str, Any] = record.get("settings", {})
+        given = {field.name: settings[field.name] for field in fields(MethodOptions) if field.name in settings}
+        model = method.prepare(Setup(loaded, method.complete(MethodOptions(**given)), adapter))
+        copy_tensors(trained_parameters(model), read_tensors(adapter), adapter)
+        return model
     if not (adapter / "adapter_config.json").is_file():
         raise InputError(
             f"{adapter} has no adapter_config.json; give the folder of an adapter, "
@@ -155,16 +151,42 @@ def score_task(model: nn.Module, task: Task, collator: Collator, *, progress: bo
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, examples: Dataset, collator: Collator, *, progress: bool = False
+    model: nn.Module, examples: "Dataset", collator: Collator, *, progress: bool = False
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """The model's outputs of shape (N, labels) for the examples, and their labels of shape (N,)."""
+    found = [(logits.float(), labels) for logits, labels in _outputs(model, examples, collator, progress)]
+    logits, references = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
+    return logits, references
+
+
+@torch.inference_mode()
+def masked_token_scores(
+    model: nn.Module, examples: "Dataset", collator: MaskingCollator, *, progress: bool = False
+) -> dict[str, float]:
+    """How the model predicts the hidden tokens of all examples.
+
+    `log_likelihood` is the mean over hidden tokens of log p(token), in nats: at most 0, and larger is better.
+    `perplexity` is exp(-log_likelihood), and `accuracy` the share of tokens that the model predicts as the likeliest.
+    """
+    total, hits, tokens = 0.0, 0, 0
+    for outputs, labels in _outputs(model, examples, collator, progress):
+        hidden = labels != IGNORED
+        logits, wanted = outputs[hidden].float(), labels[hidden]
+        total -= float(functional.cross_entropy(logits, wanted, reduction="sum"))
+        hits += int((logits.argmax(1) == wanted).sum())
+        tokens += len(wanted)
+    mean = total / tokens
+    return dict(zip(LIKELIHOOD_METRICS, (mean, math.exp(-mean), hits / tokens), strict=True))
+
+
+def _outputs(
+    model: nn.Module, examples: "Dataset", collator: Collator, progress: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The logits and the labels of one batch after another."""
     model.eval()
     device = next(model.parameters()).device
-    outputs, references = [], []
     total = math.ceil(len(examples) / BATCH_SIZE)
     for rows in track(batches(examples, BATCH_SIZE), "evaluating", total=total, enabled=progress):
-        batch = collator(rows)
-        references.append(batch.pop("labels").numpy())
-        logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
-        outputs.append(logits.float().cpu().numpy())
-    return np.concatenate(outputs), np.concatenate(references)
+        batch = {name: tensor.to(device) for name, tensor in collator(rows).items()}
+        labels = batch.pop("labels")
+        yield model(**batch).logits, labels

@@ -1,18 +1,15 @@
-"""Finetuning that is held back in a part of weight space: the core of the leading directions, or all outside it.
-
-The training loop: transformers' Trainer with two learning rates, a warm-up and a progress bar.
-"""
+"""The training loop: transformers' Trainer with two learning rates, a warm-up and a progress bar."""
 
 import math
 import os
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -23,123 +20,36 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from spectralbasis.checkpoints import logical_matrices, open_checkpoint
 from spectralbasis.errors import InputError
 from spectralbasis.execution import native_bf16
-from spectralbasis.linalg import leading_svd
 from spectralbasis.printable import track, warn
 from spectralbasis.training.models import LoadedModel
 from spectralbasis.tuner.calibration import parameter_groups
-from spectralbasis.tuner.layer import Layers, to_matrix, to_weight
-
-Part = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def core_part(U: Tensor, Vh: Tensor, update: Tensor) -> Tensor:
-    """`U Uᵀ ΔW V Vᵀ`, what of an update (m, n) lies in the core of leading directions U (m, k) and Vh (k, n)."""
-    return U @ (U.T @ update @ Vh.T) @ Vh
-
-
-PARTS: dict[str, Part] = {
-    "core": core_part,
-    "outside": lambda U, Vh, update: update - core_part(U, Vh, update),
-    "whole": lambda U, Vh, update: update,
-}
-"""What is penalised. The core: the leading block is held, as by RPSFT (arXiv 2605.10973). Outside: the update is
-concentrated in it. The whole: the control that only makes the step smaller (L2-SP, arXiv 1802.01483)."""
-
-
-@dataclass(frozen=True)
-class _Held:
-    """A layer, its matrix before training, and that matrix's leading directions."""
-
-    layer: nn.Module
-    W0: Tensor
-    U: Tensor
-    Vh: Tensor
-
-
-class UpdatePenalty(TrainerCallback):
-    """Adds `strength · ‖part of ΔW‖_F²`, summed over the backbone's matrices, to what a Trainer minimises.
-
-    Its gradient is added before each optimizer step, after clipping, so that the loss that is logged is the task's own.
-    Linear layers and convolutions are held, each as one matrix; embedding tables and task heads are free.
-
-    Args:
-        part: of `PARTS`.
-        strength: factor, from 0.
-        leading: number of directions, at most half of a matrix's smaller side.
-
-    Raises:
-        InputError: the part is unknown or a number out of range; when training begins, no layer of the model can be
-            held.
-    """
-
-    def __init__(self, part: str, *, strength: float, leading: int = 16) -> None:
-        if part not in PARTS:
-            raise InputError(f"part={part!r} is unknown; pass one of {', '.join(PARTS)}")
-        if not strength >= 0 or leading < 1:
-            raise InputError(f"strength={strength}, leading={leading}; expected a strength from 0 and leading from 1")
-        self.part, self.strength, self.leading = PARTS[part], strength, leading
-        self._held: list[_Held] = []
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        """Copy and decompose what is held."""
-        tensors = {matrix.cut.tensor for matrix in logical_matrices(open_checkpoint(model))[0].values()}
-        self._held = [
-            self._hold(layer)
-            for name, layer in model.named_modules()
-            if isinstance(layer, Layers) and f"{name}.weight" in tensors and layer.weight.requires_grad
-        ]
-        if not self._held:
-            raise InputError(f"{type(model).__name__} has no trained linear layer to hold; leave the penalty out")
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Add the penalty's gradient to the loss's."""
-        for one in self._held:
-            weight: Any = one.layer.weight
-            if weight.grad is not None:
-                weight.grad.add_(to_weight(self.gradient(one), one.layer).to(weight.grad))
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Let go of the copies."""
-        self._held = []
-
-    def gradient(self, one: _Held) -> Tensor:
-        """Of the penalty in one matrix: parts are orthogonal projections, so that it is the part itself, doubled."""
-        update = to_matrix(_weight(one.layer), one.layer) - one.W0
-        return 2 * self.strength * self.part(one.U, one.Vh, update)
-
-    def _hold(self, layer: nn.Module) -> _Held:
-        W0 = to_matrix(_weight(layer), layer).clone()
-        found = leading_svd(W0, min(self.leading, max(1, min(W0.shape) // 2)))
-        return _Held(layer, W0, found.U, found.Vh)
-
-
-def _weight(layer: Any) -> Tensor:
-    weight: Tensor = layer.weight.detach()
-    return weight
-
 
 WARM_UP = 0.1
 EPOCHS = 3.0
 _PRECISION = "ACCELERATE_MIXED_PRECISION"
-
-
 _LARGEST = 10**9
-"""Of the numbers that a person gives: with more, counters overflow before training begins."""
+"""Largest number of steps, epochs or examples: with more, counters overflow before training begins."""
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
     """How to train: AdamW, without weight decay, with a linear schedule whose first tenth is warm-up.
 
-    Either `steps` or `epochs` is set, or neither for three epochs. `learning_rate` is for the backbone's trained
-    parameters. Raises InputError for values that cannot be.
+    Args:
+        learning_rate: of the backbone's trained parameters, above 0.
+        head_learning_rate: of the head, above 0.
+        steps: optimizer steps; not together with `epochs`.
+        epochs: passes over the training examples; three where neither is given.
+        batch_size: examples in each step.
+        max_length: tokens at which texts are cut.
+        seed: of the head, the order of examples and dropout, from 0.
+        train_examples: use only so many; None uses all.
+        bf16: train under bfloat16 autocast, where that is native.
+
+    Raises:
+        InputError: a value is out of range.
     """
 
     learning_rate: float
@@ -208,9 +118,25 @@ def fit(
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(WARM_UP * steps), steps)
     bar = cast(Generator[int, None, None], track(range(steps), description, total=steps, enabled=progress))
     with tempfile.TemporaryDirectory() as scratch, closing(bar), _own_precision():
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            max_steps=steps,
+            per_device_train_batch_size=settings.batch_size,
+            seed=settings.seed,
+            bf16=settings.precision == "bf16",
+            use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=torch.cuda.is_available(),
+            remove_unused_columns=False,
+            label_names=["labels"],
+            save_strategy="no",
+            logging_strategy="no",
+            logging_nan_inf_filter=False,
+            report_to="none",
+            disable_tqdm=True,
+        )
         trainer = Trainer(
             model=model,
-            args=_arguments(scratch, steps, settings),
+            args=arguments,
             train_dataset=examples,
             data_collator=loaded.collator,
             optimizers=(optimizer, schedule),
@@ -239,27 +165,8 @@ def _own_precision() -> Iterator[None]:
             os.environ[_PRECISION] = kept
 
 
-def _arguments(scratch: str, steps: int, settings: TrainingSettings) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=scratch,
-        max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
-        seed=settings.seed,
-        bf16=settings.precision == "bf16",
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        label_names=["labels"],
-        save_strategy="no",
-        logging_strategy="no",
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
-    )
-
-
 class _Ticks(TrainerCallback):
-    """Moves a progress bar on with every step."""
+    """Advances a progress bar with every step."""
 
     def __init__(self, bar: Iterator[int]) -> None:
         self.bar = bar

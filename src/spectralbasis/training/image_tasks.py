@@ -1,11 +1,4 @@
-"""Tasks on images: MNIST and its relatives from NumPy and HDF5 files, and scikit-learn's bundled digits.
-
-Image sets of the Hugging Face hub, most of them in VTAB, each from there or from a copy of its repository.
-
-CIFAR-10 from an archive of JPEG images, which are decoded once and kept.
-
-Tasks on signals of motion sensors: MotionSense.
-"""
+"""Tasks on images and signals: NumPy and HDF5 files, sets of the hub, CIFAR-10's JPEGs, scikit-learn's digits."""
 
 import hashlib
 import io
@@ -15,60 +8,53 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
-import torch
-from datasets import Array2D, ClassLabel, Dataset, Features, Image
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
-from sklearn.datasets import load_digits
 
-from spectralbasis.databases import seal
 from spectralbasis.errors import InputError
-from spectralbasis.files import atomic_path, cache_folder, checksum
-from spectralbasis.training.data_files import find_data_file, read_h5, read_npz, tar_members
-from spectralbasis.training.messages import first_line
-from spectralbasis.training.tasks import IMAGE, LABEL, SIGNALS, Task, register_task
+from spectralbasis.extras import require_extra
+from spectralbasis.training.data_files import TaskRecord, find_data_file, first_line, read_h5, read_npz, tar_members
+from spectralbasis.training.tasks import IMAGE, LABEL, SIGNALS, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
 
 Split = tuple[NDArray[Any], NDArray[Any]]
 
 TEN_DIGITS = tuple(str(digit) for digit in range(10))
 CLOTHES = ("top", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
-IMAGE_FILES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "mnist": ("mnist.npz", TEN_DIGITS),
-    "fashion_mnist": ("fashion_mnist.npz", CLOTHES),
-    "usps": ("usps.h5", TEN_DIGITS),
+IMAGE_FILES: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "mnist": ("ten handwritten digits", "mnist.npz", TEN_DIGITS),
+    "fashion_mnist": ("ten pieces of clothing", "fashion_mnist.npz", CLOTHES),
+    "usps": ("ten handwritten digits of postcodes", "usps.h5", TEN_DIGITS),
 }
+"""Task, and its folder → description, file, label names."""
 
 
 def load_image_file(name: str, data: Path | None) -> Task:
     """Load `mnist`, `fashion_mnist` or `usps` from its file; DATA is the file, its folder, or that folder's parent.
 
     Raises:
-        InputError: the file is absent, or lacks an array that it should hold.
+        InputError: the file is absent, or an array is missing in it.
     """
-    file_name, label_names = IMAGE_FILES[name]
+    _, file_name, label_names = IMAGE_FILES[name]
     file = find_data_file(name, name, file_name, data)
-    train, test = _read_h5(file) if file.suffix == ".h5" else _read_npz(file)
+    if file.suffix == ".h5":
+        arrays = read_h5(file, ("train/data", "train/target", "test/data", "test/target"))
+        train, test = (
+            (_as_squares(file, arrays[f"{split}/data"]), arrays[f"{split}/target"]) for split in ("train", "test")
+        )
+    else:
+        train, test = _splits(read_npz(file, ("x_train", "y_train", "x_test", "y_test")))
     return Task.from_arrays(name, shuffled(train, str(file)), test, label_names=label_names, evaluation_split="test")
 
 
-def _read_npz(file: Path) -> tuple[Split, Split]:
-    arrays = read_npz(file, ("x_train", "y_train", "x_test", "y_test"))
+def _splits(arrays: Mapping[str, NDArray[Any]]) -> tuple[Split, Split]:
     return (arrays["x_train"], arrays["y_train"]), (arrays["x_test"], arrays["y_test"])
-
-
-def _read_h5(file: Path) -> tuple[Split, Split]:
-    arrays = read_h5(file, ("train/data", "train/target", "test/data", "test/target"))
-    squares = {split: _as_squares(file, arrays[f"{split}/data"]) for split in ("train", "test")}
-    return (squares["train"], arrays["train/target"]), (squares["test"], arrays["test/target"])
 
 
 def _as_squares(file: Path, pixels: NDArray[Any]) -> NDArray[Any]:
@@ -92,14 +78,17 @@ def shuffled(split: Split, source: str) -> Split:
     return images[order], labels[order]
 
 
-Transform = Callable[[NDArray[Any], NDArray[np.int64]], Split]
-
-DIGITS_TASKS: dict[str, tuple[tuple[str, ...], Transform]] = {
-    "digits": (TEN_DIGITS, lambda images, digits: (images, digits)),
-    "digits-parity": (("even", "odd"), lambda images, digits: (images, digits % 2)),
-    "digits-larger-than-four": (("0 to 4", "5 to 9"), lambda images, digits: (images, (digits > 4).astype(int))),
-    "digits-rotated": (TEN_DIGITS, lambda images, digits: (np.rot90(images, axes=(1, 2)), digits)),
-}
+DIGITS_TASKS: dict[str, tuple[str, tuple[str, ...], Callable[[NDArray[Any], NDArray[np.int64]], Split]]] = {
+    "digits": ("ten handwritten digits", TEN_DIGITS, lambda images, digits: (images, digits)),
+    "digits-parity": ("even or odd", ("even", "odd"), lambda images, digits: (images, digits % 2)),
+    "digits-larger-than-four": (
+        "up to 4 or above", ("0 to 4", "5 to 9"), lambda images, digits: (images, (digits > 4).astype(int))
+    ),
+    "digits-rotated": (
+        "ten digits, turned", TEN_DIGITS, lambda images, digits: (np.rot90(images, axes=(1, 2)), digits)
+    ),
+}  # fmt: skip
+"""Task → description, label names, and what is made of scikit-learn's images and digits."""
 
 
 def load_digits_task(name: str, data: Path | None) -> Task:
@@ -108,9 +97,11 @@ def load_digits_task(name: str, data: Path | None) -> Task:
     Raises:
         InputError: a data folder was given, which these tasks cannot use.
     """
+    from sklearn.datasets import load_digits
+
     if data is not None:
         raise InputError(f"the task {name} is bundled with scikit-learn and reads no data; leave out --data {data}")
-    label_names, transform = DIGITS_TASKS[name]
+    _, label_names, transform = DIGITS_TASKS[name]
     bunch = load_digits()
     images, labels = shuffled(transform(bunch.images / bunch.images.max(), bunch.target), name)
     cut = 3 * len(labels) // 4
@@ -118,20 +109,15 @@ def load_digits_task(name: str, data: Path | None) -> Task:
     return Task.from_arrays(name, train, held_out, label_names=label_names, evaluation_split="held-out quarter")
 
 
-for _name in IMAGE_FILES:
-    register_task(_name, partial(load_image_file, _name))
-for _name in DIGITS_TASKS:
-    register_task(_name, partial(load_digits_task, _name))
-
-
 @dataclass(frozen=True)
 class HubImages:
-    """Where a set is on the hub, and what its columns are called there.
+    """A set on the hub, with the splits `train` and `test`: its repository and the names of its columns.
 
-    `config` is the part of a set that has several. All have the splits `train` and `test`.
+    `config` is the part of a set that has several parts.
     """
 
     name: str
+    description: str
     repository: str
     image: str = "image"
     label: str = "label"
@@ -144,12 +130,12 @@ class HubImages:
 
 
 HUB_IMAGES = (
-    HubImages("CIFAR-100", "uoft-cs/cifar100", "img", "fine_label"),
-    HubImages("SVHN", "ufldl-stanford/svhn", config="cropped_digits"),
-    HubImages("DTD", "tanganke/dtd"),
-    HubImages("EuroSAT", "tanganke/eurosat"),
-    HubImages("RESISC45", "tanganke/resisc45"),
-    HubImages("Pets", "timm/oxford-iiit-pet"),
+    HubImages("CIFAR-100", "a hundred kinds of things", "uoft-cs/cifar100", "img", "fine_label"),
+    HubImages("SVHN", "digits of house numbers", "ufldl-stanford/svhn", config="cropped_digits"),
+    HubImages("DTD", "47 textures", "tanganke/dtd"),
+    HubImages("EuroSAT", "ten uses of land", "tanganke/eurosat"),
+    HubImages("RESISC45", "45 scenes from above", "tanganke/resisc45"),
+    HubImages("Pets", "37 breeds of cats and dogs", "timm/oxford-iiit-pet"),
 )
 """Photographs, house numbers, textures, satellite images and breeds, most of them in VTAB (arXiv 1910.04867)."""
 
@@ -163,9 +149,12 @@ def load_hub_images(which: HubImages, data: Path | None) -> Task:
         InputError: the set cannot be reached or read, a column or a split is missing, or Pillow, which decodes images,
             is not installed.
     """
-    if find_spec("PIL") is None:
-        raise InputError(f"{which.name} has encoded images, which Pillow decodes; pip install 'spectralbasis[images]'")
-    place = which.repository if data is None else str(_copy_in(data, which))
+    import datasets
+
+    require_extra("images", f"the task {which.name}")
+    place = which.repository
+    if data is not None:
+        place = str(data / which.folder if (data / which.folder).is_dir() else data)
     try:
         splits = datasets.load_dataset(place, which.config)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -186,12 +175,9 @@ def load_hub_images(which: HubImages, data: Path | None) -> Task:
     )
 
 
-def _copy_in(data: Path, which: HubImages) -> Path:
-    nested = data / which.folder
-    return nested if nested.is_dir() else data
+def _columns(which: HubImages, place: str, splits: "DatasetDict", split: str) -> "Dataset":
+    from datasets import ClassLabel, Image
 
-
-def _columns(which: HubImages, place: str, splits: datasets.DatasetDict, split: str) -> Dataset:
     if split not in splits:
         raise InputError(f"{place} has no split {split!r}; it has {', '.join(splits)}")
     rows = splits[split]
@@ -204,10 +190,6 @@ def _columns(which: HubImages, place: str, splits: datasets.DatasetDict, split: 
     return rows.select_columns([which.image, which.label]).rename_columns(
         {old: new for old, new in ((which.image, IMAGE), (which.label, LABEL)) if old != new}
     )
-
-
-for _which in HUB_IMAGES:
-    register_task(_which.name, partial(load_hub_images, _which))
 
 
 OBJECTS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -224,13 +206,11 @@ def load_cifar10(data: Path | None) -> Task:
     Raises:
         InputError: the archive is absent, damaged or holds other images, or Pillow, which decodes it, is not installed.
     """
+    from safetensors.numpy import save_file
+
+    from spectralbasis.files import atomic_path, cache_folder
+
     file = find_data_file("CIFAR-10", "cifar10_jpg", "cifar10_jpg.tar.xz", data)
-    train, test = _kept(file)
-    return Task.from_arrays("CIFAR-10", shuffled(train, str(file)), test, label_names=OBJECTS, evaluation_split="test")
-
-
-def _kept(file: Path) -> tuple[Split, Split]:
-    """The decoded archive, from the cache where it has been decoded before."""
     with file.open("rb") as handle:
         content = hashlib.file_digest(handle, "sha256").hexdigest()
     kept = cache_folder() / "images" / f"{content}.safetensors"
@@ -239,11 +219,14 @@ def _kept(file: Path) -> tuple[Split, Split]:
         arrays = _decode(file)
         with suppress(InputError), atomic_path(kept) as temporary:  # a cache that cannot be written costs time only
             save_file(arrays, temporary, metadata={"seal": _seal(content, arrays)})
-    return _splits(arrays)
+    train, test = _splits(arrays)
+    return Task.from_arrays("CIFAR-10", shuffled(train, str(file)), test, label_names=OBJECTS, evaluation_split="test")
 
 
 def _from_cache(kept: Path, content: str) -> dict[str, Any] | None:
     """The images that this user decoded from an archive of this content; None where there are none."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         if not stat.S_ISREG(kept.lstat().st_mode):
             return None
@@ -256,11 +239,12 @@ def _from_cache(kept: Path, content: str) -> dict[str, Any] | None:
 
 
 def _seal(content: str, arrays: Mapping[str, Any]) -> str:
+    import torch
+
+    from spectralbasis.databases import seal
+    from spectralbasis.files import checksum
+
     return seal(content, checksum(tensors={name: torch.from_numpy(array) for name, array in arrays.items()}))
-
-
-def _splits(arrays: Any) -> tuple[Split, Split]:
-    return (arrays["x_train"], arrays["y_train"]), (arrays["x_test"], arrays["y_test"])
 
 
 def _decode(file: Path) -> dict[str, Any]:
@@ -285,12 +269,9 @@ def _members(file: Path) -> Iterator[tuple[str, int, bytes]]:
 
 
 def _pixels(file: Path, content: bytes) -> NDArray[np.uint8]:
-    try:
-        Image: Any = import_module("PIL.Image")
-    except ImportError as error:
-        raise InputError(
-            "CIFAR-10 comes as JPEG images, which Pillow decodes; pip install 'spectralbasis[images]'"
-        ) from error
+    require_extra("images", "the task CIFAR-10")
+    from PIL import Image
+
     try:
         with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
             if image.size != (SIZE, SIZE):
@@ -298,9 +279,6 @@ def _pixels(file: Path, content: bytes) -> NDArray[np.uint8]:
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{file} holds an image that cannot be decoded: {first_line(error)}") from error
-
-
-register_task("CIFAR-10", load_cifar10)
 
 
 ACTIVITIES = ("downstairs", "upstairs", "sitting", "standing", "walking", "jogging")
@@ -353,7 +331,9 @@ def _read(file: Path) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _dataset(arrays: dict[str, NDArray[Any]], rows: NDArray[np.bool_]) -> Dataset:
+def _dataset(arrays: dict[str, NDArray[Any]], rows: NDArray[np.bool_]) -> "Dataset":
+    from datasets import Array2D, ClassLabel, Dataset, Features
+
     signals = arrays["x"][rows].astype(np.float32)
     signals[:, :, :3] /= GRAVITY
     features = Features(
@@ -363,4 +343,21 @@ def _dataset(arrays: dict[str, NDArray[Any]], rows: NDArray[np.bool_]) -> Datase
     return Dataset.from_dict(columns, features=features).with_format("numpy")
 
 
-register_task("MotionSense", load_motionsense)
+IMAGE_TASKS = (
+    *(
+        TaskRecord(name, "images", description, partial(load_image_file, name), name)
+        for name, (description, _, _) in IMAGE_FILES.items()
+    ),
+    *(
+        TaskRecord(name, "images of scikit-learn", description, partial(load_digits_task, name))
+        for name, (description, _, _) in DIGITS_TASKS.items()
+    ),
+    *(
+        TaskRecord(
+            which.name, "images", which.description, partial(load_hub_images, which), which.folder, which.repository
+        )
+        for which in HUB_IMAGES
+    ),
+    TaskRecord("CIFAR-10", "images", "ten animals and vehicles", load_cifar10, "cifar10_jpg"),
+    TaskRecord("MotionSense", "signals", "six activities, from motion sensors", load_motionsense, "motionsense"),
+)

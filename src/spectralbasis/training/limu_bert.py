@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOut
 from transformers.models.auto.auto_factory import _BaseAutoModelClass, _LazyAutoMapping
 
 from spectralbasis.errors import InputError
-from spectralbasis.training.messages import first_line
+from spectralbasis.training.data_files import first_line
 
 
 class LimuBertConfig(PretrainedConfig):
@@ -20,26 +20,13 @@ class LimuBertConfig(PretrainedConfig):
 
     model_type = "limu_bert"
 
-    def __init__(
-        self,
-        num_channels: int = 6,
-        hidden_size: int = 72,
-        intermediate_size: int = 144,
-        num_hidden_layers: int = 4,
-        num_attention_heads: int = 4,
-        max_position_embeddings: int = 20,
-        layer_norm_eps: float = 1e-12,
-        initializer_range: float = 0.02,
-        **settings: Any,
-    ) -> None:
-        self.num_channels = num_channels
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.max_position_embeddings = max_position_embeddings
-        self.layer_norm_eps = layer_norm_eps
-        self.initializer_range = initializer_range
+    def __init__(self, **settings: Any) -> None:
+        defaults = {
+            "num_channels": 6, "hidden_size": 72, "intermediate_size": 144, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "max_position_embeddings": 20, "layer_norm_eps": 1e-12, "initializer_range": 0.02,
+        }  # fmt: skip
+        for name, value in defaults.items():
+            setattr(self, name, settings.pop(name, value))
         super().__init__(**settings)
 
 

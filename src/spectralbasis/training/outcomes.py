@@ -1,9 +1,4 @@
-"""Trained numbers in a file of their own: written, read, and put where they belong.
-
-What tuning and evaluation report, and the files that keep it.
-
-The README of an adapter folder: what it was trained on, how it scored and how to load it.
-"""
+"""What tuning and evaluation report, and the files that keep it: results, trained numbers, and the model card."""
 
 import json
 import shlex
@@ -18,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
+from spectralbasis.checkpoints.opening import installed_folder
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path
 from spectralbasis.printable import in_code, in_markdown, printable
@@ -26,6 +22,7 @@ from spectralbasis.training.models import LoadedModel, auto_model_of
 from spectralbasis.tuner.calibration import in_modules
 from spectralbasis.version import library_versions as library_versions
 
+TUNING_FILE = "tuning.json"
 TRAINED_FILE = "adapter_model.safetensors"
 
 
@@ -71,12 +68,14 @@ def copy_tensors(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
         parameter.copy_(found)
 
 
-TUNING_FILE = "tuning.json"
-
-
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Trained parameters of the backbone and of the head, and all parameters of the model that they adapt."""
+    """How many numbers are trained in the backbone and in the head, and how many the adapted model has.
+
+    Example:
+        >>> ParameterCounts(backbone=20, head=5, model=1000).share_backbone
+        0.02
+    """
 
     backbone: int
     head: int
@@ -102,11 +101,20 @@ class ParameterCounts:
 
 @dataclass(frozen=True)
 class TuneResult:
-    """One tuned model: where it is, how it was made, its scores and what it cost.
+    """One tuned model: where it is, how it was made, its scores and what it cost; `tune` returns it.
 
-    `adapter_bytes` is the size of the weights that were written: coefficients and head, or a whole checkpoint.
-    `selection_metrics` are those on the task's selection split, None where it has none. `precision` is that of the
-    products in training.
+    Args:
+        output: the folder that was written.
+        model, task, method: what was tuned to what, and how; `coefficients` is empty for methods without.
+        metric, score: the task's headline metric on its evaluation split; `metrics` are all of them.
+        evaluation_split: what the scored examples are called.
+        parameters: how many numbers were trained.
+        adapter_bytes: size of the weights that were written: coefficients and head, or a whole checkpoint.
+        steps, seconds, seconds_per_step: optimizer steps, and how long they took.
+        seed, settings: of training, with the options of the method.
+        versions: of Python and the libraries.
+        precision: of the products in training, "float32" or "bf16".
+        selection_metrics: on the task's selection split; None where it has none.
     """
 
     output: Path
@@ -137,27 +145,19 @@ class TuneResult:
     def row(self) -> dict[str, Any]:
         """The row of a table of tuned models, as the report reads it."""
         return {
-            "task": self.task,
-            "method": self.method,
-            "coefficients": self.coefficients,
-            "metric": self.metric,
-            "score": self.score,
+            **{name: getattr(self, name) for name in ("task", "method", "coefficients", "metric", "score")},
             "parameters_backbone": self.parameters.backbone,
             "parameters_head": self.parameters.head,
             "share_backbone": self.parameters.share_backbone,
             "share_head": self.parameters.share_head,
-            "adapter_bytes": self.adapter_bytes,
-            "seconds_per_step": self.seconds_per_step,
-            "seed": self.seed,
+            **{name: getattr(self, name) for name in ("adapter_bytes", "seconds_per_step", "seed")},
         }
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it; the selection split's scores are absent where there is none."""
-        selection = (
-            {}
-            if self.selection_metrics is None
-            else {"selection_score": self.selection_score, "selection_metrics": dict(self.selection_metrics)}
-        )
+        selection = {}
+        if self.selection_metrics is not None:
+            selection = {"selection_score": self.selection_score, "selection_metrics": dict(self.selection_metrics)}
         return {
             **self.row(),
             **selection,
@@ -176,7 +176,10 @@ class TuneResult:
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """The scores of one model, with an adapter or without, on a task's evaluation split."""
+    """The scores of one model, with an adapter or without, on a task's evaluation split; `evaluate` returns it.
+
+    `score` is the headline `metric`, `metrics` are all of them, and `examples` is how many were scored in `seconds`.
+    """
 
     model: str
     adapter: str | None
@@ -200,7 +203,21 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_tuning_table(folder: Path | str, results: Iterable[TuneResult], note: str = "") -> Path:
-    """Write `tuning.json`, the table of tuned models that the report of `folder` shows; returns the file."""
+    """Write `tuning.json`, the table of tuned models that the report of `folder` shows.
+
+    Args:
+        folder: of the report.
+        results: one for each row.
+        note: shown below the table.
+
+    Returns:
+        The file.
+
+    Example:
+        >>> import tempfile
+        >>> write_tuning_table(tempfile.mkdtemp(), []).name
+        'tuning.json'
+    """
     file = Path(folder) / TUNING_FILE
     write_json(file, {"rows": [result.row() for result in results], "note": note})
     return file
@@ -240,11 +257,6 @@ def stored(folder: Path) -> StoredTuning:
     return read_record(file, StoredTuning, "restore it, or tune again") if file.exists() else {}
 
 
-def stored_settings(folder: Path) -> StoredSettings:
-    """The settings that `tune` left in its output folder; empty where there are none."""
-    return stored(folder).get("settings", {})
-
-
 CARD = """\
 ---
 library_name: peft
@@ -268,9 +280,11 @@ All settings and scores are in `tuning.json`.
 
 ## Use
 
-```
-spectralbasis evaluate {model_word} path/to/this/folder --task {task_word} --data DIR
-```
+Score it, from within its folder:
+
+{scoring}
+
+Open it with PEFT, from within its folder:
 
 ```python
 import spectralbasis  # registers the method with PEFT
@@ -278,16 +292,32 @@ from peft import PeftModel
 from {module} import {auto_model}
 
 base = {auto_model}.from_pretrained({place}{arguments})
-model = PeftModel.from_pretrained(base, "path/to/this/folder")
+model = PeftModel.from_pretrained(base, ".")
 ```
 """
 
 
-def write_card(folder: Path, result: TuneResult, loaded: LoadedModel) -> None:
-    """Write `README.md` for the adapter in `folder`, in place of PEFT's template."""
-    labels = f", num_labels={loaded.task.num_labels}, ignore_mismatched_sizes=True"
+def write_card(folder: Path, result: TuneResult, loaded: LoadedModel, *, data: str | Path | None, named: bool) -> None:
+    """Write `README.md` for the adapter in `folder`, in place of PEFT's template; its commands run as printed.
+
+    Args:
+        folder: of the adapter.
+        result: of tuning.
+        loaded: the model that was tuned, with its task.
+        data: folder of the task's data, as it was given.
+        named: whether the command line knows the task by its name.
+    """
     auto_model = auto_model_of(loaded.task)
     module = auto_model.__module__ if auto_model.__module__.startswith("spectralbasis") else "transformers"
+    model = result.model if installed_folder(result.model) else _whole_path(result.model)
+    if named:
+        command = ["spectralbasis", "evaluate", model, ".", "--task", result.task]
+        command += [] if data is None else ["--data", str(Path(data).absolute())]
+        scoring = f"```\n{' '.join(shlex.quote(printable(word)) for word in command)}\n```"
+    else:
+        scoring = f'```python\nimport spectralbasis\n\nspectralbasis.evaluate({json.dumps(model)}, ".", task=task)\n```'
+        scoring += "\n\nwhere `task` is the `spectralbasis.training.Task` that it was tuned to."
+    labels = f", num_labels={loaded.task.num_labels}, ignore_mismatched_sizes=True"
     card = CARD.format(
         **{**result.settings, **vars(result)},
         title=in_markdown(f"{result.method}, {result.coefficients}" if result.coefficients else result.method),
@@ -295,8 +325,7 @@ def write_card(folder: Path, result: TuneResult, loaded: LoadedModel) -> None:
         metric_text=in_markdown(result.metric),
         model_code=in_code(result.model),
         method_tag=json.dumps(result.method),
-        model_word=shlex.quote(printable(result.model)),
-        task_word=shlex.quote(printable(result.task)),
+        scoring=scoring,
         version=result.versions["spectralbasis"],
         split=in_markdown(result.evaluation_split),
         backbone=result.parameters.backbone,
@@ -306,7 +335,12 @@ def write_card(folder: Path, result: TuneResult, loaded: LoadedModel) -> None:
         size=result.adapter_bytes,
         module=module,
         auto_model=auto_model.__name__,
-        place=json.dumps(loaded.model.config.name_or_path),
+        place=json.dumps(_whole_path(loaded.model.config.name_or_path)),
         arguments=labels if loaded.task.num_labels else "",
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _whole_path(model: str) -> str:
+    """A folder on this machine by its whole path; a hub id as it is."""
+    return str(Path(model).absolute()) if Path(model).is_dir() else model

@@ -1,51 +1,173 @@
-"""Images and labels in memory as a `datasets.Dataset`, and the rows of one.
+"""What a model is tuned for: `Task`, its examples as a `datasets.Dataset`, and the metrics that score predictions.
 
-What a model is tuned for: examples, labels and how predictions are scored; and the list of tasks known by name.
-
-Scores of predictions against references, as GLUE defines them.
+The libraries of the extra `tune` (datasets, scikit-learn) are imported where they are used: `--help` and a plain
+installation read this module too.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pyarrow as pa
-from datasets import Array3D, ClassLabel, Dataset, DatasetInfo, Features
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from spectralbasis.errors import InputError
+from spectralbasis.extras import require_extra
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TEXT = "text"
 IMAGE = "image"
 SIGNALS = "signals"
 LABEL = "label"
+MASK_SEED = "mask_seed"
+"""Column of the seed that decides which tokens of a row are masked; rows without it are masked anew each time."""
+
+Examples = tuple[ArrayLike, ArrayLike]
+Values = NDArray[np.generic]
 
 
-def image_dataset(what: str, images: ArrayLike, labels: ArrayLike, label_names: Sequence[str]) -> Dataset:
+@dataclass(frozen=True)
+class Task:
+    """Examples to train on, held-out examples to score on, and the metrics that score predictions.
+
+    Args:
+        name: in tables and messages.
+        modality: what the model reads.
+        kind: `classification`, `regression` or `masked_language`.
+        inputs: columns that the model reads: one or two of text; one of images (channels, height, width), floats in
+            [0, 1] or uint8 in [0, 255]; or one of signals (time, channels).
+        label_names: of the classes, one name for a regression, none for masked tokens. The column `label` holds class
+            numbers, or floats for a regression.
+        train: examples to train on.
+        evaluation: held-out examples whose scores are reported.
+        metrics: names in `METRICS`.
+        headline: the one metric of `metrics` that tables quote.
+        evaluation_split: what tables call the held-out examples.
+        selection: further held-out examples, to choose settings by.
+
+    Example:
+        >>> import numpy as np
+        >>> images, labels = np.zeros((6, 8, 8), np.uint8), np.array([0, 1, 0, 1, 0, 1])
+        >>> task = Task.from_arrays("dark", (images, labels), (images, labels))
+        >>> task.num_labels, len(task.train), task.train[0]["image"].shape
+        (2, 6, (1, 8, 8))
+    """
+
+    name: str
+    modality: Literal["text", "image", "signal"]
+    kind: Literal["classification", "regression", "masked_language"]
+    inputs: tuple[str, ...]
+    label_names: tuple[str, ...]
+    train: "Dataset"
+    evaluation: "Dataset"
+    metrics: tuple[str, ...] = ("accuracy",)
+    headline: str = "accuracy"
+    evaluation_split: str = "evaluation"
+    selection: "Dataset | None" = None
+
+    @property
+    def num_labels(self) -> int:
+        """Number of outputs of the model's head: the classes, 1 for a regression, 0 for masked tokens."""
+        return len(self.label_names)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        name: str,
+        train: Examples,
+        evaluation: Examples,
+        *,
+        label_names: Sequence[str] | None = None,
+        evaluation_split: str = "evaluation",
+    ) -> "Task":
+        """A classification of images in memory.
+
+        Args:
+            name: of the task.
+            train: images and labels to train on. Images are of shape (N, height, width) or (N, height, width,
+                channels), uint8 in [0, 255] or floats in [0, 1]; labels are whole numbers from 0, of shape (N,).
+            evaluation: the same to score on.
+            label_names: of the classes; default: the numbers up to the largest training label.
+            evaluation_split: what tables call the examples to score on.
+
+        Raises:
+            InputError: a shape, a pixel or a label is not as above.
+        """
+        names = tuple(label_names or (str(number) for number in range(int(np.max(train[1])) + 1)))
+        return cls(
+            name=name,
+            modality="image",
+            kind="classification",
+            inputs=(IMAGE,),
+            label_names=names,
+            train=image_dataset(f"{name}, training examples", *train, names),
+            evaluation=image_dataset(f"{name}, evaluation examples", *evaluation, names),
+            evaluation_split=evaluation_split,
+        )
+
+    def subsample(self, examples: int, seed: int) -> "Task":
+        """The same task with `examples` of its training examples, drawn without replacement by the seed.
+
+        Raises:
+            InputError: there are fewer.
+        """
+        available = len(self.train)
+        if not 1 <= examples <= available:
+            raise InputError(
+                f"{examples} training examples were asked of {self.name}, which has {available}; "
+                f"pass a number from 1 to {available}, or none to use all"
+            )
+        chosen = np.random.default_rng(seed).permutation(available)[:examples]
+        return replace(self, train=self.train.select(chosen))
+
+    def halved(self, seed: int = 0) -> "Task":
+        """The same task with its evaluation split in two disjoint halves: `selection`, and what stays `evaluation`.
+
+        Each label, or each stretch of a regression's labels, has its share in both halves, to within one example.
+
+        Raises:
+            InputError: there is one example to evaluate on, or the task has a selection split already.
+        """
+        if self.selection is not None or len(self.evaluation) < 2:
+            found = "a selection split already" if self.selection is not None else f"{len(self.evaluation)} example"
+            raise InputError(f"{self.name} has {found}; halving needs an evaluation split of two examples or more")
+        order = np.random.default_rng(seed).permutation(len(self.evaluation))
+        if LABEL in self.evaluation.column_names:
+            labels = np.asarray(self.evaluation.with_format("numpy")[LABEL][:])
+            order = order[np.argsort(labels[order], kind="stable")]
+        return replace(
+            self,
+            selection=self.evaluation.select(np.sort(order[::2])),
+            evaluation=self.evaluation.select(np.sort(order[1::2])),
+            evaluation_split=f"{self.evaluation_split}, reporting half",
+        )
+
+
+def image_dataset(what: str, images: ArrayLike, labels: ArrayLike, label_names: Sequence[str]) -> "Dataset":
     """A data set with the columns `image` (channels, height, width) and `label`, over the arrays' own memory.
 
-    Images are of shape (N, height, width) or (N, height, width, channels), uint8 in [0, 255] or floats in [0, 1];
-    labels are whole numbers below the number of label names. `what` is how errors call the data.
+    `what` is how errors call the data; for the arrays see `Task.from_arrays`.
 
     Raises:
-        InputError: a shape, a pixel or a label is not as above.
+        InputError: a shape, a pixel or a label is not as it must be.
     """
+    require_extra("tune", "a Task of images")
+    import pyarrow as pa
+    from datasets import Array3D, ClassLabel, Dataset, DatasetInfo, Features
+
     pixels = _checked_pixels(what, np.asarray(images))
     classes = _checked_labels(what, np.asarray(labels), len(pixels), len(label_names))
     kind = Array3D(shape=pixels.shape[1:], dtype=str(pixels.dtype))
-    table = pa.table({IMAGE: _image_column(kind, pixels), LABEL: pa.array(classes)})
+    # Nested Arrow lists over the array's own memory: `Dataset.from_dict` would copy each pixel.
+    column: pa.Array = pa.array(pixels.reshape(-1))
+    for width in reversed(pixels.shape[1:]):
+        offsets = np.arange(len(column) // width + 1, dtype=np.int64) * width
+        column = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), column)
+    table = pa.table({IMAGE: pa.ExtensionArray.from_storage(kind(), column), LABEL: pa.array(classes)})
     features = Features({IMAGE: kind, LABEL: ClassLabel(names=list(label_names))})
     return Dataset(table, info=DatasetInfo(features=features)).with_format("numpy")
-
-
-def batches(examples: Dataset, size: int) -> Iterator[list[dict[str, Any]]]:
-    """The rows of a data set in order, `size` at a time; reading them one by one takes several times as long."""
-    for start in range(0, len(examples), size):
-        columns = examples[start : start + size]
-        yield [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _checked_pixels(what: str, pixels: NDArray[Any]) -> NDArray[Any]:
@@ -77,180 +199,50 @@ def _checked_labels(what: str, labels: NDArray[Any], examples: int, classes: int
     return labels.astype(np.int64)
 
 
-def _image_column(kind: Array3D, pixels: NDArray[Any]) -> pa.Array:
-    """The pixels as nested Arrow lists over the array's own memory; `Dataset.from_dict` would copy each pixel."""
-    column: pa.Array = pa.array(pixels.reshape(-1))
-    for width in reversed(pixels.shape[1:]):
-        offsets = np.arange(len(column) // width + 1, dtype=np.int64) * width
-        column = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), column)
-    return pa.ExtensionArray.from_storage(kind(), column)
-
-
-Examples = tuple[ArrayLike, ArrayLike]
-
-
-@dataclass(frozen=True)
-class Task:
-    """Examples to train on, held-out examples to score on, and the metrics that judge the scores.
-
-    `inputs` names the columns that the model reads: one or two of text, one of images (channels, height, width) whose
-    values lie in [0, 1] as floats or in [0, 255] as uint8, or one of signals (time, channels). The column `label` holds
-    class numbers, or floats where `kind` is `regression`; `masked_language` has none, and its label names are empty.
-    `headline` is the one metric of `metrics` that tables quote. `selection` holds further held-out examples, to choose
-    settings by, so that `evaluation` is only reported on.
-    """
-
-    name: str
-    modality: Literal["text", "image", "signal"]
-    kind: Literal["classification", "regression", "masked_language"]
-    inputs: tuple[str, ...]
-    label_names: tuple[str, ...]
-    train: Dataset
-    evaluation: Dataset
-    metrics: tuple[str, ...] = ("accuracy",)
-    headline: str = "accuracy"
-    evaluation_split: str = "evaluation"
-    selection: Dataset | None = None
-
-    @property
-    def num_labels(self) -> int:
-        """Number of outputs that a model's head needs: the classes, or one for a regression."""
-        return len(self.label_names)
-
-    @classmethod
-    def from_arrays(
-        cls,
-        name: str,
-        train: Examples,
-        evaluation: Examples,
-        *,
-        label_names: Sequence[str] | None = None,
-        evaluation_split: str = "evaluation",
-    ) -> "Task":
-        """A classification of images in memory: (images, labels) to train on, and (images, labels) to score on.
-
-        Images are of shape (N, height, width) or (N, height, width, channels), uint8 in [0, 255] or floats in [0, 1];
-        labels are whole numbers from 0. `label_names` are the numbers up to the largest training label by default.
-
-        Raises:
-            InputError: a shape, a pixel or a label is not as above.
-        """
-        names = tuple(label_names or (str(number) for number in range(int(np.max(train[1])) + 1)))
-        return cls(
-            name=name,
-            modality="image",
-            kind="classification",
-            inputs=(IMAGE,),
-            label_names=names,
-            train=image_dataset(f"{name}, training examples", *train, names),
-            evaluation=image_dataset(f"{name}, evaluation examples", *evaluation, names),
-            evaluation_split=evaluation_split,
-        )
-
-    def subsample(self, examples: int, seed: int) -> "Task":
-        """The same task with `examples` of its training examples, drawn without replacement by the seed.
-
-        Raises:
-            InputError: there are not as many.
-        """
-        available = len(self.train)
-        if not 1 <= examples <= available:
-            raise InputError(
-                f"{examples} training examples were asked of {self.name}, which has {available}; "
-                f"pass a number from 1 to {available}, or none to use all"
-            )
-        chosen = np.random.default_rng(seed).permutation(available)[:examples]
-        return replace(self, train=self.train.select(chosen))
-
-    def halved(self, seed: int = 0) -> "Task":
-        """The same task with its evaluation split in two disjoint halves: `selection`, and what stays `evaluation`.
-
-        Each label, or each stretch of a regression's labels, has its share in both halves, to within one example.
-
-        Raises:
-            InputError: there is but one example to evaluate on, or the task has a selection split already.
-        """
-        if self.selection is not None or len(self.evaluation) < 2:
-            found = "a selection split already" if self.selection is not None else f"{len(self.evaluation)} example"
-            raise InputError(f"{self.name} has {found}; halving needs an evaluation split of two examples or more")
-        order = np.random.default_rng(seed).permutation(len(self.evaluation))
-        if LABEL in self.evaluation.column_names:
-            labels = np.asarray(self.evaluation.with_format("numpy")[LABEL][:])
-            order = order[np.argsort(labels[order], kind="stable")]
-        return replace(
-            self,
-            selection=self.evaluation.select(np.sort(order[::2])),
-            evaluation=self.evaluation.select(np.sort(order[1::2])),
-            evaluation_split=f"{self.evaluation_split}, reporting half",
-        )
-
-
-TaskLoader = Callable[[Path | None], Task]
-
-_loaders: dict[str, tuple[str, TaskLoader]] = {}
-
-
-def register_task(name: str, loader: TaskLoader) -> None:
-    """Make a task known by name; `loader` gets the folder of data that the user named, or None."""
-    _loaders[_key(name)] = (name, loader)
-
-
-def task_names() -> tuple[str, ...]:
-    """The names that `load_task` knows."""
-    return tuple(name for name, _ in _loaders.values())
-
-
-def load_task(name: str, data: Path | str | None = None) -> Task:
-    """Load a task by its name, in any case and with or without hyphens, from the folder or file `data`.
-
-    GLUE tasks come from the hub where `data` is None; the digits tasks need no data.
-
-    Raises:
-        InputError: the name is not known, or the data are absent or not in the expected layout.
-    """
-    found = _loaders.get(_key(name))
-    if found is None:
-        raise InputError(f"unknown task {name!r}; the known ones are {', '.join(task_names())}")
-    if data is not None and not Path(data).exists():
-        raise InputError(f"the data folder {data} does not exist; pass --data with the folder that holds {found[0]}")
-    return found[1](None if data is None else Path(data))
-
-
-def same_name(one: str, other: str) -> bool:
-    """Whether both are the name of one task: case, hyphens and underscores do not count."""
-    return _key(one) == _key(other)
-
-
-def _key(name: str) -> str:
-    return name.lower().replace("-", "").replace("_", "")
-
-
-Values = NDArray[np.generic]
+def batches(examples: "Dataset", size: int) -> Iterator[list[dict[str, Any]]]:
+    """The rows of a data set in order, `size` at a time; reading them one by one takes several times as long."""
+    for start in range(0, len(examples), size):
+        columns = examples[start : start + size]
+        yield [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def accuracy(predictions: Values, references: Values) -> float:
     """Share of predictions that equal their reference, in [0, 1]."""
-    return float(accuracy_score(references, predictions))
+    return float(np.mean(predictions == references))
 
 
 def f1(predictions: Values, references: Values) -> float:
     """Harmonic mean of precision and recall of class 1, in [0, 1]; 0 where no example is or is called class 1."""
+    from sklearn.metrics import f1_score
+
     return float(f1_score(references, predictions, zero_division=0))
 
 
 def matthews(predictions: Values, references: Values) -> float:
     """Matthews correlation of two classes, in [-1, 1]; 0 where the predictions are all the same."""
+    from sklearn.metrics import matthews_corrcoef
+
     return float(matthews_corrcoef(references, predictions))
 
 
 def pearson(predictions: Values, references: Values) -> float:
     """Linear correlation, in [-1, 1]; 0 where either side is constant, as for `matthews`."""
+    from scipy import stats
+
     return _correlation(stats.pearsonr, predictions, references)
 
 
 def spearman(predictions: Values, references: Values) -> float:
     """Rank correlation, in [-1, 1]; 0 where either side is constant, as for `matthews`."""
+    from scipy import stats
+
     return _correlation(stats.spearmanr, predictions, references)
+
+
+def _correlation(measure: Callable[..., tuple[float, float]], predictions: Values, references: Values) -> float:
+    if np.ptp(predictions) == 0 or np.ptp(references) == 0:
+        return 0.0
+    return float(measure(predictions, references)[0])
 
 
 def pearson_spearman(predictions: Values, references: Values) -> float:
@@ -261,14 +253,10 @@ def pearson_spearman(predictions: Values, references: Values) -> float:
 METRICS: dict[str, Callable[[Values, Values], float]] = {
     metric.__name__: metric for metric in (accuracy, f1, matthews, pearson, spearman, pearson_spearman)
 }
+LIKELIHOOD_METRICS = ("log_likelihood", "perplexity", "accuracy")
+"""Metrics of masked tokens; see `evaluation.masked_token_scores`."""
 
 
 def score(predictions: Values, references: Values, metrics: Iterable[str]) -> dict[str, float]:
     """The named metrics of one set of predictions."""
     return {name: METRICS[name](predictions, references) for name in metrics}
-
-
-def _correlation(measure: Callable[..., tuple[float, float]], predictions: Values, references: Values) -> float:
-    if np.ptp(predictions) == 0 or np.ptp(references) == 0:
-        return 0.0
-    return float(measure(predictions, references)[0])

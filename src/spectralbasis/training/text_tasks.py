@@ -1,194 +1,37 @@
-"""How well a model fills in masked tokens.
-
-Masked language modelling on running text: novels, Shakespeare, WikiText-2, and texts that scikit-learn brings.
-
-GLUE's tasks, from folders of its original TSV files or from the Hugging Face hub.
-"""
+"""Tasks on text: GLUE from its original TSV files or the hub, and masked language modelling on running text."""
 
 import csv
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import datasets
 import numpy as np
-import torch
-from datasets import ClassLabel, Dataset, Features, Value
-from torch import nn
-from torch.nn import functional
 
 from spectralbasis.errors import InputError
-from spectralbasis.printable import shortened, track
-from spectralbasis.training.collators import IGNORED, MASK_SEED, TEXT, MaskingCollator
-from spectralbasis.training.data_files import LARGEST, find_data_file, read_text, tar_members
-from spectralbasis.training.messages import first_line
-from spectralbasis.training.tasks import LABEL, Task, batches, register_task
+from spectralbasis.printable import shortened
+from spectralbasis.training.data_files import LARGEST, TaskRecord, find_data_file, first_line, read_text, tar_members
+from spectralbasis.training.tasks import LABEL, LIKELIHOOD_METRICS, MASK_SEED, TEXT, Task
 
-LIKELIHOOD_METRICS = ("log_likelihood", "perplexity", "accuracy")
-BATCH_SIZE = 64
-
-
-@torch.inference_mode()
-def masked_token_scores(
-    model: nn.Module, examples: Dataset, collator: MaskingCollator, *, progress: bool = False
-) -> dict[str, float]:
-    """How the model predicts the hidden tokens of all examples.
-
-    `log_likelihood` is the mean over hidden tokens of log p(token), in nats: at most 0, and larger is better.
-    `perplexity` is exp(-log_likelihood), and `accuracy` the share of tokens that the model holds the likeliest.
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    total, hits, tokens = 0.0, 0, 0
-    count = math.ceil(len(examples) / BATCH_SIZE)
-    for rows in track(batches(examples, BATCH_SIZE), "evaluating", total=count, enabled=progress):
-        batch = {name: tensor.to(device) for name, tensor in collator(rows).items()}
-        labels = batch.pop("labels")
-        hidden = labels != IGNORED
-        logits, wanted = model(**batch).logits[hidden].float(), labels[hidden]
-        total -= float(functional.cross_entropy(logits, wanted, reduction="sum"))
-        hits += int((logits.argmax(1) == wanted).sum())
-        tokens += len(wanted)
-    mean = total / tokens
-    return dict(zip(LIKELIHOOD_METRICS, (mean, math.exp(-mean), hits / tokens), strict=True))
-
-
-WORDS = 40
-"""Words in a passage: about 60 tokens of a vocabulary of some thousand."""
-EVALUATION_PASSAGES = 1024
-"""At most so many passages, evenly spaced over the held-out text, are scored."""
-HELD_OUT = 10
-"""One in ten is held out: of the novels every tenth book, of a single text its last tenth."""
-
-NOVELS = "english_novels_97.tar.xz"
-TEXT_FOLDER = "wikitext2_shakespeare"
-
-
-def passages(text: str) -> list[str]:
-    """The text cut into passages of `WORDS` words, in order; a shorter rest is left out unless it is all there is."""
-    words = text.split()
-    starts = range(0, max(len(words) - WORDS, 0) + 1, WORDS)
-    return [" ".join(words[start : start + WORDS]) for start in starts if words]
-
-
-def masked_language_task(name: str, train: Sequence[str], held_out: Sequence[str], split: str) -> Task:
-    """A task of filling in masked tokens of passages; those of the evaluation are masked alike every time.
-
-    Raises:
-        InputError: one of the two parts has no passage.
-    """
-    if not train or not held_out:
-        raise InputError(f"{name} has {len(train)} passages to train on and {len(held_out)} held out; give more text")
-    rows = np.linspace(0, len(held_out) - 1, min(EVALUATION_PASSAGES, len(held_out))).astype(int)
-    chosen = [held_out[row] for row in rows]
-    return Task(
-        name=name,
-        modality="text",
-        kind="masked_language",
-        inputs=(TEXT,),
-        label_names=(),
-        train=Dataset.from_dict({TEXT: list(train)}),
-        evaluation=Dataset.from_dict({TEXT: chosen, MASK_SEED: list(range(len(chosen)))}),
-        metrics=LIKELIHOOD_METRICS,
-        headline=LIKELIHOOD_METRICS[0],
-        evaluation_split=split,
-    )
-
-
-def load_novels(data: Path | None) -> Task:
-    """Passages of the novels in `english_novels_97.tar.xz`, of which every tenth, by name, is held out.
-
-    Raises:
-        InputError: the archive is absent, damaged or holds fewer than two texts.
-    """
-    file = find_data_file("novels", "english_novels", NOVELS, data)
-    books = sorted(_texts_of(file))
-    held_out = range(HELD_OUT - 1, len(books), HELD_OUT) or range(len(books) - 1, len(books))
-    parts: dict[bool, list[str]] = {False: [], True: []}
-    for number, (_, text) in enumerate(books):
-        parts[number in held_out] += passages(text)
-    return masked_language_task("novels", parts[False], parts[True], "held-out books")
-
-
-def load_shakespeare(data: Path | None) -> Task:
-    """Passages of Shakespeare's plays; the last tenth is held out.
-
-    Raises:
-        InputError: the file is absent or no text.
-    """
-    cut = passages(read_text(find_data_file("Shakespeare", TEXT_FOLDER, "tinyshakespeare.txt", data)))
-    return masked_language_task("Shakespeare", *_last_tenth(cut), "last tenth")
-
-
-def load_wikitext(data: Path | None) -> Task:
-    """Passages of WikiText-2: its validation part to train on, its test part held out.
-
-    Raises:
-        InputError: a file is absent or no text.
-    """
-    names = ("wikitext2_valid.txt", "wikitext2_test.txt")
-    train, test = (passages(read_text(find_data_file("WikiText-2", TEXT_FOLDER, name, data))) for name in names)
-    return masked_language_task("WikiText-2", train, test, "test")
-
-
-def load_descriptions(data: Path | None) -> Task:
-    """Passages of scikit-learn's descriptions of its data sets, some 6,000 words; the last tenth is held out.
-
-    Raises:
-        InputError: a data folder was given, which this task cannot use.
-    """
-    if data is not None:
-        raise InputError(
-            f"the task descriptions is bundled with scikit-learn and reads no data; leave out --data {data}"
-        )
-    folder = files("sklearn.datasets") / "descr"
-    pages = sorted((page for page in folder.iterdir() if page.name.endswith(".rst")), key=lambda page: page.name)
-    cut = passages(" ".join(page.read_text(encoding="utf-8") for page in pages))
-    return masked_language_task("descriptions", *_last_tenth(cut), "last tenth")
-
-
-def _last_tenth(cut: list[str]) -> tuple[list[str], list[str]]:
-    held_out = max(1, len(cut) // HELD_OUT)
-    return cut[:-held_out], cut[-held_out:]
-
-
-def _texts_of(archive: Path) -> Iterator[tuple[str, str]]:
-    """The name and the text of each `.txt` of an archive."""
-    for name, content in tar_members(archive):
-        if name.endswith(".txt"):
-            try:
-                yield name, content.decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise InputError(f"{name} in {archive} cannot be read as UTF-8 text: {first_line(error)}") from error
-
-
-CORPORA: dict[str, Callable[[Path | None], Task]] = {
-    "novels": load_novels,
-    "Shakespeare": load_shakespeare,
-    "WikiText-2": load_wikitext,
-    "descriptions": load_descriptions,
-}
-
-for _name, _load in CORPORA.items():
-    register_task(_name, _load)
-
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
 
 HUB_DATASET = "nyu-mll/glue"
 
 
 @dataclass(frozen=True)
 class GlueTask:
-    """How one GLUE task is laid out: its inputs, named as on the hub, and where its original files keep them.
+    """A GLUE task: its inputs, named as on the hub, and the columns of its original files.
 
-    `columns` and `label_column` are names in the header, or positions where the file has none. A label stands in the
-    file by its name or by its number; `label_names` are in the order of the numbers on the hub.
+    `columns` and `label_column` are names in the header, or positions where the file has no header. The file gives a
+    label by its name or by its number; `label_names` are in the order of the numbers on the hub.
     """
 
     name: str
+    description: str
     inputs: tuple[str, ...]
     columns: tuple[str, ...] | tuple[int, ...]
     label_column: str | int
@@ -200,11 +43,9 @@ class GlueTask:
     hub_split: str = "validation"
 
     @property
-    def hub_config(self) -> str:
-        return self.name.lower().replace("-", "")
+    def features(self) -> "Features":
+        from datasets import ClassLabel, Features, Value
 
-    @property
-    def features(self) -> Features:
         label = Value("float32") if self.kind == "regression" else ClassLabel(names=list(self.label_names))
         return Features({**{column: Value("string") for column in self.inputs}, LABEL: label})
 
@@ -224,31 +65,42 @@ class GlueTask:
 
 PAIR = ("sentence1", "sentence2")
 ENTAILMENT = ("entailment", "not_entailment")
-PARAPHRASE = ("not_equivalent", "equivalent")
-STRINGS = ("#1 String", "#2 String")
-QUESTIONS = ("question1", "question2")
-INFERENCE = ("entailment", "neutral", "contradiction")
 CORRELATIONS = ("pearson_spearman", "pearson", "spearman")
 
 GLUE_TASKS = (
-    GlueTask("RTE", PAIR, PAIR, "label", ENTAILMENT),
-    GlueTask("MRPC", PAIR, STRINGS, "Quality", PARAPHRASE, metrics=("accuracy", "f1")),
-    GlueTask("CoLA", ("sentence",), (3,), 1, ("unacceptable", "acceptable"), ("matthews", "accuracy"), "matthews"),
-    GlueTask("STS-B", PAIR, PAIR, "score", ("similarity",), CORRELATIONS, "pearson_spearman", kind="regression"),
-    GlueTask("SST-2", ("sentence",), ("sentence",), "label", ("negative", "positive")),
-    GlueTask("QNLI", ("question", "sentence"), ("question", "sentence"), "label", ENTAILMENT),
-    GlueTask("QQP", QUESTIONS, QUESTIONS, "is_duplicate", ("not_duplicate", "duplicate"), metrics=("accuracy", "f1")),
+    GlueTask("RTE", "does one text follow from another", PAIR, PAIR, "label", ENTAILMENT),
     GlueTask(
-        "MNLI",
-        ("premise", "hypothesis"),
-        PAIR,
-        "gold_label",
-        INFERENCE,
-        evaluation_file="dev_matched.tsv",
+        "MRPC", "do two sentences say the same", PAIR, ("#1 String", "#2 String"), "Quality",
+        ("not_equivalent", "equivalent"), ("accuracy", "f1"),
+    ),
+    GlueTask(
+        "CoLA", "is a sentence well formed", ("sentence",), (3,), 1, ("unacceptable", "acceptable"),
+        ("matthews", "accuracy"), "matthews",
+    ),
+    GlueTask(
+        "STS-B", "how alike are two sentences, from 0 to 5", PAIR, PAIR, "score", ("similarity",), CORRELATIONS,
+        "pearson_spearman", kind="regression",
+    ),
+    GlueTask(
+        "SST-2", "is an opinion of a film good or bad", ("sentence",), ("sentence",), "label", ("negative", "positive")
+    ),
+    GlueTask(
+        "QNLI", "does a sentence answer a question", ("question", "sentence"), ("question", "sentence"), "label",
+        ENTAILMENT,
+    ),
+    GlueTask(
+        "QQP", "do two questions ask the same", ("question1", "question2"), ("question1", "question2"), "is_duplicate",
+        ("not_duplicate", "duplicate"), ("accuracy", "f1"),
+    ),
+    GlueTask(
+        "MNLI", "does one sentence follow from another, contradict it or neither", ("premise", "hypothesis"), PAIR,
+        "gold_label", ("entailment", "neutral", "contradiction"), evaluation_file="dev_matched.tsv",
         hub_split="validation_matched",
     ),
-    GlueTask("WNLI", PAIR, PAIR, "label", ("not_entailment", "entailment")),
-)
+    GlueTask(
+        "WNLI", "is a pronoun read rightly", PAIR, PAIR, "label", ("not_entailment", "entailment")
+    ),
+)  # fmt: skip
 
 
 def load_glue(glue: GlueTask, data: Path | None) -> Task:
@@ -272,9 +124,11 @@ def load_glue(glue: GlueTask, data: Path | None) -> Task:
     )
 
 
-def _from_hub(glue: GlueTask) -> tuple[Dataset, Dataset]:
+def _from_hub(glue: GlueTask) -> "tuple[Dataset, Dataset]":
+    import datasets
+
     try:
-        splits = datasets.load_dataset(HUB_DATASET, glue.hub_config)
+        splits = datasets.load_dataset(HUB_DATASET, glue.name.lower().replace("-", ""))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{glue.name} cannot be loaded from {HUB_DATASET} on the Hugging Face hub ({first_line(error)}); "
@@ -284,37 +138,40 @@ def _from_hub(glue: GlueTask) -> tuple[Dataset, Dataset]:
     return splits["train"].select_columns(columns), splits[glue.hub_split].select_columns(columns)
 
 
-def _from_folder(glue: GlueTask, data: Path) -> tuple[Dataset, Dataset]:
-    folder = _find_folder(glue, data)
-    return _read_split(glue, folder / "train.tsv"), _read_split(glue, folder / glue.evaluation_file)
+def _from_folder(glue: GlueTask, data: Path) -> "tuple[Dataset, Dataset]":
+    """From the first of DATA/RTE, DATA/glue/RTE and DATA itself that holds train.tsv, in any case of the names."""
 
+    def children(folder: Path, name: str) -> list[Path]:
+        if not folder.is_dir():
+            return []
+        return sorted(child for child in folder.iterdir() if child.name.lower() == name.lower())
 
-def _find_folder(glue: GlueTask, data: Path) -> Path:
-    """The first of DATA/RTE, DATA/glue/RTE and DATA itself that holds train.tsv, whatever the case of the names."""
-    nested = [folder for parent in _children(data, "glue") for folder in _children(parent, glue.name)]
-    for place in (*_children(data, glue.name), *nested, data):
-        if (place / "train.tsv").is_file():
-            return place
+    nested = [folder for parent in children(data, "glue") for folder in children(parent, glue.name)]
+    for folder in (*children(data, glue.name), *nested, data):
+        if (folder / "train.tsv").is_file():
+            return _read_split(glue, folder / "train.tsv"), _read_split(glue, folder / glue.evaluation_file)
     raise InputError(
         f"no {glue.name} in {data}: looked for train.tsv in {data / glue.name}, {data / 'glue' / glue.name} "
         f"and {data}; pass --data with a folder that holds {glue.name}/train.tsv"
     )
 
 
-def _children(folder: Path, name: str) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(child for child in folder.iterdir() if child.name.lower() == name.lower())
+def _read_split(glue: GlueTask, file: Path) -> "Dataset":
+    from datasets import Dataset
 
-
-def _read_split(glue: GlueTask, file: Path) -> Dataset:
     if not file.is_file():
         raise InputError(f"{glue.name} lacks {file.name}: looked for {file}; copy the original GLUE file there")
     columns: dict[str, list[Any]] = {name: [] for name in (*glue.inputs, LABEL)}
     for line, *texts, label in _rows(glue, file):
         for name, text in zip(glue.inputs, texts, strict=True):
             columns[name].append(text)
-        columns[LABEL].append(_label(glue, file, line, label))
+        try:
+            columns[LABEL].append(glue.parse_label(label))
+        except ValueError as error:
+            expected = "a number" if glue.kind == "regression" else " or ".join(glue.label_names)
+            raise InputError(
+                f"{file}, line {line}: the label is {shortened(repr(label))} where {expected} was expected"
+            ) from error
     if not columns[LABEL]:
         raise InputError(f"{file} holds no examples; copy the original GLUE file there")
     return Dataset.from_dict(columns, features=glue.features)
@@ -357,15 +214,121 @@ def _positions(glue: GlueTask, file: Path, reader: Iterator[list[str]]) -> list[
     return [header.index(str(name)) for name in names]
 
 
-def _label(glue: GlueTask, file: Path, line: int, text: str) -> float | int:
-    try:
-        return glue.parse_label(text)
-    except ValueError as error:
-        expected = "a number" if glue.kind == "regression" else " or ".join(glue.label_names)
+WORDS = 40
+"""Words in a passage: about 60 tokens of a vocabulary of some thousand."""
+EVALUATION_PASSAGES = 1024
+"""At most so many passages, evenly spaced over the held-out text, are scored."""
+HELD_OUT = 10
+"""One in ten is held out: of the novels every tenth book, of a single text its last tenth."""
+
+NOVELS = "english_novels_97.tar.xz"
+TEXT_FOLDER = "wikitext2_shakespeare"
+MASKED = "masked words"
+
+
+def passages(text: str) -> list[str]:
+    """The text cut into passages of `WORDS` words, in order; a shorter rest is left out unless it is all there is."""
+    words = text.split()
+    starts = range(0, max(len(words) - WORDS, 0) + 1, WORDS)
+    return [" ".join(words[start : start + WORDS]) for start in starts if words]
+
+
+def masked_language_task(name: str, train: Sequence[str], held_out: Sequence[str], split: str) -> Task:
+    """A task of filling in masked tokens of passages; those of the evaluation are masked alike every time.
+
+    Raises:
+        InputError: one of the two parts has no passage.
+    """
+    from datasets import Dataset
+
+    if not train or not held_out:
+        raise InputError(f"{name} has {len(train)} passages to train on and {len(held_out)} held out; give more text")
+    rows = np.linspace(0, len(held_out) - 1, min(EVALUATION_PASSAGES, len(held_out))).astype(int)
+    chosen = [held_out[row] for row in rows]
+    return Task(
+        name=name,
+        modality="text",
+        kind="masked_language",
+        inputs=(TEXT,),
+        label_names=(),
+        train=Dataset.from_dict({TEXT: list(train)}),
+        evaluation=Dataset.from_dict({TEXT: chosen, MASK_SEED: list(range(len(chosen)))}),
+        metrics=LIKELIHOOD_METRICS,
+        headline=LIKELIHOOD_METRICS[0],
+        evaluation_split=split,
+    )
+
+
+def load_novels(data: Path | None) -> Task:
+    """Passages of the novels in `english_novels_97.tar.xz`, of which every tenth, by name, is held out.
+
+    Raises:
+        InputError: the archive is absent, damaged or holds fewer than two texts.
+    """
+    file = find_data_file("novels", "english_novels", NOVELS, data)
+    books = []
+    for name, content in tar_members(file):
+        if name.endswith(".txt"):
+            try:
+                books.append((name, content.decode("utf-8-sig")))
+            except UnicodeDecodeError as error:
+                raise InputError(f"{name} in {file} cannot be read as UTF-8 text: {first_line(error)}") from error
+    held_out = range(HELD_OUT - 1, len(books), HELD_OUT) or range(len(books) - 1, len(books))
+    parts: dict[bool, list[str]] = {False: [], True: []}
+    for number, (_, text) in enumerate(sorted(books)):
+        parts[number in held_out] += passages(text)
+    return masked_language_task("novels", parts[False], parts[True], "held-out books")
+
+
+def load_shakespeare(data: Path | None) -> Task:
+    """Passages of Shakespeare's plays; the last tenth is held out.
+
+    Raises:
+        InputError: the file is absent or not text.
+    """
+    text = read_text(find_data_file("Shakespeare", TEXT_FOLDER, "tinyshakespeare.txt", data))
+    return masked_language_task("Shakespeare", *_last_tenth(passages(text)), "last tenth")
+
+
+def load_wikitext(data: Path | None) -> Task:
+    """Passages of WikiText-2: its validation part to train on, its test part held out.
+
+    Raises:
+        InputError: a file is absent or not text.
+    """
+    names = ("wikitext2_valid.txt", "wikitext2_test.txt")
+    train, test = (passages(read_text(find_data_file("WikiText-2", TEXT_FOLDER, name, data))) for name in names)
+    return masked_language_task("WikiText-2", train, test, "test")
+
+
+def load_descriptions(data: Path | None) -> Task:
+    """Passages of scikit-learn's descriptions of its data sets, some 6,000 words; the last tenth is held out.
+
+    Raises:
+        InputError: a data folder was given, which this task cannot use.
+    """
+    if data is not None:
         raise InputError(
-            f"{file}, line {line}: the label is {shortened(repr(text))} where {expected} was expected"
-        ) from error
+            f"the task descriptions is bundled with scikit-learn and reads no data; leave out --data {data}"
+        )
+    folder = files("sklearn.datasets") / "descr"
+    pages = sorted((page for page in folder.iterdir() if page.name.endswith(".rst")), key=lambda page: page.name)
+    text = " ".join(page.read_text(encoding="utf-8") for page in pages)
+    return masked_language_task("descriptions", *_last_tenth(passages(text)), "last tenth")
 
 
-for _glue in GLUE_TASKS:
-    register_task(_glue.name, partial(load_glue, _glue))
+def _last_tenth(cut: list[str]) -> tuple[list[str], list[str]]:
+    held_out = max(1, len(cut) // HELD_OUT)
+    return cut[:-held_out], cut[-held_out:]
+
+
+TEXT_TASKS = (
+    *(
+        TaskRecord(glue.name, "GLUE", glue.description, partial(load_glue, glue), "glue", HUB_DATASET)
+        for glue in GLUE_TASKS
+    ),
+    TaskRecord("novels", MASKED, "97 English novels", load_novels, "english_novels"),
+    TaskRecord("Shakespeare", MASKED, "plays", load_shakespeare, TEXT_FOLDER),
+    TaskRecord("WikiText-2", MASKED, "articles of an encyclopaedia", load_wikitext, TEXT_FOLDER),
+    TaskRecord("descriptions", MASKED, "scikit-learn's descriptions of data sets", load_descriptions),
+)

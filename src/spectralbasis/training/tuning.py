@@ -1,9 +1,4 @@
-"""Tuning a model to a task, scoring it, and what is left of both in a folder.
-
-Starting to train from the trained numbers of another adapter.
-
-Tuning a model to a task with one of the methods, and writing what came of it.
-"""
+"""Tuning a model to a task with one of the methods, scoring it, and writing both to a folder."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,13 +11,14 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
 from spectralbasis.errors import InputError
+from spectralbasis.extras import require_extra
 from spectralbasis.files import atomic_folder, check_output
 from spectralbasis.linalg import Leading
 from spectralbasis.records import read_record
 from spectralbasis.training.evaluation import MAX_LENGTH, score_task
 from spectralbasis.training.fitting import TrainingSettings, fit
-from spectralbasis.training.method import Method, MethodOptions, Setup
-from spectralbasis.training.methods import BASIS_FILE, check_options, find_method
+from spectralbasis.training.known_tasks import is_built_in, load_task
+from spectralbasis.training.methods import DEFAULT_SCALING, Method, MethodOptions, Setup, find_method
 from spectralbasis.training.models import LoadedModel, load_model
 from spectralbasis.training.outcomes import (
     TUNING_FILE,
@@ -37,9 +33,9 @@ from spectralbasis.training.outcomes import (
     write_card,
     write_json,
 )
-from spectralbasis.training.tasks import Task, load_task
+from spectralbasis.training.tasks import Task
 from spectralbasis.tuner.calibration import in_modules
-from spectralbasis.tuner.parametrisation import DEFAULT_SCALING
+from spectralbasis.tuner.config import BASIS_FILE
 
 ORIGIN = {"auto_mapping", "base_model_name_or_path", "basis", "peft_version", "revision", "runtime_config", "task_type"}
 PLACES = {"exclude_modules", "inference_mode", "modules_to_save", "target_modules"}
@@ -47,49 +43,6 @@ SIZE = {"bias", "budget", "leading", "rank_pattern", "tolerance"}
 SCHEDULE = {"deltaT", "tfinal", "tinit", "total_step"}
 NO_MATTER = ORIGIN | PLACES | SIZE | SCHEDULE
 """Settings of an adapter that say nothing of what its numbers mean: their names, shapes and probes do."""
-
-
-def start_from(model: nn.Module, loaded: LoadedModel, method: Method, folder: Path) -> None:
-    """Give a model, prepared by the method, the trained numbers of an adapter's backbone; the head stays as drawn.
-
-    Raises:
-        InputError: the folder holds no adapter of the same method, size and directions, or the method starts otherwise.
-    """
-    if method.writes == "model":
-        raise InputError(
-            f"the method {method.name} starts from a whole model, not from the adapter {folder}; give it as the model"
-        )
-    made = stored(folder).get("method")
-    if made != method.name:
-        raise InputError(f"{folder} was tuned with {made or 'no method of tune'}, not {method.name}; tune it with that")
-    tensors = _outside_head(read_tensors(folder), loaded)
-    if isinstance(model, PeftModel):
-        _check_meaning(model, folder)
-        room = _outside_head(get_peft_model_state_dict(model), loaded)
-        copy_tensors(room, tensors, folder)
-        set_peft_model_state_dict(model, {**get_peft_model_state_dict(model), **room})
-    else:
-        copy_tensors(_outside_head(trained_parameters(model), loaded), tensors, folder)
-
-
-def _outside_head(tensors: Mapping[str, Tensor], loaded: LoadedModel) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if not in_modules(name, loaded.head)}
-
-
-def _check_meaning(model: PeftModel, folder: Path) -> None:
-    """Refuse numbers that mean something else here: other directions, entries, units or seeds."""
-    here = _as_json(model.peft_config["default"].to_dict())
-    there = read_record(folder / "adapter_config.json", dict[str, Any], "tune it again")
-    for name in sorted(here.keys() & there.keys() - NO_MATTER, reverse=True):
-        if here[name] != there[name]:
-            raise InputError(
-                f"the numbers of {folder} mean something else here: its {name} differs; "
-                "tune it on the same model, with the same options and basis"
-            )
-
-
-def _as_json(content: dict[str, Any]) -> Any:
-    return json.loads(json.dumps(content, default=sorted))
 
 
 def tune(
@@ -126,117 +79,153 @@ def tune(
 ) -> TuneResult:
     """Tune a model to a task, score it on the task's evaluation split, and write it to the folder `output`.
 
-    `model` is a folder, a hub id or `minilm`. The folder holds a whole model for the methods `full` and `head`, and an
-    adapter for all others; `tuning.json` in it says how it was made, how it scored and what it cost. It appears when
-    all is done, never half-written. What a method does not know among `coefficients` to `sources` is refused; see
-    `MethodOptions`. `start` is an adapter of the same method and size, from whose trained numbers in the backbone
-    training starts. A selection split, where the task has one, is scored too. Learning rates default to the method's;
-    `learning_rate` is that of what the method trains in the backbone. The same seed gives the same result on the same
-    machine.
+    The same seed gives the same result on the same machine. The folder appears when all is done, never half-written.
+
+    Args:
+        model: a folder, a hub id, or `minilm`.
+        task: a name that `task_names` gives, or a task of your own.
+        data: folder or file of the task's data; see `load_task`.
+        output: folder of the whole model (methods `full` and `head`) or of the adapter (all others), with
+            `tuning.json`, which says how it was made, how it scored and what it cost.
+        method: a name in `METHODS`.
+        coefficients, bandwidth, scaling, basis, leading, budget, rank, alpha, n_frequency, dimension, sources: options
+            of methods, see `MethodOptions`; an option that the method does not read is refused.
+        start: an adapter of the same method and size, from whose trained numbers in the backbone training starts.
+        steps: optimizer steps, from 1; not together with `epochs`.
+        epochs: passes over the training examples, above 0; three where neither is given.
+        batch_size: examples in each step, from 1.
+        max_length: tokens at which texts are cut.
+        learning_rate: of what the method trains in the backbone, above 0; None takes the method's.
+        head_learning_rate: of the head, above 0; None takes the method's.
+        seed: of the head, the order of examples and dropout, from 0.
+        train_examples: use only so many training examples.
+        bf16: train under bfloat16 autocast, where that is native.
+        progress: draw bars on stderr.
+        overwrite: replace what an earlier run left in `output`.
+        callbacks: of transformers' Trainer.
+
+    Returns:
+        Scores, counts and costs; the scores on a selection split too, where the task has one.
 
     Raises:
-        InputError: the model, the task, the data, an option or the output folder cannot be used, or training diverged.
+        InputError: the model, the task, the data, an option or the output folder cannot be used, training diverged, or
+            the extra `tune` is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from spectralbasis.training.quickstart import save_untrained
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> base = save_untrained(folder / "vit")
+        >>> tuned = tune(base, task="digits", output=folder / "adapter", leading=4, steps=2, progress=False)
+        >>> tuned.metric, tuned.parameters.backbone, 0 <= tuned.score <= 1
+        ('accuracy', 96, True)
     """
+    require_extra("tune", "spectralbasis.tune")
     chosen = find_method(method)
-    given = MethodOptions(
-        coefficients, bandwidth, scaling, basis, leading, budget, rank, alpha, n_frequency, dimension,
-        tuple(str(source) for source in sources),
+    options = chosen.complete(
+        MethodOptions(
+            coefficients, bandwidth, scaling, basis, leading, budget, rank, alpha, n_frequency, dimension,
+            tuple(str(source) for source in sources),
+        )
     )  # fmt: skip
-    check_options(chosen, given)
-    options = chosen.complete(given)
-    backbone_rate, head_rate = chosen.learning_rates(learning_rate, head_learning_rate)
-    settings = TrainingSettings(
-        learning_rate=backbone_rate,
-        head_learning_rate=head_rate,
-        steps=steps,
-        epochs=epochs,
-        batch_size=batch_size,
-        max_length=max_length,
-        seed=seed,
-        train_examples=train_examples,
-        bf16=bf16,
-    )
+    rates = chosen.learning_rates(learning_rate, head_learning_rate)
+    settings = TrainingSettings(*rates, steps, epochs, batch_size, max_length, seed, train_examples, bf16)
     check_output(Path(output), overwrite=overwrite)
-    loaded = load_model(model, _load_task(task, data, settings), seed=seed, max_length=max_length)
+    known = load_task(task, data) if isinstance(task, str) else task
+    if train_examples is not None:
+        known = known.subsample(train_examples, seed)
+    loaded = load_model(model, known, seed=seed, max_length=max_length)
     with atomic_folder(Path(output)) as folder:
-        setup = Setup(loaded, options, folder, settings.total_steps(len(loaded.task.train)))
-        begin = None if start is None else Path(start)
-        return _tune_into(Path(output), setup, chosen, settings, begin, progress, callbacks)
-
-
-def _load_task(task: Task | str, data: str | Path | None, settings: TrainingSettings) -> Task:
-    chosen = load_task(task, data) if isinstance(task, str) else task
-    if settings.train_examples is None:
-        return chosen
-    return chosen.subsample(settings.train_examples, settings.seed)
-
-
-def _tune_into(
-    output: Path,
-    setup: Setup,
-    method: Method,
-    settings: TrainingSettings,
-    start: Path | None,
-    progress: bool,
-    callbacks: Sequence[TrainerCallback],
-) -> TuneResult:
-    """Train, score, and write everything to the folder of the setup, which will become `output`."""
-    loaded, options, folder, steps = setup.loaded, setup.options, setup.folder, setup.steps
-    task = loaded.task
-    total = sum(parameter.numel() for parameter in loaded.model.parameters())
-    set_seed(settings.seed)
-    model = method.prepare(setup)
-    if start is not None:
-        start_from(model, loaded, method, start)
-    seconds = fit(
-        model,
-        loaded,
-        settings,
-        description=f"{task.name}, {method.name}",
-        progress=progress,
-        callbacks=[*callbacks, *method.callbacks(model)],
-    )
-    metrics = score_task(model, task, loaded.collator, progress=progress)
-    selection = None
-    if task.selection is not None:
-        selection = score_task(model, replace(task, evaluation=task.selection), loaded.collator, progress=progress)
-    _save(model, method, setup)
-    result = TuneResult(
-        output=output,
-        model=loaded.source,
-        task=task.name,
-        method=method.name,
-        coefficients=options.coefficients if "coefficients" in method.options else "",
-        metric=task.headline,
-        score=metrics[task.headline],
-        metrics=metrics,
-        evaluation_split=task.evaluation_split,
-        parameters=ParameterCounts.of(model, loaded.head, total),
-        adapter_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.name != BASIS_FILE),
-        steps=steps,
-        seconds=seconds,
-        seconds_per_step=seconds / steps,
-        seed=settings.seed,
-        settings={
-            **asdict(settings),
-            **{name: getattr(options, name) for name in sorted(method.options)},
-            **({} if start is None else {"start": str(start)}),
-        },
-        versions=library_versions(),
-        precision=settings.precision,
-        selection_metrics=selection,
-    )
-    write_json(folder / TUNING_FILE, result.to_dict())
-    if isinstance(model, PeftModel):
-        write_card(folder, result, loaded)
+        setup = Setup(loaded, options, folder, settings.total_steps(len(known.train)))
+        total = sum(parameter.numel() for parameter in loaded.model.parameters())
+        set_seed(seed)
+        prepared = chosen.prepare(setup)
+        if start is not None:
+            start_from(prepared, loaded, chosen, Path(start))
+        seconds = fit(
+            prepared,
+            loaded,
+            settings,
+            description=f"{known.name}, {method}",
+            progress=progress,
+            callbacks=[*callbacks, *chosen.callbacks(prepared)],
+        )
+        metrics = score_task(prepared, known, loaded.collator, progress=progress)
+        selection = None
+        if known.selection is not None:
+            halved = replace(known, evaluation=known.selection)
+            selection = score_task(prepared, halved, loaded.collator, progress=progress)
+        if isinstance(prepared, PeftModel):
+            prepared.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+        elif chosen.writes == "trained":
+            save_trained(prepared, folder)
+        else:
+            loaded.save(folder)
+        result = TuneResult(
+            output=Path(output),
+            model=loaded.source,
+            task=known.name,
+            method=method,
+            coefficients=options.coefficients if "coefficients" in chosen.options else "",
+            metric=known.headline,
+            score=metrics[known.headline],
+            metrics=metrics,
+            evaluation_split=known.evaluation_split,
+            parameters=ParameterCounts.of(prepared, loaded.head, total),
+            adapter_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.name != BASIS_FILE),
+            steps=setup.steps,
+            seconds=seconds,
+            seconds_per_step=seconds / setup.steps,
+            seed=seed,
+            settings={
+                **asdict(settings),
+                **{name: getattr(options, name) for name in sorted(chosen.options)},
+                **({} if start is None else {"start": str(start)}),
+            },
+            versions=library_versions(),
+            precision=settings.precision,
+            selection_metrics=selection,
+        )
+        write_json(folder / TUNING_FILE, result.to_dict())
+        if isinstance(prepared, PeftModel):
+            write_card(folder, result, loaded, data=data, named=isinstance(task, str) and is_built_in(task))
     return result
 
 
-def _save(model: nn.Module, method: Method, setup: Setup) -> None:
-    """An adapter's own files where there is one, else the whole model with its tokenizer or image settings."""
+def start_from(model: nn.Module, loaded: LoadedModel, method: Method, folder: Path) -> None:
+    """Give a model, prepared by the method, the trained numbers of an adapter's backbone; the head stays as drawn.
+
+    Raises:
+        InputError: the folder holds no adapter of the same method, size and directions, or the method starts otherwise.
+    """
+    if method.writes == "model":
+        raise InputError(
+            f"the method {method.name} starts from a whole model, not from the adapter {folder}; give it as the model"
+        )
+    made = stored(folder).get("method")
+    if made != method.name:
+        raise InputError(f"{folder} was tuned with {made or 'no method of tune'}, not {method.name}; tune it with that")
+
+    def outside_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in tensors.items() if not in_modules(name, loaded.head)}
+
+    tensors = outside_head(read_tensors(folder))
     if isinstance(model, PeftModel):
-        model.save_pretrained(setup.folder, safe_serialization=True, save_embedding_layers=False)
-    elif method.writes == "trained":
-        save_trained(model, setup.folder)
+        _check_meaning(model, folder)
+        room = outside_head(get_peft_model_state_dict(model))
+        copy_tensors(room, tensors, folder)
+        set_peft_model_state_dict(model, {**get_peft_model_state_dict(model), **room})
     else:
-        setup.loaded.save(setup.folder)
+        copy_tensors(outside_head(trained_parameters(model)), tensors, folder)
+
+
+def _check_meaning(model: PeftModel, folder: Path) -> None:
+    """Refuse numbers that mean something else here: other directions, entries, units or seeds."""
+    here = json.loads(json.dumps(model.peft_config["default"].to_dict(), default=sorted))
+    there = read_record(folder / "adapter_config.json", dict[str, Any], "tune it again")
+    for name in sorted(here.keys() & there.keys() - NO_MATTER, reverse=True):
+        if here[name] != there[name]:
+            raise InputError(
+                f"the numbers of {folder} mean something else here: its {name} differs; "
+                "tune it on the same model, with the same options and basis"
+            )

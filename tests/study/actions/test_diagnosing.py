@@ -4,7 +4,7 @@ import pytest
 
 from spectralbasis.study.actions import diagnose, power_laws, tune
 from spectralbasis.study.runs import Run, Site
-from spectralbasis.training.models import find_architecture, random_model
+from spectralbasis.study.starting import find_architecture, random_model
 
 SETTINGS = {"task": "digits-parity", "examples": 100, "probe_examples": 150}
 

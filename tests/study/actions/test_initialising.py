@@ -7,10 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from spectralbasis.errors import InputError
-from spectralbasis.study.actions import initialise
 from spectralbasis.study.runs import Run, Site
+from spectralbasis.study.starting import ARCHITECTURES, initialise
 from spectralbasis.training import load_model, load_task, tune
-from spectralbasis.training.models import ARCHITECTURES
 from tests.study.examples import bright_side_task, save_image_model, save_text_model, write_sst2
 from tests.study.tasks.test_corpora import WORDS, words, write_archive
 from tests.study.tasks.test_signals import write_motionsense

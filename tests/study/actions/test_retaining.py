@@ -5,7 +5,7 @@ from safetensors.torch import load_file, save_file
 
 from spectralbasis.study.actions import retention, tune
 from spectralbasis.study.runs import Run, Site
-from spectralbasis.training.models import find_architecture, random_model
+from spectralbasis.study.starting import find_architecture, random_model
 
 SETTINGS = {"task": "digits-parity", "second_task": "digits"}
 

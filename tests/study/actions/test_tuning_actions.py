@@ -7,7 +7,8 @@ import pytest
 
 from spectralbasis.basis import SpectralBasis
 from spectralbasis.errors import InputError
-from spectralbasis.study.actions import QUANTITIES, find_action
+from spectralbasis.study.actions import find_action
+from spectralbasis.study.directions import QUANTITIES
 from spectralbasis.study.runs import Outcome, Run, Site
 from tests.study.examples import save_image_model
 

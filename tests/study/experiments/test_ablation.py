@@ -16,7 +16,7 @@ SETTINGS = ablation.Settings(tuple(replace(part, cells=part.cells[:2]) for part 
 
 FACTS = {
     "seconds_per_step": 0.1, "parameters_backbone": 100, "parameters_head": 10, "parameters_model": 1000,
-    "adapter_bytes": 10,
+    "adapter_bytes": 10, "precision": "float32",
 }  # fmt: skip
 
 

@@ -18,10 +18,10 @@ CONTEST = Contest(SUBJECT, (BOLD, SHY), ("one", "two"), (5, 6))
 BEST = {"lora": 3.0, "full": 1.5}
 
 
-def tuned(run: Run) -> dict[str, float]:
+def tuned(run: Run) -> dict[str, object]:
     settings = run.settings
     selection = 1 - abs(settings["learning_rate"] - BEST[settings["method"]])
-    facts = {"parameters_backbone": 10, "parameters_head": 2, "parameters_model": 100}
+    facts = {"parameters_backbone": 10, "parameters_head": 2, "parameters_model": 100, "precision": "float32"}
     return {"selection_score": selection, "score": 0.7, "seconds_per_step": 1.0, "adapter_bytes": 8, **facts}
 
 

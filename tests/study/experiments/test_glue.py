@@ -92,7 +92,7 @@ def test_tables_of_part_of_the_runs_leave_out_means_that_would_mislead():
 
 FACTS = {
     "score": 0.5, "seconds_per_step": 1.0, "parameters_backbone": 1, "parameters_head": 1, "parameters_model": 10,
-    "adapter_bytes": 1,
+    "adapter_bytes": 1, "precision": "float32",
 }  # fmt: skip
 
 

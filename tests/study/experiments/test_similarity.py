@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from spectralbasis.study.experiments import task_similarity
+from spectralbasis.study.experiments import task_sharing, task_similarity
 from spectralbasis.study.runs import Results, with_needs
 from tests.study.experiments.planted import results, verdicts
 
@@ -67,5 +67,5 @@ def test_nothing_finished():
 
 
 def test_the_same_finetuned_models_are_taken():
-    compared = set(task_similarity.sharing.plan(task_similarity.sharing.PRESETS["cpu"], Results({})))
+    compared = set(task_sharing.plan(task_sharing.PRESETS["cpu"], Results({})))
     assert next(run for run in task_similarity.plan(SETTINGS, Results({})) if run.action == "compare") in compared

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectralbasis.study.probes import GradientNoise, shares
+from spectralbasis.study.directions import GradientNoise, shares
 
 M, N, K = 12, 9, 3
 GENERATOR = torch.Generator().manual_seed(0)

@@ -26,8 +26,7 @@ class Watcher:
 
 
 def test_layers_are_found_by_name(monkeypatch):
-    monkeypatch.setitem(sys.modules, "weightwatcher", SimpleNamespace(WeightWatcher=Watcher))
-    monkeypatch.setattr(estimates, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "weightwatcher", SimpleNamespace(WeightWatcher=Watcher, __spec__=object()))
     model = tiny("bert", "classifier")
     wanted = {"encoder.layer.0.output.dense", "encoder.layer.1.output.dense", "encoder.layer.1.attention.self.key"}
     found = estimates.power_law_exponents(model, wanted)
@@ -39,6 +38,6 @@ def test_layers_are_found_by_name(monkeypatch):
 
 
 def test_without_the_package_it_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(estimates, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "weightwatcher", None)
     with pytest.raises(InputError, match="diagnostics"):
         estimates.power_law_exponents(tiny("bert"), set())

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from spectralbasis.errors import InputError
 from spectralbasis.training import load_model, load_task
 from spectralbasis.training.evaluation import attach_adapter
-from spectralbasis.training.handing_over import adapter_config
+from spectralbasis.training.folder_checks import adapter_config
 from tests.study.examples import bright_side_task, save_image_model, save_text_model, write_sst2
 
 

@@ -136,8 +136,8 @@ def test_hdf5_is_read_from_the_file_itself_alone(tmp_path):
         "raw": "takes its numbers from another file",
         "virtual": "takes its numbers from another file",
         "text": "is of type object, expected numbers",
-        "empty": "is no array",
-        "good": "is no array",
+        "empty": "is not an array",
+        "good": "is not an array",
         "good/x/y": "has no array",
     }.items():
         with pytest.raises(InputError, match=f"{name} {said}" if said != "has no array" else said):
@@ -147,5 +147,5 @@ def test_hdf5_is_read_from_the_file_itself_alone(tmp_path):
 def test_a_pipe_is_no_data(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for read in (lambda file: read_npz(file, ["x"]), lambda file: list(tar_members(file)), read_text):
-        with pytest.raises(InputError, match="no regular file"):
+        with pytest.raises(InputError, match="not a regular file"):
             read(tmp_path / "pipe")

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from spectralbasis.training import load_task, task_names
-from spectralbasis.training.data_files import FOLDERS, ON_HUB, folder_of
+from spectralbasis.training import load_task
 from spectralbasis.training.image_tasks import HUB_IMAGES
-from spectralbasis.training.tasks import same_name
+from spectralbasis.training.known_tasks import TASKS, folder_of, task_key
 
 
 @pytest.mark.parametrize(
@@ -27,19 +26,14 @@ def test_what_the_hub_has_is_taken_from_there_where_its_folder_is_absent(tmp_pat
 
 
 def test_every_set_of_images_has_its_folder():
-    assert all(FOLDERS[which.folder] == (which.name,) and which.folder in ON_HUB for which in HUB_IMAGES)
+    records = [TASKS[task_key(which.name)] for which in HUB_IMAGES]
+    assert [(one.folder, one.hub) for one in records] == [(which.folder, which.repository) for which in HUB_IMAGES]
 
 
 def test_bundled_tasks_and_those_from_the_hub_have_none():
     assert folder_of("digits-rotated", Path("data")) is None
     assert folder_of("descriptions", Path("data")) is None
     assert folder_of("SST-2", None) is None
-
-
-def test_every_name_is_that_of_a_task():
-    for names in FOLDERS.values():
-        for name in names:
-            assert any(same_name(name, known) for known in task_names())
 
 
 @pytest.mark.data

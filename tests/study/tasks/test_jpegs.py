@@ -97,8 +97,8 @@ def test_an_archive_that_is_none_is_named(tmp_path):
 
 def test_without_pillow_the_error_says_what_to_install(tmp_path, monkeypatch):
     file = write_archive(tmp_path, {"train/bird/0.jpg": b"never decoded"})
-    monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    with pytest.raises(InputError, match="Pillow decodes; pip install"):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(InputError, match=r"CIFAR-10 needs the package pillow.*: pip install 'spectralbasis\[images\]'"):
         load_task("cifar10", file)
 
 

@@ -8,7 +8,8 @@ from transformers import BertForMaskedLM
 
 from spectralbasis.errors import InputError
 from spectralbasis.training import evaluate, load_model, tune
-from spectralbasis.training.text_tasks import masked_language_task, masked_token_scores
+from spectralbasis.training.evaluation import masked_token_scores
+from spectralbasis.training.text_tasks import masked_language_task
 from tests.study.examples import WORDS, save_image_model, save_text_model
 
 SENTENCE = " ".join(WORDS[:10])

@@ -6,8 +6,8 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from spectralbasis.errors import InputError
+from spectralbasis.study.penalty import PARTS, UpdatePenalty
 from spectralbasis.study.trajectories import TrajectoryCallback
-from spectralbasis.training.fitting import PARTS, UpdatePenalty
 from tests.models import tiny
 
 

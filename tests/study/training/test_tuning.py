@@ -1,6 +1,9 @@
 """Tuning, as a user calls it."""
 
 import json
+import shlex
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -153,16 +156,33 @@ def test_tuning_json_holds_the_result(tmp_path, model, data):
     assert {"python", "torch", "transformers", "peft", "spectralbasis"} <= set(written["versions"])
 
 
-def test_the_card_names_task_and_score_and_its_code_loads_the_adapter(tmp_path):
+def test_the_card_names_task_and_score_and_its_code_loads_the_adapter(tmp_path, monkeypatch):
     base = save_image_model(tmp_path / "model", labels=10)
     result = tune(base, task=bright_side_task(), output=tmp_path / "a", leading=3, **SHORT)
     card = (tmp_path / "a" / "README.md").read_text()
     assert "bright side adapter (spectral, diagonal)" in card
     assert f"| accuracy on evaluation | {result.score:.4f} |" in card
     names: dict[str, Any] = {}
-    exec(card.split("```python")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "a")), names)
+    monkeypatch.chdir(tmp_path / "a")
+    exec(card.split("```python")[2].split("```")[0], names)
     stored = load_file(tmp_path / "a" / "adapter_model.safetensors")["base_model.model.classifier.weight"]
     assert torch.equal(names["model"].base_model.model.classifier.modules_to_save["default"].weight, stored)
+
+
+def test_the_cards_commands_run_as_printed(tmp_path, monkeypatch, model, data):
+    monkeypatch.chdir(tmp_path)
+    result = tune("model", task="sst2", data="data", output="a", leading=3, **SHORT)
+    card = (tmp_path / "a" / "README.md").read_text()
+    command = shlex.split(card.split("## Use")[1].split("```")[1])
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "--json"], cwd=tmp_path / "a", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["metrics"] == result.metrics
+    names: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path / "a")
+    exec(card.split("```python")[1].split("```")[0], names)
+    assert isinstance(names["model"], PeftModel)
 
 
 @pytest.mark.parametrize(("length", "steps"), [({"epochs": 2}, 16), ({"epochs": 0.5}, 4), ({}, 24), ({"steps": 5}, 5)])

@@ -1,32 +1,29 @@
-"""The experiments, one file each: a question, presets, a plan of runs, and an analysis of what they gave."""
+"""The experiments, one file each: a question, presets, a plan of runs, and an analysis of what they gave.
 
-from collections.abc import Mapping
-from importlib import import_module
-from typing import Any, Protocol, cast
+`EXPERIMENTS` has their records, in the order in which `all` runs them.
+"""
 
 from spectralbasis.errors import InputError
-from spectralbasis.study.claims import Findings
-from spectralbasis.study.runs import Results, Run
+from spectralbasis.study.claims import Experiment
+from spectralbasis.study.experiments import (
+    ablation,
+    diagnostics,
+    glue,
+    reuse,
+    scale,
+    scratch,
+    stability,
+    task_sharing,
+    task_similarity,
+)
 
-EXPERIMENTS = ("stability", "sharing", "scale", "scratch", "ablation", "glue", "similarity", "diagnostics", "reuse")
-"""Modules of this package, in the order in which `all` runs them."""
-_MODULES = {"sharing": "task_sharing", "similarity": "task_similarity"}
-"""Experiment → its module, where another module has that name."""
+_MODULES = (stability, task_sharing, scale, scratch, ablation, glue, task_similarity, diagnostics, reuse)
+EXPERIMENTS: dict[str, Experiment] = {module.EXPERIMENT.name: module.EXPERIMENT for module in _MODULES}
 
 
-class Experiment(Protocol):
-    """What the module of an experiment offers; `Settings` are its own dataclass."""
-
-    QUESTION: str
-    PRESETS: Mapping[str, Any]
-
-    @staticmethod
-    def plan(settings: Any, results: Results) -> list[Run]:
-        """The runs wanted, in order of preference, as far as what is known tells; needs need not be listed."""
-
-    @staticmethod
-    def analyse(settings: Any, results: Results) -> Findings:
-        """What the finished runs show."""
+def register_experiment(experiment: Experiment) -> None:
+    """Make an experiment known by its name, to `study`; a known name is replaced."""
+    EXPERIMENTS[experiment.name] = experiment
 
 
 def find_experiment(name: str) -> Experiment:
@@ -37,4 +34,4 @@ def find_experiment(name: str) -> Experiment:
     """
     if name not in EXPERIMENTS:
         raise InputError(f"unknown experiment {name!r}; the known ones are {', '.join(EXPERIMENTS)}, and all")
-    return cast(Experiment, import_module(f"{__name__}.{_MODULES.get(name, name)}"))
+    return EXPERIMENTS[name]

@@ -15,13 +15,13 @@ from spectralbasis.study.claims import (
     Claim,
     Contest,
     Contrast,
+    Experiment,
     Findings,
-    Needs,
     as_family,
     conclude,
     conclude_equality,
     conclude_family,
-    needs_nothing,
+    scatter_figure,
 )
 from spectralbasis.study.estimates import mean_interval, paired_comparison, rank_correlation_with_p
 from spectralbasis.study.runs import Results, Run
@@ -84,58 +84,45 @@ class Part:
 
     def _arm(self, cell: Cell, basis: str) -> Arm:
         settings = {**COEFFICIENTS, "coefficients": cell.mode, "leading": cell.k}
-        named = {"basis": basis} if basis in MADE else {}
-        return Arm(basis, {**settings, **named}, cell.learning_rates, self._needs(basis))
-
-    def _needs(self, basis: str) -> Needs:
         if basis in MADE:
-            return needs_nothing
-        return lambda subject, task: {"basis": self.basis(basis, task)}
+            return Arm(basis, {**settings, "basis": basis}, cell.learning_rates)
+        return Arm(basis, settings, cell.learning_rates, lambda subject, task: {"basis": self.basis(basis, task)})
 
     def basis(self, basis: str, task: str) -> Run:
         """The run that makes a basis for a task."""
         leading = max(cell.k for cell in self.cells)
         if basis in CURVATURE:
-            return self._curvature(basis, task, leading)
-        rest = [name for name in self.subject.tasks if name != task]
+            others = [*self.subject.tasks, *self.subject.tasks]
+            after = others[others.index(task) + 1 :][: len(self.subject.tasks) - 1]
+            tasks = dict(zip(CURVATURE, ([task], after[:1], after), strict=True))[basis]
+            settings = {"kind": "curvature", "tasks": tasks, "leading": leading, **self._at_pretrained_weights()}
+            return Run("basis", settings, 0, self.subject.needs())
         if basis == "scratch":
-            checkpoint = self._scratch(task)
+            # The subject's twin, from other random weights than those that pretraining began with.
+            model = self.subject.model
+            untrained = model.needs["model"].settings if isinstance(model, Run) else {"architecture": {"like": model}}
+            twin = replace(self.subject, model=Run("initialise", untrained, 1))
+            checkpoint = twin.tune(task, 0, method="full", learning_rate=SCRATCH_RATE)
         else:
-            checkpoint = self._tuned(rest[0], self.subject.learning_rates[-1])
+            rest = [name for name in self.subject.tasks if name != task]
+            rate = self.subject.learning_rates[-1]
+            checkpoint = self.subject.tune(rest[0], 0, method="full", learning_rate=rate)
         return Run("basis", {"kind": "checkpoint", "leading": leading}, 0, {"checkpoint": checkpoint})
 
-    def _curvature(self, basis: str, task: str, leading: int) -> Run:
-        others = [*self.subject.tasks, *self.subject.tasks]
-        after = others[others.index(task) + 1 :][: len(self.subject.tasks) - 1]
-        tasks = dict(zip(CURVATURE, ([task], after[:1], after), strict=True))[basis]
-        return Run(
-            "basis", {"kind": "curvature", "tasks": tasks, "leading": leading, **self._on()}, 0, self.subject.needs()
-        )
-
-    def _tuned(self, task: str, learning_rate: float) -> Run:
-        """Full finetuning to a task."""
-        return self.subject.tune(task, 0, method="full", learning_rate=learning_rate)
-
-    def _scratch(self, task: str) -> Run:
-        """The subject's twin, trained on the task from other random weights than those that pretraining began with."""
-        model = self.subject.model
-        architecture = model.needs["model"].settings if isinstance(model, Run) else {"architecture": {"like": model}}
-        untrained = Run("initialise", architecture, 1)
-        return replace(self.subject, model=untrained).tune(task, 0, method="full", learning_rate=SCRATCH_RATE)
-
-    def _on(self) -> dict[str, Any]:
-        """Settings of what is measured at the pretrained weights."""
+    def _at_pretrained_weights(self) -> dict[str, Any]:
+        """Settings of what is measured there."""
         kept = {name: self.subject.settings[name] for name in ("max_length", "bf16") if name in self.subject.settings}
-        named = {} if self.subject.needs() else {"model": self.subject.model}
-        return {**named, **kept, "head_steps": self.head_steps}
+        return {**self.subject.named(), **kept, "head_steps": self.head_steps}
 
     def coverage(self, task: str) -> Run:
         """The run that measures how much of the task's gradient each basis holds, and of what else."""
         bases = list(dict.fromkeys(basis for cell in self.cells for basis in cell.bases))
         files = {basis: self.basis(basis, task) for basis in bases if basis not in MADE}
         ks = sorted({cell.k for cell in self.cells})
-        settings = {"task": task, "bases": bases, "k": ks, "examples": self.held_out, **self._on()}
-        tuned = self._tuned(task, self.subject.learning_rates[len(self.subject.learning_rates) // 2])
+        settings = {"task": task, "bases": bases, "k": ks, "examples": self.held_out}
+        settings |= self._at_pretrained_weights()
+        rate = self.subject.learning_rates[len(self.subject.learning_rates) // 2]
+        tuned = self.subject.tune(task, 0, method="full", learning_rate=rate)
         return Run("gradient_coverage", settings, 0, {**self.subject.needs(), **files, "tuned": tuned})
 
 
@@ -350,11 +337,13 @@ def _by_basis(table: pd.DataFrame, value: str) -> pd.DataFrame:
 
 def sweep(scores: pd.DataFrame) -> go.Figure:
     """Mean score against the numbers trained in the backbone, a line for each subject, mode and basis."""
-    figure = go.Figure()
     modes = scores.assign(mode=scores["cell"].str.partition(" ")[0])
-    for (subject, mode, arm), rows in modes.groupby(["subject", "mode", "arm"], sort=False):
-        line = rows.groupby("backbone")["score"].mean()
-        figure.add_scatter(x=line.index, y=line, name=f"{subject}, {mode}, {arm}", mode="lines+markers")
-    return figure.update_layout(
-        xaxis={"type": "log", "title": "numbers trained in the backbone"}, yaxis={"title": "mean score"}
+    lines = (
+        (f"{subject}, {mode}, {arm}", rows.groupby("backbone")["score"].mean())
+        for (subject, mode, arm), rows in modes.groupby(["subject", "mode", "arm"], sort=False)
     )
+    traces = ({"x": line.index, "y": line, "name": name, "mode": "lines+markers"} for name, line in lines)
+    return scatter_figure(traces, "numbers trained in the backbone", "mean score", log="x")
+
+
+EXPERIMENT = Experiment("ablation", QUESTION, PRESETS, plan, analyse)

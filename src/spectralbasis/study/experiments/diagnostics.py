@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from spectralbasis.study.claims import Claim, Findings, as_family, conclude
+from spectralbasis.study.claims import Claim, Experiment, Findings, as_family, conclude, scatter_figure
 from spectralbasis.study.estimates import is_available, mean_interval, rank_correlation_with_p
 from spectralbasis.study.experiments import stability
 from spectralbasis.study.runs import Record, Results, Run
@@ -67,7 +67,7 @@ def plan(settings: Settings, results: Results) -> list[Run]:
 
 @dataclass(frozen=True)
 class _Look:
-    """At one finetuned model: what tells it apart, its finetuning, and what is measured of it."""
+    """What is measured of one finetuned model: its labels, its finetuning, and the two runs."""
 
     labels: dict[str, Any]
     tuned: Run
@@ -194,10 +194,17 @@ def _by_task(correlations: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def _figure(table: pd.DataFrame) -> go.Figure:
-    figure = go.Figure()
-    for model, rows in table.groupby("model", sort=False):
-        text = [f"{task}, layer {layer}" for task, layer in zip(rows["task"], rows["layer"], strict=True)]
-        change = rows["activation change (CKA)"]
-        figure.add_scatter(x=rows["rotation"], y=change, mode="markers", name=str(model), text=text)
-    figure.update_xaxes(type="log", title="rotation, 1 − overlap of the leading directions")
-    return figure.update_yaxes(type="log", title="1 − CKA of activations")
+    traces = (
+        {
+            "x": rows["rotation"],
+            "y": rows["activation change (CKA)"],
+            "name": str(model),
+            "text": [f"{task}, layer {layer}" for task, layer in zip(rows["task"], rows["layer"], strict=True)],
+        }
+        for model, rows in table.groupby("model", sort=False)
+    )
+    rotation = "rotation, 1 − overlap of the leading directions"
+    return scatter_figure(traces, rotation, "1 − CKA of activations", log="xy")
+
+
+EXPERIMENT = Experiment("diagnostics", QUESTION, PRESETS, plan, analyse)

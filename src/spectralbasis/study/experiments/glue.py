@@ -12,6 +12,7 @@ from spectralbasis.study.claims import (
     Arm,
     Contest,
     Contrast,
+    Experiment,
     Findings,
     compare_pairs,
     conclude_family,
@@ -269,7 +270,7 @@ def _costs(scores: pd.DataFrame) -> pd.DataFrame:
     """Means over runs; their precision too, as a processor without bf16 trains in float32, at another speed."""
     groups = scores.groupby(["subject", "arm"], sort=False)
     means = groups[["backbone", "head", "model", "seconds_per_step"]].mean()
-    precision = groups["precision"].agg(lambda found: ", ".join(sorted({*found} - {""})))
+    precision = groups["precision"].agg(lambda found: ", ".join(sorted({*found})))
     means = means.assign(precision=precision, adapter_bytes=groups["adapter_bytes"].mean()).reset_index()
     for part in ("backbone", "head"):
         means[f"share_{part}"] = means[part] / means["model"]
@@ -292,3 +293,6 @@ def frontier(scores: pd.DataFrame) -> go.Figure:
         yaxis={"title": "mean score over tasks"},
         height=560,
     )
+
+
+EXPERIMENT = Experiment("glue", QUESTION, PRESETS, plan, analyse)

@@ -7,8 +7,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from spectralbasis.comparison.statistics import Interval
-from spectralbasis.study.claims import COEFFICIENTS, Claim, Findings, as_family, conclude
+from spectralbasis.study.claims import COEFFICIENTS, Claim, Experiment, Findings, as_family, conclude, scatter_figure
 from spectralbasis.study.estimates import paired_comparison
 from spectralbasis.study.runs import Results, Run
 from spectralbasis.study.subjects import ROBERTA, SMALL_VIT, TINY_VIT, VIT_B16, Subject
@@ -68,7 +67,7 @@ def plan(settings: Settings, results: Results) -> list[Run]:
 
 
 def _chains(settings: Settings) -> Iterator[tuple[dict[str, Any], tuple[Run, Run, Run]]]:
-    """What tells a chain apart, and its three runs."""
+    """The labels of a chain, and its three runs."""
     for seed in settings.seeds:
         for subject in settings.subjects:
             for first, second in ((a, b) for a in subject.tasks for b in subject.tasks if a != b):
@@ -79,18 +78,16 @@ def _chains(settings: Settings) -> Iterator[tuple[dict[str, Any], tuple[Run, Run
 
 def _chain(settings: Settings, subject: Subject, first: str, second: str, seed: int, way: str) -> tuple[Run, Run, Run]:
     rate = subject.learning_rates[settings.rate]
-    penalty = {} if way == FREE else {"penalty": _penalty(settings, way)}
+    penalty: dict[str, Any] = {}
+    if way != FREE:
+        strength = settings.strengths[list(PENALTIES).index(way)]
+        penalty = {"penalty": {"part": PENALTIES[way], "strength": strength, "leading": settings.leading}}
     last = subject.settings["steps"]
     measure = {"steps": [last], "leading": settings.leading, "draws": 0}
     tuned = subject.tune(first, seed, method="full", learning_rate=rate, measure=measure, **penalty)
     adapter = replace(subject, model=tuned).tune(second, seed, **settings.adapter)
     wanted = {"task": first, "second_task": second, "max_length": subject.settings.get("max_length", 64)}
     return tuned, adapter, Run("retention", wanted, 0, {"model": tuned, "adapter": adapter})
-
-
-def _penalty(settings: Settings, way: str) -> dict[str, Any]:
-    strength = settings.strengths[list(PENALTIES).index(way)]
-    return {"part": PENALTIES[way], "strength": strength, "leading": settings.leading}
 
 
 def analyse(settings: Settings, results: Results) -> Findings:
@@ -105,7 +102,7 @@ def analyse(settings: Settings, results: Results) -> Findings:
     groups = table.groupby(["model", "way"], sort=False)
     pairs = table.groupby(["model", "first", "second", "way"], sort=False)
     return Findings(
-        _claims(table),
+        as_family(_claim(table, contrast) for contrast in CONTRASTS),
         {
             "Ways of the first finetuning": groups[numbers].mean().assign(runs=groups.size()).reset_index(),
             "Pairs of tasks": pairs[numbers].mean().reset_index(),
@@ -116,7 +113,7 @@ def analyse(settings: Settings, results: Results) -> Findings:
 
 
 def _facts(results: Results, tuned: Run, adapter: Run, kept: Run) -> dict[str, float]:
-    """Scores on all held-out examples, as nothing is chosen here; how large the first update was, and where it lay."""
+    """Scores on all held-out examples, as nothing is chosen here; the size of the first update, and its core share."""
     first, second, left = (found for run in (tuned, adapter, kept) if (found := results.get(run)))
     measured = first.measurements.groupby("metric")["value"].mean()
     before, after = left.result["before"], left.result["after"]
@@ -156,38 +153,33 @@ CONTRASTS = (
 )  # fmt: skip
 
 
-def _claims(table: pd.DataFrame) -> list[Claim]:
-    return as_family(_claim(table, contrast) for contrast in CONTRASTS)
-
-
 def _claim(table: pd.DataFrame, contrast: _Contrast) -> Claim:
-    interval, pairs = _difference(table, contrast)
-    return conclude(
-        f"{contrast.way}, against {contrast.other}: {contrast.column}",
-        contrast.text,
-        interval,
-        unit="score",
-        would_change="More pairs of tasks, or another strength of the penalty.",
-        runs=2 * pairs,
-    )
-
-
-def _difference(table: pd.DataFrame, contrast: _Contrast) -> tuple[Interval, int]:
-    """Pairs of tasks are the units; also the number of pairs of chains."""
+    """Pairs of tasks are the units of a comparison."""
     wide = table.pivot(index=ARM, columns="way", values=contrast.column)
     both = wide.reindex(columns=[contrast.way, contrast.other]).dropna().astype(float)
     units = ["/".join(map(str, key[:3])) for key in both.index]
     better, other = (contrast.sign * both[way] for way in (contrast.way, contrast.other))
-    return paired_comparison(better, other, units), len(both)
+    return conclude(
+        f"{contrast.way}, against {contrast.other}: {contrast.column}",
+        contrast.text,
+        paired_comparison(better, other, units),
+        unit="score",
+        would_change="More pairs of tasks, or another strength of the penalty.",
+        runs=2 * len(both),
+    )
 
 
 def _figure(table: pd.DataFrame) -> go.Figure:
-    figure = go.Figure()
-    for way, rows in table.groupby("way", sort=False):
-        text = [f"{first} → {second}" for first, second in zip(rows["first"], rows["second"], strict=True)]
-        figure.add_scatter(x=rows["forgotten"], y=rows[SECOND], mode="markers", name=str(way), text=text)
-    figure.update_xaxes(title="score of the first task that is lost")
-    return figure.update_yaxes(title="score of the second task")
+    traces = (
+        {
+            "x": rows["forgotten"],
+            "y": rows[SECOND],
+            "name": str(way),
+            "text": [f"{first} → {second}" for first, second in zip(rows["first"], rows["second"], strict=True)],
+        }
+        for way, rows in table.groupby("way", sort=False)
+    )
+    return scatter_figure(traces, "score of the first task that is lost", "score of the second task")
 
 
 def _note(settings: Settings) -> str:
@@ -198,3 +190,6 @@ def _note(settings: Settings) -> str:
         "of the model that the first left. Intervals: Student's t over ordered pairs of tasks, whose seeds were "
         "averaged; p-values are Holm's over all claims."
     )
+
+
+EXPERIMENT = Experiment("reuse", QUESTION, PRESETS, plan, analyse)

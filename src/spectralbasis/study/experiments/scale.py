@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from spectralbasis.comparison.statistics import Interval
-from spectralbasis.study.claims import Claim, Findings, as_family, conclude
+from spectralbasis.study.claims import Claim, Experiment, Findings, as_family, conclude, scatter_figure
 from spectralbasis.study.estimates import jonckheere, slope_with_interval
 from spectralbasis.study.runs import Results, Run
 from spectralbasis.study.subjects import (
@@ -107,19 +107,11 @@ def _claims(settings: Settings, views: Mapping[str, pd.DataFrame]) -> list[Claim
 
     def family(asked: list[tuple[str, str]]) -> list[Claim]:
         return as_family(
-            _claim(lineage, task, move, view, value, _part(views.get(view), lineage, task))
-            for lineage, task, move in moves
-            for view, value in asked
+            _claim(lineage, task, move, view, value, views) for lineage, task, move in moves for view, value in asked
         )
 
     stable = [(view, value) for view in ("at equal steps", "at equal ‖ΔW‖") for value in (STABILITY, EXCESS)]
     return [*family(stable), *family([("at equal steps", NORM)])]
-
-
-def _part(view: pd.DataFrame | None, lineage: str, task: str) -> pd.DataFrame:
-    if view is None:
-        return pd.DataFrame(columns=[*RUN, STABILITY, EXCESS, NORM])
-    return view[(view["lineage"] == lineage) & (view["task"] == task)]
 
 
 TEXTS = {
@@ -129,7 +121,9 @@ TEXTS = {
 }
 
 
-def _claim(lineage: str, task: str, move: str, view: str, value: str, rows: pd.DataFrame) -> Claim:
+def _claim(lineage: str, task: str, move: str, view: str, value: str, views: Mapping[str, pd.DataFrame]) -> Claim:
+    rows = views.get(view, pd.DataFrame(columns=[*RUN, STABILITY, EXCESS, NORM]))
+    rows = rows[(rows["lineage"] == lineage) & (rows["task"] == task)]
     name, does = TEXTS[value]
     return conclude(
         f"{lineage} to {task}, {view}: {name}",
@@ -160,16 +154,8 @@ def _trends(views: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def _trend(rows: pd.DataFrame, value: str) -> pd.Series:
     slope = _slope(rows, value)
     trend = jonckheere([group[value] for _, group in rows.groupby("examples")])
-    return pd.Series(
-        {
-            "slope": slope.estimate,
-            "low": slope.low,
-            "high": slope.high,
-            "p": slope.p_value,
-            "Jonckheere p": trend.p_value,
-            "runs": int(rows[value].count()),
-        }
-    )
+    found = {"slope": slope.estimate, "low": slope.low, "high": slope.high, "p": slope.p_value}
+    return pd.Series({**found, "Jonckheere p": trend.p_value, "runs": int(rows[value].count())})
 
 
 def _means(view: pd.DataFrame, more: Sequence[str]) -> pd.DataFrame:
@@ -200,13 +186,15 @@ def _figures(views: Mapping[str, pd.DataFrame]) -> dict[str, go.Figure]:
 
 
 def _figure(view: pd.DataFrame, value: str) -> go.Figure:
-    figure = go.Figure()
-    for (lineage, task, _), rows in view.groupby(ARM, sort=False):
-        mean = rows.groupby("examples")[value].mean()
-        marker = {"size": 6}
-        figure.add_scatter(x=mean.index, y=mean, mode="lines+markers", name=f"{lineage} to {task}", marker=marker)
-    figure.update_xaxes(type="log", title="pretraining examples")
-    return figure.update_yaxes(title=value)
+    means = (
+        (f"{lineage} to {task}", rows.groupby("examples")[value].mean())
+        for (lineage, task, _), rows in view.groupby(ARM, sort=False)
+    )
+    traces = (
+        {"x": mean.index, "y": mean, "mode": "lines+markers", "name": name, "marker": {"size": 6}}
+        for name, mean in means
+    )
+    return scatter_figure(traces, "pretraining examples", value, log="x")
 
 
 def _note(settings: Settings) -> str:
@@ -216,3 +204,6 @@ def _note(settings: Settings) -> str:
         "on a task, interpolated along the measured steps. Intervals: a bootstrap over seeds, each with its own level; "
         "p-values are not adjusted for the number of claims."
     )
+
+
+EXPERIMENT = Experiment("scale", QUESTION, PRESETS, plan, analyse)

@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from spectralbasis.comparison.statistics import Interval
-from spectralbasis.study.claims import Claim, Findings, as_family, conclude
+from spectralbasis.study.claims import Claim, Experiment, Findings, as_family, conclude, scatter_figure
 from spectralbasis.study.estimates import paired_comparison
 from spectralbasis.study.experiments import scale
 from spectralbasis.study.runs import Results, Run
@@ -200,12 +200,11 @@ def _means(last: pd.DataFrame) -> pd.DataFrame:
 
 
 def _figure(steps: pd.DataFrame) -> go.Figure:
-    figure = go.Figure()
-    for (lineage, start), rows in steps.groupby(["lineage", "start"], sort=False):
-        marker = {"size": 6}
-        figure.add_scatter(x=rows[NORM], y=rows[EXCESS], mode="markers", name=f"{lineage}, {start}", marker=marker)
-    figure.update_xaxes(type="log", title="‖ΔW‖ / ‖W0‖")
-    return figure.update_yaxes(title=UNITS[EXCESS])
+    traces = (
+        {"x": rows[NORM], "y": rows[EXCESS], "name": f"{lineage}, {start}", "marker": {"size": 6}}
+        for (lineage, start), rows in steps.groupby(["lineage", "start"], sort=False)
+    )
+    return scatter_figure(traces, "‖ΔW‖ / ‖W0‖", UNITS[EXCESS], log="x")
 
 
 NOTE = (
@@ -214,3 +213,6 @@ NOTE = (
     "is the smaller of the two mean ‖ΔW‖/‖W0‖ of a pair, interpolated along the measured steps. Intervals: Student's t "
     "over tasks, whose seeds were averaged first."
 )
+
+
+EXPERIMENT = Experiment("scratch", QUESTION, PRESETS, plan, analyse)

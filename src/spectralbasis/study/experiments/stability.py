@@ -2,16 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from spectralbasis.comparison.statistics import Interval
-from spectralbasis.study.claims import Claim, Findings, as_family, conclude
+from spectralbasis.study.claims import Claim, Experiment, Findings, as_family, conclude, scatter_figure
 from spectralbasis.study.estimates import mean_interval, slope_with_interval
 from spectralbasis.study.runs import Results, Run
-from spectralbasis.study.subjects import LARGE, LIMU_BERT, MINILM, SMALL_BERT, SMALL_VIT, TINY_VIT, Subject
+from spectralbasis.study.subjects import LARGE, LIMU_BERT, MINILM, SMALL_BERT, SMALL_VIT, TINY_VIT, LabelledRun, Subject
 from spectralbasis.study.trajectories import summarise_steps
 
 QUESTION = (
@@ -52,26 +51,18 @@ RUN = ["model", "task", "learning_rate", "seed"]
 HELD = "halvings of the null's rotation"
 
 
-@dataclass(frozen=True)
-class _Arm:
-    """A run, and what tells it apart in tables."""
-
-    run: Run
-    labels: dict[str, Any]
-
-
 def plan(settings: Settings, results: Results) -> list[Run]:
     """Full finetuning of every model on every task, at every learning rate, with every seed."""
     return [arm.run for arm in _arms(settings)]
 
 
-def _arms(settings: Settings) -> Iterator[_Arm]:
+def _arms(settings: Settings) -> Iterator[LabelledRun]:
     for seed in settings.seeds:
         for subject in settings.subjects:
             for task in subject.tasks:
                 for rate in subject.learning_rates:
                     run = finetuning(settings, subject, task, rate, seed)
-                    yield _Arm(run, dict(zip(RUN, (subject.name, task, rate, seed), strict=True)))
+                    yield LabelledRun(run, dict(zip(RUN, (subject.name, task, rate, seed), strict=True)))
 
 
 def finetuning(settings: Settings, subject: Subject, task: str, learning_rate: float, seed: int) -> Run:
@@ -120,7 +111,7 @@ def _means(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 
 def _claims(steps: pd.DataFrame, runs: int) -> list[Claim]:
-    """Each task of each model is one witness; runs of other seeds and learning rates are not independent of it."""
+    """Each task of each model is one unit; runs of other seeds and learning rates are not independent of it."""
 
     def effect(values: pd.Series, at: pd.DataFrame) -> Interval:
         return mean_interval(values, at["model"] + " / " + at["task"])
@@ -193,20 +184,23 @@ def _note(settings: Settings, runs: int, steps: pd.DataFrame) -> str:
 
 
 def _held_figure(steps: pd.DataFrame) -> go.Figure:
-    figure = go.Figure()
-    for model, rows in steps.groupby("model", sort=False):
-        for name, column, symbol in (("leading", "held", "circle"), ("trailing", "trailing_held", "x")):
-            marker = {"symbol": symbol, "size": 6}
-            figure.add_scatter(x=rows["norm"], y=rows[column], mode="markers", name=f"{model}, {name}", marker=marker)
-    figure.update_xaxes(type="log", title="‖ΔW‖ / ‖W0‖")
-    return figure.update_yaxes(title=HELD)
+    traces = (
+        {
+            "x": rows["norm"], "y": rows[column], "name": f"{model}, {name}", "marker": {"symbol": symbol, "size": 6},
+        }
+        for model, rows in steps.groupby("model", sort=False)
+        for name, column, symbol in (("leading", "held", "circle"), ("trailing", "trailing_held", "x"))
+    )  # fmt: skip
+    return scatter_figure(traces, "‖ΔW‖ / ‖W0‖", HELD, log="x")
 
 
 def _gain_figure(steps: pd.DataFrame) -> go.Figure:
-    figure = go.Figure()
-    for model, rows in steps.groupby("model", sort=False):
-        for name in ("core", "diagonal"):
-            times = 2.0 ** rows[f"{name}_gain"]
-            figure.add_scatter(x=rows["norm"], y=times, mode="markers", name=f"{model}, {name}", marker={"size": 6})
-    figure.update_xaxes(type="log", title="‖ΔW‖ / ‖W0‖")
-    return figure.update_yaxes(type="log", title="coverage over that of chance")
+    traces = (
+        {"x": rows["norm"], "y": 2.0 ** rows[f"{name}_gain"], "name": f"{model}, {name}", "marker": {"size": 6}}
+        for model, rows in steps.groupby("model", sort=False)
+        for name in ("core", "diagonal")
+    )
+    return scatter_figure(traces, "‖ΔW‖ / ‖W0‖", "coverage over that of chance", log="xy")
+
+
+EXPERIMENT = Experiment("stability", QUESTION, PRESETS, plan, analyse)

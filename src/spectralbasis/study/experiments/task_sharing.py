@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from spectralbasis.comparison.statistics import Interval, pair_interval
-from spectralbasis.study.claims import Claim, Findings, as_family, conclude
+from spectralbasis.study.claims import Claim, Experiment, Findings, as_family, conclude, scatter_figure
 from spectralbasis.study.estimates import mean_interval
 from spectralbasis.study.experiments import stability
 from spectralbasis.study.runs import Record, Results, Run
@@ -54,7 +54,7 @@ def unrelated(a: str, b: str) -> bool:
 
 @dataclass(frozen=True)
 class Settings:
-    """Which finetuned models are held against each other.
+    """Which finetuned models are compared with each other.
 
     Args:
         finetuning: the runs of `stability` that are taken over.
@@ -209,20 +209,28 @@ def _relations(subjects: tuple[Subject, ...]) -> pd.DataFrame:
 
 
 def _figure(pairs: pd.DataFrame) -> go.Figure:
-    figure = go.Figure()
     kinds = np.where(
         pairs["task_a"] == pairs["task_b"], "one task", np.where(pairs["unrelated"], "unrelated", "related")
     )
-    for (model, kind), rows in pairs.groupby([pairs["model"], kinds], sort=False):
-        distances = ((1 - rows[column]).clip(lower=NOISE) for column in ("null_mean", "value"))
-        figure.add_scatter(**dict(zip("xy", distances, strict=True)), mode="markers", name=f"{model}, {kind}")
-    figure.update_xaxes(type="log", title="1 − overlap of independent scrambled updates")
-    return figure.update_yaxes(type="log", title="1 − overlap of the finetuned models")
+    traces = (
+        {
+            "x": (1 - rows["null_mean"]).clip(lower=NOISE),
+            "y": (1 - rows["value"]).clip(lower=NOISE),
+            "name": f"{model}, {kind}",
+        }
+        for (model, kind), rows in pairs.groupby([pairs["model"], kinds], sort=False)
+    )
+    return scatter_figure(
+        traces, "1 − overlap of independent scrambled updates", "1 − overlap of the finetuned models", log="xy"
+    )
 
 
 def _note(settings: Settings) -> str:
     return (
         f"Of each two finetuned models, the subspaces of the first {settings.finetuning.leading} singular directions "
-        f"are held against {settings.draws} pairs of independent scrambled updates, matrix by matrix, left and right. "
+        f"are compared with {settings.draws} pairs of independent scrambled updates, matrix by matrix, left and right. "
         "Distances are 1 − overlap. Intervals: a jackknife over tasks, whose seeds and learning rates were averaged."
     )
+
+
+EXPERIMENT = Experiment("sharing", QUESTION, PRESETS, plan, analyse)

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from spectralbasis.comparison.statistics import Interval
-from spectralbasis.study.claims import COEFFICIENTS, Claim, Findings, as_family, conclude
+from spectralbasis.study.claims import COEFFICIENTS, Claim, Experiment, Findings, as_family, conclude, scatter_figure
 from spectralbasis.study.estimates import jackknife_interval, mantel_correlation
 from spectralbasis.study.experiments import task_sharing
 from spectralbasis.study.runs import Results, Run
@@ -205,12 +205,9 @@ def _table(subject: Subject, gains: Floats, likeness: Mapping[str, Floats]) -> p
 
 
 def _figure(table: pd.DataFrame) -> go.Figure:
-    figure = go.Figure()
-    text = table["start"] + " → " + table["task"]
-    for name in PREDICTORS:
-        figure.add_scatter(x=table[name], y=table["gain less the task's mean"], mode="markers", name=name, text=text)
-    figure.update_xaxes(title="likeness")
-    return figure.update_yaxes(title="gain of score, less the task's mean")
+    text, gain = table["start"] + " → " + table["task"], table["gain less the task's mean"]
+    traces = ({"x": table[name], "y": gain, "name": name, "text": text} for name in PREDICTORS)
+    return scatter_figure(traces, "likeness", "gain of score, less the task's mean")
 
 
 def _note(settings: Settings) -> str:
@@ -220,3 +217,6 @@ def _note(settings: Settings) -> str:
         "averaged over seeds; of each task the mean gain is taken off. p-values permute tasks, as pairs with a task in "
         "common are not independent (Mantel); intervals: a jackknife over tasks."
     )
+
+
+EXPERIMENT = Experiment("similarity", QUESTION, PRESETS, plan, analyse)

@@ -2,8 +2,6 @@
 
 These libraries follow what a folder says: to files elsewhere, to code of the hub, to sizes that no machine has. A
 folder that passes here says nothing of the kind, so its own files and its own numbers are all that is read.
-
-How a model wants its inputs: its tokenizer, or its image size and normalisation, read from where the model is.
 """
 
 import math
@@ -16,15 +14,7 @@ from typing import Any
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
-from torch import nn
-from transformers import (
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
-from transformers.image_processing_base import ImageProcessingMixin
+from transformers import PretrainedConfig, PreTrainedModel
 
 from spectralbasis.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_TENSORS
 from spectralbasis.checkpoints.matrices import is_expert_stack
@@ -35,9 +25,7 @@ from spectralbasis.errors import InputError, SpectralBasisError
 from spectralbasis.printable import shortened
 from spectralbasis.records import names_only, read_record
 from spectralbasis.sizes import available_memory
-from spectralbasis.training.collators import Collator, ImageCollator, MaskingCollator, SignalCollator, TextCollator
-from spectralbasis.training.messages import described
-from spectralbasis.training.tasks import Task, batches
+from spectralbasis.training.data_files import first_line
 from spectralbasis.tuner.config import SpectralConfig
 
 CONFIG = "config.json"
@@ -56,6 +44,12 @@ _TEMPLATES = "additional_chat_templates"
 _SIZES = ("r", "encoder_hidden_size", "init_r", "target_r", "num_virtual_tokens", "n_frequency", "rank_pattern")
 _MEGATRON = "megatron.core"
 _STARTS = frozenset(f"pissa_niter_{number}" for number in range(65))
+
+
+def described(error: BaseException) -> str:
+    """The first line of an error's text, after its class where the text alone says little, as of a KeyError."""
+    plain = isinstance(error, OSError | ValueError | RuntimeError)
+    return shortened(first_line(error) if plain else f"{type(error).__name__}: {first_line(error)}")
 
 
 @contextmanager
@@ -90,7 +84,11 @@ def check_model_folder(folder: Path) -> None:
             "base model first and the adapter after it"
         )
     for index in (path for path in folder.iterdir() if is_index(path.name)):
-        _check_index(folder, index)
+        located = read_record(index, dict[str, Any]).get("weight_map")
+        if not isinstance(located, dict) or not all(isinstance(name, str) for name in located.values()):
+            raise InputError(f"{index} names no files under weight_map; restore it from the original")
+        for name in set(located.values()):
+            inside(folder, name, index)
     _check_config(folder, config)
     for name in ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"):
         if (folder / name).exists():
@@ -103,14 +101,6 @@ def _check_links(folder: Path) -> None:
     for path in (*folder.iterdir(), *beside):
         if not path.is_dir() or (path == templates and path.is_symlink()):
             inside(folder, str(path.relative_to(folder)))
-
-
-def _check_index(folder: Path, index: Path) -> None:
-    located = read_record(index, dict[str, Any]).get("weight_map")
-    if not isinstance(located, dict) or not all(isinstance(name, str) for name in located.values()):
-        raise InputError(f"{index} names no files under weight_map; restore it from the original")
-    for name in set(located.values()):
-        inside(folder, name, index)
 
 
 def _check_files_named(folder: Path, name: str) -> None:
@@ -149,8 +139,10 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
     for key, value in _entries(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{file} has {key}={value}, expected a finite number; restore it from the original")
+        names = list(value.values()) if isinstance(value, dict) else [value]
         if key.endswith("_implementation") or "_implementation_" in key:
-            _check_implementation(file, key, value)
+            for name in names:
+                _check_implementation(file, key, name)
         elif key in ("quantization_config", "compression_config") and value:
             raise InputError(f"{file} describes a quantized model; give the checkpoint that it was quantized from")
         elif key in _ELSEWHERE and value:
@@ -159,7 +151,14 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
                 "remove it, and keep all weights in the folder"
             )
         elif key in ("dtype", "torch_dtype"):
-            _check_dtype(file, key, value)
+            for name in names:
+                found = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else None
+                known = isinstance(found, torch.dtype) and found.is_floating_point
+                if name is not None and name != "auto" and not known:
+                    raise InputError(
+                        f"{file} has {key}={shortened(repr(name), 80)}, expected a floating type such as 'float32'; "
+                        "correct it"
+                    )
 
 
 def _entries(content: Any) -> Iterator[tuple[str, Any]]:
@@ -173,27 +172,14 @@ def _entries(content: Any) -> Iterator[tuple[str, Any]]:
             yield from _entries(value)
 
 
-def _check_implementation(file: Path, key: str, value: Any) -> None:
-    for name in value.values() if isinstance(value, dict) else [value]:
-        if name is not None and name not in _IMPLEMENTATIONS:
-            raise InputError(
-                f"{file} has {key}={shortened(repr(name), 80)}, which would be code of a hub repository and is never "
-                f"run; remove it, or choose from {', '.join(sorted(_IMPLEMENTATIONS))}"
-            )
-        if name in _PACKAGES and find_spec(_PACKAGES[name]) is None:
-            raise InputError(
-                f"{file} has {key}={name!r}, whose package {_PACKAGES[name]} is not installed; remove {key}"
-            )
-
-
-def _check_dtype(file: Path, key: str, value: Any) -> None:
-    for name in value.values() if isinstance(value, dict) else [value]:
-        found = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else None
-        known = isinstance(found, torch.dtype) and found.is_floating_point
-        if name is not None and name != "auto" and not known:
-            raise InputError(
-                f"{file} has {key}={shortened(repr(name), 80)}, expected a floating type such as 'float32'; correct it"
-            )
+def _check_implementation(file: Path, key: str, name: Any) -> None:
+    if name is not None and name not in _IMPLEMENTATIONS:
+        raise InputError(
+            f"{file} has {key}={shortened(repr(name), 80)}, which would be code of a hub repository and is never "
+            f"run; remove it, or choose from {', '.join(sorted(_IMPLEMENTATIONS))}"
+        )
+    if name in _PACKAGES and find_spec(_PACKAGES[name]) is None:
+        raise InputError(f"{file} has {key}={name!r}, whose package {_PACKAGES[name]} is not installed; remove {key}")
 
 
 def check_size(folder: Path, config: PretrainedConfig, build: Callable[[PretrainedConfig], PreTrainedModel]) -> None:
@@ -250,13 +236,13 @@ def adapter_config(folder: Path, model: PreTrainedModel) -> PeftConfig:
         config: PeftConfig = PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(str(folder))
         if not isinstance(config, SpectralConfig):  # whose patterns this package matches itself
             if isinstance(getattr(config, "target_modules", None), str):
-                _check_layers(file, model)
+                _check_no_stacks(file, model)
             names_only(config, [name for name, _ in model.named_modules() if name])
     return config
 
 
-def _check_layers(file: Path, model: PreTrainedModel) -> None:
-    """Refuse an expression for a model that has experts in stacks: it may mean layers that were made into these."""
+def _check_no_stacks(file: Path, model: PreTrainedModel) -> None:
+    """Refuse an expression for a model that has stacks of experts: it may mean layers that the stacks were made of."""
     stack = next((name for name, part in model.named_parameters() if is_expert_stack(name, tuple(part.shape))), None)
     if stack is not None:
         raise InputError(
@@ -293,157 +279,3 @@ def _check_sizes(file: Path, folder: Path, content: Mapping[str, Any]) -> None:
                     f"{file} has {key}={size}, and the largest tensor of the adapter has {largest} rows or columns; "
                     "its two files are not of one adapter, so save it again"
                 )
-
-
-@torch.no_grad()
-def try_out(model: nn.Module, task: Task, collator: Collator, place: str | Path) -> None:
-    """Run a model on one example, so that what does not fit it shows before any work.
-
-    Raises:
-        InputError: the model cannot read it: a tokenizer of another model, an adapter of another kind of model.
-    """
-    if not len(task.train) or isinstance(collator, MaskingCollator):  # which draws what it masks
-        return
-    was_training = model.training
-    with reading(place, "model or its tokenizer"):
-        batch = collator(next(batches(task.train, 1)))
-        batch.pop("labels", None)
-        model.eval()(**batch)
-    model.train(was_training)
-
-
-_LARGEST_SIDE = 1 << 14
-_MOST_CHANNELS = 4096
-
-
-def load_collator(folder: Path, config: PretrainedConfig, task: Task, max_length: int) -> Collator:
-    """What turns the task's rows into inputs of the model in `folder`; sets the config's padding token.
-
-    Raises:
-        InputError: the tokenizer cannot be read, or `max_length` is more than the model can read.
-    """
-    if task.modality == "image":
-        return image_collator(folder, config)
-    if task.modality == "signal":
-        return SignalCollator()
-    return _text_collator(folder, config, task, max_length)
-
-
-def _text_collator(
-    folder: Path, config: PretrainedConfig, task: Task, max_length: int
-) -> TextCollator | MaskingCollator:
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        raise InputError(f"the tokenizer in {folder} has neither a pad_token nor an eos_token; set one of them there")
-    config.pad_token_id = tokenizer.pad_token_id
-    if type(tokenizer) is PreTrainedTokenizerFast and getattr(config, "type_vocab_size", 0) > 1:
-        # A tokenizer of no model's own class gives types to every model in transformers 4, and to none in 5.
-        names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
-        tokenizer.model_input_names = [*names, "token_type_ids"]
-    longest = _longest(folder, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
-    if not 1 <= max_length <= longest:
-        raise InputError(
-            f"max_length={max_length} for {folder}, which reads up to {longest} tokens; {_advice(longest)}"
-        )
-    if task.kind == "masked_language":
-        return MaskingCollator(tokenizer, max_length)
-    dtype = torch.float32 if task.kind == "regression" else torch.long
-    vocabulary = getattr(config, "vocab_size", None)
-    return TextCollator(tokenizer, task.inputs, max_length, dtype, vocabulary if isinstance(vocabulary, int) else None)
-
-
-def _longest(folder: Path, of_tokenizer: Any, of_model: Any) -> int:
-    """How many tokens a model reads at most, by its tokenizer and its positions; -1 and None stand for no limit."""
-    for limit in (of_tokenizer, of_model):
-        if isinstance(limit, bool) or not isinstance(limit, int | float | None):
-            raise InputError(
-                f"the texts that {folder} reads have at most {limit!r} tokens, expected a number; correct it"
-            )
-    limits = (of_tokenizer, None if of_model == -1 else of_model)
-    return int(min(limit for limit in (*limits, 1e30) if limit is not None))
-
-
-def _advice(longest: int) -> str:
-    return f"pass 1 to {longest}" if longest >= 1 else "correct model_max_length in its tokenizer_config.json"
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model's folder.
-
-    Raises:
-        InputError: there is none, or it cannot be read.
-    """
-    with reading(folder, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        # What transformers 5 makes of a folder without one: every word would be unknown.
-        raise InputError(f"the tokenizer in {folder} cannot be read: it has no words; save the tokenizer there too")
-    return tokenizer
-
-
-def image_collator(folder: Path, config: PretrainedConfig) -> ImageCollator:
-    """What fits images to a model: its image size and channels, and mean and deviation of its training, else 0.5.
-
-    Raises:
-        InputError: a size is no size, or mean and deviation are no numbers by which pixels can be normalised.
-    """
-    try:
-        with reading(folder, "image processor"):
-            settings, _ = ImageProcessingMixin.get_image_processor_dict(folder)
-            if not isinstance(settings, dict):
-                raise InputError(f"the image settings in {folder} are a {type(settings).__name__}, expected an object")
-    except InputError as error:
-        if not isinstance(error.__cause__, OSError):
-            raise
-        settings = {}
-    reads = getattr(config, "vision_config", config)  # models of texts and images describe each part apart
-    size = getattr(reads, "image_size", None) or settings.get("crop_size") or settings.get("size")
-    channels = getattr(reads, "num_channels", 3)
-    if not (isinstance(channels, int) and 1 <= channels <= _MOST_CHANNELS):
-        raise InputError(
-            f"the images that {folder} reads have num_channels={channels!r}, expected a number; correct it"
-        )
-    return ImageCollator(
-        size=_size_of(size, folder),
-        channels=channels,
-        mean=_per_channel(settings.get("image_mean", (0.5,)), channels, "image_mean", folder),
-        std=_per_channel(settings.get("image_std", (0.5,)), channels, "image_std", folder),
-    )
-
-
-def _per_channel(found: Any, channels: int, name: str, folder: Path) -> tuple[float, ...]:
-    """One finite number, or one for each channel; deviations are positive."""
-    numbers = [found] if isinstance(found, int | float) else found
-    valid = isinstance(numbers, list | tuple) and all(
-        isinstance(number, int | float) and math.isfinite(number) and (number > 0 or name == "image_mean")
-        for number in numbers
-    )
-    if valid and len(numbers) not in {1, channels} and len(set(numbers)) == 1:
-        numbers = numbers[:1]  # written for coloured images, and the same for grey ones
-    if not valid or len(numbers) not in {1, channels}:
-        raise InputError(
-            f"the image settings in {folder} have {name}={shortened(repr(found), 80)}, expected "
-            f"{'numbers' if name == 'image_mean' else 'positive numbers'}, one or one for each channel; correct them"
-        )
-    return tuple(float(number) for number in numbers)
-
-
-def _size_of(found: Any, folder: Path) -> tuple[int, int] | None:
-    """(height, width) from a number, a pair, or what an image processor writes; None where it is not told."""
-    told = found
-    if isinstance(found, Mapping):
-        side = found.get("shortest_edge")
-        found = (found.get("height", side), found.get("width", side))
-    if isinstance(found, int):
-        found = (found, found)
-    if not found or (isinstance(found, list | tuple) and None in found):
-        return None
-    valid = isinstance(found, list | tuple) and len(found) == 2
-    if not valid or not all(isinstance(side, int) and 1 <= side <= _LARGEST_SIDE for side in found):
-        raise InputError(
-            f"the images that {folder} reads are of size {shortened(repr(told), 80)}, expected a height and a width of "
-            f"1 to {_LARGEST_SIDE}; correct image_size or size"
-        )
-    return found[0], found[1]

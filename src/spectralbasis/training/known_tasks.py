@@ -1,0 +1,108 @@
+"""The tasks that have a name: one `TaskRecord` each, from which help, errors and the places of data sets come."""
+
+from pathlib import Path
+
+from spectralbasis.errors import InputError
+from spectralbasis.extras import listed_by_group, require_extra
+from spectralbasis.training.data_files import TaskLoader, TaskRecord
+from spectralbasis.training.image_tasks import IMAGE_TASKS
+from spectralbasis.training.tasks import Task
+from spectralbasis.training.text_tasks import TEXT_TASKS
+
+
+def task_key(name: str) -> str:
+    """The name without what does not count in it: case, hyphens and underscores."""
+    return name.lower().replace("-", "").replace("_", "")
+
+
+BUILT_IN = (*TEXT_TASKS, *IMAGE_TASKS)
+TASKS: dict[str, TaskRecord] = {task_key(record.name): record for record in BUILT_IN}
+
+
+def register_task(
+    name: str,
+    load: TaskLoader,
+    *,
+    group: str = "registered",
+    description: str = "",
+    folder: str | None = None,
+    hub: str | None = None,
+) -> None:
+    """Make a task known by name, to `tune`, `evaluate` and their `--task`; a known name is replaced.
+
+    Args:
+        name: of the task; case, hyphens and underscores do not count when it is asked for.
+        load: gets the folder of data that the user named, or None, and returns the `Task`.
+        group: under which lists name it.
+        description: what is asked, in a few words.
+        folder: of its data, below a folder that holds those of all tasks.
+        hub: id of the data set on the Hugging Face hub that is taken where no folder is given.
+
+    Example:
+        >>> import numpy as np
+        >>> def load(data):
+        ...     images, labels = np.eye(8)[None].repeat(4, 0), np.array([0, 1, 0, 1])
+        ...     return Task.from_arrays("diagonals", (images, labels), (images, labels))
+        >>> register_task("diagonals", load, description="even or odd examples")
+        >>> len(load_task("Diagonals").train)
+        4
+    """
+    TASKS[task_key(name)] = TaskRecord(name, group, description, load, folder, hub)
+
+
+def task_names() -> tuple[str, ...]:
+    """The names that `load_task` knows.
+
+    Example:
+        >>> {"SST-2", "mnist", "digits"} <= set(task_names())
+        True
+    """
+    return tuple(record.name for record in TASKS.values())
+
+
+def is_built_in(name: str) -> bool:
+    """Whether the name is that of a task of this package, which the command line knows too."""
+    return TASKS.get(task_key(name)) in BUILT_IN
+
+
+def tasks_in_words() -> str:
+    """The names of all tasks, by group."""
+    return listed_by_group((record.group, record.name) for record in TASKS.values())
+
+
+def load_task(name: str, data: Path | str | None = None) -> Task:
+    """Load a task by its name.
+
+    Args:
+        name: of the task, in any case and with or without hyphens.
+        data: folder or file of its data; None takes GLUE's tasks and some sets of images from the hub, and suits the
+            tasks that come with scikit-learn.
+
+    Raises:
+        InputError: the name is not known, the data are absent or not in the expected layout, or the extra `tune` is
+            not installed.
+
+    Example:
+        >>> task = load_task("digits")
+        >>> task.train.num_rows, task.headline
+        (1347, 'accuracy')
+    """
+    require_extra("tune", f"the task {name}")
+    record = TASKS.get(task_key(name))
+    if record is None:
+        raise InputError(f"unknown task {name!r}; the known ones are {tasks_in_words()}")
+    if data is not None and not Path(data).exists():
+        raise InputError(f"the data folder {data} does not exist; pass --data with the folder that holds {record.name}")
+    return record.load(None if data is None else Path(data))
+
+
+def folder_of(task_name: str, data: Path | None) -> Path | None:
+    """The folder for `load_task`, where `data` holds those of all tasks.
+
+    None for a task that has no folder there, such as the digits or one that the hub has, and where `data` is None.
+    """
+    record = TASKS.get(task_key(task_name))
+    if record is None or record.folder is None or data is None:
+        return None
+    folder = data / record.folder
+    return None if record.hub and not folder.is_dir() else folder
