@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from spectralbasis.errors import InputError
 from spectralbasis.linalg import Leading
 from spectralbasis.training.models import LoadedModel
-from spectralbasis.tuner.parametrisation import DEFAULT_SCALING
+from spectralbasis.tuner.factors import DEFAULT_SCALING
 
 _LARGEST = 1 << 20
 """Beyond the width of any model."""

@@ -39,7 +39,7 @@ from spectralbasis.training.outcomes import (
 )
 from spectralbasis.training.tasks import Task, load_task
 from spectralbasis.tuner.calibration import in_modules
-from spectralbasis.tuner.parametrisation import DEFAULT_SCALING
+from spectralbasis.tuner.factors import DEFAULT_SCALING
 
 ORIGIN = {"auto_mapping", "base_model_name_or_path", "basis", "peft_version", "revision", "runtime_config", "task_type"}
 PLACES = {"exclude_modules", "inference_mode", "modules_to_save", "target_modules"}
