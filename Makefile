@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python $(PIP) --constraint constraints.txt --editable
 INSTALL_COMPAT := $(COMPAT)/python $(PIP) --constraint constraints-compat.txt
 PYTEST := -m pytest --numprocesses auto --dist loadgroup
 
-.PHONY: demo test test-all test-compat test-peft fuzz check pytest docs wheel-check clean
+.PHONY: demo test test-slow test-all test-compat test-peft fuzz check pytest docs wheel-check clean
 
 demo: .venv/installed
 	$(BIN)/spectralbasis quickstart --output quickstart
@@ -21,15 +21,19 @@ test: .venv/installed-dev
 pytest: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
+# Tests marked slow, which plain pytest leaves out: killed processes, whole studies, Ray, the examples.
+test-slow: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow
+
 # All of it: today's versions, the oldest, and minutes of files that were changed to fool their readers.
-test-all: test test-compat fuzz
+test-all: test test-slow test-compat fuzz
 
 fuzz: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.hostile --minutes $(MINUTES) --keep no
 
-# What depends most on the versions of other libraries, and the methods that need the package adapters.
+# What depends most on the versions of other libraries, slow tests too, and the methods that need the package adapters.
 test-compat: .venv-compat/installed
-	OMP_NUM_THREADS=1 $(COMPAT)/python $(PYTEST) \
+	OMP_NUM_THREADS=1 $(COMPAT)/python $(PYTEST) -m '' \
 	    tests/checkpoints tests/coefficients tests/tuner tests/study/test_baselines.py tests/report tests/test_cli.py
 
 # PEFT's own tests on spectral adapters.

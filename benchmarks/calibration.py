@@ -1,7 +1,7 @@
 """How often `compare` gives a verdict where nothing, or an alignment of known strength, is planted.
 
 Run with `python -m benchmarks.calibration`; writes benchmarks/results/calibration.json, from which
-`python -m benchmarks.tables` makes the table in docs/calibration.md.
+`python -m benchmarks.tables` makes the table in docs/mathematics.md.
 """
 
 from typing import Any

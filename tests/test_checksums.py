@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from spectralbasis import SpectralBasis
 from spectralbasis import triplets as module
 from spectralbasis.errors import InputError
-from spectralbasis.files import checksum
-from spectralbasis.triplets import cache_folder, compute_triplets
+from spectralbasis.files import cache_folder, checksum
+from spectralbasis.triplets import compute_triplets
 from tests.damage import data_start, flipped
 from tests.matrices import power_law, with_spectrum
 

@@ -81,7 +81,7 @@ PREPARED = [
 def test_a_schema_that_is_not_exactly_ours_is_refused_and_the_file_left_as_it_is(tmp_path, statements):
     path = make(tmp_path / "db", *statements)
     content = path.read_bytes()
-    with pytest.raises(InputError, match="other tables than those of a test of ours; remove it"), opened(path, KIND):
+    with pytest.raises(InputError, match="other tables than those of a spectralbasis test"), opened(path, KIND):
         pass
     assert path.read_bytes() == content
 
@@ -102,7 +102,8 @@ def test_the_database_of_another_program_is_refused_and_left_as_it_is(tmp_path, 
     (tmp_path / "link").symlink_to(make(tmp_path / "linked"))
     os.mkfifo(tmp_path / "fifo")
     before = {file: file.read_bytes() for file in (path, tmp_path / "text", tmp_path / "linked")}
-    for name, why in {"db": "no database", "text": "no database", "link": "is a link", "fifo": "no regular"}.items():
+    refusals = {"db": "not a database", "text": "not a database", "link": "is a link", "fifo": "not a regular"}
+    for name, why in refusals.items():
         with pytest.raises(InputError, match=why), opened(tmp_path / name, KIND, fresh=fresh):
             pass
     assert {file: file.read_bytes() for file in before} == before
@@ -135,7 +136,7 @@ def test_a_journal_that_names_another_file_for_sqlite_to_delete_is_refused(tmp_p
     journal = header.ljust(512, b"\0") + (0x40000000 // 4096 + 1).to_bytes(4, "big") + name
     journal += len(name).to_bytes(4, "big") + sum(name).to_bytes(4, "big") + header[:8]
     (tmp_path / "db-journal").write_bytes(journal)
-    with pytest.raises(InputError, match="is no journal of ours: it names other files"), opened(path, KIND):
+    with pytest.raises(InputError, match="spectralbasis left: it names other files"), opened(path, KIND):
         pass
     assert precious.read_text() == "a person's"
 

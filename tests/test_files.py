@@ -181,7 +181,7 @@ def test_an_output_that_is_no_file_is_refused_and_left_as_it_is(tmp_path):
     for path, why in {
         link: "is a link to .*elsewhere; name the file itself",
         dangling: "is a link to .*nowhere",
-        tmp_path / "fifo": "is no regular file",
+        tmp_path / "fifo": "is not a regular file",
         tmp_path / "folder": "is a folder, expected a file",
         tmp_path / "a\0b": "a name that no file can have",
         tmp_path / ("a" * 300): "File name too long; give a shorter name",

@@ -156,9 +156,9 @@ def test_the_working_folder_can_be_the_output(tmp_path, monkeypatch, name):
 def test_a_link_that_leads_to_no_folder_is_refused(tmp_path, to):
     (tmp_path / "file").write_text("a person's")
     (tmp_path / "link").symlink_to(to)
-    with pytest.raises(InputError, match=r"is a file|a link to .*, which is no folder"):
+    with pytest.raises(InputError, match=r"is a file|a link to .*, which is not a folder"):
         check_output(tmp_path / "link", overwrite=True)
-    with pytest.raises(InputError, match="which is no folder"):
+    with pytest.raises(InputError, match="which is not a folder"):
         make(tmp_path / "link")
     assert (tmp_path / "file").read_text() == "a person's"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "link"]
@@ -172,7 +172,7 @@ def make_while_another_does(path):
 
 
 def test_a_place_that_was_filled_meanwhile_is_kept_and_so_is_what_was_made(tmp_path):
-    with pytest.raises(InputError, match=r"filled by another meanwhile, so what was made is in .*folder-1"):
+    with pytest.raises(InputError, match=r"another process filled .* meanwhile, so what was made is in .*folder-1"):
         make_while_another_does(tmp_path / "folder")
     assert (tmp_path / "folder" / "file").read_text() == "a person's"
     assert (tmp_path / "folder-1" / "made").read_text() == "new"

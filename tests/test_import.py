@@ -40,8 +40,11 @@ def test_comparing_needs_neither_transformers_nor_peft():
     "imports",
     [
         "import peft, spectralbasis",
-        "import spectralbasis, importlib.util; importlib.util.find_spec('peft'); import peft",
-        "import spectralbasis; spectralbasis.SpectralConfig; import peft",
+        pytest.param(
+            "import spectralbasis, importlib.util; importlib.util.find_spec('peft'); import peft",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("import spectralbasis; spectralbasis.SpectralConfig; import peft", marks=pytest.mark.slow),
     ],
 )
 def test_peft_knows_the_method_in_whatever_order_both_are_imported(imports):
@@ -49,12 +52,14 @@ def test_peft_knows_the_method_in_whatever_order_both_are_imported(imports):
     assert python(program).split() == ["SPECTRAL", "True"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Trainer", "TrainerCallback", "AutoModelForCausalLM"])
 def test_transformers_may_import_peft_while_it_is_being_imported_itself(name):
     program = f"import spectralbasis, sys; from transformers import {name}; import peft; print(peft.PeftType.SPECTRAL)"
     assert python(program).split()[-1] == "PeftType.SPECTRAL"
 
 
+@pytest.mark.slow
 def test_registering_imports_no_part_of_transformers_that_peft_does_not_import():
     program = "; print(*sorted(name for name in sys.modules if name.split('.')[0] == 'transformers'))"
     alone = python(f"import sys, peft{program}").splitlines()[-1]
@@ -72,6 +77,18 @@ except sb.InputError as error:
     print(error)
 """
     assert "no adapter_model.safetensors" in python(program, str(tmp_path))
+
+
+def test_no_module_of_the_core_needs_what_is_on_unix_alone():
+    program = """
+import sys
+sys.modules |= dict.fromkeys(["fcntl", "grp", "pwd", "resource"])
+import importlib, pkgutil, spectralbasis
+for _, name, _ in pkgutil.walk_packages(spectralbasis.__path__, "spectralbasis."):
+    if name.split(".")[1] not in ("__main__", "cli", "study", "training"):
+        importlib.import_module(name)
+"""
+    python(program)
 
 
 def test_every_public_name_is_there_and_listed():

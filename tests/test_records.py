@@ -88,11 +88,11 @@ def test_a_missing_field_is_named() -> None:
     ("text", "said"),
     [
         ("[" * 100_000, "nests more deeply"),
-        ("9" * 5000, "no valid JSON"),
+        ("9" * 5000, "not valid JSON"),
         ('{"a": 1, "a": 2}', "'a' is given twice, as 1 and as 2"),
-        ("{", "no valid JSON"),
-        (b"\xff\xfe\x00", "no valid JSON"),
-        ("", "no valid JSON"),
+        ("{", "not valid JSON"),
+        (b"\xff\xfe\x00", "not valid JSON"),
+        ("", "not valid JSON"),
     ],
 )
 def test_json_that_cannot_be_trusted_is_refused(text: str | bytes, said: str) -> None:
@@ -110,7 +110,11 @@ def test_files_are_bounded_before_they_are_read(tmp_path: Path) -> None:
         file.truncate(LARGEST + 1)
     pipe = tmp_path / "pipe.json"
     os.mkfifo(pipe)
-    for path, said in ((sparse, "expected at most"), (pipe, "no regular file"), (tmp_path / "none", "cannot be read")):
+    for path, said in (
+        (sparse, "expected at most"),
+        (pipe, "not a regular file"),
+        (tmp_path / "none", "cannot be read"),
+    ):
         with pytest.raises(InputError, match=said):
             read_record(path, Planet)
 

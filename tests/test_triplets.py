@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from spectralbasis import triplets as module
-from spectralbasis.files import checksum
+from spectralbasis.files import cache_folder, checksum
 from spectralbasis.linalg import largest_value_outside, principal_angles
 from spectralbasis.linalg.row_blocks import RowSource
 from spectralbasis.triplets import (
-    cache_folder,
     compute_triplets,
     compute_triplets_and_values,
     disproof,
@@ -105,7 +104,7 @@ def test_a_damaged_cache_file_is_computed_again(W, monkeypatch, damage):
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(W, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SPECTRALBASIS_CACHE", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="cannot be written, so triplets are computed anew"):
+    with pytest.warns(UserWarning, match="cannot be written, so triplets are computed again"):
         found = compute_triplets(W, 3)
     torch.testing.assert_close(found.U, compute_triplets(W, 3, cache=False).U)
 
@@ -249,5 +248,5 @@ def test_nothing_lies_outside_of_everything():
 def test_what_is_wrong_with_triplets_is_said(W):
     good = compute_triplets(W, 6, cache=False)
     assert malformed(good) is None
-    assert malformed(replace(good, U=good.U * 1.01)) == "the directions of U are not orthonormal"
+    assert malformed(replace(good, U=good.U * 1.01)) == "the columns of U are not orthonormal"
     assert disproof(W.T, good) == "they are of a matrix (90, 70), expected (70, 90)"

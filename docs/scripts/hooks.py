@@ -1,7 +1,9 @@
 """What the site needs beside its pages: Plotly, from the installed package, and the notebook as a page."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import plotly
 from mkdocs.config.defaults import MkDocsConfig
@@ -19,8 +21,24 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def notebook_page(file: Path) -> str:
-    """A notebook's cells as Markdown."""
+    """A notebook's cells as Markdown, each followed by what it printed."""
     cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
-    texts = [("".join(cell["source"]), cell["cell_type"] == "code") for cell in cells]
-    parts = [f"```python\n{text}\n```" if is_code else text for text, is_code in texts]
+    parts = [part for cell in cells for part in cell_parts(cell)]
     return "\n\n".join([*parts, f"This page is the notebook `examples/{file.name}`, which the tests run."]) + "\n"
+
+
+def cell_parts(cell: dict[str, Any]) -> list[str]:
+    """The source of a cell, and what it printed or returned."""
+    source = "".join(cell["source"])
+    if cell["cell_type"] != "code":
+        return [source]
+    return [f"```python\n{source}\n```", *map(output_part, cell["outputs"])]
+
+
+def output_part(output: dict[str, Any]) -> str:
+    """Printed text, or the table of a data frame without the style that pandas gives it."""
+    data = output.get("data", {})
+    if "text/html" not in data:
+        return f"```text\n{''.join(output.get('text') or data['text/plain']).rstrip()}\n```"
+    page = re.sub(r"<style.*?</style>", "", "".join(data["text/html"]), flags=re.DOTALL)
+    return page.replace(' border="1" class="dataframe"', "").replace(' style="text-align: right;"', "")

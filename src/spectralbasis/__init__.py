@@ -28,8 +28,8 @@ if TYPE_CHECKING:
         combine,
         export_lora,
         export_merged,
-        similarity,
     )
+    from spectralbasis.coefficients.similarity import similarity
     from spectralbasis.comparison import Comparison, compare, plan_comparison
     from spectralbasis.tuner import (
         SpectralConfig,
@@ -113,4 +113,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-register_with_peft()
+register_with_peft(lambda: import_module("spectralbasis.tuner"))  # importing it registers the method

@@ -1,4 +1,4 @@
-"""The spectral basis of a model: the leading singular triplets of every weight matrix, in one file."""
+"""`SpectralBasis`: the leading singular triplets of every weight matrix of a model, computed, saved and loaded."""
 
 import json
 import math
@@ -9,15 +9,13 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from annotated_types import Ge, Le
 from pydantic import ConfigDict, with_config
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 from typing_extensions import TypedDict
 
-from spectralbasis.checkpoints import Checkpoint, Matrix, logical_matrices, open_checkpoint
+from spectralbasis.checkpoints import logical_matrices, open_checkpoint
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path, check_replaceable, checksum
 from spectralbasis.linalg import Leading, parse_leading, resolve_leading
@@ -29,14 +27,13 @@ from spectralbasis.triplets import (
     Triplets,
     check_tolerance,
     compute_triplets,
+    malformed,
     triplet_facts,
     triplet_tensors,
 )
 
 FORMAT_VERSION = 2
 _FIELDS = ("U", "S", "Vh", "residuals")
-_DEFECT = 1e-3
-"""By how much columns may miss being orthonormal: float32 leaves a hundredth of it."""
 _ANEW = "compute the basis again"
 
 
@@ -125,8 +122,18 @@ class SpectralBasis(Mapping[str, Triplets]):
             cache: keep and reuse triplets on this machine, by content.
             progress: draw a progress bar on stderr.
 
+        Returns:
+            The basis, one entry for each matrix that was decomposed; `skipped` names the others.
+
         Raises:
             InputError: the checkpoint cannot be read, or not one matrix could be decomposed.
+
+        Example:
+            >>> import torch
+            >>> from spectralbasis import SpectralBasis
+            >>> basis = SpectralBasis.compute({"0.dense.weight": torch.diag(torch.tensor([3.0, 2, 1]))}, leading=2)
+            >>> basis["0.dense"].S
+            tensor([3., 2.])
         """
         leading = parse_leading(leading)
         check_tolerance(tolerance)
@@ -135,11 +142,18 @@ class SpectralBasis(Mapping[str, Triplets]):
         found: dict[str, Triplets] = {}
         for matrix in track(matrices.values(), "decomposing", total=len(matrices), enabled=progress):
             try:
-                found[matrix.name] = _decompose(matrix, leading, tolerance, cache)
+                stored_and_float32 = matrix.dtype.itemsize + 4
+                check_memory(stored_and_float32 * prod(matrix.shape), f"decomposing {matrix.name}")
+                W = matrix.read()
+                k = resolve_leading(leading, W)
+                found[matrix.name] = compute_triplets(W, k, tolerance=tolerance, cache=cache)
             except ValueError as error:
                 skipped[matrix.name] = str(error)
         if not found:
-            raise InputError(_nothing_found(checkpoint, skipped))
+            name, reason = next(iter(skipped.items()), ("", "it holds no weight matrix"))
+            raise InputError(
+                f"no matrix of {checkpoint.source} could be decomposed; {name + ': ' if name else ''}{reason}"
+            )
         return cls(found, source=checkpoint.source, leading=leading, skipped=skipped)
 
     def name_of(self, base_hash: str) -> str | None:
@@ -158,8 +172,11 @@ class SpectralBasis(Mapping[str, Triplets]):
     def save(self, file: str | Path) -> Path:
         """Write one safetensors file; certificates, hashes and checksums are in its metadata.
 
+        Returns:
+            The path of the file.
+
         Raises:
-            InputError: the file cannot be written, or another file than one of ours is there.
+            InputError: the file cannot be written, or a file that this package did not write is there.
         """
         parts = {name: triplet_tensors(triplets) for name, triplets in self.items()}
         tensors = {f"{name}.{field}": tensor for name, part in parts.items() for field, tensor in part.items()}
@@ -183,7 +200,16 @@ class SpectralBasis(Mapping[str, Triplets]):
         """Open a basis file; each matrix is read when asked for.
 
         Raises:
-            InputError: it is missing, damaged, of a newer version, or no basis file.
+            InputError: it is missing, damaged, of another version, or not a basis file.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from spectralbasis import SpectralBasis
+            >>> W = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     file = SpectralBasis.compute({"dense.weight": W}, leading=2).save(f"{folder}/basis.safetensors")
+            ...     SpectralBasis.load(file)["dense"].shape
+            (3, 3)
         """
         header, handle = _open(Path(file))
         return cls(
@@ -212,10 +238,11 @@ class _StoredTriplets(Mapping[str, Triplets]):
             raise InputError(f"{self._file} is damaged: {error}; compute the basis again") from error
         if checksum(tensors=tensors) != self._checksums[name]:
             raise InputError(f"{self._file} is damaged: {name} fails its checksum; {_ANEW}")
-        wrong = _defect(tensors, ordered=math.isfinite(facts["next_singular_value"]))
+        found = Triplets(**tensors, **facts)
+        wrong = malformed(found)
         if wrong:
-            raise InputError(f"{self._file}: {name} holds no triplets, since {wrong}; {_ANEW}")
-        return Triplets(**tensors, **facts)
+            raise InputError(f"{self._file}: {name} does not hold singular triplets: {wrong}; {_ANEW}")
+        return found
 
     def hashes(self) -> dict[str, str]:
         """Name → hash of the matrix, from the file's header."""
@@ -226,18 +253,6 @@ class _StoredTriplets(Mapping[str, Triplets]):
 
     def __len__(self) -> int:
         return len(self._facts)
-
-
-def _decompose(matrix: Matrix, leading: Leading, tolerance: float, cache: bool) -> Triplets:
-    stored_and_float32 = matrix.dtype.itemsize + 4
-    check_memory(stored_and_float32 * prod(matrix.shape), f"decomposing {matrix.name}")
-    W = matrix.read()
-    return compute_triplets(W, resolve_leading(leading, W), tolerance=tolerance, cache=cache)
-
-
-def _nothing_found(checkpoint: Checkpoint, skipped: Mapping[str, str]) -> str:
-    name, reason = next(iter(skipped.items()), ("", "it holds no weight matrix"))
-    return f"no matrix of {checkpoint.source} could be decomposed; {name + ': ' if name else ''}{reason}"
 
 
 def _open(file: Path) -> tuple[_Header, Any]:
@@ -280,24 +295,3 @@ def _check_contents(file: Path, header: _Header, handle: Any) -> None:
         types = {one.get_dtype() for one in slices.values()}
         if types != {"F32"}:
             raise InputError(f"{file}: {name} has tensors of type {', '.join(sorted(types))}, expected F32; {_ANEW}")
-
-
-def _defect(tensors: Mapping[str, Tensor], *, ordered: bool) -> str:
-    """Why these cannot be triplets; empty where nothing speaks against it.
-
-    Four random combinations of the directions tell with certainty enough, at the cost of one product with them, whether
-    those are orthonormal.
-    """
-    for field, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            return f"{field} has a NaN or infinite entry"
-    S = tensors["S"]
-    if ordered and (bool((S < 0).any()) or bool((S.diff() > _DEFECT * S[0]).any())):
-        return "S is not descending from a value of 0 or more"
-    if bool((tensors["residuals"] < 0).any()):
-        return "residuals has a negative entry"
-    mixed = torch.randn(S.numel(), 4, generator=torch.Generator().manual_seed(0))
-    for field, directions in (("columns of U", tensors["U"]), ("rows of Vh", tensors["Vh"].T)):
-        if not float((directions.T @ (directions @ mixed) - mixed).abs().max()) <= _DEFECT:
-            return f"the {field} are not orthonormal"
-    return ""

@@ -1,4 +1,4 @@
-"""SQLite files of ours: opened for one process alone, and only when all that is in them is what we put there.
+"""SQLite files that this package writes: opened for one process alone, and only if they hold nothing else.
 
 A database may come from anywhere with the folder that holds it. Views, triggers and virtual tables run code when a
 table is read or written; a link leads to the database of another program; a journal can name files for SQLite to
@@ -11,16 +11,14 @@ import os
 import sqlite3
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 from spectralbasis.errors import InputError
-from spectralbasis.files import check_output_file
-from spectralbasis.triplets import cache_folder
+from spectralbasis.files import cache_folder, check_output_file
 
 LARGEST_CELL = 1 << 30
 """Bytes of one value: the measurements of one run or of one matrix take a thousandth of it."""
@@ -52,7 +50,7 @@ class Kind:
 
 @contextmanager
 def opened(path: Path | None, kind: Kind, *, fresh: bool = False) -> Iterator[sqlite3.Connection]:
-    """Open a database of ours for this process alone, or make it.
+    """Open a database for this process alone, or make it; the one way to open one, with its lock and its messages.
 
     Args:
         path: the file; None: a database in memory.
@@ -70,7 +68,14 @@ def opened(path: Path | None, kind: Kind, *, fresh: bool = False) -> Iterator[sq
             stack.callback(connection.close)
             _prepare(connection, path, kind, fresh)
         except (sqlite3.Error, OSError, UnicodeDecodeError) as error:  # the last: SQLite quotes what a bad disk made
-            raise InputError(_explanation(path, kind, error)) from error
+            folder = path and path.parent
+            if isinstance(error, OSError):
+                message = f"cannot write {folder}: {error.strerror}; choose a folder that you may write to"
+            elif "locked" in str(error):
+                message = f"another {kind.writer} is writing into {folder}; wait for it, or choose another folder"
+            else:
+                message = f"{path} cannot be used ({error}); {kind.remedy}"
+            raise InputError(message) from error
         yield connection
 
 
@@ -83,17 +88,23 @@ def _check_file(path: Path, kind: Kind, fresh: bool) -> None:
         start = journal.read(28)
         pages, size = int.from_bytes(start[16:20], "big"), int.from_bytes(start[24:28], "big")
         if path.exists() and pages * size > path.stat().st_size:
-            raise InputError(f"{journal.name} is no journal of ours: it is of a larger file; {kind.remedy}")
+            raise InputError(
+                f"{journal.name} is not a journal that spectralbasis left: it belongs to a larger file; {kind.remedy}"
+            )
         journal.seek(max(os.fstat(journal.fileno()).st_size - len(_SUPER_JOURNAL), 0))
         if journal.read() == _SUPER_JOURNAL:
-            raise InputError(f"{journal.name} is no journal of ours: it names other files; {kind.remedy}")
+            raise InputError(
+                f"{journal.name} is not a journal that spectralbasis left: it names other files; {kind.remedy}"
+            )
     with suppress(FileNotFoundError), path.open("rb") as file:
         header = file.read(100)
         if not header:
             return
         found = int.from_bytes(header[68:72], "big"), int.from_bytes(header[60:64], "big")
         if header[:16] != _HEADER or header[18:20] != b"\x01\x01" or found[0] != kind.application_id:
-            raise InputError(f"{path} is no database of a {kind.writer} of ours, or is damaged; {kind.remedy}")
+            raise InputError(
+                f"{path} is not a database of a spectralbasis {kind.writer}, or it is damaged; {kind.remedy}"
+            )
         if found[1] != kind.version and not fresh:
             raise InputError(
                 f"{path} has format {found[1]}, this version reads format {kind.version}; use the version of "
@@ -103,9 +114,10 @@ def _check_file(path: Path, kind: Kind, fresh: bool) -> None:
 
 def _prepare(connection: sqlite3.Connection, path: Path | None, kind: Kind, fresh: bool) -> None:
     """Lock the file, and make its tables or check that they are ours and whole."""
-    # What a bad disk has made no text is read all the same, so that its checksum tells.
+    # Text that a bad disk has damaged is read all the same, so that its checksum shows it.
     connection.text_factory = partial(str, encoding="utf-8", errors="replace")
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LARGEST_CELL)
+    foreign = InputError(f"{path} holds other tables than those of a spectralbasis {kind.writer}; {kind.remedy}")
     with _within(_SECONDS, connection):
         # Held until the connection closes, also by a crash: a second process finds the file locked.
         for pragma in ("trusted_schema = OFF", "cell_size_check = ON", "locking_mode = EXCLUSIVE"):
@@ -113,7 +125,10 @@ def _prepare(connection: sqlite3.Connection, path: Path | None, kind: Kind, fres
         connection.execute("BEGIN EXCLUSIVE")
         found = connection.execute("SELECT type, name, sql FROM sqlite_master LIMIT 100").fetchall()
         if fresh:
-            _check_plain(found, path, kind)
+            for what, name, sql in found:  # nothing is dropped but plain tables of ours, of whatever version
+                plain = sql is None if what == "index" else what == "table" and str(sql).startswith("CREATE TABLE ")
+                if not plain or not str(name).replace("_", "").isalnum():
+                    raise foreign
             for name in (name for what, name, _ in found if what == "table"):
                 connection.execute(f'DROP TABLE "{name}"')
             found = []
@@ -122,30 +137,14 @@ def _prepare(connection: sqlite3.Connection, path: Path | None, kind: Kind, fres
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {kind.version}")
             found = connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
-        _check_schema(found, path, kind)
+        # Indexes of keys belong to their table; anything else that is no table is refused.
+        tables = {sql for what, _, sql in found if not (what == "index" and sql is None)}
+        if tables != set(kind.tables) or len(found) > 2 * len(kind.tables):
+            raise foreign
         connection.execute("COMMIT")
     (state,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
     if state != "ok":
         raise sqlite3.DatabaseError(state)
-
-
-def _check_plain(found: list[tuple[Any, Any, Any]], path: Path | None, kind: Kind) -> None:
-    """Refuse to drop what is not plain tables of ours, of whatever version."""
-    for what, name, sql in found:
-        plain = sql is None if what == "index" else what == "table" and str(sql).startswith("CREATE TABLE ")
-        if not plain or not str(name).replace("_", "").isalnum():
-            raise _foreign(path, kind)
-
-
-def _check_schema(found: list[tuple[Any, Any, Any]], path: Path | None, kind: Kind) -> None:
-    """Refuse tables that are not exactly ours, and whatever is no table: indexes of keys belong to their table."""
-    tables = {sql for what, _, sql in found if not (what == "index" and sql is None)}
-    if tables != set(kind.tables) or len(found) > 2 * len(kind.tables):
-        raise _foreign(path, kind)
-
-
-def _foreign(path: Path | None, kind: Kind) -> InputError:
-    return InputError(f"{path} holds other tables than those of a {kind.writer} of ours; {kind.remedy}")
 
 
 @contextmanager
@@ -159,20 +158,11 @@ def _within(seconds: float, connection: sqlite3.Connection) -> Iterator[None]:
         connection.set_progress_handler(None, 0)
 
 
-def _explanation(path: Path | None, kind: Kind, error: Exception) -> str:
-    folder = path and path.parent
-    if isinstance(error, OSError):
-        return f"cannot write {folder}: {error.strerror}; choose a folder that you may write to"
-    if "locked" in str(error):
-        return f"another {kind.writer} is writing into {folder}; wait for it, or choose another folder"
-    return f"{path} cannot be used ({error}); {kind.remedy}"
-
-
 def seal(*parts: str | bytes | None) -> str:
-    """A checksum that only this user can make: of a row that was stored here, so that a row from elsewhere is told.
+    """A checksum that only this user can make, by which a row that was stored here is told from one from elsewhere.
 
-    It is keyed by a secret in the user's cache folder. Where that cannot be read or made, as where the folder may not
-    be written to, the secret is of this process alone, and what it sealed is of elsewhere to the next.
+    It is keyed by a secret in the user's cache folder. Where that cannot be read or made, as in a folder that may not
+    be written to, the secret belongs to this process alone, and the next process takes its rows for foreign ones.
     """
     digest = hashlib.blake2b(key=_key(cache_folder()), digest_size=16)
     for part in parts:
@@ -188,11 +178,11 @@ def is_sealed(found: object, *parts: str | bytes | None) -> bool:
 
 @cache
 def _key(folder: Path) -> bytes:
-    """The secret of this user, made when it is first asked for; of this process where none can be kept."""
+    """The secret of this user, made when it is first needed; one for this process where none can be kept."""
     file = folder / "key"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):
+        if not os.path.lexists(file):
             _make_key(file)
         return _read_key(file) or os.urandom(_KEY_BYTES)
     except OSError:
@@ -200,13 +190,7 @@ def _key(folder: Path) -> bytes:
 
 
 def _make_key(file: Path) -> None:
-    """Write a new secret, whole before it has its name.
-
-    Raises:
-        FileExistsError: there is one.
-    """
-    if os.path.lexists(file):
-        raise FileExistsError
+    """Write a new secret, whole before it has its name, unless another process has written one meanwhile."""
     temporary = file.with_name(f"key.{os.getpid()}.{os.urandom(4).hex()}")
     handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     try:
@@ -215,7 +199,7 @@ def _make_key(file: Path) -> None:
         try:
             os.link(temporary, file)
         except FileExistsError:
-            raise
+            pass
         except OSError:  # a file system without hard links
             temporary.replace(file)
     finally:
@@ -225,8 +209,7 @@ def _make_key(file: Path) -> None:
 def _read_key(file: Path) -> bytes | None:
     """The secret in a file; None where another user may have put it there."""
     status = file.lstat()
-    mine: Callable[[], int] | None = getattr(os, "getuid", None)
-    if not stat.S_ISREG(status.st_mode) or (mine is not None and status.st_uid != mine()):
+    if not stat.S_ISREG(status.st_mode) or (hasattr(os, "getuid") and status.st_uid != os.getuid()):
         return None
     with file.open("rb") as opened_file:
         key = opened_file.read(_KEY_BYTES + 1)

@@ -1,4 +1,4 @@
-"""What a machine offers, and what holds it back: versions, threads, devices, cache, and advice."""
+"""What a machine offers and what slows it down: versions, threads, devices, cache, and advice."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from spectralbasis.execution import native_bf16
-from spectralbasis.triplets import cache_folder
+from spectralbasis.files import cache_folder
 
 REQUIRED = ("spectralbasis", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "scipy")
 OPTIONAL = {
@@ -38,11 +38,18 @@ def examine() -> dict[str, Any]:
         `versions`, `optional` (None where absent), `machine`, `speed` (GFLOP/s of float32 products of 1024×1024
         matrices, with one thread and with all), `cache`, and `advice`, sentences on what to change.
     """
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        with threadpool_limits(1):
+            alone = _gigaflops()
+    finally:
+        torch.set_num_threads(threads)
     facts: dict[str, Any] = {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in REQUIRED}},
         "optional": {name: _version(name) for name in OPTIONAL},
         "machine": _machine(),
-        "speed": _speed(),
+        "speed": {"one_thread": alone, "all_threads": _gigaflops() if threads > 1 else alone},
         "cache": _cache(cache_folder()),
     }
     return facts | {"advice": list(_advice(facts))}
@@ -71,19 +78,8 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _speed() -> dict[str, float]:
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        with threadpool_limits(1):
-            alone = _gigaflops()
-    finally:
-        torch.set_num_threads(threads)
-    return {"one_thread": alone, "all_threads": _gigaflops() if threads > 1 else alone}
-
-
 def _gigaflops() -> float:
-    """The best of some products, after one to warm up."""
+    """GFLOP/s of the fastest of some products, after one to warm up."""
     A = torch.randn(SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     seconds = []
     for _ in range(REPEATS + 1):
@@ -130,7 +126,7 @@ def _advice(facts: Mapping[str, Any]) -> Iterator[str]:
         bf16 = "helps here" if machine["bf16"] else "trains in float32, since this processor has no bf16 instructions"
         yield f"no GPU is visible, so everything runs on the processor; --bf16 {bf16}"
     if not cache["writable"]:
-        yield f"the cache {cache['folder']} cannot be written, so every SVD is taken anew; set SPECTRALBASIS_CACHE"
+        yield f"the cache {cache['folder']} cannot be written, so every SVD is computed again; set SPECTRALBASIS_CACHE"
     if cache["free_bytes"] < LITTLE_ROOM:
         yield f"the disk of the cache {cache['folder']} has {cache['free_bytes'] / 1e9:.1f} GB left; make some room"
     absent = [f"{name} ({why})" for name, why in OPTIONAL.items() if facts["optional"][name] is None]

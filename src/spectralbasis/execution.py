@@ -1,18 +1,7 @@
 """Where work runs: in this process, in local processes side by side, or on a Ray cluster.
 
-What this machine has to work with.
-
-The interface of the places where work runs.
-
-Work in this process.
-
-Work in local processes side by side.
-
-Keeps an executor busy with a bounded number of calls, and tries again those whose worker died.
-
-Work on a Ray cluster.
-
-From what a person asks for to the place where work runs.
+`open_executor` chooses the place. An `Executor` runs single calls there; a `Crew` keeps it busy with a bounded number
+of calls and tries those again whose worker died.
 """
 
 import logging
@@ -39,21 +28,41 @@ from threadpoolctl import threadpool_limits
 from spectralbasis.errors import InputError, SpectralBasisError
 from spectralbasis.printable import shortened
 
-
-def native_bf16() -> bool:
-    """Whether this machine multiplies bfloat16; where it must emulate, that is slower than float32, up to tenfold."""
-    return torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
 ATTEMPTS = 3
 """How often a call is tried whose worker dies; the last time with nothing beside it."""
+START_METHOD = "spawn"
+"""New interpreters: forking a process whose BLAS has started threads can hang it."""
+MOST_WORKERS = 1024
+"""Processes on one machine; each takes hundreds of megabytes before it works."""
+AHEAD = 2
+"""Calls under way on a cluster for each that can run: the next one is there when a worker is free."""
+SECONDS_TO_ANSWER = 10
+LOCAL = "local"
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "cannot allocate memory")
+_READY = "ready"
+_SAFE_PATH = "PYTHONSAFEPATH"
+Key = TypeVar("Key", bound=Hashable)
+
+
+def open_executor(
+    workers: int = 1, ray: str | None = None, *, threads: int | None = None, gpu: bool = False
+) -> "Executor":
+    """This process, local processes or a Ray cluster.
+
+    Args:
+        workers: local processes; 1 works in this one.
+        ray: address of a Ray cluster, "auto" or "local", in place of local processes.
+        threads: threads that each local process computes with; None gives each its share of the cores.
+        gpu: whether each call on the cluster takes a GPU.
+
+    Raises:
+        InputError: `workers` is below 1 or above `MOST_WORKERS`, or there is no Ray to use.
+    """
+    if not 1 <= workers <= MOST_WORKERS:
+        raise InputError(f"workers must be from 1 to {MOST_WORKERS}, got {shortened(workers, 40)}")
+    if ray is not None:
+        return RayCluster(ray, gpu=gpu)
+    return Here() if workers == 1 else Processes(workers, threads or max(1, cores() // workers))
 
 
 @dataclass(frozen=True)
@@ -90,9 +99,9 @@ class Executor(ABC):
     """Whether calls run in other processes, so that arguments and results are copied."""
 
     @property
-    @abstractmethod
     def workers(self) -> int:
         """How many calls can run at once."""
+        return 1
 
     @property
     def slots(self) -> int:
@@ -118,29 +127,6 @@ class Executor(ABC):
         self.close()
 
 
-def perform(work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """The result of a call, or a `Failure` with what it raised."""
-    try:
-        return work(*arguments)
-    except Exception as error:
-        return Death(f"too little memory ({error})") if out_of_memory(error) else Failure(describe(error))
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether an exception says that an allocation failed; torch raises a plain RuntimeError on the CPU."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
-
-
-def describe(error: Exception) -> str:
-    """What an exception says; where nobody foresaw it, with the place in the code."""
-    if isinstance(error, SpectralBasisError):
-        return str(error)
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"unexpected {type(error).__name__} in {Path(place.filename).name}, line {place.lineno}: {error}"
-
-
 class Here(Executor):
     """Runs each call when it is started, one after the other, with all threads."""
 
@@ -149,10 +135,6 @@ class Here(Executor):
     def __init__(self) -> None:
         self._done: list[tuple[Hashable, Any]] = []
         self._started = 0
-
-    @property
-    def workers(self) -> int:
-        return 1
 
     def start(self, call: Call) -> int:
         self._started += 1
@@ -165,12 +147,6 @@ class Here(Executor):
 
     def close(self) -> None:
         self._done.clear()
-
-
-START_METHOD = "spawn"
-"""New interpreters: forking a process whose BLAS has started threads can hang it."""
-_READY = "ready"
-_SAFE_PATH = "PYTHONSAFEPATH"
 
 
 class Processes(Executor):
@@ -204,24 +180,21 @@ class Processes(Executor):
     def finished(self) -> list[tuple[Hashable, Any]]:
         done: list[tuple[Hashable, Any]] = []
         while self._busy and not done:
-            for connection in wait(list(self._busy)):
-                done += self._receive(cast(Connection, connection))
+            for connection in cast(list[Connection], wait(list(self._busy))):
+                worker = self._busy[connection]
+                try:
+                    message = connection.recv()
+                except (EOFError, OSError):
+                    del self._busy[connection]
+                    done.append((worker.ticket, worker.cause_of_death()))
+                    continue
+                if message == _READY:
+                    worker.ready = True
+                    continue
+                del self._busy[connection]
+                self._idle.append(worker)
+                done.append((worker.ticket, message[0]))
         return done
-
-    def _receive(self, connection: Connection) -> list[tuple[Hashable, Any]]:
-        """What a worker has to say: nothing yet, that its call is done, or that it is dead."""
-        worker = self._busy[connection]
-        try:
-            message = connection.recv()
-        except (EOFError, OSError):
-            del self._busy[connection]
-            return [(worker.ticket, worker.bury())]
-        if message == _READY:
-            worker.ready = True
-            return []
-        del self._busy[connection]
-        self._idle.append(worker)
-        return [(worker.ticket, message[0])]
 
     def close(self) -> None:
         for worker in [*self._idle, *self._busy.values()]:
@@ -236,7 +209,7 @@ class _Worker:
         context = multiprocessing.get_context(START_METHOD)
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, threads))  # type: ignore[attr-defined]
-        with _without_working_folder(), _ignoring_interrupts():
+        with _clean_start():
             self.process.start()
         theirs.close()
         self.ready = False
@@ -250,8 +223,8 @@ class _Worker:
         self._calls += 1
         return self.ticket
 
-    def bury(self) -> Death:
-        """Say what a dead process died of.
+    def cause_of_death(self) -> Death:
+        """What a dead process died of.
 
         Raises:
             InputError: it failed before it could take any work, as any other would.
@@ -289,41 +262,135 @@ def _serve(connection: Connection, threads: int) -> None:
 
 
 @contextmanager
-def _without_working_folder() -> Iterator[None]:
-    """Keep processes that are started here from importing modules of the working folder.
+def _clean_start() -> Iterator[None]:
+    """Start processes that import no module of the working folder and that ignore Ctrl-C from the beginning.
 
-    A new interpreter would look there even for `multiprocessing`. It then takes over the path of this one, so that a
-    script's own modules are found in workers as they are here.
+    A new interpreter would look into the working folder even for `multiprocessing`. It then takes over the path of this
+    one, so that a script's own modules are found in workers as they are here. Ctrl-C while it imports would be answered
+    with a traceback; one that is pressed meanwhile reaches this process afterwards.
     """
     before = os.environ.get(_SAFE_PATH)
     os.environ[_SAFE_PATH] = "1"
+    mask = None
     try:
+        if hasattr(signal, "pthread_sigmask"):  # not on Windows
+            resource_tracker.ensure_running()  # which unblocks them when it is started
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         yield
     finally:
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if before is None:
             del os.environ[_SAFE_PATH]
         else:
             os.environ[_SAFE_PATH] = before
 
 
-@contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    """Block Ctrl-C in processes that are started here, which would answer it with a traceback while they import.
+class RayCluster(Executor):
+    """Runs each call on one core, or one GPU, of a Ray cluster; nodes may come and go.
 
-    One that is pressed meanwhile reaches this process afterwards.
+    Args:
+        address: of the cluster; "auto" for the one that this machine belongs to, "local" for one made here.
+        gpu: whether each call takes a GPU.
+
+    Raises:
+        InputError: Ray is not installed, or no cluster answers.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    resource_tracker.ensure_running()  # which unblocks them when it is started
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+    def __init__(self, address: str, *, gpu: bool = False) -> None:
+        self._ray, self._ours = _connect(address)
+        self._kind = "GPU" if gpu else "CPU"
+        self._options: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if gpu else None, "max_retries": 0}
+        self._remote = self._ray.remote(_perform_on_one_thread)
+        self._under_way: list[Any] = []
+
+    @property
+    def workers(self) -> int:
+        return max(1, int(self._ray.cluster_resources().get(self._kind, 0)))
+
+    @property
+    def slots(self) -> int:
+        return AHEAD * self.workers
+
+    def start(self, call: Call) -> Hashable:
+        # A call that asked for more memory than the largest node offers would wait for ever.
+        nodes = (node["Resources"].get("memory", 0) for node in self._ray.nodes() if node["Alive"])
+        memory = min(call.memory, int(max(nodes, default=0))) or None
+        remote = self._remote.options(**self._options, memory=memory)
+        reference: Hashable = remote.remote(call.work, call.arguments)
+        self._under_way.append(reference)
+        return reference
+
+    def finished(self) -> list[tuple[Hashable, Any]]:
+        if not self._under_way:
+            return []
+        self._ray.wait(self._under_way)
+        ready, self._under_way = self._ray.wait(self._under_way, num_returns=len(self._under_way), timeout=0)
+        return [(reference, self._result(reference)) for reference in ready]
+
+    def _result(self, reference: Any) -> Any:
+        try:
+            return self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:  # what the work itself raises comes back as a result
+            last_line = str(error).strip().rpartition("\n")[2]
+            raise InputError(
+                f"a worker of the cluster cannot run the work ({last_line}); install the same spectralbasis on every "
+                "node"
+            ) from error
+        except self._ray.exceptions.RayError as error:
+            first_line = str(error).strip().partition("\n")[0]
+            return Death(f"its worker was lost: {type(error).__name__}: {first_line}")
+
+    def close(self) -> None:
+        for reference in self._under_way:
+            self._ray.cancel(reference, force=True)
+        self._under_way = []
+        if self._ours:
+            self._ray.shutdown()
+
+
+def _perform_on_one_thread(work: Any, arguments: tuple[Any, ...]) -> Any:
+    torch.set_num_threads(1)
+    return perform(work, arguments)
+
+
+def _connect(address: str) -> tuple[Any, bool]:
+    """The Ray module, connected to a cluster, and whether the connection is ours to end; no figures of use are sent."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        import ray
+    except ImportError as error:
+        raise InputError("--ray needs the package ray; pip install 'spectralbasis[ray]'") from error
+    if ray.is_initialized():
+        return ray, False
+    if ":" in address:  # Ray itself would try for more than a minute where nobody listens
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER).close()
+        except (OSError, ValueError, OverflowError) as error:
+            raise _no_cluster(address, error) from error
+    options: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
+    job = ray.job_config.JobConfig()
+    # Ray extends this list by the working folder, in which its workers would then look for `numpy` and for this package
+    # first; it has no setting to leave that out.
+    job._py_driver_sys_path = _Importable()
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, job_config=job, **options)
+    except (ConnectionError, ValueError) as error:
+        raise _no_cluster(address, error) from error
+    return ray, True
 
 
-Key = TypeVar("Key", bound=Hashable)
+class _Importable(list[str]):
+    """Folders that workers import from: those alone that this process imports from too."""
+
+    def extend(self, folders: Iterable[str]) -> None:
+        here = {Path(folder).absolute() for folder in sys.path}
+        super().extend(folder for folder in folders if Path(folder).absolute() in here)
+
+
+def _no_cluster(address: str, error: Exception) -> InputError:
+    return InputError(f"no Ray cluster answers at {address!r} ({error}); start one, or pass --ray local")
 
 
 @dataclass
@@ -369,189 +436,53 @@ class Crew(Generic[Key]):
                 self._start(self._suspects[0])
             for ticket, result in self.executor.finished():
                 job = self._under_way.pop(ticket)
-                if not self._try_again(job, result):
-                    done.append((job.key, _final(result)))
+                if self._suspects and self._suspects[0] is job:
+                    self._suspects.popleft()
+                if isinstance(result, Death):
+                    job.deaths += 1
+                    if job.deaths < ATTEMPTS - 1:
+                        self._start(job)
+                        continue
+                    if job.deaths < ATTEMPTS:
+                        self._suspects.append(job)
+                        continue
+                    result = Failure(f"tried {ATTEMPTS} times, the last time with nothing beside it: {result.reason}")
+                done.append((job.key, result))
         return done
 
     def _start(self, job: _Job[Key]) -> None:
         self._under_way[self.executor.start(job.call)] = job
 
-    def _try_again(self, job: _Job[Key], result: Any) -> bool:
-        """Give a call whose worker died another attempt, if it has one left; says whether it did."""
-        if self._suspects and self._suspects[0] is job:
-            self._suspects.popleft()
-        if not isinstance(result, Death):
-            return False
-        job.deaths += 1
-        if job.deaths < ATTEMPTS - 1:
-            self._start(job)
-        elif job.deaths < ATTEMPTS:
-            self._suspects.append(job)
-        return job.deaths < ATTEMPTS
 
-
-def _final(result: Any) -> Any:
-    """The result as the caller gets it."""
-    if not isinstance(result, Death):
-        return result
-    return Failure(f"tried {ATTEMPTS} times, the last time with nothing beside it: {result.reason}")
-
-
-LOCAL = "local"
-AHEAD = 2
-"""Calls under way for each that can run: the next one is there when a worker is free."""
-SECONDS_TO_ANSWER = 10
-
-
-class RayCluster(Executor):
-    """Runs each call on one core, or one GPU, of a Ray cluster; nodes may come and go.
-
-    Args:
-        address: of the cluster; "auto" for the one that this machine belongs to, "local" for one made here.
-        gpu: whether each call takes a GPU.
-
-    Raises:
-        InputError: Ray is not installed, or no cluster answers.
-    """
-
-    def __init__(self, address: str, *, gpu: bool = False) -> None:
-        self._ray, self._ours = _connect(address)
-        self._kind = "GPU" if gpu else "CPU"
-        self._options: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if gpu else None, "max_retries": 0}
-        self._remote = self._ray.remote(_perform_on_one_thread)
-        self._under_way: list[Any] = []
-
-    @property
-    def workers(self) -> int:
-        return max(1, int(self._ray.cluster_resources().get(self._kind, 0)))
-
-    @property
-    def slots(self) -> int:
-        return AHEAD * self.workers
-
-    def start(self, call: Call) -> Hashable:
-        memory = min(call.memory, self._largest_node()) or None
-        remote = self._remote.options(**self._options, memory=memory)
-        reference: Hashable = remote.remote(call.work, call.arguments)
-        self._under_way.append(reference)
-        return reference
-
-    def finished(self) -> list[tuple[Hashable, Any]]:
-        if not self._under_way:
-            return []
-        self._ray.wait(self._under_way)
-        ready, self._under_way = self._ray.wait(self._under_way, num_returns=len(self._under_way), timeout=0)
-        return [(reference, self._result(reference)) for reference in ready]
-
-    def _result(self, reference: Any) -> Any:
-        try:
-            return self._ray.get(reference)
-        except self._ray.exceptions.RayTaskError as error:  # what the work itself raises comes back as a result
-            raise InputError(
-                f"a worker of the cluster cannot run the work ({_last_line(error)}); install the same spectralbasis on "
-                "every node"
-            ) from error
-        except self._ray.exceptions.RayError as error:
-            return Death(f"its worker was lost: {type(error).__name__}: {_first_line(error)}")
-
-    def _largest_node(self) -> int:
-        """Bytes that the largest node offers: a call that asked for more would wait for ever."""
-        return max((int(node["Resources"].get("memory", 0)) for node in self._ray.nodes() if node["Alive"]), default=0)
-
-    def close(self) -> None:
-        for reference in self._under_way:
-            self._ray.cancel(reference, force=True)
-        self._under_way = []
-        if self._ours:
-            self._ray.shutdown()
-
-
-def _perform_on_one_thread(work: Any, arguments: tuple[Any, ...]) -> Any:
-    torch.set_num_threads(1)
-    return perform(work, arguments)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().rpartition("\n")[2]
-
-
-def _connect(address: str) -> tuple[Any, bool]:
-    """The Ray module, connected to a cluster, and whether the connection is ours to end; no figures of use are sent."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+def perform(work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """The result of a call, or a `Failure` with what it raised."""
     try:
-        import ray
-    except ImportError as error:
-        raise InputError("--ray needs the package ray; pip install 'spectralbasis[ray]'") from error
-    if ray.is_initialized():
-        return ray, False
-    if ":" in address:
-        _check_port(address)
-    options: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
-    try:
-        ray.init(
-            address=address, log_to_driver=False, logging_level=logging.ERROR, job_config=_job_config(ray), **options
-        )
-    except (ConnectionError, ValueError) as error:
-        raise _no_cluster(address, error) from error
-    return ray, True
+        return work(*arguments)
+    except Exception as error:
+        return Death(f"too little memory ({error})") if out_of_memory(error) else Failure(describe(error))
 
 
-class _Importable(list[str]):
-    """Folders that workers import from: those alone that this process imports from too."""
-
-    def extend(self, folders: Iterable[str]) -> None:
-        here = {Path(folder).absolute() for folder in sys.path}
-        super().extend(folder for folder in folders if Path(folder).absolute() in here)
-
-
-def _job_config(ray: Any) -> Any:
-    """How Ray runs our work.
-
-    Ray extends this list by the working folder, in which its workers would then look for `numpy` and for this package
-    first; it has no setting to leave that out.
-    """
-    config = ray.job_config.JobConfig()
-    config._py_driver_sys_path = _Importable()
-    return config
+def out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that an allocation failed; torch raises a plain RuntimeError on the CPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
 
 
-def _check_port(address: str) -> None:
-    """Raise InputError where nobody listens: Ray itself would try for more than a minute."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER).close()
-    except (OSError, ValueError, OverflowError) as error:
-        raise _no_cluster(address, error) from error
+def describe(error: Exception) -> str:
+    """What an exception says; where nobody foresaw it, with the place in the code."""
+    if isinstance(error, SpectralBasisError):
+        return str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"unexpected {type(error).__name__} in {Path(place.filename).name}, line {place.lineno}: {error}"
 
 
-def _no_cluster(address: str, error: Exception) -> InputError:
-    return InputError(f"no Ray cluster answers at {address!r} ({error}); start one, or pass --ray local")
+def native_bf16() -> bool:
+    """Whether this machine multiplies bfloat16; where it must emulate, that is slower than float32, up to tenfold."""
+    return torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-MOST_WORKERS = 1024
-"""Processes on one machine; each takes hundreds of megabytes before it works."""
-
-
-def open_executor(
-    workers: int = 1, ray: str | None = None, *, threads: int | None = None, gpu: bool = False
-) -> Executor:
-    """This process, local processes or a Ray cluster.
-
-    Args:
-        workers: local processes; 1 works in this one.
-        ray: address of a Ray cluster, "auto" or "local", in place of local processes.
-        threads: threads that each local process computes with; None gives each its share of the cores.
-        gpu: whether each call on the cluster takes a GPU.
-
-    Raises:
-        InputError: `workers` is below 1 or above `MOST_WORKERS`, or there is no Ray to use.
-    """
-    if not 1 <= workers <= MOST_WORKERS:
-        raise InputError(f"workers={shortened(workers, 40)} cannot work; pass a number from 1 to {MOST_WORKERS}")
-    if ray is not None:
-        return RayCluster(ray, gpu=gpu)
-    return Here() if workers == 1 else Processes(workers, threads or max(1, cores() // workers))
+def cores() -> int:
+    """How many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

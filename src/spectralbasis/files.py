@@ -1,16 +1,12 @@
-"""Writing files so that a reader never sees half of one, and so that nothing but our own is ever cleared away.
+"""Output files and folders that appear whole or not at all, and the checksums by which damage is found.
 
-What is being written lies in a hidden folder of ours beside the output: a scratch folder. A file in it, which its
-process holds locked as long as it lives, marks it as ours; the system takes the lock back however the process ends.
-The next command that writes the same output clears away the scratch folders that have this file and whose process has
-ended. A name alone proves nothing, so a folder without this file stays.
+What is being written lies in a hidden folder beside the output, the scratch folder. A file in it, which its process
+holds locked as long as it lives, marks it as ours; the system takes the lock back however the process ends. The next
+command that writes the same output removes the scratch folders that have this file and whose process has ended. A
+name alone proves nothing, so a folder without this file stays.
 
-Checksums of what this package writes, so that a damaged file is told from a whole one.
-
-Output folders that appear whole or not at all, and that say what in them is ours.
-
-Every folder has a hidden list of what was written into it. Only a folder with such a list, and with nothing beside
-what it lists, as it was written, is ever replaced or removed, and only a file that is listed is written again.
+Every output folder has a hidden list of what was written into it. Only a folder with such a list, and with nothing
+beside what it lists, as it was written, is ever replaced or removed, and only a file that is listed is written again.
 """
 
 import errno
@@ -22,26 +18,38 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 import xxhash
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from torch import Tensor
 
 from spectralbasis.errors import InputError
 from spectralbasis.records import checked, read_json
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def checksum(*texts: str, tensors: Mapping[str, Tensor] | None = None) -> str:
+
+def checksum(*texts: str, tensors: "Mapping[str, Tensor] | None" = None) -> str:
     """xxh3-128 of texts, and of tensors with their names, types and shapes, as 32 hexadecimal digits."""
     digest = xxhash.xxh3_128()
     for text in texts:
         digest.update(f"{len(text)}:{text}".encode())
     for name, tensor in sorted((tensors or {}).items()):
+        import torch  # takes longer to import than a command that fails at once
+
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where results are kept for later: `SPECTRALBASIS_CACHE`, else `spectralbasis` in the user's cache folder."""
+    given = os.environ.get("SPECTRALBASIS_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectralbasis"
 
 
 _OURS, _BEGINNING = b"spectralbasis", 4096
@@ -67,12 +75,17 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         temporary = scratch / "new" / target.name
         try:
             temporary.parent.mkdir()
-            mode = _mode(target, scratch)
+            try:
+                mode = stat.S_IMODE(target.stat().st_mode) & 0o777
+            except FileNotFoundError:  # the mode that the umask gives a new file
+                (scratch / "mode").touch(0o666, exist_ok=False)
+                mode = stat.S_IMODE((scratch / "mode").stat().st_mode)
         except OSError as error:
             raise unwritable(target, error) from error
         try:
             yield temporary
-            _to_disk(temporary)
+            with temporary.open("r+b") as written:  # on the disk, so that losing power leaves no empty file
+                os.fsync(written.fileno())
             with suppress(PermissionError):  # a file system without modes
                 temporary.chmod(mode)
             temporary.replace(target)
@@ -83,7 +96,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 
 def check_output_file(path: Path) -> None:
-    """Refuse what a file can never be written to: a folder, a link, a device, an impossible name.
+    """Refuse a path to which no file can be written: a folder, a link, a device, an impossible name.
 
     A link is refused because writing to it would either replace the link or change a file elsewhere.
 
@@ -98,7 +111,7 @@ def check_output_file(path: Path) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise InputError(f"the output {path} is a folder, expected a file; name a file, such as {path / 'NAME'}")
     if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"the output {path} is no regular file; name another")
+        raise InputError(f"the output {path} is not a regular file; name another file")
 
 
 def check_replaceable(path: Path) -> None:
@@ -116,7 +129,7 @@ def check_replaceable(path: Path) -> None:
 
 
 def check_output_files(folder: Path, *names: str) -> None:
-    """Refuse what is no folder, and a folder in which one of these files can never be written.
+    """Refuse a path that is not a folder, and a folder in which one of these files can never be written.
 
     Raises:
         InputError: see above and `check_output_file`; call it before the work whose results the files take.
@@ -125,7 +138,7 @@ def check_output_files(folder: Path, *names: str) -> None:
     if status is not None and not folder.is_dir():
         what = "a file" if stat.S_ISREG(status.st_mode) else "no folder"
         if folder.is_symlink():
-            what = f"a link to {folder.readlink()}, which is no folder"
+            what = f"a link to {folder.readlink()}, which is not a folder"
         raise InputError(f"the output {folder} is {what}; name a new folder")
     for name in names:
         check_output_file(folder / name)
@@ -151,7 +164,7 @@ def _status(path: Path) -> os.stat_result | None:
 
 @contextmanager
 def scratch_beside(target: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """Yield a new folder of ours beside an output, and those in which living processes write the same output.
+    """Yield a new scratch folder beside an output, and those in which living processes write the same output.
 
     The folder is removed when the block ends. Those that killed processes left are removed before. Where the file
     system has no locks nobody can be told to live or not: nothing is removed or listed.
@@ -237,30 +250,12 @@ def _prefix(target: Path) -> str:
     return f".spectralbasis-{xxhash.xxh3_64_hexdigest(os.fsencode(target.name))}-"
 
 
-def _mode(target: Path, scratch: Path) -> int:
-    """The mode of a file that is written again, or the one that the umask gives a new file."""
-    try:
-        return stat.S_IMODE(target.stat().st_mode) & 0o777
-    except FileNotFoundError:
-        handle = os.open(scratch / "mode", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        try:
-            return stat.S_IMODE(os.fstat(handle).st_mode)
-        finally:
-            os.close(handle)
-
-
 def unwritable(target: Path, error: OSError) -> InputError:
     """The error where the system refuses a place."""
     if out_of_room(error):
         return no_room_for(target)
     what_now = "give a shorter name" if error.errno == errno.ENAMETOOLONG else "choose a folder that you may write to"
     return InputError(f"cannot write {target}: {error.strerror}; {what_now}")
-
-
-def _to_disk(file: Path) -> None:
-    """Wait until the bytes are on the disk, so that a machine that loses its power leaves no empty file."""
-    with file.open("r+b") as opened:
-        os.fsync(opened.fileno())
 
 
 def no_room_for(target: Path) -> InputError:
@@ -276,7 +271,7 @@ def out_of_room(error: OSError | SafetensorError) -> bool:
 
 
 def came_of_no_room(error: BaseException) -> bool:
-    """Whether an error, or one that it came of, says that a disk is full."""
+    """Whether an error, or one that caused it, says that a disk is full."""
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, OSError | SafetensorError) and out_of_room(link):
@@ -287,7 +282,6 @@ def came_of_no_room(error: BaseException) -> bool:
 
 LIST = ".spectralbasis"
 _GENERATOR = b'<meta name="generator" content="spectralbasis '
-_PAGE_BEGINNING = 4096
 _HASHED = 1 << 26
 """Bytes up to which the list says what a file holds, and not only how long it is."""
 
@@ -321,7 +315,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
 
 
 def claim_files(folder: Path, *names: str, adopt: bool = False) -> None:
-    """Note files that are about to be written into a folder as ours; the folder is made where it is absent.
+    """Record files that are about to be written into a folder; the folder is made where it is absent.
 
     Args:
         folder: may hold other things, which are left alone.
@@ -335,7 +329,12 @@ def claim_files(folder: Path, *names: str, adopt: bool = False) -> None:
     check_output_files(folder, *names)
     ours = _listed(folder) or {}
     for name in names if not adopt else ():
-        if name not in ours and (folder / name).exists() and not _is_our_page(folder / name):
+        file = folder / name
+        if name in ours or not file.exists():
+            continue
+        with file.open("rb") as page:  # a page that this package made says so at its beginning
+            is_our_page = _GENERATOR in page.read(_BEGINNING)
+        if not is_our_page:
             raise InputError(
                 f"the output folder {folder} holds {name}, which no earlier run wrote there, so it is not replaced; "
                 "move it away, or name a new folder"
@@ -343,12 +342,6 @@ def claim_files(folder: Path, *names: str, adopt: bool = False) -> None:
     if not ours.keys() >= set(names):
         with atomic_path(folder / LIST) as temporary:
             _write_list(temporary, {**dict.fromkeys(names, ""), **ours})
-
-
-def _is_our_page(file: Path) -> bool:
-    """Whether a file is a page that this package made, which says so at its beginning."""
-    with file.open("rb") as page:
-        return _GENERATOR in page.read(_PAGE_BEGINNING)
 
 
 def not_ours(folder: Path) -> list[str] | None:
@@ -411,7 +404,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             yield fresh
             _write_list(fresh / LIST, {name: _content(file) for name, file in _files(fresh)})
             if _holds_something(target) and _identity(target) != replaced:
-                raise InputError(_kept_beside(fresh, target))
+                number = 1
+                while os.path.lexists(other := target.with_name(f"{target.name}-{number}")):
+                    number += 1
+                fresh.rename(other)
+                raise InputError(
+                    f"another process filled the output folder {target} meanwhile, so what was made is in {other}"
+                )
             if target.exists():
                 fresh.chmod(stat.S_IMODE(target.stat().st_mode))
                 target.rename(scratch / "old")
@@ -447,12 +446,3 @@ def _holds_something(path: Path) -> bool:
 def _identity(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_dev, status.st_ino
-
-
-def _kept_beside(fresh: Path, target: Path) -> str:
-    """Keep a finished folder whose place was taken; say where."""
-    number = 1
-    while os.path.lexists(other := target.with_name(f"{target.name}-{number}")):
-        number += 1
-    fresh.rename(other)
-    return f"the output folder {target} was filled by another meanwhile, so what was made is in {other}"

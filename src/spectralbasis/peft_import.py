@@ -1,28 +1,34 @@
 """Makes PEFT know the method "SPECTRAL"; the one place where this package reaches into PEFT and Python's imports.
 
 PEFT has no plug-ins: a method has to be in its enum of types and in its registry before an adapter is opened. Importing
-PEFT takes seconds, so that this package does not import it: `spectralbasis.tuner`, which registers the method, is
-imported when PEFT is.
+PEFT takes seconds, so that this package does not import it. Python has no hook for "after this module is imported", so
+a finder on `sys.meta_path` puts a loader of ours before PEFT's own. What has to be done then is given by the package
+itself (`spectralbasis/__init__.py`), since this module stands below all that knows the method.
 """
 
 import sys
-from collections.abc import Sequence
-from importlib import import_module
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 METHOD = "SPECTRAL"
-REGISTERS = "spectralbasis.tuner"
-"""The module that registers the method when it is imported."""
+_registrations: list[Callable[[], object]] = []
 
 
-def register_with_peft() -> None:
-    """Register the method now where PEFT is imported already, else right after it will be."""
+def register_with_peft(register: Callable[[], object]) -> None:
+    """Call `register` now where PEFT is imported already, else right after it will be."""
+    _registrations.append(register)
     if "peft" in sys.modules:
-        import_module(REGISTERS)
+        register_now()
     else:
         sys.meta_path.insert(0, _PeftFinder())
+
+
+def register_now() -> None:
+    """Do what was asked for with `register_with_peft`, also where PEFT was not imported yet."""
+    for register in _registrations:
+        register()
 
 
 class _PeftFinder(MetaPathFinder):
@@ -54,7 +60,7 @@ class _PeftLoader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        import_module(REGISTERS)
+        register_now()
 
 
 def add_peft_type(name: str = METHOD) -> None:

@@ -3,9 +3,7 @@
 Names of tensors, files, tasks and labels come from files that others wrote. Every one passes through the function of
 the place that it reaches: `printable` for a terminal, a log or a message, `warn` for a warning, `in_markup` for a table
 drawn with rich, `in_markdown` and `in_code` for a model card. Pages make names visible and escape them in their
-templates (`report/embed.py`). No such name becomes a part of a path.
-
-Progress bars on stderr, so that stdout holds results alone.
+templates. No such name becomes a part of a path. `track` draws progress on stderr, so that stdout holds results alone.
 """
 
 import re
@@ -23,6 +21,7 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$&])")
 _BACKTICKS = re.compile("`+")
 _LONGEST = 300
 _LONGEST_WARNING = 4000
+T = TypeVar("T")
 
 
 def printable(text: object, *, lines: bool = False) -> str:
@@ -40,13 +39,11 @@ def printable(text: object, *, lines: bool = False) -> str:
     if shown.isprintable():
         return shown
     return "".join(
-        character if character in kept or unicodedata.category(character) not in _UNSEEN else _escaped(character)
+        character
+        if character in kept or unicodedata.category(character) not in _UNSEEN
+        else character.encode("unicode_escape", "surrogatepass").decode("ascii")
         for character in shown
     )
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 def shortened(text: object, longest: int = _LONGEST) -> str:
@@ -81,9 +78,6 @@ def in_code(text: object) -> str:
     fence = "`" * (max(map(len, _BACKTICKS.findall(shown)), default=0) + 1)
     pad = " " if shown.startswith("`") or shown.endswith("`") else ""
     return f"{fence}{pad}{shown}{pad}{fence}"
-
-
-T = TypeVar("T")
 
 
 def track(items: Iterable[T], description: str, *, total: int, enabled: bool) -> Iterator[T]:

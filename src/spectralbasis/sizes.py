@@ -1,4 +1,4 @@
-"""Amounts of memory as people write them."""
+"""Amounts of memory: how much is free, and how people write it."""
 
 import math
 import re
@@ -21,7 +21,7 @@ def available_memory() -> int:
 
 
 def check_memory(count: int, what: str) -> None:
-    """Raise InputError unless that many bytes can be had, before the system ends a process for taking them.
+    """Raise InputError unless that many bytes of memory are free, before the system ends a process for taking them.
 
     Args:
         count: bytes.
@@ -38,15 +38,19 @@ def parse_size(size: str | int) -> int:
     """Bytes, from their number or from text such as "8GB", "500 MB" or "1.5GiB".
 
     Raises:
-        InputError: it is no positive amount of memory.
+        InputError: it is not a positive amount of memory.
+
+    Example:
+        >>> parse_size("1.5GiB"), parse_size("500 MB")
+        (1610612736, 500000000)
     """
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*", str(size))
     factor = _FACTORS.get(found[2].upper()) if found else None
     count = float(found[1]) * factor if found and factor else 0
     if not 1 <= count < _MOST:
         raise InputError(
-            f"{shortened(repr(size), 80)} is no amount of memory; pass bytes, or a number with a unit such as 8GB or "
-            "500MB"
+            f"{shortened(repr(size), 80)} is not an amount of memory; pass bytes, or a number with a unit such as 8GB "
+            "or 500MB"
         )
     return int(count)
 

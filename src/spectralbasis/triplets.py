@@ -2,10 +2,9 @@
 
 import json
 import math
-import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -18,7 +17,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from spectralbasis.errors import InputError
-from spectralbasis.files import atomic_path, checksum
+from spectralbasis.files import atomic_path, cache_folder, checksum
 from spectralbasis.linalg import (
     LeadingSVD,
     largest_value_outside,
@@ -41,6 +40,10 @@ _ROUNDING = 1e-6
 _LEFT_OUT = 0.02
 """Share by which a value outside may exceed σ_{k+1}, which is known from below only, before it counts as left out."""
 _HASH_BLOCK = 1 << 22
+_NOT_ORTHONORMAL = 1e-4
+"""By how much directions may miss being orthonormal: rounding to float32 leaves a hundredth of it."""
+_DISORDER = 1e-3
+"""Of σ_1, by how much a value in a file may exceed the one before it."""
 
 
 @dataclass(frozen=True)
@@ -108,31 +111,42 @@ class Triplets:
 
 
 def check_tolerance(tolerance: float) -> None:
-    """Raise InputError if this is no sine of an angle that a solver can reach."""
+    """Raise InputError if this is not the sine of an angle that a solver can reach."""
     if not 0 < tolerance < 1:
-        raise InputError(f"tolerance={tolerance!r} is no sine of an angle; pass a number such as 1e-4")
+        raise InputError(
+            f"tolerance must be the sine of an angle, more than 0 and less than 1, got {tolerance!r}; pass a number "
+            "such as 1e-4"
+        )
 
 
 def malformed(triplets: Triplets) -> str | None:
     """Why these cannot be triplets of any matrix; None where they can.
 
-    Looks at types, shapes, finite values, orthonormal directions, descending values and the sign rule.
+    Looks at types, shapes, finite values, descending values (where the directions are singular ones) and orthonormal
+    directions. Four random combinations of the directions tell whether those are orthonormal, at the cost of one
+    product with them.
     """
-    U, S, Vh, residuals = (tensor.detach() for tensor in (triplets.U, triplets.S, triplets.Vh, triplets.residuals))
+    tensors = {name: tensor.detach() for name, tensor in triplet_tensors(triplets).items()}
+    U, S, Vh, residuals = tensors.values()
     k = S.numel()
     if S.ndim != 1 or k == 0 or U.ndim != 2 or Vh.ndim != 2 or residuals.shape != (k,):
         return f"S has the shape {tuple(S.shape)}, expected (k,), and U, Vh and residuals to fit it"
     if U.shape[1] != k or Vh.shape[0] != k or min(U.shape[0], Vh.shape[1]) < k:
         return f"U is {tuple(U.shape)} and Vh {tuple(Vh.shape)}, expected (m, {k}) and ({k}, n)"
-    if {tensor.dtype for tensor in (U, S, Vh, residuals)} != {torch.float32}:
-        return "a tensor is not float32"
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in (U, S, Vh, residuals)) or bool((residuals < 0).any()):
-        return "a value is NaN or infinite, or a residual negative"
-    for side, frame in (("U", U), ("Vh", Vh.T)):
-        if float((frame.T.double() @ frame.double() - torch.eye(k, device=S.device)).abs().max()) > 1e-5:
-            return f"the directions of {side} are not orthonormal"
-    if not bool((U.amax(0) >= (1 - 1e-5) * U.abs().amax(0)).all()):
-        return "a left vector has the other sign than the rule gives it"
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            return f"{name} is {tensor.dtype}, expected float32"
+        if not bool(torch.isfinite(tensor).all()):
+            return f"{name} has a NaN or infinite entry"
+    ordered = math.isfinite(triplets.next_singular_value)
+    if ordered and (bool((S < 0).any()) or bool((S.diff() > _DISORDER * S[0]).any())):
+        return "S is not descending from a value of 0 or more"
+    if bool((residuals < 0).any()):
+        return "residuals has a negative entry"
+    mixed = torch.randn(k, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(S.device)
+    for field, directions in (("columns of U", U.double()), ("rows of Vh", Vh.T.double())):
+        if not float((directions.T @ (directions @ mixed) - mixed).abs().max()) <= _NOT_ORTHONORMAL:
+            return f"the {field} are not orthonormal"
     return None
 
 
@@ -144,14 +158,14 @@ def disproof(W: MatrixLike, triplets: Triplets, values: Tensor | None = None) ->
 
     Args:
         W: (m, n), any floating dtype.
-        triplets: leading singular triplets, by their own account.
+        triplets: leading singular triplets by their own account, which are not `malformed`.
         values: all singular values of `W`, descending, where they are known.
     """
-    if (reason := malformed(triplets)) is not None:
-        return reason
     if triplets.shape != tuple(W.shape):
         return f"they are of a matrix {triplets.shape}, expected {tuple(W.shape)}"
     U, S, Vh = (tensor.to(W.device, torch.float64) for tensor in (triplets.U, triplets.S, triplets.Vh))
+    if not bool((U.amax(0) >= (1 - 1e-5) * U.abs().amax(0)).all()):
+        return "a left vector has the other sign than the rule gives it"
     rounding, following = _ROUNDING * float(S[0]), triplets.next_singular_value
     bound = triplets.subspace_error_bound
     if bool((S[1:] > S[:-1]).any()) or float(S[-1]) < 0 or not -rounding <= following <= float(S[-1]) + rounding:
@@ -176,17 +190,13 @@ def matrix_hash(W: MatrixLike) -> str:
     A bf16 checkpoint and the same one upcast to float32 have one hash; a rounded copy has another.
     """
     digest = xxhash.xxh3_128(repr(tuple(W.shape)).encode())
-    for block in _flat_blocks(W):
+    if isinstance(W, Tensor):
+        blocks: Iterable[Tensor] = W.detach().reshape(-1).split(_HASH_BLOCK)
+    else:
+        blocks = (W[rows].reshape(-1) for rows in row_slices(W))
+    for block in blocks:
         digest.update(block.to("cpu", torch.float32).contiguous().numpy().data)
     return digest.hexdigest()
-
-
-def _flat_blocks(W: MatrixLike) -> Iterator[Tensor]:
-    """The entries of a matrix in their order."""
-    if isinstance(W, Tensor):
-        yield from W.detach().reshape(-1).split(_HASH_BLOCK)
-    else:
-        yield from (W[rows].reshape(-1) for rows in row_slices(W))
 
 
 def compute_triplets(
@@ -245,14 +255,6 @@ def compute_triplets_and_values(
     triplets = _triplets(svd, base_hash)
     _to_cache(triplets)
     return triplets, values
-
-
-def cache_folder() -> Path:
-    """Where computed triplets are kept: `SPECTRALBASIS_CACHE`, else `spectralbasis` in the user's cache folder."""
-    given = os.environ.get("SPECTRALBASIS_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectralbasis"
 
 
 def fix_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
@@ -356,7 +358,7 @@ def _to_cache(triplets: Triplets) -> None:
             save_file(tensors, temporary, metadata={"triplets": facts, "checksum": checksum(facts, tensors=tensors)})
     except InputError:
         warn(
-            f"the cache {cache_folder()} is full or cannot be written, so triplets are computed anew each time; "
+            f"the cache {cache_folder()} is full or cannot be written, so triplets are computed again each time; "
             "make room, or set SPECTRALBASIS_CACHE",
             stacklevel=2,
         )

@@ -121,7 +121,7 @@ def test_no_checkpoint(tmp_path, content):
 def test_other_zip_file(tmp_path):
     with zipfile.ZipFile(tmp_path / "model.pt", "w") as archive:
         archive.writestr("readme.txt", "hello")
-    assert "no readable torch checkpoint" in refusal(tmp_path / "model.pt")
+    assert "not a readable torch checkpoint" in refusal(tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -134,8 +134,8 @@ def test_torch_file_with_the_suffix_of_safetensors(tmp_path, zipped):
 def test_other_format(tmp_path, name):
     (tmp_path / name).write_bytes(b"something else")
     message = refusal(tmp_path / name)
-    assert "no known format" in message
-    assert "expected .safetensors" in message
+    assert "has an unknown format" in message
+    assert "expected safetensors (.safetensors)" in message
 
 
 @pytest.mark.parametrize("saved", [[torch.eye(2)], {"epoch": 3}, {}])
@@ -228,7 +228,7 @@ def test_corrupt_index(tmp_path, content):
 def test_corrupt_config(tmp_path):
     save_file(WEIGHTS, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{'single': quotes}")
-    assert "config.json is no valid JSON" in refusal(tmp_path)
+    assert "config.json is not valid JSON" in refusal(tmp_path)
 
 
 def test_file_that_vanishes_between_opening_and_reading(tmp_path):

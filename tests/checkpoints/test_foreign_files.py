@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from spectralbasis.checkpoints import open_checkpoint
+from spectralbasis.checkpoints.adapters import AdapterCheckpoint
 from spectralbasis.checkpoints.foreign import KINDS
-from spectralbasis.checkpoints.peft_adapter import AdapterCheckpoint
 from spectralbasis.errors import InputError
 from tests.models import tiny
 

@@ -6,7 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from spectralbasis.checkpoints import logical_matrices, open_checkpoint
+from spectralbasis.checkpoints import Format, logical_matrices, match_matrices, open_checkpoint, register_format
+from spectralbasis.checkpoints.checkpoint import TensorCheckpoint
+from spectralbasis.checkpoints.opening import FORMATS
+from spectralbasis.errors import InputError
 
 STATE = {
     "layer.0.weight": torch.randn(5, 3, generator=torch.Generator().manual_seed(1)),
@@ -182,3 +185,49 @@ def test_a_sparse_tensor_is_read_as_the_matrix_that_it_is(layout):
     W = torch.eye(4) * torch.arange(4)
     matrices, _ = logical_matrices(open_checkpoint({"a.weight": layout(W)}))
     assert torch.equal(matrices["a"].read(), W)
+
+
+@pytest.fixture
+def eye_format(monkeypatch):
+    """A format that is one entry: a text file such as `EYE 3`, for an identity matrix."""
+    formats = list(FORMATS)
+
+    def read(path, source, config):
+        return TensorCheckpoint({"layer.weight": torch.eye(int(path.read_text().split()[1]))}, source, config)
+
+    register_format(Format("eye", (".eye",), read, start=rb"EYE "))
+    yield
+    FORMATS[:] = formats
+
+
+@pytest.mark.usefixtures("eye_format")
+@pytest.mark.parametrize("place", ["model.eye", "named_otherwise", "."])
+def test_a_further_format_is_one_entry(place, tmp_path):
+    (tmp_path / ("model.eye" if place == "." else place)).write_text("EYE 3")
+    matrices = match_matrices(open_checkpoint(tmp_path / place), open_checkpoint({"layer.weight": torch.eye(3)})).pairs
+    assert all(torch.equal(matrix.read(), torch.eye(3)) for pair in matrices for matrix in pair)
+    assert len(matrices) == 1
+
+
+@pytest.mark.usefixtures("eye_format")
+def test_what_can_be_opened_is_said_with_a_further_format(tmp_path):
+    (tmp_path / "unknown").write_text("something else")
+    with pytest.raises(
+        InputError, match=r"eye \(\.eye\), safetensors \(\.safetensors\), llama2\.c \(\.bin\), torch\.save"
+    ):
+        open_checkpoint(tmp_path / "unknown")
+    (tmp_path / "unknown").unlink()
+    with pytest.raises(InputError, match=r"one other file of weights \(\.eye, \.safetensors, "):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.usefixtures("eye_format")
+def test_a_further_format_may_be_one_that_is_refused_otherwise(tmp_path):
+    def read(path, source, config):
+        return TensorCheckpoint({"layer.weight": torch.eye(2)}, source, config)
+
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(12))
+    with pytest.raises(InputError, match="a GGUF or GGML file, which is not read"):
+        open_checkpoint(tmp_path / "model.gguf")
+    register_format(Format("GGUF", (".gguf",), read, start=rb"GGUF", certain=True))
+    assert open_checkpoint(tmp_path).names() == ("layer.weight",)

@@ -48,6 +48,7 @@ def test_uncached_model_offline(cached, hub_id):
         open_checkpoint(hub_id)
 
 
+@pytest.mark.slow
 def test_a_hub_that_does_not_answer(tmp_path):
     program = """
 import spectralbasis as sb
@@ -59,7 +60,7 @@ except sb.InputError as error:
     closed = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(tmp_path)}
     command = [sys.executable, "-W", "ignore", "-c", program]
     told = subprocess.run(command, env=os.environ | closed, capture_output=True, text=True, check=True).stdout
-    assert "org/name is neither a file nor a folder here, and as a hub id it cannot be had: " in told
+    assert "org/name is neither a file nor a folder here, and it cannot be downloaded as a hub id: " in told
     assert "Check the spelling, the network and your access to the model" in told
     assert "HF_HUB_OFFLINE" not in told
 

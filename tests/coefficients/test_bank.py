@@ -36,13 +36,14 @@ def alone(base, folder, head="classifier"):
         return model(**tokens()).logits
 
 
-@pytest.fixture
-def bert(tmp_path):
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
     """A base with three adapters a, b and c: the folder of each."""
-    base = save_base(tmp_path / "base")
+    folder = tmp_path_factory.mktemp("bert")
+    base = save_base(folder / "base")
     for seed, name in enumerate("abc"):
-        save_adapter(tmp_path / name, base, seed=seed)
-    return {"base": base} | {name: tmp_path / name for name in "abc"}
+        save_adapter(folder / name, base, seed=seed)
+    return {"base": base} | {name: folder / name for name in "abc"}
 
 
 def bank_of(folders, names="abc", **options):

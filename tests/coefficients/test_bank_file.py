@@ -6,6 +6,7 @@ import pytest
 import torch
 import xxhash
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import spectralbasis as sb
 from spectralbasis.coefficients.bank_file import read_bank
@@ -13,17 +14,39 @@ from tests.coefficients.folders import load_base, save_adapter, save_base, token
 from tests.damage import data_start, flipped
 
 
-@pytest.fixture
-def base(tmp_path):
-    return save_base(tmp_path / "base")
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp("models") / "base")
 
 
-@pytest.fixture
-def bank(base, tmp_path):
-    folders = {name: tmp_path / f"adapter{seed}" for seed, name in enumerate(("a", "b", "ü/c"))}
+@pytest.fixture(scope="module")
+def adapters(base):
+    """The folder of an adapter by the name of its task; the number of labels differs."""
+    folders = {name: base.parent / f"adapter{seed}" for seed, name in enumerate(("a", "b", "ü/c"))}
     for seed, folder in enumerate(folders.values()):
         save_adapter(folder, base, seed=seed, labels=2 + seed)
-    return sb.CoefficientBank.from_adapters(load_base(base), folders)
+    return folders
+
+
+@pytest.fixture
+def bank(base, adapters):
+    return sb.CoefficientBank.from_adapters(load_base(base), adapters)
+
+
+@pytest.fixture(scope="module")
+def saved(base, adapters):
+    """The bytes of the bank's file."""
+    file = base.parent / "bank.safetensors"
+    sb.CoefficientBank.from_adapters(load_base(base), adapters).save(file)
+    return file.read_bytes()
+
+
+@pytest.fixture
+def file(saved, tmp_path):
+    """The bank's file, for this test to change."""
+    path = tmp_path / "bank.safetensors"
+    path.write_bytes(saved)
+    return path
 
 
 def logits(bank, tasks):
@@ -31,10 +54,8 @@ def logits(bank, tasks):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_an_opened_bank_is_the_one_that_was_saved(bank, base, tmp_path, dtype):
-    kept = sb.CoefficientBank.from_adapters(
-        load_base(base), {"a": tmp_path / "adapter0", "b": tmp_path / "adapter1"}, dtype=dtype
-    )
+def test_an_opened_bank_is_the_one_that_was_saved(base, adapters, tmp_path, dtype):
+    kept = sb.CoefficientBank.from_adapters(load_base(base), {name: adapters[name] for name in ("a", "b")}, dtype=dtype)
     kept.save(tmp_path / "bank.safetensors")
     opened = sb.CoefficientBank.open(tmp_path / "bank.safetensors", load_base(base))
     assert opened.tasks == kept.tasks
@@ -65,13 +86,13 @@ def test_the_file_holds_the_numbers_and_little_else(bank, tmp_path):
     assert bank.nbytes <= (tmp_path / "bank.safetensors").stat().st_size <= bank.nbytes + 2 * header + 500
 
 
-def test_an_opened_bank_changes_and_is_saved_over_itself(bank, base, tmp_path):
+def test_an_opened_bank_changes_and_is_saved_over_itself(bank, base, adapters, tmp_path):
     file = tmp_path / "bank.safetensors"
     bank.save(file)
     opened = sb.CoefficientBank.open(file, load_base(base))
     opened.remove("b")
-    opened.add("new", tmp_path / "adapter1")
-    opened.add("more", tmp_path / "adapter2")
+    opened.add("new", adapters["b"])
+    opened.add("more", adapters["ü/c"])
     expected = logits(opened, ["new", "more", "a"])
     untouched = sb.CoefficientBank.open(file, load_base(base))
     assert untouched.tasks == ("a", "b", "ü/c")
@@ -83,13 +104,13 @@ def test_an_opened_bank_changes_and_is_saved_over_itself(bank, base, tmp_path):
     assert torch.equal(logits(untouched, ["b", "a"]), logits(bank, ["b", "a"]))
 
 
-def test_a_bank_without_tasks_is_kept_too(bank, base, tmp_path):
+def test_a_bank_without_tasks_is_kept_too(bank, base, adapters, tmp_path):
     for task in bank.tasks:
         bank.remove(task)
     bank.save(tmp_path / "bank.safetensors")
     opened = sb.CoefficientBank.open(tmp_path / "bank.safetensors", load_base(base))
-    opened.add("a", tmp_path / "adapter0")
-    bank.add("a", tmp_path / "adapter0")
+    opened.add("a", adapters["a"])
+    bank.add("a", adapters["a"])
     assert torch.equal(logits(opened, ["a"]), logits(bank, ["a"]))
 
 
@@ -145,17 +166,13 @@ def _rewritten(content, **changes):
     }.items(),
     ids=lambda damage: damage[0],
 )
-def test_a_damaged_file_is_a_sentence(bank, base, tmp_path, damage):
-    file = tmp_path / "bank.safetensors"
-    bank.save(file)
+def test_a_damaged_file_is_a_sentence(file, base, damage):
     file.write_bytes(damage[1](file.read_bytes()))
     with pytest.raises(sb.InputError, match="bank"):
         sb.CoefficientBank.open(file, load_base(base))
 
 
-def test_a_file_with_a_turned_bit_is_a_sentence(bank, tmp_path):
-    file = tmp_path / "bank.safetensors"
-    bank.save(file)
+def test_a_file_with_a_turned_bit_is_a_sentence(file):
     content, start = file.read_bytes(), data_start(file)
     for damaged in [
         *flipped(content, 60, 1, start),
@@ -166,9 +183,7 @@ def test_a_file_with_a_turned_bit_is_a_sentence(bank, tmp_path):
             read_bank(file)
 
 
-def test_a_file_of_another_version_or_without_a_checksum_is_refused(bank, base, tmp_path):
-    file = tmp_path / "bank.safetensors"
-    bank.save(file)
+def test_a_file_of_another_version_or_without_a_checksum_is_refused(file, base):
     content = file.read_bytes()
     for changes, said in (({"bank": "1"}, "no bank of version 2"), ({"checksum": None}, "lacks its checksum")):
         file.write_bytes(_rewritten(content, **changes))
@@ -217,9 +232,7 @@ def _config(**fields):
         ({"tasks": lambda _: {"a": 1}}, "expected a list"),
     ],
 )
-def test_what_no_bank_says_is_refused_in_a_sentence_before_anything_is_made_of_it(bank, tmp_path, changes, said):
-    file = tmp_path / "bank.safetensors"
-    bank.save(file)
+def test_what_no_bank_says_is_refused_in_a_sentence_before_anything_is_made_of_it(file, changes, said):
     _forged(file, **changes)
     with pytest.raises(sb.InputError, match=said):
         read_bank(file)
@@ -235,13 +248,11 @@ def test_what_no_bank_says_is_refused_in_a_sentence_before_anything_is_made_of_i
         (-1, float("inf"), "among the bias of classifier"),
     ],
 )
-def test_rows_that_no_adapter_gives_are_refused(bank, tmp_path, place, value, said):
-    file = tmp_path / "bank.safetensors"
-    bank.save(file)
-    rows = bank._rows.read([0, 1, 2])
+def test_rows_that_no_adapter_gives_are_refused(file, place, value, said):
+    content = file.read_bytes()
+    rows = load_file(file)["numbers"].clone()
     rows[2, place] = value
-    content = file.read_bytes()[: -rows.numel() * 4]
-    file.write_bytes(content + rows.numpy().tobytes())
+    file.write_bytes(content[: -rows.numel() * 4] + rows.numpy().tobytes())
     _forged(file)
     with pytest.raises(sb.InputError, match=f"the task 'ü/c' of the bank .* {said}"):
         read_bank(file)

@@ -14,7 +14,7 @@ MEASURES = [
 ]
 
 
-@pytest.fixture(scope="module", params=[0.05, 0.5])
+@pytest.fixture(scope="module", params=[pytest.param(0.05, marks=pytest.mark.slow), 0.5])
 def table(request):
     base, tuned = chance_pairs(300, request.param)
     return compare(base, [tuned], leading=4, draws=5).table
@@ -32,6 +32,7 @@ def test_correction_over_matrices_leaves_next_to_nothing(table):
     assert (headline["q_value"] < 0.05).mean() < 0.01
 
 
+@pytest.mark.slow
 def test_verdicts_are_rarely_wrong():
     trials, wrong = 60, {"stability": 0, "coverage": 0}
     for trial in range(trials):

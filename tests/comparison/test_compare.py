@@ -217,11 +217,11 @@ def test_a_matrix_that_is_the_rounded_base_is_listed_as_rounding(stored, narrow)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"leading": "all"}, "leading='all' is no number of directions"),
+        ({"leading": "all"}, "leading='all' is not a number of directions"),
         ({"null": "shuffled"}, "null='shuffled' is unknown; pass one of scrambled, gaussian"),
         ({"draws": 0}, "draws=0 draws nothing"),
         ({"device": "cuda:99"}, "pass device='cpu'"),
-        ({"leading": 0}, "leading=0 is no number of directions"),
+        ({"leading": 0}, "leading=0 is not a number of directions"),
         ({"include": ["nothing*"]}, "nothing"),
     ],
 )

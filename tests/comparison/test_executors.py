@@ -103,6 +103,7 @@ def test_there_are_no_more_processes_than_memory_for_the_largest_matrix(monkeypa
     assert affordable_workers(5, tasks) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_keeps_what_was_measured_and_says_how_to_go_on(tmp_path, workers, monkeypatch):
     base, tuned = random_updates(24, 0.3, m=160, n=140)

@@ -32,6 +32,7 @@ def measured(store: Path) -> int:
         return connection.execute("SELECT COUNT(*) FROM pairs").fetchone()[0]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_gives_the_table_of_one_run(files, tmp_path):
     script = "import sys, spectralbasis as sb; sb.compare(sys.argv[1], [sys.argv[2]], leading=8, output=sys.argv[3])"
     arguments = [sys.executable, "-c", script, *map(str, files), str(tmp_path / "out")]

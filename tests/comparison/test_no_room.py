@@ -33,6 +33,7 @@ def compare(base, tuned, output, *options, room=None):
     return run(list(map(str, command)), limit)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_sentence_and_resume_goes_on(checkpoints, tmp_path):
     output = tmp_path / "out"
     failed = compare(*checkpoints, output, room=100_000)
@@ -46,7 +47,7 @@ def test_a_full_disk_is_a_sentence_and_resume_goes_on(checkpoints, tmp_path):
     assert {"comparison.parquet", "summary.json", "index.html"} <= {file.name for file in output.iterdir()}
 
 
-@pytest.mark.parametrize("room", [10, 2_000])
+@pytest.mark.parametrize("room", [pytest.param(10, marks=pytest.mark.slow), 2_000])
 def test_a_file_that_does_not_fit_leaves_the_old_one(tmp_path, room):
     code = (
         "import resource, sys, torch\n"

@@ -1,11 +1,15 @@
-"""The examples run, with settings that keep them short."""
+"""The examples run, with settings that keep them short, and the guide shows one of them."""
 
+import ast
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
+pytestmark = pytest.mark.slow
 
 
 def run(name, *arguments):
@@ -29,3 +33,20 @@ def test_lora_for_everyone(minilm, data_dir, tmp_path):
     assert "spectralbasis is loaded: False" in out
     assert float(re.search(r"differ by (\S+)", out)[1]) < 1e-5
     assert "error 0" in out
+
+
+def test_train_with_trainer(minilm, tmp_path):
+    out = run("train_with_trainer.py", "--epochs", 2, "--output", tmp_path / "adapter")
+    before, after = (float(share) for share in re.findall(r"accuracy \w+ training: (\d\.\d+)", out))
+    assert after > max(before, 0.8)
+    assert "trained: 45,325 coefficients" in out
+    assert re.search(r"predicted labels: \[[01], [01]\]", out)
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_guide_shows_the_script():
+    source = (EXAMPLES / "train_with_trainer.py").read_text()
+    after_docstring = source.splitlines()[ast.parse(source).body[0].end_lineno :]
+    guide = (EXAMPLES.parent / "docs" / "peft.md").read_text()
+    assert "\n".join(after_docstring).strip() in guide

@@ -22,7 +22,7 @@ from tests.comparison.pairs import layered, random_updates
 from tests.execution import planted
 
 ray = pytest.importorskip("ray")
-pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all of them
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]  # one cluster for all of them
 NODE = {"num_cpus": 1, "object_store_memory": 80_000_000}
 
 

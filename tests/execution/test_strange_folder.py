@@ -46,6 +46,7 @@ def run(arguments, folder):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "workers",
     [{"workers": 2}, pytest.param({"ray": "local"}, marks=pytest.mark.xdist_group("ray"))],

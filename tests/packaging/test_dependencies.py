@@ -85,6 +85,7 @@ def test_every_range_starts_at_the_version_that_is_tested_as_the_oldest():
             assert Version(oldest[canonicalize_name(need.name)]).release[: len(release)] == release, need
 
 
+@pytest.mark.slow
 def test_installed_packages_fit_each_other():
     done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -32,12 +32,20 @@ OWN: dict[str, dict[str, Any]] = {"bitfit": {}, "subspace": {"dimension": 50}}
 BOTTLENECKS: dict[str, dict[str, Any]] = {"houlsby": {"rank": 4}, "parallel": {"rank": 4}}
 SHAPES = 2 * [(16, 16), (16, 16), (16, 16), (16, 16), (24, 16), (16, 24)]
 HEAD = 2 * 16 + 2
+QUICK = {"dora", "svft", *OWN}
+"""One method of PEFT, one that trains between singular vectors, and those of this package."""
 needs_adapters = pytest.mark.skipif(
     find_spec("adapters") is None, reason="the package adapters works with transformers 4.57 alone: make test-compat"
 )
 
 
-@pytest.mark.parametrize(("method", "options"), {**PEFT, **OWN}.items(), ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        pytest.param(method, options, id=method, marks=() if method in QUICK else pytest.mark.slow)
+        for method, options in {**PEFT, **OWN}.items()
+    ],
+)
 def test_what_is_written_scores_the_same_when_it_is_read_back(tmp_path, method, options):
     model, task = save_image_model(tmp_path / "model"), bright_side_task()
     result = tune(model, task=task, output=tmp_path / "a", method=method, learning_rate=3e-2, **options, **SHORT)

@@ -78,7 +78,7 @@ def test_the_page_can_be_written_again(tmp_path):
     (tmp_path / "index.html").unlink()
     assert write_study_report(tmp_path).read_text() == page
     (tmp_path / "results.json").write_text("{")
-    with pytest.raises(InputError, match="no valid JSON"):
+    with pytest.raises(InputError, match="not valid JSON"):
         write_study_report(tmp_path)
 
 

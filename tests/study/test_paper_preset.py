@@ -13,6 +13,7 @@ from spectralbasis.study.subjects import LARGE
 from spectralbasis.training.tasks import same_name, task_names
 
 
+@pytest.mark.slow
 def test_every_kind_of_run_works_on_models_and_data_in_the_layouts_of_the_hub(tmp_path):
     hub = pytest.importorskip("tests.study.hub", reason="sentencepiece or Pillow is not installed")
     hub.save_models(tmp_path / "models")

@@ -63,6 +63,7 @@ def train(rank, port, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_whole_batch(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

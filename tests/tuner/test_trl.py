@@ -58,6 +58,11 @@ AT_THE_START = {
 """What each trainer measures at its first step, where policy and reference are one model."""
 
 
+def slow_but(quick, names):
+    """The names, all but one of them marked slow."""
+    return [pytest.param(name, marks=() if name == quick else pytest.mark.slow) for name in names]
+
+
 @pytest.fixture(params=CONFIGS)
 def config(request):
     return CONFIGS[request.param]
@@ -127,7 +132,7 @@ def first(used, key):
     return next(entry[key] for entry in used.state.log_history if key in entry)
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", slow_but("SFT", TRAINERS))
 def test_a_new_adapter_is_trained_and_the_base_stays_as_it_is(name, config, tmp_path):
     used = trainer(name, base(), tmp_path, peft_config=config)
     before = numbers(used.model)
@@ -145,7 +150,7 @@ def test_a_new_adapter_is_trained_and_the_base_stays_as_it_is(name, config, tmp_
     torch.testing.assert_close(loaded(ids).logits, used.model.eval()(ids).logits)
 
 
-@pytest.mark.parametrize("name", AT_THE_START)
+@pytest.mark.parametrize("name", slow_but("DPO", AT_THE_START))
 def test_the_reference_of_a_trained_adapter_is_that_adapter(name, trained, tmp_path):
     model = PeftModel.from_pretrained(base(), trained, is_trainable=True)
     start = numbers(model)

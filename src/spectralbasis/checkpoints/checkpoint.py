@@ -1,6 +1,7 @@
-"""What every source of weights can do, whatever its format.
+"""What every source of weights can do, and the sources that are in memory: a `state_dict`, an `nn.Module`.
 
-Checkpoints that are already in memory (or mapped into it): a `state_dict`, a loaded torch pickle.
+A file format is a subclass of `Checkpoint` in a file of its own; a checkpoint that reads the tensors of others is a
+subclass of `View`.
 """
 
 from abc import ABC, abstractmethod
@@ -12,6 +13,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from spectralbasis.errors import InputError
+
+FLOAT8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz})
+INTEGERS = frozenset(
+    {torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64}
+)
+PARTS_ONLY = frozenset({torch.float8_e8m0fnu, torch.float4_e2m1fn_x2})
+"""Never a weight by themselves: powers of two are scales, and pairs of 4-bit floats need them."""
+NUMBERS = INTEGERS | FLOAT8 | PARTS_ONLY
+"""What quantized weights are stored as."""
 
 
 class Checkpoint(ABC):
@@ -90,6 +100,49 @@ class Checkpoint(ABC):
         return f"{type(self).__name__}({self.source!r}, {len(self.names())} tensors)"
 
 
+class View(Checkpoint):
+    """A checkpoint whose tensors are those of other checkpoints, perhaps under other names.
+
+    A subclass says in `names` what it holds and in `_place` where each tensor is; it overrides what it computes itself.
+    """
+
+    def _place(self, name: str) -> tuple[Checkpoint, str]:
+        """The checkpoint that stores a tensor, and the tensor's name there."""
+        raise NotImplementedError
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        stored, own = self._place(name)
+        return stored.shape(own)
+
+    def dtype(self, name: str) -> torch.dtype:
+        stored, own = self._place(name)
+        return stored.dtype(own)
+
+    def read(self, name: str) -> Tensor:
+        stored, own = self._place(name)
+        return stored.read(own)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        stored, own = self._place(name)
+        return stored.read_rows(own, start, stop)
+
+    def take_rows(self, name: str, rows: Tensor, width: int) -> Tensor:
+        stored, own = self._place(name)
+        return stored.take_rows(own, rows, width)
+
+    def holds_rows(self, name: str) -> bool:
+        stored, own = self._place(name)
+        return stored.holds_rows(own)
+
+    def alone(self, name: str) -> Checkpoint | None:
+        stored, own = self._place(name)
+        return stored.alone(own) if own == name else None
+
+    def unreadable(self, name: str) -> str | None:
+        stored, own = self._place(name)
+        return stored.unreadable(own)
+
+
 # In order of preference: training scripts nest the state under one of these. DINO keeps a teacher and a student, JEPA
 # a target encoder, its average an encoder, and a predictor.
 _STATE_KEYS = (
@@ -108,6 +161,7 @@ _STATE_KEYS = (
     "weights",
     "encoder",
 )
+_PARAMETRIZED = ("_u", "_v", "_mask")  # buffers of spectral normalisation and of pruning
 _NOT_STATE = "_extra_state"  # what a layer of torch saves beside its tensors
 _DEEPEST = 4  # a pickle may contain itself, so there is a limit
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -156,14 +210,24 @@ class TensorCheckpoint(Checkpoint):
             raise InputError(f"{name} of {self.source} cannot be read: {reason}")
         if tensor.layout != torch.strided:
             tensor = tensor.to_dense()
-        return (_real(tensor, name, self.source) if _is_encoded(tensor) else tensor).cpu().resolve_conj().resolve_neg()
+        if _is_encoded(tensor):
+            try:
+                tensor = tensor.dequantize()
+            except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+                raise InputError(
+                    f"{name} of {self.source} is a {type(tensor).__name__}, which its library cannot turn into plain "
+                    f"numbers here ({error}); compare the checkpoint that it was made from"
+                ) from error
+        return tensor.cpu().resolve_conj().resolve_neg()
 
     def unreadable(self, name: str) -> str | None:
         tensor = self._tensors[name]
         if tensor.is_nested:
             return "a nested tensor, whose rows have several lengths: save its parts one by one"
         claimed = tensor.numel() * tensor.element_size()
-        if _is_encoded(tensor) or tensor.is_meta or claimed <= max(_LARGEST_REPEATED, _held_bytes(tensor)):
+        # A sparse tensor stores few of its numbers, so it counts as storing none.
+        held = tensor.untyped_storage().nbytes() if tensor.layout == torch.strided else 0
+        if _is_encoded(tensor) or tensor.is_meta or claimed <= max(_LARGEST_REPEATED, held):
             return None
         return f"it repeats few stored numbers to {claimed} bytes: save it with .contiguous(), or leave it out"
 
@@ -173,7 +237,17 @@ class TensorCheckpoint(Checkpoint):
         return plain and tensor.is_contiguous() and tensor.device.type == "cpu"
 
     def tied(self) -> Mapping[str, str]:
-        return tied_names(self._tensors)
+        """Names that share storage, offset, shape and strides with an earlier name, mapped to that name."""
+        first: dict[tuple[Any, ...], str] = {}
+        tied = {}
+        for name, tensor in self._tensors.items():
+            plain = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta or is_wrapper(tensor))
+            if not plain or tensor.numel() == 0:
+                continue
+            identity = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            if first.setdefault(identity, name) != name:
+                tied[name] = first[identity]
+        return tied
 
 
 def _bare(tensor: Tensor) -> Tensor:
@@ -184,11 +258,6 @@ def _bare(tensor: Tensor) -> Tensor:
         return tensor
 
 
-def _held_bytes(tensor: Tensor) -> int:
-    """Bytes of the storage of a plain tensor; 0 for a sparse one, which stores few of its numbers."""
-    return tensor.untyped_storage().nbytes() if tensor.layout == torch.strided else 0
-
-
 def is_wrapper(tensor: Tensor) -> bool:
     """Whether the tensor only wraps others, as quantized ones of torchao and quanto do; a sharded one does not."""
     return is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "full_tensor")
@@ -196,33 +265,6 @@ def is_wrapper(tensor: Tensor) -> bool:
 
 def _is_encoded(tensor: Tensor) -> bool:
     return tensor.is_quantized or is_wrapper(tensor)
-
-
-def _real(tensor: Tensor, name: str, source: str) -> Tensor:
-    """What a quantized tensor stands for, as its library computes it."""
-    try:
-        return tensor.dequantize()
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{name} of {source} is a {type(tensor).__name__}, which its library cannot turn into plain numbers here "
-            f"({error}); compare the checkpoint that it was made from"
-        ) from error
-
-
-def tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Names that share storage, offset and shape with an earlier name, mapped to that name."""
-    first: dict[tuple[Any, ...], str] = {}
-    tied = {}
-    for name, tensor in tensors.items():
-        plain = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta or is_wrapper(tensor))
-        if not plain or tensor.numel() == 0:
-            continue
-        identity = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if identity in first:
-            tied[name] = first[identity]
-        else:
-            first[identity] = name
-    return tied
 
 
 def find_state(loaded: object, source: str) -> dict[str, Tensor]:
@@ -236,13 +278,7 @@ def find_state(loaded: object, source: str) -> dict[str, Tensor]:
             f"{source} holds a {type(loaded).__name__}, not a mapping of names to tensors; save model.state_dict()"
         )
     state = _descend(loaded, source, _DEEPEST)
-    _refuse_nameless(state, source)
-    return _without_wrappers(_tensors_of(state))
-
-
-def _refuse_nameless(state: Mapping[Any, Any], source: str) -> None:
-    """Raise InputError if a tensor of a state would be lost: its key is no name, or it lies in a mapping beside."""
-    for key, value in state.items():
+    for key, value in state.items():  # nothing that lies beside the state may be lost
         if isinstance(value, Tensor) and not isinstance(key, str):
             raise InputError(f"{source} names a tensor {key!r}, expected a text; save model.state_dict()")
         beside = isinstance(value, Mapping) and value is not state and "optim" not in str(key)
@@ -251,30 +287,31 @@ def _refuse_nameless(state: Mapping[Any, Any], source: str) -> None:
                 f"{source} holds tensors, and beside them further ones in {key!r}; load it yourself and pass the "
                 f"state_dict that you mean"
             )
-
-
-def _refuse_beside(loaded: Mapping[Any, Any], chosen: str, source: str) -> None:
-    """Raise InputError if matrices lie beside the state that is taken for the model's."""
-    matrix = next((name for name, tensor in _tensors_of(loaded).items() if tensor.dim() > 1), None)
-    if matrix is not None:
-        raise InputError(
-            f"{source} holds {matrix}, and a state in {chosen!r} beside it; load it yourself and pass the state_dict "
-            "that you mean"
-        )
+    found = _tensors_of(state)
+    # Prefixes that all names have; `matrix_name` leaves out those inside a name.
+    while found and (prefix := next((one for one in _WRAPPER_PREFIXES if all(n.startswith(one) for n in found)), None)):
+        found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    return found
 
 
 def _descend(loaded: Mapping[Any, Any], source: str, depth: int) -> Mapping[Any, Any]:
+    """The mapping that holds the model's tensors, of those that lie in each other."""
     nested = {
         key: value
         for key, value in loaded.items()
         if isinstance(value, Mapping) and _holds_tensors(value, depth - 1) and "optim" not in str(key)
     }
+    tensors = _tensors_of(loaded)
     for key in _STATE_KEYS:
         if key in nested and not (key == "encoder" and "decoder" in nested):  # half a model is not the model
-            if nested[key] is not loaded:
-                _refuse_beside(loaded, key, source)
+            matrix = next((name for name, tensor in tensors.items() if tensor.dim() > 1), None)
+            if matrix is not None and nested[key] is not loaded:
+                raise InputError(
+                    f"{source} holds {matrix}, and a state in {key!r} beside it; load it yourself and pass the "
+                    "state_dict that you mean"
+                )
             return _descend(nested[key], source, depth - 1)
-    if _tensors_of(loaded):
+    if tensors:
         return loaded
     if len(nested) == 1:
         return _descend(next(iter(nested.values())), source, depth - 1)
@@ -302,12 +339,52 @@ def _tensors_of(state: Mapping[Any, Any]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
 
 
-def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state without prefixes that all names have; `matrix_name` leaves out those inside a name."""
-    while state and (prefix := _common_prefix(state)):
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
+class ModuleCheckpoint(TensorCheckpoint):
+    """The parameters of a module, which also tells the type of layer that each belongs to.
+
+    Layers that keep a weight in parts (quantized, normalised, pruned) hold some of them in buffers or add them when
+    they are saved; these count too.
+
+    Raises:
+        InputError: the module has no parameters.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        if not parameters:
+            raise InputError(f"{type(module).__name__} has no parameters; expected a model with weights")
+        to_dict = getattr(getattr(module, "config", None), "to_dict", None)
+        config = to_dict() if callable(to_dict) else {}
+        if config:
+            config = {**config, "architectures": config.get("architectures") or [type(module).__name__]}
+        super().__init__(parameters | _saved_parts(module, parameters), type(module).__name__, config)
+        modules = dict(module.named_modules(remove_duplicate=False))
+        self._owners = {name: type(modules[name.rpartition(".")[0]]) for name in parameters}
+
+    def module_type(self, name: str) -> type[nn.Module] | None:
+        return self._owners.get(name)
 
 
-def _common_prefix(state: Mapping[str, Tensor]) -> str | None:
-    return next((prefix for prefix in _WRAPPER_PREFIXES if all(name.startswith(prefix) for name in state)), None)
+def _saved_parts(module: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What layers that keep a weight in parts save beside parameters; not of one that knows its real weight itself."""
+    whole = tuple(f"{name}." for name, tensor in parameters.items() if is_wrapper(tensor))
+    known = set(map(id, parameters.values()))
+    found: dict[str, Any] = {}
+    for place, layer in module.named_modules(remove_duplicate=False):
+        if _keeps_parts(layer):
+            layer.state_dict(destination=found, prefix=f"{place}." if place else "", keep_vars=True)
+    return {
+        name: tensor
+        for name, tensor in found.items()
+        if isinstance(tensor, Tensor) and id(tensor) not in known and not name.startswith(whole)
+    }
+
+
+def _keeps_parts(layer: nn.Module) -> bool:
+    buffers = dict(layer.named_buffers(recurse=False))
+    own = (*layer.parameters(recurse=False), *buffers.values())
+    return (
+        any(tensor.dtype in NUMBERS and tensor.dtype != torch.int64 for tensor in own)
+        or isinstance(getattr(layer, "W_q", None), Tensor)
+        or any(name.endswith(_PARAMETRIZED) for name in buffers)
+    )

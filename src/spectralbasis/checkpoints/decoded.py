@@ -1,22 +1,19 @@
 """Weights stored as something else (quantized, normalised, pruned), read as the matrices that they are, or listed.
 
-Weights that a layer computes from other tensors: normalised (by length or by spectral norm) or pruned.
-
-As `torch.nn.utils` saves them, before and since `torch.nn.utils.parametrize`.
+`decoded` puts real weights in place of encoded ones. Quantized ones are found by `quantized.py`; those that a layer
+computes by weight normalisation, spectral normalisation or pruning are found here, as `torch.nn.utils` saves them,
+before and since `torch.nn.utils.parametrize`.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from spectralbasis.checkpoints.checkpoint import Checkpoint
-from spectralbasis.checkpoints.dequantize import QuantizedWeight
+from spectralbasis.checkpoints.checkpoint import Checkpoint, View
+from spectralbasis.checkpoints.dequantize import EncodedWeight, pruned, spectral_norm, spectral_rows, weight_norm
 from spectralbasis.checkpoints.quantized import Listed, find_quantized
 from spectralbasis.errors import InputError
 
@@ -26,103 +23,109 @@ _REMOVE = "remove the parametrization before saving"
 _SPLIT = f"split into magnitude and direction by weight normalisation: {_REMOVE}"
 
 
-@dataclass(frozen=True)
-class NormalisedWeight:
-    """Weight normalisation (arXiv 1602.07868): `W = length · V / ‖V‖`, with a norm for each entry of `length`.
+def decoded(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with real weights in place of encoded ones; the same object where it has none.
+
+    The tensors of a weight of which it is not certain what they stand for are named once, as that weight, with the
+    reason why it cannot be read.
+
+    Raises:
+        InputError: a description of an encoding is damaged.
+    """
+    quantized, listed = find_quantized(checkpoint)
+    parametrized, unknown = find_parametrized(checkpoint)
+    weights: list[EncodedWeight] = [*quantized, *parametrized]
+    return DecodedCheckpoint(checkpoint, weights, [*listed, *unknown]) if weights or listed or unknown else checkpoint
+
+
+class DecodedCheckpoint(View):
+    """A checkpoint whose encoded weights are made float32 one at a time, when they are read.
 
     Attributes:
-        name: of W.
-        direction: name of V.
-        length: name of the lengths: one number, or a tensor of V's dimensions in which the normalised ones are 1.
-        shape: of V and W.
+        stored: the checkpoint as it is stored.
     """
 
-    name: str
-    direction: str
-    length: str
-    shape: tuple[int, ...]
+    def __init__(self, stored: Checkpoint, encoded: Sequence[EncodedWeight], listed: Sequence[Listed] = ()) -> None:
+        self.source = stored.source
+        self.config = stored.config
+        self.stored = stored
+        self._encoded = {weight.name: weight for weight in encoded}
+        self._listed = {group.name: group for group in listed}
+        self._groups: tuple[EncodedWeight | Listed, ...] = (*encoded, *listed)
+        self._first = {group.parts[0]: group.name for group in self._groups}
+        others = {part for group in self._groups for part in group.parts[1:]}
+        self._names = tuple(self._first.get(name, name) for name in stored.names() if name not in others)
+        count = Counter(self._names)
+        for group in self._groups:
+            if count[group.name] > 1:
+                alike = [name for name in stored.names() if self._first.get(name, name) == group.name]
+                raise InputError(
+                    f"{self.source} holds {group.name} more than once, in {' and in '.join(alike)}; remove the others"
+                )
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return self.direction, self.length
+    def parts(self, name: str) -> tuple[str, ...]:
+        """Names in `stored` of what a tensor is read from."""
+        group = self._encoded.get(name) or self._listed.get(name)
+        return (name,) if group is None else group.parts
 
-    def read(self, checkpoint: Checkpoint) -> Tensor:
-        """The real weight, float32."""
-        direction, length = checkpoint.read(self.direction).float(), checkpoint.read(self.length).float()
-        normalised = [i for i in range(direction.ndim) if length.ndim == 0 or length.shape[i] == 1]
-        return direction * (length / torch.linalg.vector_norm(direction, dim=normalised, keepdim=True))
+    def names(self) -> tuple[str, ...]:
+        return self._names
 
+    def _place(self, name: str) -> tuple[Checkpoint, str]:
+        return self.stored, self._listed[name].parts[0] if name in self._listed else name
 
-@dataclass(frozen=True)
-class SpectralWeight:
-    """Spectral normalisation (arXiv 1802.05957) in evaluation: `W = V / σ` with `σ = u · (V v)`.
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._encoded[name].shape if name in self._encoded else super().shape(name)
 
-    V is flattened to a matrix whose rows are its first dimension, or its second for transposed convolutions. Which of
-    the two it is where both have one length is not stored: u is V v but for its length, and that tells.
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32 if name in self._encoded else super().dtype(name)
 
-    Attributes:
-        name: of W.
-        original: name of V.
-        left: name of u.
-        right: name of v.
-        shape: of V and W.
-    """
+    def read(self, name: str) -> Tensor:
+        if name in self._listed:
+            raise InputError(f"{name} of {self.source} cannot be read: {self._listed[name].reason}")
+        return self._encoded[name].read(self.stored) if name in self._encoded else self.stored.read(name)
 
-    name: str
-    original: str
-    left: str
-    right: str
-    shape: tuple[int, ...]
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        if name in self._encoded:
+            return self._encoded[name].read_rows(self.stored, start, stop)
+        return self.read(name) if name in self._listed else self.stored.read_rows(name, start, stop)
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return self.original, self.left, self.right
+    def take_rows(self, name: str, rows: Tensor, width: int) -> Tensor:
+        if self._is_computed(name):
+            return self.read(name).reshape(-1, width)[rows]
+        return self.stored.take_rows(name, rows, width)
 
-    def read(self, checkpoint: Checkpoint) -> Tensor:
-        """The real weight, float32."""
-        V, u, v = (checkpoint.read(name).float() for name in self.parts)
-        images = [V.movedim(rows, 0).flatten(1) @ v for rows in _rows(self.shape, u, v)]
-        best = max(images, key=lambda image: float(u @ image) / float(image.norm().clamp_min(1e-30)))
-        return V / (u @ best)
+    def holds_rows(self, name: str) -> bool:
+        return not self._is_computed(name) and self.stored.holds_rows(name)
 
+    def alone(self, name: str) -> Checkpoint | None:
+        return None if self._is_computed(name) else self.stored.alone(name)
 
-def _rows(shape: tuple[int, ...], u: Tensor, v: Tensor) -> list[int]:
-    """Dimensions of V that u may belong to: the second only for convolutions."""
-    candidates = (0, 1) if len(shape) > 2 else (0,)
-    return [rows for rows in candidates if u.shape == (shape[rows],) and v.shape == (prod(shape) // shape[rows],)]
+    def tied(self) -> Mapping[str, str]:
+        """Ties of plain tensors, and of weights whose every part is tied."""
+        ties = self.stored.tied()
+        parts = {part for group in self._groups for part in group.parts}
+        whole = {
+            group.name: ties[group.parts[0]] for group in self._groups if all(part in ties for part in group.parts)
+        }
+        plain = {name: first for name, first in ties.items() if name not in parts and first not in parts}
+        return plain | {name: self._first[first] for name, first in whole.items() if first in self._first}
 
+    def module_type(self, name: str) -> type[nn.Module] | None:
+        return None if self._is_computed(name) else self.stored.module_type(name)
 
-@dataclass(frozen=True)
-class PrunedWeight:
-    """`W = V · mask`.
+    def unreadable(self, name: str) -> str | None:
+        if name in self._listed:
+            return self._listed[name].reason
+        return None if name in self._encoded else self.stored.unreadable(name)
 
-    Attributes:
-        name: of W.
-        original: name of V.
-        mask: name of a tensor of ones and zeros of V's shape.
-        shape: of V and W.
-    """
-
-    name: str
-    original: str
-    mask: str
-    shape: tuple[int, ...]
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return self.original, self.mask
-
-    def read(self, checkpoint: Checkpoint) -> Tensor:
-        """The real weight, float32."""
-        return checkpoint.read(self.original).float() * checkpoint.read(self.mask).float()
+    def _is_computed(self, name: str) -> bool:
+        return name in self._encoded or name in self._listed
 
 
-Parametrized = NormalisedWeight | SpectralWeight | PrunedWeight
-
-
-def find_parametrized(checkpoint: Checkpoint) -> tuple[list[Parametrized], list[Listed]]:
+def find_parametrized(checkpoint: Checkpoint) -> tuple[list[EncodedWeight], list[Listed]]:
     """Weights that are computed from other tensors, and those that the file does not tell how to compute."""
-    weights: dict[str, Parametrized] = {}
+    weights: dict[str, EncodedWeight] = {}
     listed: dict[str, Listed] = {}
     names = frozenset(checkpoint.names())
     inner: dict[str, list[str]] = {}
@@ -163,7 +166,7 @@ def _by_hooks(name: str) -> tuple[str, str]:
 
 def _parametrized_before(
     checkpoint: Checkpoint, name: str, weight: str, part: str, names: frozenset[str]
-) -> Parametrized | str | None:
+) -> EncodedWeight | str | None:
     """By hooks: `weight_g` and `weight_v`, `weight_orig` with `weight_u` and `weight_v`, or with `weight_mask`."""
     shape = checkpoint.shape(name)
     if part == "v":
@@ -171,13 +174,12 @@ def _parametrized_before(
             return None  # a vector of spectral normalisation
         length = f"{weight}_g"
         if length in names and _fits_length(checkpoint.shape(length), shape):
-            return NormalisedWeight(weight, name, length, shape)
+            return EncodedWeight(weight, {"direction": name, "length": length}, shape, weight_norm)
         return _SPLIT if weight.rpartition(".")[2] == "weight" else None
     if f"{weight}_mask" in names:
-        fits = checkpoint.shape(f"{weight}_mask") == shape
-        return (
-            PrunedWeight(weight, name, f"{weight}_mask", shape) if fits else f"pruned, with a misshapen mask: {_REMOVE}"
-        )
+        if checkpoint.shape(f"{weight}_mask") != shape:
+            return f"pruned, with a misshapen mask: {_REMOVE}"
+        return EncodedWeight(weight, {"original": name, "mask": f"{weight}_mask"}, shape, pruned)
     if f"{weight}_u" in names:
         return _spectral(checkpoint, weight, name, f"{weight}_u", f"{weight}_v", names)
     return None
@@ -185,14 +187,15 @@ def _parametrized_before(
 
 def _parametrized_now(
     checkpoint: Checkpoint, name: str, weight: str, part: str, inner: Iterable[str]
-) -> Parametrized | str | None:
+) -> EncodedWeight | str | None:
     """By `torch.nn.utils.parametrize`: `parametrizations.weight.original` and the tensors of what is applied to it."""
     shape, prefix, names = checkpoint.shape(name), name.removesuffix(part), frozenset(inner)
     if names == {prefix + "original0", prefix + "original1"}:
         length, direction = (checkpoint.shape(prefix + original) for original in ("original0", "original1"))
         if not _fits_length(length, direction):
             return _SPLIT
-        return NormalisedWeight(weight, name, prefix + "original0", shape) if part == "original1" else None
+        roles = {"direction": name, "length": prefix + "original0"}
+        return EncodedWeight(weight, roles, shape, weight_norm) if part == "original1" else None
     if names == {prefix + "original", prefix + "0._u", prefix + "0._v"}:
         return _spectral(checkpoint, weight, name, prefix + "0._u", prefix + "0._v", names)
     if part == "original1" and prefix + "original0" not in names:
@@ -202,12 +205,13 @@ def _parametrized_now(
 
 def _spectral(
     checkpoint: Checkpoint, weight: str, original: str, left: str, right: str, names: frozenset[str]
-) -> SpectralWeight | str:
+) -> EncodedWeight | str:
     shape = checkpoint.shape(original)
     if right in names:
         vectors = (torch.empty(checkpoint.shape(vector), device="meta") for vector in (left, right))
-        if _rows(shape, *vectors):
-            return SpectralWeight(weight, original, left, right, shape)
+        if spectral_rows(shape, *vectors):
+            roles = {"original": original, "left": left, "right": right}
+            return EncodedWeight(weight, roles, shape, spectral_norm)
     return f"divided by its spectral norm, whose vectors are missing or misshapen: {_REMOVE}"
 
 
@@ -217,124 +221,3 @@ def _fits_length(sides: tuple[int, ...], shape: tuple[int, ...]) -> bool:
         return False
     long = [(a, b) for a, b in zip(sides, shape, strict=False) if a != 1]
     return len(long) <= 1 and all(a == b for a, b in long)
-
-
-class Encoded(Protocol):
-    """A weight that is stored as something else."""
-
-    @property
-    def name(self) -> str:
-        """Name of the real weight."""
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Every stored tensor that encodes it."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the real weight."""
-
-    def read(self, checkpoint: Checkpoint) -> Tensor:
-        """The real weight, float32."""
-
-
-def decoded(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with real weights in place of encoded ones; the same object where it has none.
-
-    The tensors of a weight of which it is not certain what they stand for are named once, as that weight, with the
-    reason why it cannot be read.
-
-    Raises:
-        InputError: a description of an encoding is damaged.
-    """
-    quantized, listed = find_quantized(checkpoint)
-    parametrized, unknown = find_parametrized(checkpoint)
-    weights: list[Encoded] = [*quantized, *parametrized]
-    return DecodedCheckpoint(checkpoint, weights, [*listed, *unknown]) if weights or listed or unknown else checkpoint
-
-
-class DecodedCheckpoint(Checkpoint):
-    """A checkpoint whose encoded weights are made float32 one at a time, when they are read.
-
-    Attributes:
-        stored: the checkpoint as it is stored.
-    """
-
-    def __init__(self, stored: Checkpoint, encoded: Sequence[Encoded], listed: Sequence[Listed] = ()) -> None:
-        self.source = stored.source
-        self.config = stored.config
-        self.stored = stored
-        self._encoded = {weight.name: weight for weight in encoded}
-        self._listed = {group.name: group for group in listed}
-        self._groups: tuple[Encoded | Listed, ...] = (*encoded, *listed)
-        self._first = {group.parts[0]: group.name for group in self._groups}
-        others = {part for group in self._groups for part in group.parts[1:]}
-        self._names = tuple(self._first.get(name, name) for name in stored.names() if name not in others)
-        count = Counter(self._names)
-        for group in self._groups:
-            if count[group.name] > 1:
-                alike = [name for name in stored.names() if self._first.get(name, name) == group.name]
-                raise InputError(
-                    f"{self.source} holds {group.name} more than once, in {' and in '.join(alike)}; remove the others"
-                )
-
-    def parts(self, name: str) -> tuple[str, ...]:
-        """Names in `stored` of what a tensor is read from."""
-        group = self._encoded.get(name) or self._listed.get(name)
-        return (name,) if group is None else group.parts
-
-    def names(self) -> tuple[str, ...]:
-        return self._names
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._encoded[name].shape if name in self._encoded else self.stored.shape(self._place(name))
-
-    def dtype(self, name: str) -> torch.dtype:
-        return torch.float32 if name in self._encoded else self.stored.dtype(self._place(name))
-
-    def read(self, name: str) -> Tensor:
-        if name in self._listed:
-            raise InputError(f"{name} of {self.source} cannot be read: {self._listed[name].reason}")
-        return self._encoded[name].read(self.stored) if name in self._encoded else self.stored.read(name)
-
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        encoded = self._encoded.get(name)
-        if isinstance(encoded, QuantizedWeight):
-            return encoded.read_rows(self.stored, start, stop)
-        return self.read(name)[start:stop] if self._computed(name) else self.stored.read_rows(name, start, stop)
-
-    def take_rows(self, name: str, rows: Tensor, width: int) -> Tensor:
-        if self._computed(name):
-            return super().take_rows(name, rows, width)
-        return self.stored.take_rows(name, rows, width)
-
-    def holds_rows(self, name: str) -> bool:
-        return not self._computed(name) and self.stored.holds_rows(name)
-
-    def alone(self, name: str) -> Checkpoint | None:
-        return None if self._computed(name) else self.stored.alone(name)
-
-    def tied(self) -> Mapping[str, str]:
-        """Ties of plain tensors, and of weights whose every part is tied."""
-        ties = self.stored.tied()
-        parts = {part for group in self._groups for part in group.parts}
-        whole = {
-            group.name: ties[group.parts[0]] for group in self._groups if all(part in ties for part in group.parts)
-        }
-        plain = {name: first for name, first in ties.items() if name not in parts and first not in parts}
-        return plain | {name: self._first[first] for name, first in whole.items() if first in self._first}
-
-    def module_type(self, name: str) -> type[nn.Module] | None:
-        return None if self._computed(name) else self.stored.module_type(name)
-
-    def unreadable(self, name: str) -> str | None:
-        if name in self._listed:
-            return self._listed[name].reason
-        return None if name in self._encoded else self.stored.unreadable(name)
-
-    def _computed(self, name: str) -> bool:
-        return name in self._encoded or name in self._listed
-
-    def _place(self, name: str) -> str:
-        """Stored tensor that tells the shape and dtype of a weight that is not computed."""
-        return self._listed[name].parts[0] if name in self._listed else name

@@ -1,26 +1,17 @@
-"""From the numbers that a quantized format stores to the real weight, float32.
+"""From what is stored of a quantized, normalised or pruned weight to the real weight, float32.
 
 Every formula takes the stored tensors by their part (`values`, `scale`, `zero` and so on) and gives the weight.
-
-4-bit weights as bitsandbytes saves them (QLoRA, arXiv 2305.14314, section 3): NF4 and FP4, scales quantized or not.
-
-Beside the packed weight lie `absmax` (a scale for each block), `quant_map` (the 16 levels) and a description in JSON;
-where the scales are quantized too, they are 8-bit indices into `nested_quant_map`, with scales `nested_absmax` and one
-offset.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import NotRequired
 
 import torch
 from torch import Tensor
-from typing_extensions import TypedDict
 
 from spectralbasis.checkpoints.checkpoint import Checkpoint
 from spectralbasis.errors import InputError
-from spectralbasis.records import checked, parse_json
 
 Parts = Mapping[str, Tensor]
 # E2M1 and E2M3 of the OCP microscaling specification (MX, version 1.0, section 5.3): bit patterns as indices.
@@ -36,7 +27,7 @@ Formula = Callable[[Parts], Tensor]
 
 
 @dataclass(frozen=True)
-class QuantizedWeight:
+class EncodedWeight:
     """A weight that is computed from several stored tensors.
 
     Attributes:
@@ -68,28 +59,26 @@ class QuantizedWeight:
 
     def read_rows(self, checkpoint: Checkpoint, start: int, stop: int) -> Tensor:
         """`read(checkpoint)[start:stop]`; of a stack of experts, only the parts of these experts are read."""
-        if len(self.shape) < 3:
+        stacked = {role for role, name in self.roles.items() if checkpoint.shape(name)[:1] == self.shape[:1]}
+        if len(self.shape) < 3 or "values" not in stacked:
             return self.read(checkpoint)[start:stop]
-        parts = {}
-        for role, name in self.roles.items():
-            stacked = checkpoint.shape(name)[:1] == self.shape[:1]
-            parts[role] = checkpoint.read_rows(name, start, stop) if stacked else checkpoint.read(name)
+        parts = {
+            role: checkpoint.read_rows(name, start, stop) if role in stacked else checkpoint.read(name)
+            for role, name in self.roles.items()
+        }
         count = len(range(*slice(start, stop).indices(self.shape[0])))
         return self._computed(parts, (count, *self.shape[1:]), checkpoint)
 
     def _computed(self, parts: Parts, shape: tuple[int, ...], checkpoint: Checkpoint) -> Tensor:
         try:
             W = self.formula(parts)
+            if tuple(W.shape) != shape:
+                raise ValueError(f"they make a weight of shape {tuple(W.shape)}, expected {shape}")
         except (RuntimeError, ValueError, IndexError) as error:
             raise InputError(
-                f"{self.name} of {checkpoint.source} is quantized, and its parts contradict each other ({error}); "
+                f"{self.name} of {checkpoint.source} is stored in parts, which contradict each other ({error}); "
                 f"restore the file from the original"
             ) from error
-        if tuple(W.shape) != shape:
-            raise InputError(
-                f"{self.name} of {checkpoint.source} is quantized, and its parts make a weight of shape "
-                f"{tuple(W.shape)}, expected {shape}; restore the file from the original"
-            )
         return W
 
 
@@ -163,6 +152,30 @@ def scaled(parts: Parts, *, block: tuple[int, ...], grid: tuple[int, ...] | None
     return values * spread(scale if grid is None else scale.reshape(grid), shape, block)
 
 
+def bitsandbytes_4bit(
+    parts: Parts, *, shape: tuple[int, ...], block: int, nested_block: int | None, nested_offset: float
+) -> Tensor:
+    """NF4 and FP4 (QLoRA, arXiv 2305.14314, section 3): a level times the scale of its block.
+
+    Args:
+        parts: `values` (two levels a byte, the first in the higher half), `levels` (16,) and `scale`, one for each
+            block; where the scales are quantized too, they are 8-bit indices into `nested_levels`, times one of
+            `nested_scale` for each block of them.
+        shape: of the weight.
+        block: values that share a scale.
+        nested_block: scales that share a scale of their own; None where scales are stored as they are.
+        nested_offset: what is added to such scales.
+    """
+    packed = parts["values"].reshape(-1).view(torch.uint8)
+    levels = torch.stack([packed >> 4, packed & 0xF], dim=1).flatten()[: prod(shape)]
+    values, scale = parts["levels"].float().flatten()[levels.int()], parts["scale"].float().flatten()
+    if nested_block is not None:
+        nested = parts["nested_levels"].float().flatten()[scale.int()]
+        outer = parts["nested_scale"].float().flatten().repeat_interleave(min(nested_block, len(nested)))
+        scale = nested * outer[: len(nested)] + nested_offset
+    return (values * scale.repeat_interleave(min(block, len(values)))[: len(values)]).reshape(shape)
+
+
 def bitsandbytes_int8(parts: Parts) -> Tensor:
     """LLM.int8 (arXiv 2208.07339): each row counted in 127ths of its largest entry."""
     return parts["values"].float() * parts["scale"].float()[:, None] / _INT8_STEPS
@@ -234,15 +247,13 @@ def gptq(parts: Parts, *, bits: int, first: int) -> Tensor:
 
 def awq(parts: Parts) -> Tensor:
     """AWQ (arXiv 2306.00978): `W[o, i] = scale[g, o] · (Q[i, o] - zero[g, o])`, packed along the outputs."""
-    scale = parts["scale"].float()
-    values, zero = (_awq_numbers(parts[part]) for part in ("values", "zero"))
+    scale, numbers = parts["scale"].float(), []
+    for words in (parts["values"], parts["zero"]):
+        eights = unpack_bits(words, 4, 8 * words.shape[-1]).unflatten(-1, (-1, 8))
+        numbers.append(eights[..., list(_AWQ_PLACES)].flatten(-2).float())
+    values, zero = numbers
     group = len(values) // len(scale)
     return ((values - zero.repeat_interleave(group, 0)) * scale.repeat_interleave(group, 0)).T
-
-
-def _awq_numbers(words: Tensor) -> Tensor:
-    numbers = unpack_bits(words, 4, 8 * words.shape[-1]).unflatten(-1, (-1, 8))
-    return numbers[..., list(_AWQ_PLACES)].flatten(-2).float()
 
 
 def mlx(parts: Parts, *, bits: int, columns: int) -> Tensor:
@@ -275,129 +286,39 @@ def bitnet(parts: Parts, *, divided: bool) -> Tensor:
     return values / scale if divided else values * scale
 
 
-_KINDS = ("nf4", "fp4")
-_LEVELS = 16
-_LONGEST_DESCRIPTION = 1 << 16
+def weight_norm(parts: Parts) -> Tensor:
+    """Weight normalisation (arXiv 1602.07868): `W = length · V / ‖V‖`, with a norm for each entry of `length`.
 
-
-class _Facts(TypedDict):
-    """What the description says; the rest of it (`quant_type`, `dtype`) concerns computing with the weight."""
-
-    shape: list[int]
-    blocksize: int
-    nested_blocksize: NotRequired[int | None]
-    nested_offset: NotRequired[float | None]
-
-
-@dataclass(frozen=True)
-class FourBitWeight:
-    """Two levels a byte, the first in the higher half, times the scale of their block.
-
-    Attributes:
-        name: of the packed tensor, and the beginning of the names of what describes it.
-        shape: of the real weight.
-        block: values that share a scale.
-        nested_block: scales that share a scale of their own; None where scales are stored as they are.
-        nested_offset: what is added to such scales.
-        description: name of the JSON.
+    Args:
+        parts: `direction`, V, and `length`: one number, or a tensor of V's dimensions in which the normalised ones
+            are 1.
     """
-
-    name: str
-    shape: tuple[int, ...]
-    block: int
-    nested_block: int | None
-    nested_offset: float
-    description: str
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        nested = ("nested_absmax", "nested_quant_map") if self.nested_block is not None else ()
-        return self.name, self.description, *(f"{self.name}.{part}" for part in ("absmax", "quant_map", *nested))
-
-    def read(self, checkpoint: Checkpoint) -> Tensor:
-        """The real weight, float32."""
-        packed = checkpoint.read(self.name).reshape(-1).view(torch.uint8)
-        levels = torch.stack([packed >> 4, packed & 0xF], dim=1).flatten()[: prod(self.shape)]
-        values = self._part(checkpoint, "quant_map")[levels.int()]
-        return (values * _spread(self._scales(checkpoint), self.block, len(values))).reshape(self.shape)
-
-    def _scales(self, checkpoint: Checkpoint) -> Tensor:
-        scales = self._part(checkpoint, "absmax")
-        if self.nested_block is None:
-            return scales
-        levels = self._part(checkpoint, "nested_quant_map")[scales.int()]
-        outer = _spread(self._part(checkpoint, "nested_absmax"), self.nested_block, len(levels))
-        return levels * outer + self.nested_offset
-
-    def _part(self, checkpoint: Checkpoint, part: str) -> Tensor:
-        return checkpoint.read(f"{self.name}.{part}").float().flatten()
+    direction, length = parts["direction"].float(), parts["length"].float()
+    normalised = [i for i in range(direction.ndim) if length.ndim == 0 or length.shape[i] == 1]
+    return direction * (length / torch.linalg.vector_norm(direction, dim=normalised, keepdim=True))
 
 
-def _spread(scales: Tensor, block: int, count: int) -> Tensor:
-    return scales.repeat_interleave(min(block, count))[:count]
+def spectral_norm(parts: Parts) -> Tensor:
+    """Spectral normalisation (arXiv 1802.05957) in evaluation: `W = V / σ` with `σ = u · (V v)`.
 
+    V is flattened to a matrix whose rows are its first dimension, or its second for transposed convolutions. Which of
+    the two it is where both have one length is not stored: u is V v but for its length, and that tells.
 
-def find_four_bits(checkpoint: Checkpoint, name: str, names: frozenset[str]) -> FourBitWeight | None:
-    """The weight behind a packed tensor; None where the tensor is none.
-
-    Raises:
-        InputError: its description is damaged, or does not fit what is stored.
+    Args:
+        parts: `original`, V, `left`, u, and `right`, v.
     """
-    descriptions = (f"{name}.quant_state.bitsandbytes__{kind}" for kind in _KINDS)
-    description = next((candidate for candidate in descriptions if candidate in names), None)
-    if description is None:
-        return None
-    where = f"the description of {name} of {checkpoint.source}"
-    facts = checked(parse_json(_text(checkpoint, description, where), where), _Facts, where)
-    found = _weight(name, facts, description)
-    stored = {part: checkpoint.shape(part) for part in found.parts if part in names or part == name}
-    kinds = {part: checkpoint.dtype(part) for part in stored}
-    try:
-        _check_parts(found, kinds, stored)
-    except ValueError as error:
-        raise InputError(
-            f"{name} of {checkpoint.source} is a 4-bit weight whose description is damaged ({error}); "
-            f"restore the file from the original"
-        ) from error
-    return found
+    V, u, v = (parts[part].float() for part in ("original", "left", "right"))
+    images = [V.movedim(rows, 0).flatten(1) @ v for rows in spectral_rows(tuple(V.shape), u, v)]
+    best = max(images, key=lambda image: float(u @ image) / float(image.norm().clamp_min(1e-30)))
+    return V / (u @ best)
 
 
-def _text(checkpoint: Checkpoint, description: str, where: str) -> bytes:
-    """The JSON that a tensor of bytes holds."""
-    shape, kind = checkpoint.shape(description), checkpoint.dtype(description)
-    if kind != torch.uint8 or prod(shape) > _LONGEST_DESCRIPTION:
-        raise InputError(f"{where} is {kind} of shape {shape}, expected a short text; restore the file")
-    return bytes(checkpoint.read(description).flatten().tolist())
+def spectral_rows(shape: tuple[int, ...], u: Tensor, v: Tensor) -> list[int]:
+    """Dimensions of V that u may belong to: the second only for convolutions."""
+    candidates = (0, 1) if len(shape) > 2 else (0,)
+    return [rows for rows in candidates if u.shape == (shape[rows],) and v.shape == (prod(shape) // shape[rows],)]
 
 
-def _weight(name: str, facts: "_Facts", description: str) -> FourBitWeight:
-    return FourBitWeight(
-        name=name,
-        shape=tuple(facts["shape"]),
-        block=facts["blocksize"],
-        nested_block=facts.get("nested_blocksize"),
-        nested_offset=facts.get("nested_offset") or 0.0,
-        description=description,
-    )
-
-
-def _check_parts(found: FourBitWeight, kinds: Mapping[str, torch.dtype], stored: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ValueError unless every part is there and holds as many numbers as the others call for, of its kind."""
-    if min(found.shape, default=0) < 1 or found.block < 1 or (found.nested_block or 1) < 1:
-        raise ValueError(f"shape {found.shape} in blocks of {found.block}")
-    nested, count = found.nested_block is not None, prod(found.shape)
-    blocks = -(-count // found.block)
-    bytes_held = prod(stored[found.name]) * kinds[found.name].itemsize
-    if bytes_held != -(-count // 2):
-        raise ValueError(f"{found.name} holds {bytes_held} bytes, expected {-(-count // 2)}")
-    expected = {"absmax": (blocks, not nested), "quant_map": (_LEVELS, True)}
-    if found.nested_block is not None:
-        expected |= {"nested_absmax": (-(-blocks // found.nested_block), True), "nested_quant_map": (256, True)}
-    for part, (size, real) in expected.items():
-        name = f"{found.name}.{part}"
-        if name not in stored:
-            raise ValueError(f"{name} is missing")
-        if prod(stored[name]) != size:
-            raise ValueError(f"{name} holds {prod(stored[name])} numbers, expected {size}")
-        if not (kinds[name].is_floating_point if real else kinds[name] == torch.uint8):
-            raise ValueError(f"{name} holds {kinds[name]}, expected {'real numbers' if real else 'bytes'}")
+def pruned(parts: Parts) -> Tensor:
+    """`W = V · mask`, of `original`, V, and `mask`, a tensor of ones and zeros of V's shape."""
+    return parts["original"].float() * parts["mask"].float()

@@ -56,8 +56,14 @@ class Foreign:
     def starts(self, start: bytes) -> bool:
         return bool(self.start) and re.match(self.start, start, re.DOTALL) is not None
 
+    def has_member(self, members: Sequence[str]) -> bool:
+        return any(fnmatch(name, glob) for glob in self.members for name in members)
+
     def names(self, file: str) -> bool:
         return any(fnmatch(file.lower(), glob) for glob in self.files)
+
+    def fits_beside(self, folder: Path) -> bool:
+        return not self.beside or any(next(folder.glob(glob), None) is not None for glob in self.beside)
 
 
 def refuse_file(path: Path, by_name: bool = True) -> None:
@@ -72,9 +78,9 @@ def refuse_file(path: Path, by_name: bool = True) -> None:
     if SAFETENSORS_START.match(start):  # the length of its header may begin as other formats do
         return
     members = record_names(path) if start.startswith(b"PK") else []
-    found = next((kind for kind in KINDS if kind.starts(start) or _any_match(members, kind.members)), None)
+    found = next((kind for kind in KINDS if kind.starts(start) or kind.has_member(members)), None)
     if found is None and by_name:
-        found = next((kind for kind in KINDS if kind.names(path.name) and _has_beside(path.parent, kind)), None)
+        found = next((kind for kind in KINDS if kind.names(path.name) and kind.fits_beside(path.parent)), None)
     if found is not None:
         raise InputError(f"{path} is {found.called}; {_remedy(found, path.parent, path.name)}")
 
@@ -115,27 +121,15 @@ def refuse_state(checkpoint: Checkpoint) -> None:
             raise InputError(f"{checkpoint.source} is {kind.called} ({evidence}); {kind.remedy}")
 
 
-def _any_match(names: list[str], globs: tuple[str, ...]) -> bool:
-    return any(fnmatch(name, glob) for glob in globs for name in names)
-
-
-def _has_beside(folder: Path, kind: Foreign) -> bool:
-    return not kind.beside or any(next(folder.glob(glob), None) is not None for glob in kind.beside)
-
-
 def _remedy(kind: Foreign, folder: Path, name: str) -> str:
     """The remedy with what it names filled in; folders are looked through only where it names them."""
     known = {"folder": str(folder), "name": name, "parts": "", "last": ""}
     if "{parts}" in kind.remedy:
-        known["parts"] = ", ".join(map(str, _parts(folder))) or "they are subfolders"
+        parts = {path.parent for glob in _TENSORS for path in folder.glob(f"*/{glob}")}
+        known["parts"] = ", ".join(map(str, sorted(parts, key=_numbers))) or "they are subfolders"
     if "{last}" in kind.remedy:
         known["last"] = str(max(folder.glob("checkpoint-*"), key=_numbers))
     return kind.remedy.format_map(known)
-
-
-def _parts(folder: Path) -> list[Path]:
-    found = {path.parent for glob in _TENSORS for path in folder.glob(f"*/{glob}")}
-    return sorted(found, key=_numbers)
 
 
 def _numbers(path: Path) -> list[tuple[int, str]]:

@@ -64,17 +64,24 @@ def _consecutive(sizes: Mapping[str, int], groups: int = 1) -> Parts:
     return parts
 
 
-def _thirds(rows: int, columns: int, config: Mapping[str, Any]) -> Parts | None:
-    return _consecutive(dict.fromkeys(_QKV, rows // 3)) if rows % 3 == 0 else None
+def _equal(*names: str, square: bool = False) -> Split:
+    """Parts of equal height, one after the other; with `square`, each as high as it is wide.
+
+    Where `qkv` of timm and transformers is not square, heads may share keys (LitGPT) or keys be shorter (LeViT).
+    """
+
+    def split(rows: int, columns: int, config: Mapping[str, Any]) -> Parts | None:
+        size, rest = divmod(rows, len(names))
+        return None if rest or (square and size != columns) else _consecutive(dict.fromkeys(names, size))
+
+    return split
 
 
 def _halves(first: str, second: str) -> Split:
     def split(rows: int, columns: int, config: Mapping[str, Any]) -> Parts | None:
-        if rows % 2:
-            return None
-        if model_type(config) == "gpt_oss":  # gate and up alternate row by row
+        if rows % 2 == 0 and model_type(config) == "gpt_oss":  # gate and up alternate row by row
             return _consecutive({first: 1, second: 1}, groups=rows // 2)
-        return _consecutive({first: rows // 2, second: rows // 2})
+        return _equal(first, second)(rows, columns, config)
 
     return split
 
@@ -85,34 +92,19 @@ def _granite(rows: int, columns: int, config: Mapping[str, Any]) -> Parts | None
     return _halves("gate", "up")(rows, columns, config) if granite else None
 
 
-def _key_value(rows: int, columns: int, config: Mapping[str, Any]) -> Parts | None:
-    return _consecutive({"key": rows // 2, "value": rows // 2}) if rows % 2 == 0 else None
-
-
 def _grouped(rows: int, columns: int, config: Mapping[str, Any]) -> Parts | None:
     """All queries, then all keys, then all values; the config tells how many heads share a key (Phi-3, DBRX)."""
     for heads, shared, size in _heads(config, columns):
         if model_type(config) == "codegen" and rows == 3 * heads * size and rows % 12 == 0:
-            return _codegen(rows)
+            # Four blocks, one for each accelerator it was trained on, with queries, values and keys in this order.
+            return _consecutive({"query": rows // 12, "value": rows // 12, "key": rows // 12}, groups=4)
         if parts := _grouped_if(rows, heads, shared, size):
             return parts
     return None
 
 
 def _grouped_or_thirds(rows: int, columns: int, config: Mapping[str, Any]) -> Parts | None:
-    thirds = _thirds(rows, columns, config) if rows == 3 * columns else None
-    return _grouped(rows, columns, config) or thirds
-
-
-def _square_thirds(rows: int, columns: int, config: Mapping[str, Any]) -> Parts | None:
-    """`qkv` of timm and transformers; of other sizes, heads may share keys (LitGPT) or keys be shorter (LeViT)."""
-    return _thirds(rows, columns, config) if rows == 3 * columns else None
-
-
-def _codegen(rows: int) -> Parts:
-    """Four blocks, one for each accelerator it was trained on, each with queries, values and keys in this order."""
-    size = rows // 12
-    return _consecutive({"query": size, "value": size, "key": size}, groups=4)
+    return _grouped(rows, columns, config) or _equal(*_QKV, square=True)(rows, columns, config)
 
 
 def _per_head(rows: int, columns: int, config: Mapping[str, Any]) -> Parts | None:
@@ -150,14 +142,9 @@ def _grouped_if(rows: int, heads: int, shared: int, size: int) -> Parts | None:
 
 def _attention(rows: int, columns: int, config: Mapping[str, Any]) -> Parts | None:
     """`c_attn`: thirds in GPT-2, keys and values in its cross-attention, and two more layouts in GPT-BigCode."""
-    if model_type(config) == "gpt_bigcode":
-        return _bigcode(rows, columns, config)
-    if rows == 2 * columns:
-        return _key_value(rows, columns, config)
-    return _thirds(rows, columns, config) if rows == 3 * columns else None
-
-
-def _bigcode(rows: int, columns: int, config: Mapping[str, Any]) -> Parts | None:
+    if model_type(config) != "gpt_bigcode":
+        splits = (_equal(*names, square=True) for names in (_QKV[1:], _QKV))
+        return next((parts for split in splits if (parts := split(rows, columns, config))), None)
     for heads, _, size in _heads(config, columns):
         if config.get("multi_query", True):
             return _grouped_if(rows, heads, 1, size)
@@ -185,10 +172,10 @@ def _first(config: Mapping[str, Any], *keys: str) -> int | None:
 
 
 _SPLITS: dict[str, Split] = {
-    "qkv": _square_thirds,
-    "to_qkv": _thirds,
-    "in_proj_weight": _thirds,
-    "to_kv": _key_value,
+    "qkv": _equal(*_QKV, square=True),
+    "to_qkv": _equal(*_QKV),
+    "in_proj_weight": _equal(*_QKV),
+    "to_kv": _equal(*_QKV[1:]),
     "qkv_proj": _grouped,
     "Wqkv": _grouped_or_thirds,
     "wqkv": _internlm,

@@ -5,7 +5,7 @@ Tensors get the names that Meta's Llama checkpoints have (`layers.0.attention.wq
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -36,13 +36,11 @@ class Header:
     vocabulary: int
     positions: int
 
-    @property
-    def plausible(self) -> bool:
+    def is_plausible(self) -> bool:
         """Whether these can be the sizes of a model."""
         sizes = (self.width, self.hidden, self.layers, self.heads, self.key_value_heads, self.positions)
-        in_range = all(1 <= size <= _LARGEST for size in (*sizes, abs(self.vocabulary)))
         return (
-            in_range
+            all(1 <= size <= _LARGEST for size in (*sizes, abs(self.vocabulary)))
             and self.layers <= _MOST_LAYERS
             and self.width % (2 * self.heads) == 0
             and self.heads % self.key_value_heads == 0
@@ -71,11 +69,6 @@ class Header:
         if self.vocabulary < 0:
             yield "output.weight", (-self.vocabulary, width)
 
-    @property
-    def file_size(self) -> int:
-        """Bytes of the whole file."""
-        return _HEADER.size + 4 * sum(prod(shape) for _, shape in self.shapes())
-
 
 class Llama2cFile(Checkpoint):
     """Reads the header when opened, and one tensor at a time afterwards."""
@@ -89,10 +82,10 @@ class Llama2cFile(Checkpoint):
         }
         self._path = path
         self._places: dict[str, tuple[int, tuple[int, ...]]] = {}
-        offset = _HEADER.size
+        self.size = _HEADER.size
         for name, shape in header.shapes():
-            self._places[name] = (offset, shape)
-            offset += 4 * prod(shape)
+            self._places[name] = (self.size, shape)
+            self.size += 4 * prod(shape)
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._places)
@@ -114,8 +107,8 @@ class Llama2cFile(Checkpoint):
         return name in self._places
 
 
-def open_llama2c_file(path: Path, source: str) -> Llama2cFile | None:
-    """Open a file of llama2.c; None where the file is of another kind.
+def open_llama2c_file(path: Path, source: str, config: Mapping[str, Any]) -> Llama2cFile | None:
+    """Open a file of llama2.c; None where the file is of another kind. Its own header stands in place of a config.
 
     Raises:
         InputError: the file is cut short, or of a later version.
@@ -131,12 +124,12 @@ def open_llama2c_file(path: Path, source: str) -> Llama2cFile | None:
             f"export the model again with --version 0"
         )
     header = Header(*numbers)
-    if not header.plausible:
+    if not header.is_plausible():
         return None
-    found = path.stat().st_size
-    if found != header.file_size:
+    found, size = Llama2cFile(path, source, header), path.stat().st_size
+    if size != found.size:
         raise InputError(
             f"{path} begins like a llama2.c file of {header.layers} layers of width {header.width}, which has "
-            f"{header.file_size} bytes, but it has {found}; copy or download it again"
+            f"{found.size} bytes, but it has {size}; copy or download it again"
         )
-    return Llama2cFile(path, source, header)
+    return found

@@ -1,7 +1,7 @@
 """Pairing the matrices of two checkpoints: by name, never by position."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -190,7 +190,7 @@ def _without_prefix(short: Mapping[str, Matrix], long: Mapping[str, Matrix]) -> 
     candidates = [
         (name[: -len(suffix)], suffix)
         for name, matrix in long.items()
-        for suffix in _suffixes(name, lengths)
+        for suffix in (name[-length:] for length in lengths if 0 < length < len(name) and name[-length - 1] == ".")
         if suffix in short and short[suffix].shape == matrix.shape
     ]
     fits = Counter(suffix for _, suffix in candidates)
@@ -244,26 +244,16 @@ def _groups(
     for name in sizes:
         stack = stack_of(name)
         whole = stack not in paired and layer_number(name) >= 0
-        groups.setdefault(
-            (f"{stack}.*".lstrip(".") if whole else numberless(name), _kind_of_reason(reasons[name])), []
-        ).append(name)
+        group = f"{stack}.*".lstrip(".") if whole else numberless(name)
+        groups.setdefault((group, reasons[name].partition(":")[0]), []).append(name)
     return [
         Unpaired(side, group, len(names), held := sum(sizes[name] for name in names), held / total, reasons[names[0]])
         for (group, _), names in groups.items()
     ]
 
 
-def _kind_of_reason(reason: str) -> str:
-    return reason.partition(":")[0]
-
-
 def _parameters(matrices: Iterable[Matrix]) -> int:
     return sum(prod(matrix.shape) for matrix in matrices)
-
-
-def _suffixes(name: str, lengths: Iterable[int]) -> Iterator[str]:
-    """What comes after a dot of a name and has one of the lengths."""
-    return (name[-length:] for length in lengths if 0 < length < len(name) and name[-length - 1] == ".")
 
 
 def _size(matrix: Matrix) -> str:
@@ -276,24 +266,21 @@ def _nothing_shared(*sides: tuple[Checkpoint, Inventory]) -> str:
             example = next((f"; {name}: {reason}" for name, reason in found.skipped.items()), "")
             return f"{checkpoint.source} has no matrix that can be measured{example}"
     (base, ours), (tuned, theirs) = sides
+    remedy = "compare checkpoints of one architecture"
+    for source, short, long in ((base, theirs, ours), (tuned, ours, theirs)):
+        for name in short.matrices:  # where one side holds the other's stack more than once
+            copies = [other for other in long.matrices if f".{other}".endswith(f".{name}")]
+            if len(copies) > 1:
+                remedy = (
+                    f"{source.source} holds {name} more than once ({', '.join(copies[:3])}), and nothing tells which "
+                    "of them is meant: pass the state_dict of that part alone"
+                )
+                break
+    examples = [
+        ", ".join(f"{name} ({_size(matrix)})" for name, matrix in list(one.matrices.items())[:2])
+        for one in (ours, theirs)
+    ]
     return (
-        f"{base.source} and {tuned.source} share no matrix of the same name and shape: one has "
-        f"{_examples(ours.matrices)}, the other {_examples(theirs.matrices)}; "
-        + (_several(ours, tuned, theirs) or _several(theirs, base, ours) or "compare checkpoints of one architecture")
+        f"{base.source} and {tuned.source} share no matrix of the same name and shape: one has {examples[0]}, the "
+        f"other {examples[1]}; {remedy}"
     )
-
-
-def _several(short: Inventory, source: Checkpoint, long: Inventory) -> str:
-    """What to do where one side holds the other's stack more than once; empty where it does not."""
-    for name in short.matrices:
-        found = [other for other in long.matrices if f".{other}".endswith(f".{name}")]
-        if len(found) > 1:
-            return (
-                f"{source.source} holds {name} more than once ({', '.join(found[:3])}), and nothing tells which of "
-                "them is meant: pass the state_dict of that part alone"
-            )
-    return ""
-
-
-def _examples(matrices: Mapping[str, Matrix]) -> str:
-    return ", ".join(f"{name} ({_size(matrix)})" for name, matrix in list(matrices.items())[:2])

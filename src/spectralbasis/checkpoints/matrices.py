@@ -1,15 +1,13 @@
-"""One logical weight matrix and how it is cut out of a stored tensor.
+"""From stored tensors to logical weight matrices (out, in).
 
-What a stored tensor is: a weight matrix, or something that only has the shape of one.
-
-Which tensors are stored as (in, out), so that a matrix is their transpose.
-
-From stored tensors to logical matrices.
+`take_inventory` lists them: which tensors are weights, which of them are stored transposed, fused or in stacks of
+experts, and what is skipped for what reason. A `Matrix` reads its part of the tensor, its `Cut`.
 """
 
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -164,14 +162,6 @@ def is_weight(checkpoint: Checkpoint, tensor: str) -> bool:
     return dtype.is_floating_point or dtype.is_complex
 
 
-def _is_there(checkpoint: Checkpoint, name: str) -> bool:
-    try:
-        checkpoint.shape(name)
-    except KeyError:
-        return False
-    return True
-
-
 def is_embedding_table(checkpoint: Checkpoint, tensor: str) -> bool:
     """Whether rows of the tensor are looked up: by its module where that is known, else by its name.
 
@@ -181,8 +171,10 @@ def is_embedding_table(checkpoint: Checkpoint, tensor: str) -> bool:
     owner = checkpoint.module_type(tensor)
     parts = plain_name(tensor).split(".")
     leaf = next((part for part in reversed(parts) if not part.isdigit()), parts[-1])
-    if parts[-1] != leaf and _is_there(checkpoint, f"{tensor.removesuffix('.weight')}.bias"):
-        return False
+    if parts[-1] != leaf:
+        with suppress(KeyError):
+            checkpoint.shape(f"{tensor.removesuffix('.weight')}.bias")
+            return False
     convolution = tensor.endswith(".weight") and len(checkpoint.shape(tensor)) > 3
     return (owner is not None and issubclass(owner, nn.Embedding)) or bool(_EMBEDDING.search(leaf) and not convolution)
 
@@ -228,8 +220,11 @@ class Layouts:
 
     def __init__(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
         self._checkpoint = checkpoint
-        self._conv1d = model_type(config) in _CONV1D_MODELS or self._has_wide_attention()
         self._names = frozenset(checkpoint.names())
+        # GPT-2's `c_attn` is (d, 3d) as Conv1D stores it, and (3d, d) in models that made it a linear layer.
+        shapes = (checkpoint.shape(name) for name in checkpoint.names() if _owner_name(name) == "c_attn")
+        wide = any(len(shape) == 2 and shape[1] == 3 * shape[0] for shape in shapes)
+        self._conv1d = model_type(config) in _CONV1D_MODELS or wide
 
     def transposed(self, tensor: str) -> bool:
         """Whether the tensor (or, for a stack of experts, each of its slices) is the transpose of the matrix."""
@@ -238,17 +233,9 @@ class Layouts:
             return True
         if len(self._checkpoint.shape(tensor)) == 2 and tensor.rpartition(".")[2] in _PROJECTIONS:
             return True
-        if is_expert_stack(tensor, self._checkpoint.shape(tensor)):
-            return self._transposed_experts(tensor)
-        return owner is None and self._conv1d and _owner_name(tensor) in _CONV1D_NAMES
-
-    def _has_wide_attention(self) -> bool:
-        """GPT-2's `c_attn` is (d, 3d) as Conv1D stores it, and (3d, d) in models that made it a linear layer."""
-        shapes = (self._checkpoint.shape(name) for name in self._checkpoint.names() if _owner_name(name) == "c_attn")
-        return any(len(shape) == 2 and shape[1] == 3 * shape[0] for shape in shapes)
-
-    def _transposed_experts(self, tensor: str) -> bool:
-        """Stored as (in, out), as in Llama 4 and GPT-OSS, if `gate_up_proj` and `down_proj` only fit that way."""
+        if not is_expert_stack(tensor, self._checkpoint.shape(tensor)):
+            return owner is None and self._conv1d and _owner_name(tensor) in _CONV1D_NAMES
+        # Experts are (in, out), as in Llama 4 and GPT-OSS, if `gate_up_proj` and `down_proj` only fit that way.
         prefix = tensor.removesuffix(".weight").rpartition(".")[0]
         siblings = (f"{prefix}.gate_up_proj", f"{prefix}.down_proj")
         if not all(name in self._names for name in siblings):
@@ -333,7 +320,11 @@ def take_inventory(
         if left is not None:
             reason = left
         elif clash or reason is not None:
-            reason = _several_claims(name, wanted[name]) if clash else reason
+            if clash:
+                reason = (
+                    f"stored more than once: {shortened(name)} is in {' and in '.join(map(shortened, wanted[name]))}, "
+                    "and nothing tells which of them the model uses; leave the others out with exclude"
+                )
             if tensor not in tied:
                 unreadable[label] = unreadable.get(label, 0) + prod(matrix.shape)
         elif not _matches(include, matrix):
@@ -343,7 +334,10 @@ def take_inventory(
         else:
             skipped[label] = reason
     if include and not matrices:
-        raise InputError(_nothing_included(checkpoint, include, skipped))
+        raise InputError(
+            f"include={list(include)} matches no matrix of {checkpoint.source} that can be measured; "
+            f"its names look like: {', '.join(list(skipped)[:3]) or 'none'}"
+        )
     return Inventory(matrices, skipped, unreadable)
 
 
@@ -360,13 +354,6 @@ def _claims(matrices: Iterable[Matrix]) -> dict[str, list[str]]:
     for matrix in matrices:
         found.setdefault(matrix.name, []).append(matrix.cut.tensor)
     return found
-
-
-def _several_claims(name: str, tensors: Sequence[str]) -> str:
-    return (
-        f"stored more than once: {shortened(name)} is in {' and in '.join(map(shortened, tensors))}, and nothing tells "
-        f"which of them the model uses; leave the others out with exclude"
-    )
 
 
 def _matrices(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[tuple[Matrix, str | None]]:
@@ -427,11 +414,3 @@ def _cuts(
 
 def _matches(patterns: Sequence[str], matrix: Matrix) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns for name in (matrix.name, matrix.cut.tensor))
-
-
-def _nothing_included(checkpoint: Checkpoint, include: Sequence[str], skipped: Mapping[str, str]) -> str:
-    examples = ", ".join(list(skipped)[:3]) or "none"
-    return (
-        f"include={list(include)} names no matrix of {checkpoint.source} that can be measured; "
-        f"its names look like: {examples}"
-    )

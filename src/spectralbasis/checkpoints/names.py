@@ -3,8 +3,6 @@
 Two names mean the same matrix if `matrix_name` makes them equal (prefixes of heads, trainers and language models, and
 wrappers, say nothing), or if transformers' own conversion table of the architecture does (`Conversions`). Everything
 that has to find a matrix under another name asks `same_names`.
-
-Short names for several checkpoints at once.
 """
 
 import json
@@ -175,12 +173,13 @@ class Conversions:
 
     def _of_stack(self, name: str) -> str:
         """The name of a matrix in a stack of experts, whose own name may be another: `input_linear.3.gate`."""
-        stack, number, part = _around_last_number(matrix_name(name))
-        stored = _stored(stack)
+        parts = matrix_name(name).split(".")
+        last = max((i for i, part in enumerate(parts) if _is_number(part)), default=0)
+        stored = _stored(".".join(parts[:last]))
         renamed, converter, _ = self._convert(stored)
-        if not number or converter is not None or renamed == stored:
+        if not last or converter is not None or renamed == stored:
             return matrix_name(name)
-        return ".".join(filter(None, (expert_name(matrix_name(renamed), int(number)), part)))
+        return ".".join([expert_name(matrix_name(renamed), int(parts[last])), *parts[last + 1 :]])
 
     def divided(self, name: str) -> list[str]:
         """The canonical names of the equal parts into which transformers divides the rows of a stored tensor, if so."""
@@ -208,13 +207,6 @@ def _stored(name: str) -> str:
     return name if name.endswith(("weight", "bias")) else f"{name}.weight"
 
 
-def _around_last_number(name: str) -> tuple[str, str, str]:
-    """What comes before the last number of a name, the number, and what comes after it; empty where there is none."""
-    parts = name.split(".")
-    last = max((i for i, part in enumerate(parts) if _is_number(part)), default=0)
-    return ".".join(parts[:last]), parts[last] if last else "", ".".join(parts[last + 1 :])
-
-
 def _of_expert(stored: str, renamed: str, target: str) -> str | None:
     """The target's name with the number that only the stored name has."""
     numbers, left = (Counter(part for part in name.split(".") if _is_number(part)) for name in (stored, renamed))
@@ -228,6 +220,7 @@ def part_number(label: str) -> int:
 
 
 def _part(target: str | None, sources: Sequence[str], source: str | None) -> str | None:
+    """The name of the part of a fused weight that one of the stored tensors is."""
     labels = _LABELS.get(len(sources))
     if not target or not labels or source is None:
         return None
@@ -248,23 +241,16 @@ def same_names(
     """
     known = set(theirs)
     found = {name: name for name in ours if name in known}
-    for canonical in (lambda: (matrix_name, matrix_name), lambda: tuple(map(_canonical_by, conversions()))):
+    for by_table in (False, True):
         taken = set(found.values())
         left, right = [name for name in ours if name not in found], [name for name in theirs if name not in taken]
         if left and right:
-            our_name, their_name = canonical()
-            found |= _unique_partners({name: our_name(name) for name in left}, {n: their_name(n) for n in right})
+            tables = conversions() if by_table else (None, None)
+            our_name, their_name = (matrix_name if table is None else table.canonical for table in tables)
+            partners = unambiguous({name: their_name(name) for name in right})
+            canonical = unambiguous({name: our_name(name) for name in left})
+            found |= {name: partners[shared] for shared, name in canonical.items() if shared in partners}
     return found
-
-
-def _canonical_by(table: Conversions | None) -> Callable[[str], str | None]:
-    return matrix_name if table is None else table.canonical
-
-
-def _unique_partners(ours: Mapping[str, str | None], theirs: Mapping[str, str | None]) -> dict[str, str]:
-    """Names with one canonical name that no other name of their side has."""
-    partners = unambiguous(theirs)
-    return {name: partners[canonical] for canonical, name in unambiguous(ours).items() if canonical in partners}
 
 
 def unambiguous(canonical: Mapping[str, str | None]) -> dict[str, str]:
@@ -298,9 +284,7 @@ def _of_config(text: str) -> Conversions | None:
         if not hasattr(architecture, "_checkpoint_conversion_mapping"):
             return _of_module(_skeleton(architecture, settings))
         return _of_patterns(architecture._checkpoint_conversion_mapping)
-    except (
-        Exception
-    ):  # whatever an odd config does to a model's constructor, it only means that names are not converted
+    except Exception:  # an odd config may do anything to a constructor; it only means that names are not converted
         return None
 
 
@@ -382,19 +366,16 @@ def harmless(config: Any) -> Any:
         ValueError: a count is beyond any model.
     """
     check_counts(config)
-    return _without_unsafe(config)
 
+    def without_unsafe(part: Any) -> Any:
+        if isinstance(part, list):
+            return [without_unsafe(value) for value in part]
+        if not isinstance(part, dict):
+            return part
+        safe = {key: value for key, value in part.items() if not any(word in str(key) for word in _UNSAFE_KEYS)}
+        return {key: without_unsafe(value) for key, value in safe.items()}
 
-def _without_unsafe(config: Any) -> Any:
-    if isinstance(config, list):
-        return [_without_unsafe(value) for value in config]
-    if not isinstance(config, dict):
-        return config
-    return {
-        key: _without_unsafe(value)
-        for key, value in config.items()
-        if not any(word in str(key) for word in _UNSAFE_KEYS)
-    }
+    return without_unsafe(config)
 
 
 def _skeleton(architecture: Any, settings: Any) -> nn.Module:
@@ -418,12 +399,9 @@ def _of_module(module: nn.Module) -> Conversions | None:
         return None
     table = get_model_conversion_mapping(model, add_legacy=True)
     converters = [entry for entry in table if isinstance(entry, WeightConverter)]
-    renamings = [_renaming(entry) for entry in table if not isinstance(entry, WeightConverter)]
+    others = [entry for entry in table if not isinstance(entry, WeightConverter)]
+    renamings = [lambda name, entry=entry: entry.rename_source_key(name)[0] for entry in others]
     return Conversions(renamings, converters) if table else None
-
-
-def _renaming(entry: Any) -> Callable[[str], str]:
-    return lambda name: entry.rename_source_key(name)[0]
 
 
 def _of_patterns(patterns: Mapping[str, str]) -> Conversions | None:

@@ -1,10 +1,8 @@
 """Finding quantized weights: the tensors of one weight are taken together, and computed or listed once.
 
-Formats of quantized weights: how the tensors of one weight are recognised together, and what they stand for.
-
-A weight that is stored in several tensors (numbers, scales, zeros, codebooks) is one **group**. Each record of
-`FORMATS` names the parts of a group and, where the format is certain, how the weight is computed from them. A group
-that cannot be computed is listed once, under the name of its weight.
+A weight that is stored in several tensors (numbers, scales, zeros, codebooks) is one **group**. `SCHEMES` is the one
+table: each record names the parts of a group and, where the scheme is certain, how the weight is computed from them
+(`dequantize.py`). A group that cannot be computed is listed once, under the name of its weight.
 """
 
 import re
@@ -14,24 +12,20 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from math import ceil, prod
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
+from typing_extensions import TypedDict
 
 from spectralbasis.checkpoints import dequantize
-from spectralbasis.checkpoints.checkpoint import Checkpoint
-from spectralbasis.checkpoints.dequantize import Formula, FourBitWeight, QuantizedWeight, find_four_bits
+from spectralbasis.checkpoints.checkpoint import FLOAT8, INTEGERS, NUMBERS, PARTS_ONLY, Checkpoint
+from spectralbasis.checkpoints.dequantize import EncodedWeight, Formula
 from spectralbasis.errors import InputError
+from spectralbasis.records import checked, parse_json
 
-FLOAT8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz})
 _BYTE, _INT8, _WORD = frozenset({torch.uint8}), frozenset({torch.int8}), frozenset({torch.int32, torch.uint32})
-INTEGERS = frozenset(
-    {torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64}
-)
 _EIGHT = FLOAT8 | _INT8
-# Never a weight by themselves: powers of two are scales, and pairs of 4-bit floats need them.
-PARTS_ONLY = frozenset({torch.float8_e8m0fnu, torch.float4_e2m1fn_x2})
-NUMBERS = INTEGERS | FLOAT8 | PARTS_ONLY
+_LONGEST_DESCRIPTION = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -84,19 +78,19 @@ class Group:
         """A whole number that is stored as a tensor of its own."""
         return int(self.checkpoint.read(self.roles[role]).item())
 
-    def made(self, shape: tuple[int, ...], formula: Formula, parts: Mapping[str, str]) -> QuantizedWeight:
+    def made(self, shape: tuple[int, ...], formula: Formula, parts: Mapping[str, str]) -> EncodedWeight:
         """The weight that a formula gives for parts (its name for one → rest of the stored name)."""
         used = {part: self.roles[role] for part, role in parts.items() if role in self.roles}
         rest = tuple(name for name in self.roles.values() if name not in used.values())
-        return QuantizedWeight(self.weight, used, shape, formula, rest)
+        return EncodedWeight(self.weight, used, shape, formula, rest)
 
 
-Plan = Callable[[Group], QuantizedWeight | FourBitWeight | str | None]
+Plan = Callable[[Group], EncodedWeight | str | None]
 """What a group stands for; or what else a person should know of the format (empty or None for nothing)."""
 
 
 @dataclass(frozen=True)
-class Format:
+class Scheme:
     """One way of storing a weight.
 
     Attributes:
@@ -138,20 +132,76 @@ def method_of(settings: Mapping[str, Any]) -> str:
 # ---- what groups stand for -------------------------------------------------------------------------------------------
 
 
-def _bitsandbytes_4bit(group: Group) -> FourBitWeight | None:
-    return find_four_bits(group.checkpoint, group.weight, frozenset(group.roles.values()))
+class _FourBits(TypedDict):
+    """What the description says; the rest of it (`quant_type`, `dtype`) concerns computing with the weight."""
+
+    shape: list[int]
+    blocksize: int
+    nested_blocksize: NotRequired[int | None]
+    nested_offset: NotRequired[float | None]
 
 
-def _bitsandbytes_8bit(group: Group) -> QuantizedWeight | None:
+def _bitsandbytes_4bit(group: Group) -> EncodedWeight | None:
+    """4 bits: beside the numbers lie their scales, the levels and a description in JSON.
+
+    Raises:
+        InputError: the description is damaged, or does not fit what is stored.
+    """
+    kinds = (f".quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
+    role = next((kind for kind in kinds if kind in group.roles), None)
+    if role is None:
+        return None
+    where = f"the description of {group.weight} of {group.checkpoint.source}"
+    size, kind = group.shape(role), group.dtype(role)
+    if kind != torch.uint8 or prod(size) > _LONGEST_DESCRIPTION:
+        raise InputError(f"{where} is {kind} of shape {size}, expected a short text; restore the file")
+    text = bytes(group.checkpoint.read(group.roles[role]).flatten().tolist())
+    facts = checked(parse_json(text, where), _FourBits, where)
+    shape, block, nested_block = tuple(facts["shape"]), facts["blocksize"], facts.get("nested_blocksize")
+    try:
+        if min(shape, default=0) < 1 or block < 1 or (nested_block or 1) < 1:
+            raise ValueError(f"shape {shape} in blocks of {block}")
+        count, blocks = prod(shape), -(-prod(shape) // block)
+        held = prod(group.shape("")) * group.dtype("").itemsize
+        if held != -(-count // 2):
+            raise ValueError(f"{group.weight} holds {held} bytes, expected {-(-count // 2)}")
+        expected = {"absmax": (blocks, nested_block is None), "quant_map": (16, True)}
+        if nested_block is not None:
+            expected |= {"nested_absmax": (-(-blocks // nested_block), True), "nested_quant_map": (256, True)}
+        for part, (numbers, real) in expected.items():
+            if f".{part}" not in group.roles:
+                raise ValueError(f"{group.weight}.{part} is missing")
+            stored, kind = prod(group.shape(f".{part}")), group.dtype(f".{part}")
+            if stored != numbers:
+                raise ValueError(f"{group.weight}.{part} holds {stored} numbers, expected {numbers}")
+            if not (kind.is_floating_point if real else kind == torch.uint8):
+                raise ValueError(f"{group.weight}.{part} holds {kind}, expected {'real numbers' if real else 'bytes'}")
+    except ValueError as error:
+        raise InputError(
+            f"{group.weight} of {group.checkpoint.source} is a 4-bit weight whose description is damaged ({error}); "
+            f"restore the file from the original"
+        ) from error
+    formula = partial(
+        dequantize.bitsandbytes_4bit,
+        shape=shape,
+        block=block,
+        nested_block=nested_block,
+        nested_offset=facts.get("nested_offset") or 0.0,
+    )
+    parts = {"values": "", "scale": ".absmax", "levels": ".quant_map"}
+    if nested_block is not None:
+        parts |= {"nested_scale": ".nested_absmax", "nested_levels": ".nested_quant_map"}
+    return group.made(shape, formula, parts)
+
+
+def _bitsandbytes_8bit(group: Group) -> EncodedWeight | None:
     shape = group.shape(".weight")
     if len(shape) != 2 or group.shape(".SCB") != shape[:1] or not group.real(".SCB"):
         return None
     return group.made(shape, dequantize.bitsandbytes_int8, {"values": ".weight", "scale": ".SCB"})
 
 
-def _scaled(
-    group: Group, values: str, scale: str, zero: str | None = None, side: object = None
-) -> QuantizedWeight | str:
+def _scaled(group: Group, values: str, scale: str, zero: str | None = None, side: object = None) -> EncodedWeight | str:
     """Whole or 8-bit numbers times a factor for the matrix, each row, or each block."""
     shape, factors = group.shape(values), group.shape(scale)
     real = group.dtype(scale).is_floating_point and group.dtype(scale) not in FLOAT8
@@ -203,7 +253,7 @@ def _even(length: int, count: int) -> int | None:
     return side if not rest and (count in (1, length) or side & (side - 1) == 0) else None
 
 
-def _float8(group: Group) -> QuantizedWeight | str:
+def _float8(group: Group) -> EncodedWeight | str:
     """DeepSeek's and transformers' fp8: the factor multiplies, whatever it is called (`_inv` too)."""
     scale = next(role for role in ("_scale_inv", "_scale", ".scale", ".qscale_weight") if role in group.roles)
     values = ".weight" if ".weight" in group.roles else ""
@@ -218,14 +268,14 @@ def _float8(group: Group) -> QuantizedWeight | str:
     return _scaled(group, values, scale, side=group.settings.get("weight_block_size"))
 
 
-def _small_floats(group: Group, values: str, scale: str, bits: int = 4, **more: str) -> QuantizedWeight:
+def _small_floats(group: Group, values: str, scale: str, bits: int = 4, **more: str) -> EncodedWeight:
     shape = group.shape(values)
     columns = shape[-1] * 8 // bits
     parts = {"values": values, "scale": scale, **more}
     return group.made((*shape[:-1], columns), partial(dequantize.small_floats, bits=bits, columns=columns), parts)
 
 
-def _compressed(group: Group) -> QuantizedWeight | str:
+def _compressed(group: Group) -> EncodedWeight | str:
     """compressed-tensors with one number a byte: `int-quantized`, `float-quantized`, `mxfp8-quantized`."""
     arguments = _weight_arguments(group.settings)
     blocks = [found["block_structure"] for found in arguments if found.get("block_structure")]
@@ -240,7 +290,7 @@ def _weight_arguments(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [arguments for arguments in weights if isinstance(arguments, Mapping)]
 
 
-def _compressed_words(group: Group) -> QuantizedWeight | str:
+def _compressed_words(group: Group) -> EncodedWeight | str:
     """compressed-tensors' `pack-quantized`: whole numbers without gaps in words."""
     stored, scale = group.shape("_packed"), group.shape("_scale")
     if len(stored) != 2 or group.shape("_shape") != (2,) or len(scale) != 2 or not group.real("_scale"):
@@ -261,7 +311,7 @@ def _compressed_words(group: Group) -> QuantizedWeight | str:
     return group.made(shape, partial(dequantize.compressed_tensors, shape=shape, bits=bits), parts)
 
 
-def _compressed_floats(group: Group) -> QuantizedWeight | str:
+def _compressed_floats(group: Group) -> EncodedWeight | str:
     """compressed-tensors' `nvfp4-`, `mxfp4-` and `mxfp6-pack-quantized`."""
     stored, scale, outer = group.shape("_packed"), group.shape("_scale"), group.shape("_global_scale")
     known = "_zero_point" not in group.roles and group.real("_global_scale")
@@ -275,7 +325,7 @@ def _compressed_floats(group: Group) -> QuantizedWeight | str:
     return "packed in an unknown way"
 
 
-def _modelopt_nvfp4(group: Group) -> QuantizedWeight | None:
+def _modelopt_nvfp4(group: Group) -> EncodedWeight | None:
     stored, scale = group.shape(""), group.shape("_scale")
     known = group.dtype("_scale") == torch.float8_e4m3fn and prod(group.shape("_scale_2")) == 1
     known = known and group.real("_scale_2")
@@ -284,7 +334,7 @@ def _modelopt_nvfp4(group: Group) -> QuantizedWeight | None:
     return _small_floats(group, "", "_scale", outer="_scale_2")
 
 
-def _gpt_oss(group: Group) -> QuantizedWeight | None:
+def _gpt_oss(group: Group) -> EncodedWeight | None:
     stored = group.shape("_blocks")
     if (
         len(stored) != 4
@@ -298,7 +348,7 @@ def _gpt_oss(group: Group) -> QuantizedWeight | None:
     return group.made(shape, dequantize.gpt_oss, {"values": "_blocks", "scale": "_scales"})
 
 
-def _gptq(group: Group) -> QuantizedWeight | str:
+def _gptq(group: Group) -> EncodedWeight | str:
     layout = str(group.settings.get("checkpoint_format") or group.settings.get("format") or "gptq").lower()
     if layout not in ("gptq", "gptq_v2"):
         return f"checkpoint_format {layout}"
@@ -322,7 +372,7 @@ def _gptq(group: Group) -> QuantizedWeight | str:
     return group.made((scale[1], inputs), partial(dequantize.gptq, bits=bits, first=first), parts)
 
 
-def _awq(group: Group) -> QuantizedWeight | str:
+def _awq(group: Group) -> EncodedWeight | str:
     told = [group.settings[key] for key in ("version", "format", "checkpoint_format") if group.settings.get(key)]
     bits = group.settings.get("bits", group.settings.get("w_bit", 4))
     if (
@@ -341,7 +391,7 @@ def _awq(group: Group) -> QuantizedWeight | str:
     return group.made((scale[1], stored[0]), dequantize.awq, parts)
 
 
-def _mlx(group: Group) -> QuantizedWeight | str:
+def _mlx(group: Group) -> EncodedWeight | str:
     own = group.settings.get(group.base)
     settings = {**group.settings, **own} if isinstance(own, Mapping) else group.settings
     bits, size, mode = settings.get("bits"), settings.get("group_size"), settings.get("mode", "affine")
@@ -359,7 +409,7 @@ def _mlx(group: Group) -> QuantizedWeight | str:
     return group.made((*stored[:-1], columns), partial(dequantize.mlx, bits=bits, columns=columns), parts)
 
 
-def _hqq(group: Group) -> QuantizedWeight | str:
+def _hqq(group: Group) -> EncodedWeight | str:
     told = ("nbits", "group_size", "shape", "axis", "packing", "scale", "zero")
     if any(f".{name}" not in group.roles for name in told):
         return "whose description is not stored"
@@ -388,23 +438,19 @@ def _hqq(group: Group) -> QuantizedWeight | str:
     return group.made(shape, partial(dequantize.hqq, shape=shape, bits=bits, rows=unpacked[0]), parts)
 
 
-def _quanto(group: Group) -> QuantizedWeight | str:
+def _quanto(group: Group) -> EncodedWeight | str:
     if group.method != "quanto":
         return ""
     return _scaled(group, "._data", "._scale")
 
 
-def _bitnet(group: Group) -> QuantizedWeight | str:
+def _bitnet(group: Group) -> EncodedWeight | str:
     stored, kind = group.shape(""), group.settings.get("linear_class", "bitlinear")
     one = prod(group.shape("_scale")) == 1 and group.real("_scale")
     if len(stored) != 2 or not one or kind not in ("bitlinear", "autobitlinear"):
         return f"linear_class {kind}"
     parts = {"values": "", "scale": "_scale"}
     return group.made((4 * stored[0], stored[1]), partial(dequantize.bitnet, divided=kind == "bitlinear"), parts)
-
-
-def _torchao(group: Group) -> QuantizedWeight | str:
-    return _scaled(group, "._weight_qdata", "._weight_scale", "._weight_zero_point")
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -424,60 +470,61 @@ _HQQ_PARTS = (
     *(".quant_scale", ".quant_zero", ".compute_dtype", ".offload_meta", ".encoded_state_dict", ".stores_quant_config"),
     *(".channel_wise", ".optimize", ".round_zero", ".meta"),
 )
+_TORCHAO = partial(_scaled, values="._weight_qdata", scale="._weight_scale", zero="._weight_zero_point")
 _AUTO_ROUND = frozenset({"auto-round", "intel/auto-round", "auto_round"})
 
-FORMATS = (
-    Format("bitsandbytes, 4 bits", "", (".absmax", ".quant_state.bitsandbytes__*"), (".quant_map", ".nested_*"),
+SCHEMES = (
+    Scheme("bitsandbytes, 4 bits", "", (".absmax", ".quant_state.bitsandbytes__*"), (".quant_map", ".nested_*"),
            None, "", plan=_bitsandbytes_4bit),
-    Format("bitsandbytes, 4 bits, without its description", "", (".absmax",), (".quant_map", ".nested_*"), None, ""),
-    Format("bitsandbytes, 8 bits", ".weight", (".SCB",), (".weight_format",), _INT8, plan=_bitsandbytes_8bit),
-    Format("gpt-oss, MXFP4", "_blocks", ("_scales",), (), _BYTE, "", plan=_gpt_oss),
-    Format("compressed-tensors", "_packed", ("_scale", "_shape"), ("_zero_point", "_g_idx"), _WORD, "",
+    Scheme("bitsandbytes, 4 bits, without its description", "", (".absmax",), (".quant_map", ".nested_*"), None, ""),
+    Scheme("bitsandbytes, 8 bits", ".weight", (".SCB",), (".weight_format",), _INT8, plan=_bitsandbytes_8bit),
+    Scheme("gpt-oss, MXFP4", "_blocks", ("_scales",), (), _BYTE, "", plan=_gpt_oss),
+    Scheme("compressed-tensors", "_packed", ("_scale", "_shape"), ("_zero_point", "_g_idx"), _WORD, "",
            plan=_compressed_words),
-    Format("compressed-tensors", "_packed", ("_scale",), ("_global_scale", "_zero_point", "_shape"), _BYTE, "",
+    Scheme("compressed-tensors", "_packed", ("_scale",), ("_global_scale", "_zero_point", "_shape"), _BYTE, "",
            plan=_compressed_floats),
-    Format("compressed-tensors", "_packed", ("_scale",), ("_*",), NUMBERS, ""),
-    Format("compressed-tensors", "", ("_scale",), ("_zero_point",), _EIGHT, "", frozenset({"compressed-tensors"}),
+    Scheme("compressed-tensors", "_packed", ("_scale",), ("_*",), NUMBERS, ""),
+    Scheme("compressed-tensors", "", ("_scale",), ("_zero_point",), _EIGHT, "", frozenset({"compressed-tensors"}),
            _compressed),
-    Format("compressed-tensors, sparse", ".bitmask", (".compressed",), (".*",), NUMBERS, ""),
-    Format("ModelOpt, NVFP4", "", ("_scale", "_scale_2"), (), _BYTE, "", plan=_modelopt_nvfp4),
-    Format("ModelOpt", "", ("_scale",), (), FLOAT8, "", frozenset({"modelopt"}), _float8),
-    Format("fp8", "", ("_scale_inv|_scale",), (), _EIGHT, "", frozenset({"fp8"}), _float8),
-    Format("fp8", ".weight", (".scale|.qscale_weight",), (), _EIGHT, ".weight", frozenset({"fp8"}), _float8),
-    Format("FBGEMM", "", ("_scale",), (), FLOAT8, "", frozenset({"fbgemm_fp8"}), _float8),
-    Format("Quark", "", ("_scale",), (), FLOAT8, "", frozenset({"quark"}), _float8),
-    Format("BitNet", "", ("_scale",), (), _BYTE, "", frozenset({"bitnet"}), _bitnet),
-    Format("MLX", ".weight", (".scales",), (".biases", ".qbiases"), frozenset({torch.uint32}), plan=_mlx),
-    Format("SINQ", ".W_q", (), (".*",), methods=frozenset({"sinq"})),
-    Format("HQQ", ".W_q", (), _HQQ_PARTS, plan=_hqq),
-    Format("HQQ", ".W_q", (".scale", ".zero", ".nbits"), _HQQ_PARTS, None, plan=_hqq),
-    Format("quanto", "._data", ("._scale",), (), _EIGHT, "", plan=_quanto),
-    Format("quanto", "._data", ("._scale",), ("._*",), NUMBERS, ""),
-    Format("quanto", "._data._data", (), ("._scale", "._shift"), NUMBERS, ""),
-    Format("torchao", "._weight_qdata", ("._weight_scale",), ("._weight_zero_point",), _EIGHT, plan=_torchao),
-    Format("torchao", "._weight_qdata", (), ("._weight_*",)),
-    Format("SVDQuant", ".qweight", (".wscales",), (".*",)),
-    Format("ParoQuant", ".qweight", (".theta",), (".*",)),
-    Format("AWQ", ".qweight", (".scales", ".qzeros"), (), _WORD, methods=frozenset({"awq"}), plan=_awq),
-    Format("GPTQ", ".qweight", (".scales", ".qzeros"), (".g_idx",), _WORD, methods=frozenset({"gptq"}), plan=_gptq),
-    Format("AutoRound", ".qweight", (), (".*",), methods=_AUTO_ROUND),
-    Format("GPTQ, AWQ or a relative of theirs", ".qweight", (), (".*",)),
-    Format("Marlin", ".B", (".s",), (".*",)),
-    Format("QQQ", ".B", (".s_channel",), (".*",)),
-    Format("EXL2", ".q_weight", (), (".*",)),
-    Format("EXL3", ".trellis", (".suh|.svh|.su|.sv",), (".*",)),
-    Format("QTIP", ".trellis", (), (".*",)),
-    Format("QuIP#", ".Qidxs", (), (".*",)),
-    Format("VPTQ", ".indices", (".centroids|.centroids.weight",), (".*", ".*centroids.weight"), None),
-    Format("AQLM", ".codes", (".codebooks",), (".*",)),
-    Format("SpQR", ".dense_weights", (".row_offsets",), (".*",)),
-    Format("HIGGS", ".weight", (".tables|.tables2",), (".*",)),
-    Format("EETQ", "", ("_scales",), (), _INT8, ""),
-    Format("NVFP4", "", ("_sf",), ("_*",), _BYTE, ""),
+    Scheme("compressed-tensors, sparse", ".bitmask", (".compressed",), (".*",), NUMBERS, ""),
+    Scheme("ModelOpt, NVFP4", "", ("_scale", "_scale_2"), (), _BYTE, "", plan=_modelopt_nvfp4),
+    Scheme("ModelOpt", "", ("_scale",), (), FLOAT8, "", frozenset({"modelopt"}), _float8),
+    Scheme("fp8", "", ("_scale_inv|_scale",), (), _EIGHT, "", frozenset({"fp8"}), _float8),
+    Scheme("fp8", ".weight", (".scale|.qscale_weight",), (), _EIGHT, ".weight", frozenset({"fp8"}), _float8),
+    Scheme("FBGEMM", "", ("_scale",), (), FLOAT8, "", frozenset({"fbgemm_fp8"}), _float8),
+    Scheme("Quark", "", ("_scale",), (), FLOAT8, "", frozenset({"quark"}), _float8),
+    Scheme("BitNet", "", ("_scale",), (), _BYTE, "", frozenset({"bitnet"}), _bitnet),
+    Scheme("MLX", ".weight", (".scales",), (".biases", ".qbiases"), frozenset({torch.uint32}), plan=_mlx),
+    Scheme("SINQ", ".W_q", (), (".*",), methods=frozenset({"sinq"})),
+    Scheme("HQQ", ".W_q", (), _HQQ_PARTS, plan=_hqq),
+    Scheme("HQQ", ".W_q", (".scale", ".zero", ".nbits"), _HQQ_PARTS, None, plan=_hqq),
+    Scheme("quanto", "._data", ("._scale",), (), _EIGHT, "", plan=_quanto),
+    Scheme("quanto", "._data", ("._scale",), ("._*",), NUMBERS, ""),
+    Scheme("quanto", "._data._data", (), ("._scale", "._shift"), NUMBERS, ""),
+    Scheme("torchao", "._weight_qdata", ("._weight_scale",), ("._weight_zero_point",), _EIGHT, plan=_TORCHAO),
+    Scheme("torchao", "._weight_qdata", (), ("._weight_*",)),
+    Scheme("SVDQuant", ".qweight", (".wscales",), (".*",)),
+    Scheme("ParoQuant", ".qweight", (".theta",), (".*",)),
+    Scheme("AWQ", ".qweight", (".scales", ".qzeros"), (), _WORD, methods=frozenset({"awq"}), plan=_awq),
+    Scheme("GPTQ", ".qweight", (".scales", ".qzeros"), (".g_idx",), _WORD, methods=frozenset({"gptq"}), plan=_gptq),
+    Scheme("AutoRound", ".qweight", (), (".*",), methods=_AUTO_ROUND),
+    Scheme("GPTQ, AWQ or a relative of theirs", ".qweight", (), (".*",)),
+    Scheme("Marlin", ".B", (".s",), (".*",)),
+    Scheme("QQQ", ".B", (".s_channel",), (".*",)),
+    Scheme("EXL2", ".q_weight", (), (".*",)),
+    Scheme("EXL3", ".trellis", (".suh|.svh|.su|.sv",), (".*",)),
+    Scheme("QTIP", ".trellis", (), (".*",)),
+    Scheme("QuIP#", ".Qidxs", (), (".*",)),
+    Scheme("VPTQ", ".indices", (".centroids|.centroids.weight",), (".*", ".*centroids.weight"), None),
+    Scheme("AQLM", ".codes", (".codebooks",), (".*",)),
+    Scheme("SpQR", ".dense_weights", (".row_offsets",), (".*",)),
+    Scheme("HIGGS", ".weight", (".tables|.tables2",), (".*",)),
+    Scheme("EETQ", "", ("_scales",), (), _INT8, ""),
+    Scheme("NVFP4", "", ("_sf",), ("_*",), _BYTE, ""),
 )  # fmt: skip
 
 # How names end of numbers that may be stored as ordinary floats.
-NAMED = tuple(form.payload for form in FORMATS if form.kinds is None and form.payload)
+NAMED = tuple(form.payload for form in SCHEMES if form.kinds is None and form.payload)
 
 
 _ADVICE = "compare the checkpoint that it was made from"
@@ -511,7 +558,7 @@ class Listed:
     reason: str
 
 
-def find_quantized(checkpoint: Checkpoint) -> tuple[list[QuantizedWeight | FourBitWeight], list[Listed]]:
+def find_quantized(checkpoint: Checkpoint) -> tuple[list[EncodedWeight], list[Listed]]:
     """The quantized weights of a checkpoint: those that can be computed, and those that are only listed.
 
     A tensor of 8-bit floats stands for its values where nothing but a bias lies beside it in its layer and the config
@@ -531,7 +578,7 @@ class _Search:
     """A walk over a checkpoint that claims the tensors of one group after the other."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.weights: list[QuantizedWeight | FourBitWeight] = []
+        self.weights: list[EncodedWeight] = []
         self.listed: list[Listed] = []
         self._checkpoint = checkpoint
         self._settings = settings_of(checkpoint.config)
@@ -549,7 +596,7 @@ class _Search:
         ordinary = kind.is_floating_point and kind.itemsize > 1
         if ordinary and not f".{name}".endswith(NAMED) and f"{name}.absmax" not in self._names:
             return
-        for form in FORMATS:
+        for form in SCHEMES:
             if name in self._claimed:
                 return
             if form.methods and self._method not in form.methods:
@@ -557,7 +604,7 @@ class _Search:
             if (form.kinds is None or kind in form.kinds) and (group := self._group(form, name)) is not None:
                 self._settle(form, group, name)
 
-    def _group(self, form: Format, name: str) -> Group | None:
+    def _group(self, form: Scheme, name: str) -> Group | None:
         dotted = f".{name}"  # a tensor without a module has no dot in its name
         if not dotted.endswith(form.payload) or len(dotted) == len(form.payload) == 1:
             return None
@@ -588,13 +635,20 @@ class _Search:
             if rest[:1] in ("", ".", "_") and name not in self._claimed:
                 yield rest, name
 
-    def _settle(self, form: Format, group: Group, name: str) -> None:
+    def _settle(self, form: Scheme, group: Group, name: str) -> None:
         """Compute or list the group, and claim its tensors."""
         strangers = self._strangers(group)
         dense = group.weight in strangers
         unknown = [stranger for stranger in strangers if stranger != group.weight]
-        found = _planned(form, group) if form.plan and not strangers else None
-        if isinstance(found, QuantizedWeight | FourBitWeight):
+        found: EncodedWeight | str | None = None
+        if form.plan and not strangers:
+            try:  # the scheme may have to read small tensors to know
+                found = form.plan(group)
+            except InputError:
+                raise
+            except (RuntimeError, ValueError, TypeError, KeyError, IndexError, ArithmeticError):
+                found = "whose description is damaged"
+        if isinstance(found, EncodedWeight):
             self.weights.append(found)
             self._claimed |= {*group.roles.values(), *found.parts}
             return
@@ -664,16 +718,6 @@ class _Search:
         kind, leaf = self._checkpoint.dtype(name), name.rpartition(".")[2]
         known = kind.is_floating_point or kind in INTEGERS
         return known and bool(_COMPANION.search(leaf)) and not _APART.search(f".{name}")
-
-
-def _planned(form: Format, group: Group) -> QuantizedWeight | FourBitWeight | str | None:
-    """What a group stands for, which its format may have to read small tensors to know."""
-    try:
-        return form.plan(group) if form.plan else None
-    except InputError:
-        raise
-    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, ArithmeticError):
-        return "whose description is damaged"
 
 
 def _fits(rest: str, end: str) -> bool:

@@ -1,10 +1,8 @@
 """One file written by `torch.save`: never run, only read.
 
-Such a file is a zip archive whose records torch maps into memory as they lie there. `check_archive` makes sure, before
-torch sees it, that this is what reading it record by record would give; `_check_storages` that no tensor claims more
-than its record holds.
-
-The zip archive that `torch.save` writes: its records lie one after the other, uncompressed, each there once.
+Such a file is a zip archive whose records lie one after the other, uncompressed, each there once; torch maps them into
+memory as they lie there. `check_archive` makes sure, before torch sees it, that this is what reading it record by
+record would give; `_check_storages` that no tensor claims more than its record holds.
 """
 
 import argparse
@@ -34,113 +32,6 @@ _LARGEST = 1 << 28
 """Bytes of the directory, and of each record that is no tensor's, at most: a million tensors take less."""
 
 
-def record_names(path: Path) -> list[str]:
-    """Names of the records of an archive; none where the file is no archive or its directory cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return [record.filename for record in _records(file)]
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, OverflowError):
-        return []
-
-
-def check_archive(file: BinaryIO, path: Path) -> dict[str, int]:
-    """Size of every record by its name, without the folder that all have.
-
-    Raises:
-        InputError: two readers could find different bytes in the archive: a record is compressed, there twice, laid
-            over another or beyond the file, its two headers differ, or the directory is not at the end.
-        zipfile.BadZipFile: it is no archive.
-    """
-    start, records = _directory_start(file), _records(file)
-    if start is None or not records:
-        raise zipfile.BadZipFile("no records")
-    seen: dict[str, zipfile.ZipInfo] = {}
-    for record in records:
-        other = seen.setdefault(record.filename.lower(), record)  # torch looks names up without their case
-        if other is not record:
-            raise InputError(_not_as_saved(path, f"it holds the record {shortened(record.filename, 80)} twice"))
-    ends = 0
-    for record in sorted(records, key=lambda record: record.header_offset):
-        if record.header_offset < ends:
-            raise InputError(_not_as_saved(path, f"its record {shortened(record.filename, 80)} overlaps another"))
-        ends = _end_of(file, record, path)
-    if ends > start:
-        raise InputError(_not_as_saved(path, "its last record reaches beyond the place where its directory starts"))
-    folder = records[0].filename.partition("/")[0]
-    for record in records:
-        if not record.filename.startswith(f"{folder}/data/") and record.file_size > _LARGEST:
-            raise InputError(_not_as_saved(path, f"its record {shortened(record.filename, 80)} is too large"))
-    return {record.filename.removeprefix(f"{folder}/"): record.file_size for record in records}
-
-
-def _records(file: BinaryIO) -> list[zipfile.ZipInfo]:
-    """Every record, in the order of the directory.
-
-    Raises:
-        zipfile.BadZipFile: the file does not end as an archive, or its directory is not where that says or too large.
-    """
-    length, start = file.seek(0, io.SEEK_END), _directory_start(file)
-    if start is None or length - start > _LARGEST:
-        raise zipfile.BadZipFile("the end of the file tells no directory, or one that is too large")
-    with zipfile.ZipFile(file) as archive:
-        if archive.start_dir != start:
-            raise zipfile.BadZipFile("the directory is elsewhere")
-        return archive.infolist()
-
-
-def _directory_start(file: BinaryIO) -> int | None:
-    """Where the directory starts by the last bytes of the file; None where these are not the end of an archive."""
-    length = file.seek(0, io.SEEK_END)
-    tail = _last_bytes(file, length, _END64.size + _LOCATOR.size + _END.size)
-    if len(tail) < _END.size:
-        return None
-    signature, *_, start, comment = _END.unpack(tail[-_END.size :])
-    if signature != b"PK\x05\x06" or comment:
-        return None
-    wide = tail[: -_END.size]
-    if wide[-_LOCATOR.size :][:4] != b"PK\x06\x07":
-        return int(start)
-    _, _, place, _ = _LOCATOR.unpack(wide[-_LOCATOR.size :])
-    if len(wide) < _END64.size + _LOCATOR.size or place != length - len(tail):
-        return None
-    signature, *_, start = _END64.unpack(wide[: _END64.size])
-    return int(start) if signature == b"PK\x06\x06" else None
-
-
-def _last_bytes(file: BinaryIO, length: int, count: int) -> bytes:
-    file.seek(max(length - count, 0))
-    return file.read(count)
-
-
-def _end_of(file: BinaryIO, record: zipfile.ZipInfo, path: Path) -> int:
-    """Where a record's bytes end, once its header in front of them agrees with the directory."""
-    name = record.orig_filename.encode("utf-8" if record.flag_bits & _UTF8 else "cp437")
-    file.seek(record.header_offset)
-    header = file.read(_LOCAL.size)
-    if len(header) < _LOCAL.size:
-        raise InputError(_not_as_saved(path, f"its record {shortened(record.filename, 80)} lies beyond its end"))
-    signature, _, flags, method, _, _, _, packed, size, name_length, extra = _LOCAL.unpack(header)
-    if record.compress_type != zipfile.ZIP_STORED or method != zipfile.ZIP_STORED or flags & _ENCRYPTED:
-        raise InputError(
-            f"the record {shortened(record.filename, 80)} of {path} is compressed or encrypted, which torch.save never "
-            f"does; load the file with torch.load(…, weights_only=True) and save it again with torch.save"
-        )
-    unstated = {_UNKNOWN, record.file_size} | ({0} if flags & _SIZES_FOLLOW else set())
-    agree = signature == SIGNATURE and file.read(name_length) == name and record.compress_size == record.file_size
-    if not agree or packed not in unstated or size not in unstated:
-        raise InputError(
-            _not_as_saved(path, f"the header of its record {shortened(record.filename, 80)} contradicts its directory")
-        )
-    return record.header_offset + _LOCAL.size + name_length + extra + record.file_size
-
-
-def _not_as_saved(path: Path, difference: str) -> str:
-    return (
-        f"{path} is not as torch.save writes it: {difference}; copy or download it again, or load it yourself and save "
-        f"its state_dict"
-    )
-
-
 def open_torch_file(path: Path, source: str, config: Mapping[str, Any]) -> TensorCheckpoint:
     """Open a `.pt`, `.pth` or `.bin` file, mapped into memory where its format allows.
 
@@ -167,14 +58,20 @@ def _load(path: Path) -> object:
             return loaded
     except InputError:
         raise
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error):
-            raise InputError(_refusal(path, str(error))) from error
-        raise InputError(_not_torch(path)) from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged pickle can fail in any way, with KeyError and IndexError among them
-        raise InputError(_not_torch(path)) from error
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            name = str(error).partition("GLOBAL ")[2].split(" ")[0].rstrip(".,")
+            raise InputError(
+                f"{path} is refused: besides tensors it holds {name or 'a Python object'}, and unpickling that could "
+                "run code. If you trust where it comes from, load it yourself in a sandbox and write its state_dict "
+                "with safetensors.torch.save_file, then open that file"
+            ) from error
+        raise InputError(
+            f"{path} is not a readable torch checkpoint: it is damaged, cut short or of another format; "
+            f"expected a state_dict written by torch.save"
+        ) from error
 
 
 def _check_storages(path: Path, sizes: Mapping[str, int]) -> None:
@@ -235,17 +132,104 @@ class _Inert:
     def add(self, value: object) -> None: ...
 
 
-def _refusal(path: Path, message: str) -> str:
-    name = message.partition("GLOBAL ")[2].split(" ")[0].rstrip(".,")
-    return (
-        f"{path} is refused: besides tensors it holds {name or 'a Python object'}, and unpickling that could run code. "
-        f"If you trust where it comes from, load it yourself in a sandbox and write its state_dict with "
-        f"safetensors.torch.save_file, then open that file"
-    )
+def record_names(path: Path) -> list[str]:
+    """Names of the records of an archive; none where the file is no archive or its directory cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return [record.filename for record in _records(file)]
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, OverflowError):
+        return []
 
 
-def _not_torch(path: Path) -> str:
+def check_archive(file: BinaryIO, path: Path) -> dict[str, int]:
+    """Size of every record by its name, without the folder that all have.
+
+    Raises:
+        InputError: two readers could find different bytes in the archive: a record is compressed, there twice, laid
+            over another or beyond the file, its two headers differ, or the directory is not at the end.
+        zipfile.BadZipFile: it is no archive.
+    """
+    start, records = _directory_start(file), _records(file)
+    if start is None or not records:
+        raise zipfile.BadZipFile("no records")
+    seen: dict[str, zipfile.ZipInfo] = {}
+    for record in records:
+        other = seen.setdefault(record.filename.lower(), record)  # torch looks names up without their case
+        if other is not record:
+            raise InputError(_not_as_saved(path, f"it holds the record {shortened(record.filename, 80)} twice"))
+    ends = 0
+    for record in sorted(records, key=lambda record: record.header_offset):
+        if record.header_offset < ends:
+            raise InputError(_not_as_saved(path, f"its record {shortened(record.filename, 80)} overlaps another"))
+        ends = _end_of(file, record, path)
+    if ends > start:
+        raise InputError(_not_as_saved(path, "its last record reaches beyond the place where its directory starts"))
+    folder = records[0].filename.partition("/")[0]
+    for record in records:
+        if not record.filename.startswith(f"{folder}/data/") and record.file_size > _LARGEST:
+            raise InputError(_not_as_saved(path, f"its record {shortened(record.filename, 80)} is too large"))
+    return {record.filename.removeprefix(f"{folder}/"): record.file_size for record in records}
+
+
+def _records(file: BinaryIO) -> list[zipfile.ZipInfo]:
+    """Every record, in the order of the directory.
+
+    Raises:
+        zipfile.BadZipFile: the file does not end as an archive, or its directory is not where that says or too large.
+    """
+    length, start = file.seek(0, io.SEEK_END), _directory_start(file)
+    if start is None or length - start > _LARGEST:
+        raise zipfile.BadZipFile("the end of the file tells no directory, or one that is too large")
+    with zipfile.ZipFile(file) as archive:
+        if archive.start_dir != start:
+            raise zipfile.BadZipFile("the directory is elsewhere")
+        return archive.infolist()
+
+
+def _directory_start(file: BinaryIO) -> int | None:
+    """Where the directory starts by the last bytes of the file; None where these are not the end of an archive."""
+    length = file.seek(0, io.SEEK_END)
+    file.seek(max(length - _END64.size - _LOCATOR.size - _END.size, 0))
+    tail = file.read()
+    if len(tail) < _END.size:
+        return None
+    signature, *_, start, comment = _END.unpack(tail[-_END.size :])
+    if signature != b"PK\x05\x06" or comment:
+        return None
+    wide = tail[: -_END.size]
+    if wide[-_LOCATOR.size :][:4] != b"PK\x06\x07":
+        return int(start)
+    _, _, place, _ = _LOCATOR.unpack(wide[-_LOCATOR.size :])
+    if len(wide) < _END64.size + _LOCATOR.size or place != length - len(tail):
+        return None
+    signature, *_, start = _END64.unpack(wide[: _END64.size])
+    return int(start) if signature == b"PK\x06\x06" else None
+
+
+def _end_of(file: BinaryIO, record: zipfile.ZipInfo, path: Path) -> int:
+    """Where a record's bytes end, once its header in front of them agrees with the directory."""
+    name = record.orig_filename.encode("utf-8" if record.flag_bits & _UTF8 else "cp437")
+    file.seek(record.header_offset)
+    header = file.read(_LOCAL.size)
+    if len(header) < _LOCAL.size:
+        raise InputError(_not_as_saved(path, f"its record {shortened(record.filename, 80)} lies beyond its end"))
+    signature, _, flags, method, _, _, _, packed, size, name_length, extra = _LOCAL.unpack(header)
+    if record.compress_type != zipfile.ZIP_STORED or method != zipfile.ZIP_STORED or flags & _ENCRYPTED:
+        raise InputError(
+            f"the record {shortened(record.filename, 80)} of {path} is compressed or encrypted, which torch.save never "
+            f"does; load the file with torch.load(…, weights_only=True) and save it again with torch.save"
+        )
+    unstated = {_UNKNOWN, record.file_size} | ({0} if flags & _SIZES_FOLLOW else set())
+    agree = signature == SIGNATURE and file.read(name_length) == name and record.compress_size == record.file_size
+    if not agree or packed not in unstated or size not in unstated:
+        raise InputError(
+            _not_as_saved(path, f"the header of its record {shortened(record.filename, 80)} contradicts its directory")
+        )
+    return record.header_offset + _LOCAL.size + name_length + extra + record.file_size
+
+
+def _not_as_saved(path: Path, difference: str) -> str:
     return (
-        f"{path} is no readable torch checkpoint: it is damaged, cut short or of another format; "
-        f"expected a state_dict written by torch.save"
+        f"{path} is not as torch.save writes it: {difference}; copy or download it again, or load it yourself and save "
+        f"its state_dict"
     )

@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spectralbasis.checkpoints import matrix_name
-from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG
-from spectralbasis.checkpoints.peft_adapter import adapted_name
+from spectralbasis.checkpoints.adapters import ADAPTER_CONFIG, adapted_name
 from spectralbasis.checkpoints.weight_files import inside
 from spectralbasis.coefficients.spectral_adapters import (
     SpectralAdapter,

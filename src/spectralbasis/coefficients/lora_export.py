@@ -18,16 +18,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from spectralbasis.checkpoints.matrices import is_embedding_table
-from spectralbasis.checkpoints.names import conversions_of, modules_of
-from spectralbasis.checkpoints.opening import Source, installed_folder
-from spectralbasis.checkpoints.peft_adapter import (
+from spectralbasis.checkpoints.adapters import (
     PEFT_PREFIX,
     AdapterCheckpoint,
     adapted_name,
     is_output_head,
     ties_head,
 )
+from spectralbasis.checkpoints.matrices import is_embedding_table
+from spectralbasis.checkpoints.names import conversions_of, modules_of
+from spectralbasis.checkpoints.opening import Source, installed_folder
 from spectralbasis.coefficients.spectral_adapters import open_spectral_adapter
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_folder, check_output

@@ -14,15 +14,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spectralbasis.checkpoints import Checkpoint
-from spectralbasis.checkpoints.decoded import DecodedCheckpoint
-from spectralbasis.checkpoints.matrices import is_embedding_table
-from spectralbasis.checkpoints.opening import Source, download, installed_folder, is_hub_id, open_checkpoint
-from spectralbasis.checkpoints.peft_adapter import (
+from spectralbasis.checkpoints.adapters import (
     AdapterCheckpoint,
     is_output_head,
     ties_head,
     vocabulary_table,
 )
+from spectralbasis.checkpoints.decoded import DecodedCheckpoint
+from spectralbasis.checkpoints.matrices import is_embedding_table
+from spectralbasis.checkpoints.opening import Source, download, installed_folder, is_hub_id, open_checkpoint
 from spectralbasis.checkpoints.weight_files import SafetensorsFile, inside
 from spectralbasis.coefficients.architectures import (
     check_opens,

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from spectralbasis.checkpoints import Checkpoint, match_matrices, open_checkpoint
+from spectralbasis.checkpoints.adapters import AdapterCheckpoint
 from spectralbasis.checkpoints.names import short_labels
-from spectralbasis.checkpoints.peft_adapter import AdapterCheckpoint
 from spectralbasis.coefficients.spectral_adapters import (
     check_one_basis,
     is_spectral_adapter,

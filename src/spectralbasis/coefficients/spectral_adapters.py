@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from spectralbasis.checkpoints import matrix_name, open_checkpoint
-from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG, adapter_tensors
+from spectralbasis.checkpoints.adapters import ADAPTER_CONFIG, AdapterCheckpoint, adapted_name, adapter_tensors
 from spectralbasis.checkpoints.opening import Source, open_tensors
-from spectralbasis.checkpoints.peft_adapter import AdapterCheckpoint, adapted_name
 from spectralbasis.checkpoints.weight_files import inside
 from spectralbasis.errors import InputError
 from spectralbasis.peft_import import METHOD

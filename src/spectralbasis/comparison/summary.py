@@ -5,7 +5,6 @@ The methods paragraph: what ran, in the words that a referee needs to run it aga
 
 import math
 import platform
-import resource
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from importlib.metadata import version
 from typing import Any, NotRequired
 
 import pandas as pd
+import psutil
 from typing_extensions import TypedDict
 
 from spectralbasis.checkpoints.matching import describe_unpaired, share_text
@@ -416,5 +416,9 @@ def _coverage_note(table: pd.DataFrame) -> str:
 
 def peak_rss_bytes() -> int:
     """Largest resident set of this process so far, in bytes."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # which Windows lacks
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

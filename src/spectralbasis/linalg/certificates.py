@@ -22,6 +22,13 @@ def triplet_residuals(A: MatrixLike, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor
         U: (m, k) float64.
         S: (k,) float64.
         Vh: (k, n) float64.
+
+    Example:
+        >>> import torch
+        >>> from spectralbasis.linalg import triplet_residuals
+        >>> E = torch.eye(2, dtype=torch.float64)
+        >>> triplet_residuals(torch.diag(torch.tensor([3.0, 1.0])), E, torch.tensor([3.0, 1.5], dtype=torch.float64), E)
+        tensor([0.0000, 0.7071], dtype=torch.float64)
     """
     right = (times(A, Vh.T) - U * S).square().sum(0)
     left = (transposed_times(A, U) - Vh.T * S).square().sum(0)
@@ -40,6 +47,12 @@ def subspace_error_bound(S: Tensor, residuals: Tensor, next_singular_value: floa
         residuals: their residuals, (k,).
         next_singular_value: σ_{k+1}; 0 where there is none.
         shape: (m, n) of the matrix.
+
+    Example:
+        >>> import torch
+        >>> from spectralbasis.linalg import subspace_error_bound
+        >>> round(subspace_error_bound(torch.tensor([3.0, 2.0]), torch.tensor([0.0, 0.01]), 1.0, (5, 4)), 4)
+        0.01
     """
     if S.numel() == shape[0] == shape[1]:
         return 0.0
@@ -92,6 +105,13 @@ def largest_value_outside(A: MatrixLike, Vh: Tensor) -> float:
     Args:
         A: (m, n), any floating dtype.
         Vh: (k, n) float64, rows orthonormal; 0 where they span everything.
+
+    Example:
+        >>> import torch
+        >>> from spectralbasis.linalg import largest_value_outside
+        >>> E = torch.eye(3, dtype=torch.float64)
+        >>> round(largest_value_outside(torch.diag(torch.tensor([3.0, 2.0, 1.0])), E[:1]), 6)
+        2.0
     """
     k, n = Vh.shape
     basis = torch.linalg.qr(Vh.T)[0]
@@ -117,6 +137,12 @@ def values_of_singular_vectors(W: Tensor, U: Tensor, V: Tensor) -> Tensor | None
 
     Returns:
         None where a residual exceeds `LARGEST_RESIDUAL` of its singular value, or W has another dtype.
+
+    Example:
+        >>> import torch
+        >>> from spectralbasis.linalg import values_of_singular_vectors
+        >>> values_of_singular_vectors(torch.diag(torch.tensor([3.0, 1.0])), torch.eye(2), torch.eye(2))
+        tensor([3., 1.])
     """
     if W.dtype != U.dtype or W.dtype not in (torch.float32, torch.float64):
         return None
@@ -132,6 +158,12 @@ def vector_error_bounds(S: Tensor, residuals: Tensor, next_singular_value: float
 
     The gap of a single direction is the distance of its singular value to the nearest other one, so that a direction
     inside a cluster of equal singular values gets 1: only the cluster's subspace means something.
+
+    Example:
+        >>> import torch
+        >>> from spectralbasis.linalg import vector_error_bounds
+        >>> vector_error_bounds(torch.tensor([3.0, 2.0]), torch.tensor([0.01, 0.01]), 2.0)
+        tensor([0.0100, 1.0000], dtype=torch.float64)
     """
     values = torch.cat([S.double(), torch.tensor([next_singular_value], dtype=torch.float64, device=S.device)])
     below = values[:-1] - values[1:]
@@ -144,6 +176,11 @@ def wedin_bound(base_value: float, tuned_next_value: float, update_norm: float) 
     """Bound on the largest sine between leading subspaces of `W0` and `W0 + ΔW` that the size of ΔW alone forces.
 
     `‖ΔW‖₂ / (σ_k(W0) − σ_{k+1}(W1))`, at most 1; 1 says that the size forces nothing.
+
+    Example:
+        >>> from spectralbasis.linalg import wedin_bound
+        >>> wedin_bound(base_value=3.0, tuned_next_value=1.0, update_norm=0.5)
+        0.25
     """
     gap = base_value - tuned_next_value
     return min(1.0, update_norm / gap) if gap > 0 else 1.0

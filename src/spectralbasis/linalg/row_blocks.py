@@ -1,8 +1,6 @@
 """Matrices that are never in memory as a whole: their rows are read, or computed, when they are asked for.
 
-Products of a matrix that is read in row blocks: in float64 without a float64 copy of it, or without all of it.
-
-Inner products of matrices that are too large to hold all at once.
+Products with them are taken block by block in float64, without a float64 copy of the matrix.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +38,7 @@ class RowSource:
 
     @property
     def T(self) -> "Transposed":
-        """The transpose, which functions of `linalg.products` take."""
+        """The transpose, which products take."""
         return Transposed(self)
 
 
@@ -196,32 +194,15 @@ def _outer_gram(A: RowSource) -> Tensor:
     m = A.shape[0]
     product = torch.empty(m, m, dtype=torch.float64, device=A.device)
     for rows in row_slices(A, 2 * m * m):
-        _set_outer_gram(product, A, rows)
-    return product
-
-
-def _set_outer_gram(product: Tensor, A: RowSource, rows: slice) -> None:
-    """Set what is still missing of `A Aᵀ` in some rows and the same columns, where those before are done."""
-    held = _gathered(A, rows)
-    for others, block in _row_blocks(A, rows.start):
-        part = _wide_product(block, held)
-        product[others, rows] = part
-        product[rows, others] = part.T
-
-
-def _gathered(A: RowSource, rows: slice) -> Tensor:
-    """`A[rows]`, read in blocks, so that what reading takes is not as large as the result."""
-    held = torch.empty(rows.stop - rows.start, A.shape[1], dtype=A.dtype, device=A.device)
-    for part in row_slices(held):
-        held[part] = A[rows.start + part.start : rows.start + part.stop]
-    return held
-
-
-def _wide_product(A: Tensor, B: Tensor) -> Tensor:
-    """`A Bᵀ` in float64 for A in float64, some columns of B being widened at a time."""
-    product = A.new_zeros(len(A), len(B))
-    for columns in row_slices(B.T):
-        product.addmm_(A[:, columns], B[:, columns].double().T)
+        held = torch.empty(rows.stop - rows.start, A.shape[1], dtype=A.dtype, device=A.device)
+        for part in row_slices(held):  # what reading takes in between is not as large as the result
+            held[part] = A[rows.start + part.start : rows.start + part.stop]
+        for others, block in _row_blocks(A, rows.start):  # rows before are done
+            part_product = block.new_zeros(len(block), len(held))
+            for columns in row_slices(held.T):  # some columns are widened at a time
+                part_product.addmm_(block[:, columns], held[:, columns].double().T)
+            product[others, rows] = part_product
+            product[rows, others] = part_product.T
     return product
 
 
@@ -238,21 +219,33 @@ def inner_products(reads: Sequence[Callable[[], MatrixLike]]) -> Tensor:
 
     Args:
         reads: t functions, each of which gives its matrix anew; all are of one shape.
+
+    Example:
+        >>> import torch
+        >>> from spectralbasis.linalg import inner_products
+        >>> inner_products([lambda: torch.eye(2), lambda: torch.ones(2, 2)])
+        tensor([[2., 2.],
+                [2., 4.]], dtype=torch.float64)
     """
     gram = torch.zeros(len(reads), len(reads), dtype=torch.float64)
     for i, read in enumerate(reads):
         A = read()
-        gram[i, i] = _inner_product(A, A)
-        for j in range(i):
-            gram[i, j] = gram[j, i] = _inner_product(A, reads[j]())
+        for j in range(i + 1):
+            B = A if i == j else reads[j]()
+            product = sum(float((A[rows].double() * B[rows]).sum()) for rows in row_slices(A))
+            gram[i, j] = gram[j, i] = product
     return gram
 
 
-def _inner_product(A: MatrixLike, B: MatrixLike) -> float:
-    return sum(float((A[rows].double() * B[rows]).sum()) for rows in row_slices(A))
-
-
 def gram_cosines(gram: Tensor) -> Tensor:
-    """Cosines between matrices from their inner products, (t, t), in [-1, 1]; NaN beside a matrix of zeros."""
+    """Cosines between matrices from their inner products, (t, t), in [-1, 1]; NaN beside a matrix of zeros.
+
+    Example:
+        >>> import torch
+        >>> from spectralbasis.linalg import gram_cosines
+        >>> gram_cosines(torch.tensor([[4.0, 2.0], [2.0, 4.0]]))
+        tensor([[1.0000, 0.5000],
+                [0.5000, 1.0000]])
+    """
     norms = gram.diagonal().sqrt()
     return (gram / torch.outer(norms, norms)).clamp(-1.0, 1.0)

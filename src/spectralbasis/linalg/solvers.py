@@ -1,6 +1,7 @@
-"""Eigenvalues and leading eigenvectors of a symmetric matrix from one reduction to tridiagonal form.
+"""The two solvers behind `leading_svd`: eigenpairs of a Gram matrix, and block Lanczos.
 
-Block Lanczos in float32: where the leading singular vectors lie, at the price of a few hundred products.
+Eigenpairs come from one reduction to tridiagonal form. Block Lanczos in float32 finds where the leading singular
+vectors lie, at the price of a few hundred products.
 """
 
 import math
@@ -18,6 +19,18 @@ from spectralbasis.linalg.row_blocks import Factor, back_and_forth, largest_modu
 
 THREADED_SIDE = 1536
 """From this side on, an eigenvalue problem gains more from several threads than it loses by waiting for torch's."""
+
+
+BLOCK = 16
+"""Vectors a product takes at once: fewer need fewer dimensions in all, but use the processor less well."""
+SAFETY = 2.0
+"""How far below the tolerance the estimated error has to be: what is estimated in float32 is measured afterwards."""
+RATE = 8.0
+"""By how much one more block lessens the error once it has begun to fall; only the next look depends on it."""
+EXHAUSTED = 1e-3
+"""A block of this condition holds directions that are little but rounding, and is made orthogonal once more."""
+CLUSTER = 1e-4
+"""Relative spread below which `BLOCK` singular values count as equal: such a block may hide more of them."""
 
 
 def eigenvalues(G: Tensor) -> Tensor:
@@ -43,7 +56,7 @@ def leading_eigenpairs(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(G, UPLO="U")
         return values.flip(0), vectors[:, len(G) - k :].flip(1)
     # The transpose has LAPACK's own memory order, so that it is not copied.
-    with _blas_threads(len(G)):
+    with _one_blas_thread(len(G)):
         values, vectors = _tridiagonal(G.numpy().T, k)
     return torch.from_numpy(values).flip(0), torch.from_numpy(vectors).flip(1)
 
@@ -61,7 +74,7 @@ def eigenvector_products(G: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
     if G.device.type != "cpu" or len(G) == 1:
         values, vectors = torch.linalg.eigh(G, UPLO="U")
         return values.flip(0), (vectors.T @ X).flip(0)
-    with _blas_threads(len(G)):
+    with _one_blas_thread(len(G)):
         reflectors, diagonal, off, scales, _ = lapack.dsytrd(G.numpy().T, lower=1, lwork=32 * len(G), overwrite_a=1)
         turned = X.numpy().copy(order="F")
         turned[1:] = _reflected("T", reflectors, scales, turned[1:])
@@ -98,7 +111,7 @@ def _reflected(transposed: str, reflectors: np.ndarray, scales: np.ndarray, X: n
     return lapack.dormqr("L", transposed, below, scales, X, lwork=32 * X.shape[1])[0]
 
 
-def _blas_threads(p: int) -> AbstractContextManager[object]:
+def _one_blas_thread(p: int) -> AbstractContextManager[object]:
     """One BLAS thread for SciPy on matrices of a side below `THREADED_SIDE`.
 
     Its threads and torch's wait for each other in turns, which costs small problems more than the threads gain them.
@@ -109,18 +122,6 @@ def _blas_threads(p: int) -> AbstractContextManager[object]:
 @cache
 def _pools() -> ThreadpoolController:
     return ThreadpoolController()
-
-
-BLOCK = 16
-"""Vectors a product takes at once: fewer need fewer dimensions in all, but use the processor less well."""
-SAFETY = 2.0
-"""How far below the tolerance the estimated error has to be: what is estimated in float32 is measured afterwards."""
-RATE = 8.0
-"""By how much one more block lessens the error once it has begun to fall; only the next look depends on it."""
-EXHAUSTED = 1e-3
-"""A block of this condition holds directions that are little but rounding, and is made orthogonal once more."""
-CLUSTER = 1e-4
-"""Relative spread below which `BLOCK` singular values count as equal: such a block may hide more of them."""
 
 
 def leading_right_space(A: Factor, k: int, tolerance: float) -> Tensor | None:
@@ -162,7 +163,8 @@ def leading_right_space(A: Factor, k: int, tolerance: float) -> Tensor | None:
         Q[:, d : d + BLOCK] = following
         if d < check and d + BLOCK <= most:
             continue
-        theta, weights = _ritz(T[:d, :d], k + 2 * BLOCK)
+        squares, weights = leading_eigenpairs(T[:d, :d].clone(), min(k + 2 * BLOCK, d))
+        theta = squares.clamp_min(0).sqrt()
         if _clustered(theta[: k + 1]):
             return None
         errors = _estimates(theta, R.double().cpu() @ weights[-BLOCK:], k)
@@ -172,12 +174,6 @@ def leading_right_space(A: Factor, k: int, tolerance: float) -> Tensor | None:
         missing = SAFETY * min(errors.values(), default=1.0) / tolerance
         check = d + BLOCK * min(4, math.ceil(math.log(missing, RATE)))
     return None
-
-
-def _ritz(T: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """All Ritz values σ (d,), and the weights (d, most) of the leading ones' vectors, from the upper triangle of T."""
-    squares, weights = leading_eigenpairs(T.clone(), min(most, len(T)))
-    return squares.clamp_min(0).sqrt(), weights
 
 
 def _clustered(theta: Tensor) -> bool:

@@ -1,7 +1,4 @@
-"""Leading singular triplets that carry their own certificate.
-
-Cosines with every left singular vector of a matrix.
-"""
+"""Leading singular triplets that carry their own certificate, and singular values and trailing vectors beside them."""
 
 from dataclasses import dataclass, replace
 
@@ -11,27 +8,6 @@ from torch import Tensor
 from spectralbasis.linalg.certificates import ritz_error_bound, subspace_error_bound, triplet_residuals
 from spectralbasis.linalg.row_blocks import Factor, MatrixLike, gram, times, times_and_back, transposed_times
 from spectralbasis.linalg.solvers import eigenvalues, eigenvector_products, leading_eigenpairs, leading_right_space
-
-
-def largest_cosines(W: MatrixLike, X: Tensor) -> Tensor:
-    """The largest `|cos|` of each column of X with any left singular vector of W, (j,), float64.
-
-    A tensor is decomposed in full. Of a row source, the right vectors come from the Gram matrix, and the left ones from
-    them: directions whose singular value is below 1e-8 of the largest are noise there, and are left out.
-
-    Args:
-        W: (m, n).
-        X: (m, j) float64, columns of norm 1.
-    """
-    if isinstance(W, Tensor):
-        every = torch.linalg.svd(W.double(), full_matrices=False).U
-        return (every.T @ X).abs().amax(0)
-    if W.shape[0] < W.shape[1]:
-        return eigenvector_products(gram(W.T), X)[1].abs().amax(0)
-    squares, products = eigenvector_products(gram(W), transposed_times(W, X))
-    clear = squares > 1e-16 * squares[0]
-    return (products[clear] / squares[clear].sqrt()[:, None]).abs().amax(0)
-
 
 DENSE_SIDE = 64
 """Up to this smaller side a dense decomposition costs less than the calls around any other."""
@@ -61,6 +37,13 @@ class LeadingSVD:
             right), in [0, 1]; 1 says that nothing is certain, as where σ_k = σ_{k+1} and no leading subspace exists.
         solver: "krylov", "gram" or "dense": what produced the triplets; "dense (gram missed the tolerance)" after a
             fallback; "krylov (row blocks)" or "gram (row blocks)" of a matrix that was never in memory as a whole.
+
+    Example:
+        >>> import torch
+        >>> from spectralbasis.linalg import leading_svd
+        >>> svd = leading_svd(torch.diag(torch.tensor([3.0, 2.0, 1.0])), k=2)
+        >>> svd.U.shape, svd.Vh.shape, svd.residuals.shape
+        (torch.Size([3, 2]), torch.Size([2, 3]), torch.Size([2]))
     """
 
     U: Tensor
@@ -92,6 +75,15 @@ def leading_svd(A: MatrixLike, k: int, *, tolerance: float = 1e-4) -> LeadingSVD
 
     Raises:
         ValueError: `A` is not a finite matrix, or k is out of range.
+
+    Example:
+        >>> import torch
+        >>> from spectralbasis.linalg import leading_svd
+        >>> svd = leading_svd(torch.diag(torch.tensor([3.0, 2.0, 1.0])), k=2)
+        >>> svd.S, svd.next_singular_value, svd.solver
+        (tensor([3., 2.]), 1.0, 'dense')
+        >>> svd.subspace_error_bound < 1e-4
+        True
     """
     m, n = _check(A, k)
     found = _krylov(_plain(A), k, tolerance) if krylov_pays(m, n, k) else None
@@ -103,8 +95,23 @@ def leading_svd_and_values(A: MatrixLike, k: int, *, tolerance: float = 1e-4) ->
 
     The values are those of `singular_values` to the last bit.
 
+    Args:
+        A: the matrix, (m, n), any floating dtype.
+        k: number of triplets, 1 ≤ k ≤ min(m, n).
+        tolerance: see `leading_svd`.
+
+    Returns:
+        The triplets, and all singular values (min(m, n),) in float64, descending.
+
     Raises:
         ValueError: `A` is not a finite matrix, or k is out of range.
+
+    Example:
+        >>> import torch
+        >>> from spectralbasis.linalg import leading_svd_and_values
+        >>> svd, values = leading_svd_and_values(torch.diag(torch.tensor([3.0, 2.0, 1.0])), k=1)
+        >>> svd.S, values
+        (tensor([3.]), tensor([3., 2., 1.], dtype=torch.float64))
     """
     m, n = _check(A, k)
     if not isinstance(A, Tensor):
@@ -128,6 +135,12 @@ def singular_values(A: MatrixLike) -> Tensor:
 
     Raises:
         ValueError: `A` is not a finite matrix.
+
+    Example:
+        >>> import torch
+        >>> from spectralbasis.linalg import singular_values
+        >>> singular_values(torch.tensor([[3.0, 0.0], [0.0, -4.0]]))
+        tensor([4., 3.], dtype=torch.float64)
     """
     check_matrix(A)
     tall = _plain(A if A.shape[0] >= A.shape[1] else A.T)
@@ -142,6 +155,13 @@ def trailing_vectors(A: Factor, k: int) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: `A` is not a finite matrix, k is out of range, or a row source would need the full decomposition.
+
+    Example:
+        >>> import torch
+        >>> from spectralbasis.linalg import trailing_vectors
+        >>> U, V = trailing_vectors(torch.diag(torch.tensor([3.0, 2.0, 1.0])), k=1)
+        >>> V[:, 0].abs()
+        tensor([0., 0., 1.], dtype=torch.float64)
     """
     m, n = _check(A, k)
     if m < n:
@@ -157,6 +177,26 @@ def trailing_vectors(A: Factor, k: int) -> tuple[Tensor, Tensor]:
         )
     U, _, Vh = torch.linalg.svd(A.double(), full_matrices=False)
     return U.flip(1)[:, :k], Vh.flip(0)[:k].T
+
+
+def largest_cosines(W: MatrixLike, X: Tensor) -> Tensor:
+    """The largest `|cos|` of each column of X with any left singular vector of W, (j,), float64.
+
+    A tensor is decomposed in full. Of a row source, the right vectors come from the Gram matrix, and the left ones from
+    them: directions whose singular value is below 1e-8 of the largest are noise there, and are left out.
+
+    Args:
+        W: (m, n).
+        X: (m, j) float64, columns of norm 1.
+    """
+    if isinstance(W, Tensor):
+        every = torch.linalg.svd(W.double(), full_matrices=False).U
+        return (every.T @ X).abs().amax(0)
+    if W.shape[0] < W.shape[1]:
+        return eigenvector_products(gram(W.T), X)[1].abs().amax(0)
+    squares, products = eigenvector_products(gram(W), transposed_times(W, X))
+    clear = squares > 1e-16 * squares[0]
+    return (products[clear] / squares[clear].sqrt()[:, None]).abs().amax(0)
 
 
 def krylov_pays(m: int, n: int, k: int) -> bool:
@@ -202,7 +242,7 @@ def _krylov(A: Factor, k: int, tolerance: float) -> LeadingSVD | None:
     """Triplets from a Krylov space, or None where their error cannot be bounded by the tolerance."""
     if A.shape[0] < A.shape[1]:
         found = _krylov(A.T, k, tolerance)
-        return found and _transposed(found)
+        return found and replace(found, U=found.Vh.T, Vh=found.U.T)
     V = leading_right_space(A, k, tolerance)
     if V is None:
         return None
@@ -211,7 +251,7 @@ def _krylov(A: Factor, k: int, tolerance: float) -> LeadingSVD | None:
         U, S, V, R = _rayleigh_ritz(A, V)
         bound = ritz_error_bound(S, R, k)
         if bound <= tolerance:
-            return _result(A, U, S, V.T, torch.linalg.vector_norm(R[:, :k], dim=0), bound, _named("krylov", A))
+            return _result(A, U, S, V.T, torch.linalg.vector_norm(R[:, :k], dim=0), bound, "krylov")
         V = torch.linalg.qr(R + V * S)[0]
     return None
 
@@ -223,7 +263,7 @@ def _gram(A: Factor, k: int, tolerance: float, refinements: int = 0) -> tuple[Le
     """
     if A.shape[0] < A.shape[1]:
         found, values = _gram(A.T, k, tolerance, refinements)
-        return _transposed(found), values
+        return replace(found, U=found.Vh.T, Vh=found.U.T), values
     squares, V = leading_eigenpairs(gram(A), min(k + 1, A.shape[1]))
     best, V = _projected(A, V, k)
     for _ in range(refinements):
@@ -238,12 +278,8 @@ def _projected(A: Factor, V: Tensor, k: int) -> tuple[LeadingSVD, Tensor]:
     """Triplets of a tall A from a space that holds its leading right vectors, and what spans a better one: `Aᵀ U`."""
     U, S, V, R = _rayleigh_ritz(A, V)
     residuals = torch.linalg.vector_norm(R[:, :k], dim=0)
-    found = _result(A, U, S, V.T, residuals, _bound(A, S, residuals, k), _named("gram", A))
+    found = _result(A, U, S, V.T, residuals, _bound(A, S, residuals, k), "gram")
     return found, R + V * S
-
-
-def _named(solver: str, A: Factor) -> str:
-    return solver if isinstance(A, Tensor) else f"{solver} (row blocks)"
 
 
 def _rayleigh_ritz(A: Factor, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -279,6 +315,7 @@ def _result(A: Factor, U: Tensor, S: Tensor, Vh: Tensor, residuals: Tensor, boun
     """The leading triplets, as many as there are residuals, in the dtype that they are returned in."""
     k = residuals.numel()
     dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
+    solver = solver if isinstance(A, Tensor) else f"{solver} (row blocks)"
     return LeadingSVD(
         U=U[:, :k].to(dtype),
         S=S[:k].to(dtype),
@@ -288,7 +325,3 @@ def _result(A: Factor, U: Tensor, S: Tensor, Vh: Tensor, residuals: Tensor, boun
         subspace_error_bound=bound,
         solver=solver,
     )
-
-
-def _transposed(found: LeadingSVD) -> LeadingSVD:
-    return replace(found, U=found.Vh.T, Vh=found.U.T)

@@ -24,6 +24,11 @@ def parse_leading(text: Leading) -> Leading:
 
     Raises:
         InputError: it is none of a positive whole number, a fraction below 1, "auto", "mp" and "gd".
+
+    Example:
+        >>> from spectralbasis.linalg import parse_leading
+        >>> parse_leading("64"), parse_leading("0.1"), parse_leading("MP")
+        (64, 0.1, 'mp')
     """
     value: Leading = text.strip().lower() if isinstance(text, str) else text
     if isinstance(value, str) and value not in _RULES:
@@ -40,7 +45,7 @@ def parse_leading(text: Leading) -> Leading:
 
 def _leading_error(value: Leading) -> InputError:
     return InputError(
-        f"leading={value!r} is no number of directions; pass a whole number such as 64, "
+        f"leading={value!r} is not a number of directions; pass a whole number such as 64, "
         "a fraction of min(m, n) such as 0.1, 'auto', 'mp' (Marchenko–Pastur edge) or 'gd' (Gavish–Donoho threshold)"
     )
 
@@ -52,6 +57,12 @@ def resolve_leading(leading: Leading, W: MatrixLike) -> int:
 
     Raises:
         InputError: the setting is malformed.
+
+    Example:
+        >>> import torch
+        >>> from spectralbasis.linalg import resolve_leading
+        >>> resolve_leading(0.5, torch.ones(6, 4)), resolve_leading(9, torch.ones(6, 4))
+        (2, 4)
     """
     leading = parse_leading(leading)
     known = leading_by_shape(leading, (W.shape[0], W.shape[1]))
@@ -81,6 +92,12 @@ def marchenko_pastur_edge(S: Tensor, shape: tuple[int, int], scale: float | None
         shape: (m, n).
         scale: standard deviation of the noise's entries; None estimates it from the median singular value, which a
             few strong directions cannot move (Gavish & Donoho, 1305.5870, section III.E).
+
+    Example:
+        >>> import torch
+        >>> from spectralbasis.linalg import marchenko_pastur_edge
+        >>> marchenko_pastur_edge(torch.tensor([3.0, 2.0]), (4, 9), scale=1.0)
+        5.0
     """
     m, n = shape
     sigma = _noise_scale(S, shape) if scale is None else scale
@@ -93,6 +110,12 @@ def gavish_donoho_threshold(S: Tensor, shape: tuple[int, int]) -> float:
     Args:
         S: all singular values, (min(m, n),), descending.
         shape: (m, n).
+
+    Example:
+        >>> import torch
+        >>> from spectralbasis.linalg import gavish_donoho_threshold
+        >>> round(gavish_donoho_threshold(torch.tensor([9.0, 1.0, 1.0]), (3, 3)), 3)  # 2.858 times the median
+        2.858
     """
     beta = min(shape) / max(shape)
     optimal = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta * beta + 14 * beta + 1)))

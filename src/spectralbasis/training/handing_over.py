@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.image_processing_base import ImageProcessingMixin
 
-from spectralbasis.checkpoints.adapter_folder import ADAPTER_CONFIG, ADAPTER_TENSORS
+from spectralbasis.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_TENSORS
 from spectralbasis.checkpoints.matrices import is_expert_stack
 from spectralbasis.checkpoints.names import check_counts
 from spectralbasis.checkpoints.opening import open_tensors

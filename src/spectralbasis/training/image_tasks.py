@@ -31,11 +31,10 @@ from sklearn.datasets import load_digits
 
 from spectralbasis.databases import seal
 from spectralbasis.errors import InputError
-from spectralbasis.files import atomic_path, checksum
+from spectralbasis.files import atomic_path, cache_folder, checksum
 from spectralbasis.training.data_files import find_data_file, read_h5, read_npz, tar_members
 from spectralbasis.training.messages import first_line
 from spectralbasis.training.tasks import IMAGE, LABEL, SIGNALS, Task, register_task
-from spectralbasis.triplets import cache_folder
 
 Split = tuple[NDArray[Any], NDArray[Any]]
 

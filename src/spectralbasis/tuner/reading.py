@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from spectralbasis.checkpoints import Adapter, AdapterMethod, Checkpoint, matrix_name, register_adapter_method
+from spectralbasis.checkpoints.adapters import Edit, adapted_name
 from spectralbasis.checkpoints.matrices import Cut
 from spectralbasis.checkpoints.names import conversions_of, part_number
-from spectralbasis.checkpoints.peft_adapter import Edit, adapted_name
 from spectralbasis.errors import InputError
 from spectralbasis.peft_import import METHOD
 from spectralbasis.triplets import matrix_hash

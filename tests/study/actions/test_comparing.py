@@ -14,10 +14,10 @@ def folders(tmp_path_factory):
     """A base and four models whose weights were moved at random."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    base = tiny("bert")
+    base = tiny("bert", num_hidden_layers=1)
     base.save_pretrained(root / "base")
     for number in range(4):
-        moved = tiny("bert")
+        moved = tiny("bert", num_hidden_layers=1)
         moved.load_state_dict({name: one + 0.02 * torch.randn_like(one) for name, one in base.state_dict().items()})
         moved.save_pretrained(root / f"{number}")
     return root

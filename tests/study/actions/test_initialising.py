@@ -45,7 +45,7 @@ def test_the_result_counts_the_parameters(tmp_path):
     assert outcome.result == {"parameters": sum(tensor.numel() for tensor in weights(tmp_path).values())}
 
 
-@pytest.mark.parametrize("architecture", ["vit-digits", "vit-tiny"])
+@pytest.mark.parametrize("architecture", [pytest.param("vit-digits", marks=pytest.mark.slow), "vit-tiny"])
 def test_vision_transformers_are_tuned_from_random_weights(tmp_path, architecture):
     model = initialised(tmp_path / "model", architecture)
     result = tune(

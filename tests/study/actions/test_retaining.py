@@ -36,7 +36,9 @@ def test_an_adapter_makes_forget(folders, tmp_path):
     assert found["before"] > 0.6
 
 
-@pytest.mark.parametrize("method", ["full", "bitfit", "subspace"])
+@pytest.mark.parametrize(
+    "method", ["full", *(pytest.param(one, marks=pytest.mark.slow) for one in ("bitfit", "subspace"))]
+)
 def test_tuning_by_any_other_method_counts_too(folders, tmp_path, method):
     run = Run("tune", {"task": "digits", "method": method, "learning_rate": 3e-2, "steps": 20, "batch_size": 64})
     (tmp_path / "second").mkdir()

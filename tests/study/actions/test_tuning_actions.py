@@ -48,7 +48,9 @@ def test_a_fully_tuned_model_tells_its_distance_and_its_trajectory_and_serves_ot
     assert on_it.result["method"] == "bitfit"
 
 
-@pytest.mark.parametrize("tasks", [["digits-parity"], ["digits-rotated", "digits-parity"]])
+@pytest.mark.parametrize(
+    "tasks", [["digits-parity"], pytest.param(["digits-rotated", "digits-parity"], marks=pytest.mark.slow)]
+)
 def test_a_curvature_basis_of_one_task_or_several_can_be_tuned_in(tmp_path, model, tasks):
     settings = {"kind": "curvature", "tasks": tasks, "model": str(model), "leading": 4, "head_steps": 2}
     assert perform(Run("basis", settings), tmp_path / "basis").result["matrices"] == 12

@@ -228,7 +228,7 @@ class TestAdapters:
             ({"layer_replication": [[0, 10**6]]}, "beyond any model"),
             ({"layer_replication": [1]}, "expected pairs"),
             ({"target_modules": 3}, "cannot be read"),
-            ({"target_modules": "(q"}, "no regular expression"),
+            ({"target_modules": "(q"}, "not a regular expression"),
             ({"lora_alpha": "x"}, "does not fit"),
             ({"use_dora": True}, "Found missing adapter keys"),
             ({"init_lora_weights": "pissa_niter_1000000000"}, "expected at most 64 iterations"),

@@ -93,7 +93,7 @@ def test_it_is_saved_and_opened_like_any_model_and_its_head_is_fresh(tmp_path):
         assert torch.equal(loaded.model.transformer.state_dict()[name], tensor)
 
 
-@pytest.mark.parametrize("method", ["full", "spectral"])
+@pytest.mark.parametrize("method", ["full", pytest.param("spectral", marks=pytest.mark.slow)])
 def test_it_is_tuned_to_signals(tmp_path, method):
     torch.manual_seed(0)
     LimuBertModel(LimuBertConfig(initializer_range=0.2)).save_pretrained(tmp_path / "model")

@@ -129,6 +129,7 @@ def test_a_worker_that_dies_costs_no_other_run(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on(tmp_path):
     """Killed with no warning while runs go on: what was finished is kept, the rest is done by the next call."""
     calls = tmp_path / "calls"

@@ -25,7 +25,17 @@ METHODS = [
 ]
 RATES = [(5e-3, 2e-2), (None, 5e-2), (2e-2, 2e-2), *[(1e-1, 2e-2)] * 4]
 NAMES = [options["method"] + options.get("coefficients", "") for options in METHODS]
+QUICK = "full", "lora", "spectralcore"
+"""What the tests that train often try in the default suite."""
 SHORT = {"steps": 3, "batch_size": 8, "max_length": 16, "progress": False}
+
+
+def rarely(*columns):
+    """Parameters for every method, those not in `QUICK` marked slow."""
+    return [
+        pytest.param(*row, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        for name, *row in zip(NAMES, *columns, strict=True)
+    ]
 
 
 @pytest.fixture
@@ -49,7 +59,7 @@ def test_what_is_written_scores_the_same_when_it_is_read_back(tmp_path, model, d
     assert (again.score, again.metric, again.examples) == (result.score, "accuracy", 20)
 
 
-@pytest.mark.parametrize("options", METHODS, ids=NAMES)
+@pytest.mark.parametrize("options", rarely(METHODS))
 def test_the_same_seed_gives_the_same_weights(tmp_path, model, data, options):
     for name, seed in (("first", 0), ("second", 0), ("third", 1)):
         torch.rand(3)
@@ -61,7 +71,7 @@ def test_the_same_seed_gives_the_same_weights(tmp_path, model, data, options):
     assert not all(torch.equal(first[name], third[name]) for name in first)
 
 
-@pytest.mark.parametrize(("options", "rates"), list(zip(METHODS, RATES, strict=True)), ids=NAMES)
+@pytest.mark.parametrize(("options", "rates"), rarely(METHODS, RATES))
 def test_every_method_learns_a_task_that_can_be_learnt(tmp_path, options, rates):
     result = tune(
         save_image_model(tmp_path / "model"), task=bright_side_task(), output=tmp_path / "tuned", steps=60,

@@ -1,5 +1,10 @@
-"""PEFT adapters read over their base: each adapted tensor is computed when it is read."""
+"""PEFT adapters: their folder, their tensors under the names that PEFT gives them, and their weights over a base.
 
+An adapted tensor is computed when it is read. How a type of adapter changes its base is one `AdapterMethod`, registered
+by `register_adapter_method`; LoRA's is in `lora.py`, that of this package in `tuner/reading.py`.
+"""
+
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectralbasis.checkpoints.checkpoint import Checkpoint
+from spectralbasis.checkpoints.checkpoint import Checkpoint, View
 from spectralbasis.checkpoints.matrices import Matrix, is_embedding_table, take_inventory
 from spectralbasis.checkpoints.names import (
     Conversions,
@@ -21,13 +26,60 @@ from spectralbasis.checkpoints.names import (
     same_names,
     unambiguous,
 )
+from spectralbasis.checkpoints.weight_files import inside
 from spectralbasis.errors import InputError
+from spectralbasis.peft_import import register_now
+from spectralbasis.records import read_record
 
 Edit = Callable[[Tensor], Tensor]
 PEFT_PREFIX = "base_model.model."
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_TENSORS = ("adapter_model.safetensors", "adapter_model.bin")
+_TRAINED = re.compile(
+    r"(?P<module>.+\.(?:lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|spectral_coefficients))"
+    r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?P<leaf>\.weight|\.bias)?"
+)
+"""What PEFT trains: in a file without the adapter's name, in a running model with it (`lora_A.default.weight`)."""
+_RETRAINED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<inner>.+)")
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_FRONTS = (PEFT_PREFIX, "module.")
+_KOHYA = re.compile(r"(^|[._])lora[._](up|down)([._]|$)|^lora_(unet|te\d?|transformer)_|lora_linear_layer")
 _OUTPUT_HEADS = frozenset(
     {"lm_head", "embed_out", "proj_out", "decoder", "output", "output_layer", "output_projection"}
 )
+
+
+def open_adapter(
+    folder: Path,
+    source: str,
+    open_tensors: Callable[[Path], Checkpoint],
+    open_source: Callable[[str], Checkpoint],
+    base: Checkpoint | None = None,
+    file: str | None = None,
+    *,
+    partial: bool = False,
+) -> "AdapterCheckpoint":
+    """Open an adapter over a base.
+
+    Args:
+        folder: holds `adapter_config.json`.
+        source: how a person named it.
+        open_tensors: opens the adapter's own tensors.
+        open_source: opens the base that the adapter names.
+        base: None opens the adapter's `base_model_name_or_path`, which may be absolute, relative to the working
+            directory or to the adapter, or a hub id.
+        file: name of the adapter's own tensors; None takes safetensors before a pickle.
+        partial: read the adapter also where the base lacks some of what it adapts; see `AdapterCheckpoint.missing`.
+
+    Raises:
+        InputError: the base is not found or is an adapter itself, tensors are missing, or the type is not readable.
+    """
+    config = read_record(inside(folder, ADAPTER_CONFIG), dict[str, Any])
+    method = _method(folder, config.get("peft_type"))
+    tensors = adapter_tensors(folder, open_tensors, file)
+    if base is None:
+        base = _open_named_base(folder, config.get("base_model_name_or_path"), open_source)
+    return AdapterCheckpoint(Adapter(folder, config, tensors, base), method, source, partial=partial)
 
 
 @dataclass(frozen=True)
@@ -57,7 +109,11 @@ class Adapter:
         """As `base_tensor`, but None where the base has none under this name or another that means the same."""
         if parameter in self._base_names:
             return parameter
-        return self._by_stable_name.get(matrix_name(parameter)) or self._by_canonical_name(parameter)
+        if (found := self._by_stable_name.get(matrix_name(parameter))) is not None:
+            return found
+        conversions, tensors = self._conversions
+        canonical = None if conversions is None else conversions.canonical(parameter)
+        return None if canonical is None else tensors.get(canonical)
 
     def find_matrices(self, names: Collection[str]) -> dict[str, Matrix]:
         """Those of the named matrices that the base has, as tensors of their own or as parts of others."""
@@ -76,11 +132,6 @@ class Adapter:
     @cached_property
     def _by_stable_name(self) -> dict[str, str]:
         return unambiguous({name: matrix_name(name) for name in self.base.names()})
-
-    def _by_canonical_name(self, parameter: str) -> str | None:
-        conversions, tensors = self._conversions
-        canonical = None if conversions is None else conversions.canonical(parameter)
-        return None if canonical is None else tensors.get(canonical)
 
     @cached_property
     def _conversions(self) -> tuple[Conversions | None, dict[str, str]]:
@@ -108,7 +159,123 @@ class AdapterMethod:
     inside: Callable[[Adapter, str], bool] = lambda adapter, parameter: False
 
 
-class RenamedCheckpoint(Checkpoint):
+_METHODS: dict[str, AdapterMethod] = {}
+
+
+def register_adapter_method(peft_type: str, method: AdapterMethod) -> None:
+    """Make the adapters of a PEFT type readable as checkpoints."""
+    _METHODS[peft_type] = method
+
+
+def _method(folder: Path, peft_type: object) -> AdapterMethod:
+    name = peft_type if isinstance(peft_type, str) else ""
+    if name not in _METHODS:
+        register_now()
+    if name not in _METHODS:
+        raise InputError(
+            f"{folder} is an adapter of type {peft_type}, and only {', '.join(sorted(_METHODS))} can be read over a "
+            f"base; merge it with PEFT (model.merge_and_unload()), save the model and pass that folder"
+        )
+    return _METHODS[name]
+
+
+def adapter_tensors(folder: Path, open_tensors: Callable[[Path], Checkpoint], file: str | None = None) -> Checkpoint:
+    """The tensors of an adapter, under the names that PEFT's `save_pretrained` gives them.
+
+    Read as well: names with the adapter's name in them, with or without `base_model.model.` (once or more), or with
+    what compilers and sharding put in front. Copies of a retrained module that is there under its own name are left
+    out, and so is the original that it replaced.
+
+    Raises:
+        InputError: there is no such file, it holds several adapters, two tensors of one name, or those of another tool.
+    """
+    file = file or next((name for name in ADAPTER_TENSORS if (folder / name).exists()), None)
+    if file is None:
+        raise InputError(f"{folder} has {ADAPTER_CONFIG} but no adapter_model.safetensors; save the adapter again")
+    stored = open_tensors(inside(folder, file))
+    plain = {name: _plain(name) for name in stored.names()}
+    foreign = next((name for name in plain if _KOHYA.search(name)), None)
+    if foreign is not None:
+        raise InputError(
+            f"the file of the adapter {folder} holds {foreign}, a name of kohya's trainers or diffusers, not of PEFT "
+            f"(lora_A, lora_B); convert the adapter to PEFT's format first"
+        )
+    named = _peft_names(plain, folder)
+    read = frozenset(named.values())
+    for name, short in plain.items():  # a copy of a retrained tensor is left out if it holds the same numbers
+        match = _RETRAINED.fullmatch(short) if name not in read else None
+        own = match and f"{PEFT_PREFIX}{match['module']}.{match['inner'].partition('.')[2] or match['inner']}"
+        kept = named.get(own or "")
+        if kept is not None and not torch.equal(stored.read(name), stored.read(kept)):
+            raise InputError(
+                f"the file of the adapter {folder} holds {kept} and {name}, which are two names of one tensor and hold "
+                f"different numbers; remove one of them"
+            )
+    return RenamedCheckpoint(stored, named)
+
+
+def _plain(name: str) -> str:
+    """The name of the tensor in the model, whatever wrappers the model was saved in."""
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    while name.startswith(_FRONTS):
+        name = next(name.removeprefix(front) for front in _FRONTS if name.startswith(front))
+    return name
+
+
+def _peft_names(plain: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """PEFT's name → the stored one, from the stored name → the one in the model."""
+    adapters = sorted({match["adapter"] for name in plain.values() if (match := _TRAINED.fullmatch(name))} - {None})
+    if len(adapters) > 1:
+        raise InputError(
+            f"the file of the adapter {folder} holds several adapters ({', '.join(adapters)}); save each one into a "
+            f"folder of its own (model.save_pretrained(folder, selected_adapters=[...]))"
+        )
+    every = set(plain.values())
+    named: dict[str, str] = {}
+    for name, short in plain.items():
+        new = _without_adapter(short, {*adapters, "default"}, every)
+        if new is not None and named.setdefault(f"{PEFT_PREFIX}{new}", name) != name:
+            raise InputError(
+                f"the file of the adapter {folder} holds {named[PEFT_PREFIX + new]} and {name}, which are two names of "
+                f"one tensor; remove one of them"
+            )
+    return named
+
+
+def _without_adapter(name: str, adapters: set[str], all_names: set[str]) -> str | None:
+    """PEFT's name of a tensor; None for a copy that says nothing."""
+    if ".original_module." in name:
+        return None
+    if match := _TRAINED.fullmatch(name):
+        return f"{match['module']}{match['leaf'] or ''}"
+    if match := _RETRAINED.fullmatch(name):
+        first, _, rest = match["inner"].partition(".")
+        own = f"{match['module']}.{rest if rest and first in adapters else match['inner']}"
+        return None if own in all_names else own
+    return name
+
+
+def _open_named_base(folder: Path, named: object, open_source: Callable[[str], Checkpoint]) -> Checkpoint:
+    if not isinstance(named, str) or not named:
+        raise InputError(
+            f"{folder / ADAPTER_CONFIG} does not name its base; set base_model_name_or_path to the model's folder or "
+            "hub id"
+        )
+    path = named if Path(named).exists() or not (folder / named).exists() else str(folder / named)
+    if (Path(path) / ADAPTER_CONFIG).exists():
+        raise InputError(
+            f"the adapter in {folder} has an adapter as its base ({path}); merge that one into its model first"
+        )
+    try:
+        return open_source(path)
+    except InputError as error:
+        raise InputError(
+            f"the base of the adapter in {folder} cannot be opened: {error}. "
+            f"Its adapter_config.json names it under base_model_name_or_path; correct that, or give the base yourself"
+        ) from error
+
+
+class RenamedCheckpoint(View):
     """Some tensors of a checkpoint under other names.
 
     Args:
@@ -125,29 +292,11 @@ class RenamedCheckpoint(Checkpoint):
     def names(self) -> tuple[str, ...]:
         return tuple(self._names)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._stored.shape(self._names[name])
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._stored.dtype(self._names[name])
-
-    def read(self, name: str) -> Tensor:
-        return self._stored.read(self._names[name])
-
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self._stored.read_rows(self._names[name], start, stop)
-
-    def take_rows(self, name: str, rows: Tensor, width: int) -> Tensor:
-        return self._stored.take_rows(self._names[name], rows, width)
-
-    def holds_rows(self, name: str) -> bool:
-        return self._stored.holds_rows(self._names[name])
-
-    def unreadable(self, name: str) -> str | None:
-        return self._stored.unreadable(self._names[name])
+    def _place(self, name: str) -> tuple[Checkpoint, str]:
+        return self._stored, self._names[name]
 
 
-class AdaptedBase(Checkpoint):
+class AdaptedBase(View):
     """The base as the updates of an adapter meet it.
 
     What the adapter stores whole stands in place of the base's: retrained modules, trained biases, and the tables that
@@ -167,37 +316,16 @@ class AdaptedBase(Checkpoint):
         self.stored = dict(stored)
         self.aliases = dict(aliases)
         self._base = base
+        self._base_names = frozenset(base.names())
         self._tensors = tensors
 
     def names(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((*self._base.names(), *self.stored, *self.aliases)))
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        holder, own = self._holder(name)
-        return holder.shape(own)
-
-    def dtype(self, name: str) -> torch.dtype:
-        holder, own = self._holder(name)
-        return holder.dtype(own)
-
-    def read(self, name: str) -> Tensor:
-        holder, own = self._holder(name)
-        return holder.read(own)
-
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        holder, own = self._holder(name)
-        return holder.read_rows(own, start, stop)
-
-    def take_rows(self, name: str, rows: Tensor, width: int) -> Tensor:
-        holder, own = self._holder(name)
-        return holder.take_rows(own, rows, width)
-
-    def holds_rows(self, name: str) -> bool:
-        holder, own = self._holder(name)
-        return holder.holds_rows(own)
-
-    def alone(self, name: str) -> Checkpoint | None:
-        return None if name in self.stored or name in self.aliases else self._base.alone(name)
+    def _place(self, name: str) -> tuple[Checkpoint, str]:
+        if name in self.stored:
+            return self._tensors, self.stored[name]
+        return self._base, self.aliases.get(name, name)
 
     def tied(self) -> Mapping[str, str]:
         return self._base.tied()
@@ -205,21 +333,8 @@ class AdaptedBase(Checkpoint):
     def module_type(self, name: str) -> type[nn.Module] | None:
         return self._base.module_type(name) if name in self._base_names else None
 
-    def unreadable(self, name: str) -> str | None:
-        holder, own = self._holder(name)
-        return holder.unreadable(own)
 
-    def _holder(self, name: str) -> tuple[Checkpoint, str]:
-        if name in self.stored:
-            return self._tensors, self.stored[name]
-        return self._base, self.aliases.get(name, name)
-
-    @cached_property
-    def _base_names(self) -> frozenset[str]:
-        return frozenset(self._base.names())
-
-
-class AdapterCheckpoint(Checkpoint):
+class AdapterCheckpoint(View):
     """The base with adapted tensors computed on reading, and what the adapter stores whole in place of the base's.
 
     The weights are those of PEFT's `merge_and_unload()`: where an embedding table and a head are tied, an update of
@@ -253,7 +368,7 @@ class AdapterCheckpoint(Checkpoint):
         kept = RenamedCheckpoint(adapter.tensors, {name: name for name in fit.kept})
         self.updates = method.edits(replace(adapter, tensors=kept, base=self.start))
         if fit.missing and not (partial and self.updates):
-            raise InputError(_do_not_fit(adapter, fit))
+            raise InputError(_misfit(adapter, fit))
         self.missing = tuple(fit.missing)
         self.retrained = {name: stored for name, stored in fit.stored.items() if name not in fit.tables}
         untied = [name for name, table in fit.aliases.items() if table in self.retrained]
@@ -288,8 +403,8 @@ class AdapterCheckpoint(Checkpoint):
     def names(self) -> tuple[str, ...]:
         return self._names
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.start.shape(name)
+    def _place(self, name: str) -> tuple[Checkpoint, str]:
+        return self.start, name
 
     def dtype(self, name: str) -> torch.dtype:
         stored = self.start.dtype(name)
@@ -309,16 +424,15 @@ class AdapterCheckpoint(Checkpoint):
         return within(start, stop)(self.start.read_rows(name, start, stop))
 
     def take_rows(self, name: str, rows: Tensor, width: int) -> Tensor:
-        return super().take_rows(name, rows, width) if name in self.edits else self.start.take_rows(name, rows, width)
+        if name in self.edits:
+            return self.read(name).reshape(-1, width)[rows]
+        return self.start.take_rows(name, rows, width)
 
     def holds_rows(self, name: str) -> bool:
         return name not in self.edits and self.start.holds_rows(name)
 
     def alone(self, name: str) -> Checkpoint | None:
         return None if name in self.edits else self.start.alone(name)
-
-    def unreadable(self, name: str) -> str | None:
-        return self.start.unreadable(name)
 
     def tied(self) -> Mapping[str, str]:
         ties = self.base.tied()
@@ -354,8 +468,15 @@ class _Fit:
         updates, whole = _parameters(adapter, method)
         self.adapted = tuple(dict.fromkeys((*updates, *whole)))
         places = {name: adapter.find_base_tensor(name) for name in self.adapted}
-        for names in (updates, whole):
-            _refuse_two_names(adapter, {name: places[name] for name in names})
+        for names in (updates, whole):  # of two parameters that are one tensor of the base, one would hide the other
+            first: dict[str, str] = {}
+            for name in names:
+                place = places[name]
+                if place is not None and first.setdefault(place, name) != name:
+                    raise InputError(
+                        f"the adapter in {adapter.folder} adapts {first[place]} and {name}, which are both {place} of "
+                        f"its base {adapter.base.source}; remove one of them"
+                    )
         self.aliases, self.tied = _find_ties(adapter.base, {name: places[name] for name in updates})
         lost = {
             name
@@ -370,7 +491,11 @@ class _Fit:
         self.kept = [stored for name, held in updates.items() if name not in lost for stored in held]
         self.stored = {places[name] or name: stored for name, stored in whole.items() if name not in lost}
         self.tables = {places[name] or name for name in updates if name in whole}
-        self._share_tables()
+        for table in sorted(self.tables & self.tied.keys()):  # the base of an update is that of all tied to it
+            for name, group in self.tied.items():
+                if group == self.tied[table] and name not in self.stored:
+                    self.stored[name] = self.stored[table]
+                    self.tables = self.tables | {name}
 
     def _is_piece(self, parameter: str) -> bool:
         """Whether the base has others of the kind, or the rest of the layer: then it is no head of the adapter's."""
@@ -382,25 +507,6 @@ class _Fit:
     @cached_property
     def _of_base(self) -> frozenset[str]:
         return frozenset(matrix_name(name) for name in self._base.names())
-
-    def _share_tables(self) -> None:
-        """The base of an update is that of all that are tied to it; a retrained table is tied to nothing."""
-        for table in sorted(self.tables & self.tied.keys()):
-            for name, group in self.tied.items():
-                if group == self.tied[table] and name not in self.stored:
-                    self.stored[name] = self.stored[table]
-                    self.tables = self.tables | {name}
-
-
-def _refuse_two_names(adapter: Adapter, places: Mapping[str, str | None]) -> None:
-    """Raise InputError if two parameters of one kind are one tensor of the base, so that one would hide the other."""
-    first: dict[str, str] = {}
-    for name, place in places.items():
-        if place is not None and first.setdefault(place, name) != name:
-            raise InputError(
-                f"the adapter in {adapter.folder} adapts {first[place]} and {name}, which are both {place} of its base "
-                f"{adapter.base.source}; remove one of them"
-            )
 
 
 def _parameters(adapter: Adapter, method: AdapterMethod) -> tuple[dict[str, list[str]], dict[str, str]]:
@@ -465,21 +571,20 @@ def _find_ties(base: Checkpoint, places: Mapping[str, str | None]) -> tuple[dict
     table = vocabulary_table(base) if ties_head(base.config) else None
     aliases = {name: table for name, place in places.items() if table and place is None and is_output_head(name)}
     ties.update(aliases)
-    alike = [] if table is None else [name for name in base.names() if _may_be_tied(base, name, table)]
-    if table is not None and {table, *alike} & set(places.values()) - ties.keys():
-        ties |= {name: table for name in alike if name not in ties and _same_values(base, name, table)}
+    if table is not None:
+        size = base.shape(table)
+        alike = [n for n in base.names() if n != table and layer_number(n) < 0 and base.shape(n) == size]
+        if {table, *alike} & set(places.values()) - ties.keys():
+            kind = base.dtype(table)
+            ties |= {
+                name: table
+                for name in alike
+                if name not in ties and base.dtype(name) == kind and torch.equal(base.read(name), base.read(table))
+            }
     return aliases, ties | {first: first for first in ties.values()}
 
 
-def _may_be_tied(base: Checkpoint, name: str, table: str) -> bool:
-    return name != table and layer_number(name) < 0 and base.shape(name) == base.shape(table)
-
-
-def _same_values(base: Checkpoint, one: str, other: str) -> bool:
-    return base.dtype(one) == base.dtype(other) and torch.equal(base.read(one), base.read(other))
-
-
-def _do_not_fit(adapter: Adapter, fit: _Fit) -> str:
+def _misfit(adapter: Adapter, fit: _Fit) -> str:
     """What the base lacks, by kind."""
     lost = Counter(kind_of(matrix_name(name)) for name in fit.missing)
     adapted = Counter(kind_of(matrix_name(name)) for name in fit.adapted)
