@@ -32,7 +32,7 @@ from peft import PeftConfig
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from spectralbasis import SpectralConfig
-from spectralbasis.tuner.parametrisation import FORMS
+from spectralbasis.tuner.factors import FORMS
 
 ROOT = Path(__file__).parents[1]
 FILES = ("test_custom_models.py", "test_decoder_models.py", "test_target_parameters.py")

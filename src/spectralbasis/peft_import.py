@@ -1,8 +1,9 @@
-"""Registers the method "SPECTRAL" when PEFT is imported, so that this package need not import PEFT to do so.
+"""Makes PEFT know the method "SPECTRAL"; the one place where this package reaches into PEFT and Python's imports.
 
-Python has no hook for "after this module is imported", so a finder on `sys.meta_path` puts a loader of ours before
-PEFT's own. What has to be done then is given by the package itself (`spectralbasis/__init__.py`), since this module
-stands below all that knows the method.
+PEFT has no plug-ins: a method has to be in its enum of types and in its registry before an adapter is opened. Importing
+PEFT takes seconds, so that this package does not import it. Python has no hook for "after this module is imported", so
+a finder on `sys.meta_path` puts a loader of ours before PEFT's own. What has to be done then is given by the package
+itself (`spectralbasis/__init__.py`), since this module stands below all that knows the method.
 """
 
 import sys
@@ -11,6 +12,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+METHOD = "SPECTRAL"
 _registrations: list[Callable[[], object]] = []
 
 
@@ -59,3 +61,41 @@ class _PeftLoader(Loader):
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         register_now()
+
+
+def add_peft_type(name: str = METHOD) -> None:
+    """Add a member to the enum `peft.PeftType`; a second call changes nothing.
+
+    `register_peft_method` refuses names outside the enum, and PEFT calls `.value` on what it finds, so that a plain
+    string as key would not do. An enum has no public way to grow; these are the attributes that its constructor sets.
+    """
+    from peft.utils.peft_types import PeftType
+
+    if name in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType.__members__)
+    type.__setattr__(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+
+
+def register(config_class: type, model_class: type) -> None:
+    """Enter the method into PEFT's registry; a second call changes nothing.
+
+    Args:
+        config_class: the `PeftConfig` of the method.
+        model_class: its `BaseTuner`, whose `prefix` starts the names of all trained parameters.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils import register_peft_method
+
+    add_peft_type()
+    if METHOD not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(
+            name=METHOD.lower(), config_cls=config_class, model_cls=model_class, is_mixed_compatible=False
+        )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spectralbasis.coefficients.bank import Route, cheapest_route
+from spectralbasis.tuner.autograd import Route, cheapest_route
 
 SHAPES = {"tall": (24, 8), "wide": (8, 24), "square": (12, 12), "nearly square": (12, 9)}
 

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import spectralbasis as sb
-from spectralbasis.coefficients.spectral_adapters import ties, trim
+from spectralbasis.coefficients.combination import ties, trim
 from tests.coefficients.folders import load_base, save_adapter, save_base, tokens
 
 CORE = {"coefficients": "core"}
@@ -168,7 +168,7 @@ def test_another_base_or_other_directions_are_refused(adapter, base, tmp_path):
         ({"weights": [1]}, "not one finite number for each of 2"),
         ({"weights": [1, float("nan")]}, "not one finite number"),
         ({"weights": [1, -1], "method": "mean"}, "add up to 0"),
-        ({"method": "ties", "density": 0}, "density=0 is no fraction"),
+        ({"method": "ties", "density": 0}, "density must be above 0 and at most 1, got 0"),
         ({"heads": "last"}, "heads='last' is unknown"),
     ],
 )

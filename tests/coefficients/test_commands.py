@@ -87,7 +87,7 @@ def test_wrong_input_is_an_error_for_people(adapters, tmp_path):
     for arguments, message in (
         (("export", adapters[0], "--to", "onnx", *out), "--to onnx is unknown"),
         (("export", adapters[0], "--to", "merged", "--rank", 2, *out), "leave it out with --to merged"),
-        (("export", tmp_path / "base", "--to", "lora", *out), "no folder of a spectral adapter"),
+        (("export", tmp_path / "base", "--to", "lora", *out), "not the folder of a spectral adapter"),
         (("combine", *adapters, "--weights", "1;2", *out), "--weights 1;2 must be numbers"),
         (("combine", *adapters, "--method", "product", *out), "method='product'"),
     ):

@@ -174,9 +174,9 @@ def test_what_cannot_be_exported_is_a_sentence(tmp_path):
     base = save_base(tmp_path / "base")
     save_adapter(tmp_path / "spectral", base)
     sb.export_lora(tmp_path / "spectral", tmp_path / "lora")
-    with pytest.raises(sb.InputError, match="no folder of a spectral adapter"):
+    with pytest.raises(sb.InputError, match="not the folder of a spectral adapter"):
         sb.export_lora(tmp_path / "lora", tmp_path / "again")
-    with pytest.raises(sb.InputError, match="rank=0"):
+    with pytest.raises(sb.InputError, match="rank must be at least 1, got 0"):
         sb.export_lora(tmp_path / "spectral", tmp_path / "again", rank=0)
     with pytest.raises(sb.InputError, match="not empty"):
         sb.export_lora(tmp_path / "spectral", tmp_path / "lora")

@@ -94,7 +94,7 @@ def test_lora_and_full_checkpoints_have_updates_only(adapter, base):
     assert found.coefficients is None
     assert -1 < found.updates.loc["spectral", "lora"] < 1
     assert found.to_dict()["pairs"][0]["coefficients"] is None
-    with pytest.raises(sb.InputError, match="no folder of a spectral adapter"):
+    with pytest.raises(sb.InputError, match="not a spectral adapter's folder"):
         sb.similarity([adapter("other"), lora], of="coefficients")
 
 

@@ -6,7 +6,7 @@ from spectralbasis.errors import InputError
 from spectralbasis.training import METHODS, MethodOptions, load_model
 from spectralbasis.training.methods import DEFAULT_SCALING, Setup, find_method, methods_in_words
 from spectralbasis.training.outcomes import ParameterCounts
-from spectralbasis.tuner import parametrisation
+from spectralbasis.tuner import factors
 from tests.study.examples import bright_side_task, save_image_model
 
 HEAD = 2 * 16 + 2
@@ -66,7 +66,7 @@ def test_an_unknown_method_lists_the_known_ones():
 
 
 def test_the_default_unit_is_the_tuners():
-    assert DEFAULT_SCALING == parametrisation.DEFAULT_SCALING
+    assert DEFAULT_SCALING == factors.DEFAULT_SCALING
 
 
 def test_learning_rates_that_are_given_win_over_the_defaults():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 
 from spectralbasis.errors import InputError
-from spectralbasis.tuner.parametrisation import numbers
+from spectralbasis.tuner.factors import numbers
 from spectralbasis.tuner.preparation import allocate_budget, allocate_leading
 from tests.tuner.cases import CASES
 

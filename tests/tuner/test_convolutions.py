@@ -75,5 +75,5 @@ def test_the_hash_is_that_of_the_matrix_in_a_checkpoint(tmp_path):
     base = nn.Sequential(nn.Conv2d(3, 8, 3))
     SpectralBasis.compute(base, leading=4).save(tmp_path / "basis.safetensors")
     config = SpectralConfig(target_modules=["0"], basis=str(tmp_path / "basis.safetensors"), leading=4)
-    get_peft_model(base, config)
+    config = get_peft_model(base, config).peft_config["default"]
     assert SpectralBasis.load(tmp_path / "basis.safetensors")["0"].base_hash == config.base_hashes["0"]

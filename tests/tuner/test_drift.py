@@ -131,7 +131,7 @@ def test_a_basis_of_the_base_where_training_goes_on_elsewhere(tmp_path):
 @pytest.mark.parametrize("value", [0, -1])
 @pytest.mark.parametrize("name", ["leading", "steps", "matrices"])
 def test_counts_are_positive(name, value):
-    with pytest.raises(InputError, match=f"{name}={value} is no count"):
+    with pytest.raises(InputError, match=f"{name} must be a whole number of at least 1, got {value}"):
         SpectralDriftCallback(**{name: value})
 
 

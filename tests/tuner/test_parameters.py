@@ -254,7 +254,7 @@ def test_a_weight_is_named_once():
 def test_a_parameter_that_is_computed_is_refused():
     base = CASES["mlp"].base()
     nn.utils.parametrizations.weight_norm(base.lin0)
-    with pytest.raises(InputError, match=r"lin0.weight is no parameter: .*parametrize.remove_parametrizations"):
+    with pytest.raises(InputError, match=r"lin0.weight is not a parameter: .*parametrize.remove_parametrizations"):
         get_peft_model(base, SpectralConfig(target_parameters=["lin0.weight"]))
 
 

@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 
 from spectralbasis.errors import InputError
 from spectralbasis.tuner.autograd import FactoredUpdate
-from spectralbasis.tuner.parametrisation import COEFFICIENTS, numbers, pack_positions, parametrisation, unpack_positions
+from spectralbasis.tuner.factors import COEFFICIENTS, numbers, pack_positions, parametrisation, unpack_positions
 
 K = 5
 SIGMA = [4.0, 2.0, 1.0, 0.5, 0.25]

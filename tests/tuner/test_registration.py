@@ -11,8 +11,8 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
+from spectralbasis.peft_import import add_peft_type, register
 from spectralbasis.tuner import SpectralConfig, SpectralModel
-from spectralbasis.tuner.config import add_peft_type, register
 
 
 def test_the_enum_has_a_full_member():

@@ -11,7 +11,7 @@ from spectralbasis.checkpoints import open_checkpoint
 from spectralbasis.errors import BaseMismatchError, InputError
 from spectralbasis.tuner import SpectralConfig, SpectralLayer
 from spectralbasis.tuner.calibration import calibrate, pick_entries
-from spectralbasis.tuner.parametrisation import unpack_positions
+from spectralbasis.tuner.factors import unpack_positions
 from tests.tuner.cases import CASES
 
 BERT, GPT2, MLP = CASES["bert"], CASES["gpt2"], CASES["mlp, both layers"]
@@ -104,8 +104,8 @@ def test_leading_limits_the_window(leading, window):
 
 @pytest.mark.parametrize("rule", ["mp", "gd"])
 def test_rules_limit_the_window_of_each_matrix(rule):
-    config, diagonal = calibrated(leading=rule), SpectralConfig(**TARGETS, leading=rule)
-    get_peft_model(BERT.base(), diagonal)
+    config = calibrated(leading=rule)
+    diagonal = get_peft_model(BERT.base(), SpectralConfig(**TARGETS, leading=rule)).peft_config["default"]
     assert config.ranks.items() <= diagonal.ranks.items()
 
 

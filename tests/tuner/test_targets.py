@@ -66,8 +66,8 @@ def test_weights_that_are_not_finite(value):
 def test_modules_that_would_share_a_matrix_name_keep_their_own():
     model = nn.ModuleDict({"model": MLP(), "transformer": MLP()})
     config = SpectralConfig(target_modules=["lin0"])
-    SpectralModel(model, config, "default")
-    assert set(config.ranks) == {"model.lin0", "transformer.lin0"}
+    found = SpectralModel(model, config, "default").peft_config["default"]
+    assert set(found.ranks) == {"model.lin0", "transformer.lin0"}
 
 
 @pytest.mark.parametrize(("case", "value"), [("mlp", True), ("conv1d", False)])

@@ -1,14 +1,12 @@
 """Thousands of tasks on one base model, any of them in one batch.
 
-The cheapest exact way to add `U C Vᵀ x` to `W x + b` for a C that differs from row to row.
-
-Makes the layers of a plain model give every row of a batch what its task has trained.
+`CoefficientBank` holds the numbers of the tasks; `RowUpdates` makes the layers of a plain model give every row of a
+batch what its task has trained.
 """
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,57 +36,10 @@ from spectralbasis.coefficients.spectral_adapters import (
     with_names_of,
 )
 from spectralbasis.errors import InputError
-from spectralbasis.linalg import values_of_singular_vectors
+from spectralbasis.tuner.autograd import Route, cheapest_route
 from spectralbasis.tuner.config import SpectralConfig
-from spectralbasis.tuner.parameters import Target, find_targets
-from spectralbasis.tuner.parametrisation import FORMS, Parametrisation
-from spectralbasis.tuner.preparation import Preparation, prepare
-from spectralbasis.tuner.targets import align_record
-
-_WORTHWHILE = 2
-"""How many times longer one side of W is, for another route than the plain one to pay."""
-
-
-@dataclass(frozen=True)
-class Route:
-    """Adds `C (A s - offset)`, expanded by B, to something: k numbers a token in between.
-
-    With singular vectors, `W V = U Σ` and `Uᵀ W = Σ Vᵀ`, so that the longer side of W need not be touched: where W is
-    tall, `U C z = W (V Σ⁻¹ C z)` is a change of the *input*; where it is wide, `z = Vᵀ x = Σ⁻¹ Uᵀ (y - b)` is found
-    from the *output*. That costs `2 k min(m, n)` a token, the plain way `k (m + n)`.
-
-    Attributes:
-        A: (k, size of the source), the source being x, or y where `from_output`.
-        B: (k, size of the target), the target being y, or x where `on_input`.
-        offset: (k,), or None for 0.
-        from_output: whether the source is the layer's output.
-        on_input: whether the target is the layer's input.
-    """
-
-    A: Tensor
-    B: Tensor
-    offset: Tensor | None = None
-    from_output: bool = False
-    on_input: bool = False
-
-
-def cheapest_route(W: Tensor, U: Tensor, V: Tensor, bias: Tensor | None) -> Route:
-    """The route for a layer `W x + b`.
-
-    Args:
-        W: (m, n).
-        U: (m, k).
-        V: (n, k); singular vectors of W, or any other directions, for which the plain route is taken.
-        bias: (m,) or None.
-    """
-    m, n = W.shape
-    S = values_of_singular_vectors(W, U, V) if max(m, n) >= _WORTHWHILE * min(m, n) else None
-    if S is None:
-        return Route(V.T.contiguous(), U.T.contiguous())
-    if m > n:
-        return Route(V.T.contiguous(), (V / S).T.contiguous(), on_input=True)
-    A = (U / S).T.contiguous()
-    return Route(A, U.T.contiguous(), offset=None if bias is None else A @ bias, from_output=True)
+from spectralbasis.tuner.factors import Parametrisation
+from spectralbasis.tuner.preparation import align_record, find_targets, prepare
 
 
 class RowUpdates:
@@ -161,13 +112,8 @@ class RowUpdates:
         self, rows: Tensor, name: str, parametrisation: Parametrisation, route: Route, source: Tensor, target: Tensor
     ) -> Tensor:
         """The target, changed in place by the update of each row's C."""
-        A, B = route.A.to(target.dtype), route.B.to(target.dtype)
-        Z = source.reshape(len(rows), -1, source.shape[-1]) @ A.T
-        if route.offset is not None:
-            Z -= route.offset.to(target.dtype)
-        C = parametrisation(self._layout.part(rows, name, "coefficients").to(target.device)).to(target.dtype)
-        target.view(-1, target.shape[-1]).addmm_(FORMS[parametrisation.form].multiply(Z, C).flatten(0, 1), B)
-        return target
+        C = parametrisation(self._layout.part(rows, name, "coefficients").to(target.device))
+        return route.add(source, target, C, parametrisation.form)
 
     def _apply_head(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         rows = self._rows(name, inputs[0])
@@ -196,13 +142,13 @@ def _matrices(model: nn.Module, layout: BankLayout) -> dict[str, tuple[Any, Rout
             f"{type(model).__name__} has no linear layer {absent[0]}, which the tasks change; "
             "give the bank the base that they were trained on"
         )
-    prepared = prepare(layout.config, targets, 0)
-    return {target.name: (target.module, _route(target, prepared[target.key])) for target in targets}
-
-
-def _route(target: Target, prepared: Preparation) -> Route:
-    U, V = (factor.to(target.W) for factor in prepared.directions)
-    return cheapest_route(target.W, U, V, getattr(target.module, "bias", None))
+    _, prepared = prepare(layout.config, targets, 0)
+    matrices = {}
+    for target in targets:
+        U, V = (factor.to(target.W) for factor in prepared[target.key].directions)
+        module = found[target.key]
+        matrices[target.name] = module, cheapest_route(target.W, U, V, getattr(module, "bias", None))
+    return matrices
 
 
 def _head(model: nn.Module, layout: BankLayout, name: str) -> nn.Linear:
@@ -227,6 +173,17 @@ class CoefficientBank:
     The model must be in evaluation mode; it is left as it is, but for hooks that do nothing outside of the bank's
     passes, until `close`. Heads are linear layers; tasks of different label counts share a batch, in which the logits
     of labels that a row's task does not have are -inf.
+
+    >>> import copy, tempfile
+    >>> from pathlib import Path
+    >>> import peft, torch
+    >>> import spectralbasis as sb
+    >>> folder, base = Path(tempfile.mkdtemp()), torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> config = sb.SpectralConfig(target_modules=["0"], leading=3, init_weights=False)
+    >>> peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(folder / "task")
+    >>> bank = sb.CoefficientBank.from_adapters(base.eval(), {"task": folder / "task"})
+    >>> bank(torch.randn(2, 8), tasks=["task", "task"]).shape
+    torch.Size([2, 6])
     """
 
     def __init__(self, model: nn.Module, layout: BankLayout, rows: BankRows, tasks: Sequence[str]) -> None:
@@ -389,17 +346,13 @@ class CoefficientBank:
     def _put(self, task: str, row: Tensor) -> None:
         with self._lock:
             slot = self._slots.get(task)
-            if slot is None:
-                slot = self._free_slot()
+            if slot is None and not self._free:
+                start = len(self._rows)
+                self._rows.grow()
+                self._free.extend(range(len(self._rows) - 1, start - 1, -1))
+            slot = self._free.pop() if slot is None else slot
             self._rows.write(slot, row)
             self._slots[task] = slot
-
-    def _free_slot(self) -> int:
-        if not self._free:
-            start = len(self._rows)
-            self._rows.grow()
-            self._free.extend(range(len(self._rows) - 1, start - 1, -1))
-        return self._free.pop()
 
     def _slot(self, task: str) -> int:
         try:
@@ -410,7 +363,7 @@ class CoefficientBank:
 
 def _on(model: nn.Module, config: SpectralConfig, heads: Mapping[str, HeadShape]) -> BankLayout:
     """The layout of a bank whose matrices have the names that this model gives them."""
-    align_record(config, model)
+    config = align_record(config, model)
     if config.target_parameters:
         raise InputError(
             f"{type(model).__name__} keeps what the tasks train in stacks of experts, "

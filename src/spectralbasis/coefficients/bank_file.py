@@ -1,10 +1,7 @@
-"""A bank's file: a safetensors file of one tensor, `numbers` (tasks, width), whose metadata says what they are.
+"""What a bank holds and how it is stored: the row of numbers of a task, all rows in memory, and the file of them.
 
-Where the tasks are of a basis file, a copy of that lies beside the bank (`basis_beside`): no bank names another file.
-
-Which numbers of a bank's row belong to which matrix and which head.
-
-The numbers of all tasks: rows in memory or in a mapped file, none of which ever moves.
+The file is a safetensors file of one tensor, `numbers` (tasks, width), whose metadata says what they are. Where the
+tasks are of a basis file, a copy of that lies beside the bank (`basis_beside`): no bank names another file.
 """
 
 import filecmp
@@ -61,7 +58,7 @@ class BankLayout:
     def __init__(self, config: SpectralConfig, heads: Mapping[str, HeadShape]) -> None:
         self.config = config
         self.heads = dict(heads)
-        self.parametrisations = {name: config.parametrisation(name) for name in config.ranks or {}}
+        self.parametrisations = {name: config.parametrisation(one) for name, one in config.record.items()}
         self.shapes = {name: one.shape for name, one in self.parametrisations.items()}
         shapes: dict[tuple[str, str], tuple[int, ...]] = {
             (name, "coefficients"): shape for name, shape in self.shapes.items()
@@ -393,7 +390,7 @@ def _layout(path: Path, metadata: Mapping[str, str], tasks: int, shape: tuple[in
         config = SpectralConfig(**settings)
     except InputError as error:
         raise InputError(f"the config of the bank {path}: {error}") from error
-    width = sum(prod(config.stored_shape(name)) for name in record["ranks"])
+    width = sum(prod(config.stored_shape(one)) for one in config.record.values())
     width += sum(head.outputs * (head.inputs + 1) for head in heads.values())
     if shape != (tasks, width) or width > _WIDEST:
         raise InputError(

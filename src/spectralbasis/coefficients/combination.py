@@ -1,10 +1,12 @@
 """Arithmetic on adapters of one base: the result is an adapter again."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import isfinite
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,21 +17,19 @@ from spectralbasis.checkpoints import matrix_name
 from spectralbasis.checkpoints.adapters import ADAPTER_CONFIG, adapted_name
 from spectralbasis.checkpoints.weight_files import inside
 from spectralbasis.coefficients.spectral_adapters import (
-    COEFFICIENTS,
     SpectralAdapter,
     difference,
     difference_of_numbers,
-    find_method,
     form_of,
     read_spectral_adapter,
-    weighted_mean,
     with_names_of,
 )
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_folder, check_output
 from spectralbasis.records import read_record
-from spectralbasis.tuner.config import BASIS_FILE, SpectralConfig, place_basis
+from spectralbasis.tuner.config import BASIS_FILE, place_basis
 from spectralbasis.tuner.factors import BASES
+from spectralbasis.tuner.layer import COEFFICIENTS_OF
 
 HEADS = ("refuse", "first", "mean", "none")
 
@@ -75,6 +75,16 @@ def combine(
     basis). Where the adapters store C differently, as sparse ones of different entries do, the result is a full core or
     diagonal.
 
+    >>> import copy, tempfile
+    >>> from pathlib import Path
+    >>> import peft, torch
+    >>> import spectralbasis as sb
+    >>> folder, base = Path(tempfile.mkdtemp()), torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> config = sb.SpectralConfig(target_modules=["0"], leading=3, init_weights=False)
+    >>> peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(folder / "task")
+    >>> sb.combine([folder / "task"], weights=[0.5], output=folder / "half").matrices
+    1
+
     Args:
         adapters: folders of two or more adapters of the same matrices and ranks; of one to scale it.
         weights: a number for each, of any sign; None is 1.
@@ -101,10 +111,17 @@ def combine(
         raise InputError(f"with weights={given.tolist()} the sum is beyond what float32 holds; pass smaller ones")
     alike = not any(difference_of_numbers(read[0].config, other.config) for other in read[1:])
     config = read[0].config
-    stored = {name: config.parametrisation(name).inverse(C) for name, C in combined.items()} if alike else combined
+    stored = (
+        {name: config.parametrisation(config.matrix(name)).inverse(C) for name, C in combined.items()}
+        if alike
+        else combined
+    )
+    # What a config says when all of C is stored as it is.
+    plain = {"coefficients": form_of(config), "scaling": "absolute", "scales": None, "entries": None}
+    changes = {} if alike else plain
     with atomic_folder(Path(output)) as folder:
         _write(folder, read[0], stored, others)
-        _write_config(folder, read[0], {} if alike else _plain(config), headless=heads == "none")
+        _write_config(folder, read[0], changes, headless=heads == "none")
     kind = config.coefficients if alike else form_of(config)
     return Combination(Path(output), [str(one) for one in adapters], given.tolist(), method, kind, len(stored))
 
@@ -168,16 +185,11 @@ def _mean(adapters: Sequence[SpectralAdapter], weights: Tensor) -> dict[str, Ten
     return found
 
 
-def _plain(config: SpectralConfig) -> dict[str, Any]:
-    """What a config says when all of C is stored as it is."""
-    return {"coefficients": form_of(config), "scaling": "absolute", "scales": None, "entries": None}
-
-
 def _write(folder: Path, first: SpectralAdapter, stored: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
     """The tensors, under the names that the first adapter gives them."""
     tensors = {}
     for name in first.names:
-        module, is_coefficients, _ = adapted_name(name).partition(COEFFICIENTS)
+        module, is_coefficients, _ = adapted_name(name).partition(COEFFICIENTS_OF)
         if is_coefficients:
             tensors[name] = stored[module if module in stored else matrix_name(module)].contiguous()
         elif module in others:
@@ -195,3 +207,81 @@ def _write_config(folder: Path, first: SpectralAdapter, changes: Mapping[str, An
     if basis not in BASES:
         config["basis"] = place_basis(Path(basis), folder) if Path(basis).is_file() else BASIS_FILE
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+Method = Callable[[Tensor, Tensor], Tensor]
+"""X (tasks, numbers), weights (tasks,) → (numbers,)."""
+
+
+def weighted_sum(X: Tensor, weights: Tensor) -> Tensor:
+    """`Σ wᵢ xᵢ`."""
+    return weights @ X
+
+
+def weighted_mean(X: Tensor, weights: Tensor) -> Tensor:
+    """`Σ wᵢ xᵢ / Σ wᵢ`.
+
+    Raises:
+        InputError: the weights add up to 0.
+    """
+    total = weights.sum()
+    if not bool(total.abs() > 0):
+        raise InputError(f"the weights {weights.tolist()} add up to 0, so they have no mean; use method='sum'")
+    return weights @ X / total
+
+
+def weighted_difference(X: Tensor, weights: Tensor) -> Tensor:
+    """`w₁ x₁ − w₂ x₂`.
+
+    Raises:
+        InputError: there are not two.
+    """
+    if len(X) != 2:
+        raise InputError(f"a difference is of two adapters, and {len(X)} were given; use method='sum' with weights")
+    return weights[0] * X[0] - weights[1] * X[1]
+
+
+def trim(X: Tensor, keep: Tensor) -> Tensor:
+    """The entries of largest modulus of each row, `keep` of them (tasks,), zeros elsewhere."""
+    kept = torch.zeros_like(X)
+    for row, numbers, count in zip(kept, X, keep.tolist(), strict=True):
+        chosen = numbers.abs().topk(count).indices
+        row[chosen] = numbers[chosen]
+    return kept
+
+
+def ties(X: Tensor, weights: Tensor, *, keep: Tensor) -> Tensor:
+    """Trim, elect signs, and average what agrees (TIES-Merging, arXiv 2306.01708).
+
+    The sign of an entry is that of the weighted sum; the result is the mean of the weighted entries that have it.
+    """
+    weighted = weights[:, None] * trim(X, keep)
+    agreeing = weighted * (weighted.sign() == weighted.sum(0).sign())
+    return agreeing.sum(0) / agreeing.count_nonzero(0).clamp(min=1)
+
+
+_PLAIN: Mapping[str, Method] = MappingProxyType(
+    {"sum": weighted_sum, "mean": weighted_mean, "difference": weighted_difference}
+)
+METHODS = (*_PLAIN, "ties")
+"""Names that `find_method` knows."""
+
+
+def find_method(name: str, density: float, trained: Tensor) -> Method:
+    """A method by name.
+
+    Args:
+        name: one of `METHODS`.
+        density: of "ties", the fraction of each task's numbers that is kept.
+        trained: how many numbers each task trains, (tasks,).
+
+    Raises:
+        InputError: the name or the density is none.
+    """
+    if name in _PLAIN:
+        return _PLAIN[name]
+    if name != "ties":
+        raise InputError(f"method={name!r} is unknown; choose from {', '.join(METHODS)}")
+    if not 0 < density <= 1:
+        raise InputError(f"density must be above 0 and at most 1, got {density!r}; pass a fraction such as 0.2")
+    return partial(ties, keep=(density * trained).round().long().clamp(min=1))

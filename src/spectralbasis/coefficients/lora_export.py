@@ -7,7 +7,7 @@ matrices of a smaller k get rows and columns of zeros, which change nothing in t
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +27,8 @@ from spectralbasis.checkpoints.adapters import (
 )
 from spectralbasis.checkpoints.matrices import is_embedding_table
 from spectralbasis.checkpoints.names import conversions_of, modules_of
-from spectralbasis.checkpoints.opening import Source
-from spectralbasis.coefficients.spectral_adapters import COEFFICIENTS, named_base, open_spectral_adapter
+from spectralbasis.checkpoints.opening import Source, installed_folder
+from spectralbasis.coefficients.spectral_adapters import open_spectral_adapter
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_folder, check_output
 from spectralbasis.printable import in_markdown
@@ -86,41 +86,57 @@ class LoraExport:
         return asdict(self) | {"output": str(self.output)}
 
 
-class _Factors(NamedTuple):
+class _Module(NamedTuple):
+    """A layer to export: its name for PEFT in the installed release, its weight's name in the base, and its update."""
+
+    name: str
+    tensor: str
+    edit: SpectralEdit
+    embedding: bool
+
+
+class _Export(NamedTuple):
+    """What is to be written, all of it resolved before a factor is computed.
+
+    Attributes:
+        modules: the layers.
+        whole: name for PEFT → name in the adapter's file of what is stored whole: heads, biases, tables.
+        base: how the config names the base.
+    """
+
+    modules: list[_Module]
+    whole: dict[str, str]
+    base: str | None
+
+
+class _Layer(NamedTuple):
     """One module's `ΔW = B A`, with the squared norms of what was cut off and of the whole."""
 
+    module: _Module
     A: Tensor
     B: Tensor
     lost: float
     whole: float
-
-
-class _Layer(NamedTuple):
-    """A module as an adapter names it, its factors, and what its weight is in the base."""
-
-    module: str
-    factors: _Factors
     shape: tuple[int, ...]
     transposed: bool
-    embedding: bool
 
     @property
     def rank(self) -> int:
         """Of the update."""
-        return len(self.factors.A)
+        return len(self.A)
 
     def tensors(self, rank: int) -> dict[str, Tensor]:
         """The factors as PEFT names and shapes them, filled up to a rank."""
         missing, kernel = rank - self.rank, self.shape[2:]
-        A, B = pad(self.factors.A, (0, 0, 0, missing)), pad(self.factors.B, (0, missing))
-        if self.embedding:
+        A, B = pad(self.A, (0, 0, 0, missing)), pad(self.B, (0, missing))
+        if self.module.embedding:
             named = {"lora_embedding_A": B.T, "lora_embedding_B": A.T}
         elif kernel:
             ones = [1] * len(kernel)
             named = {"lora_A.weight": A.unflatten(1, self.shape[1:]), "lora_B.weight": B.reshape(*B.shape, *ones)}
         else:
             named = {"lora_A.weight": A, "lora_B.weight": B}
-        return {f"{self.module}.{name}": tensor.contiguous() for name, tensor in named.items()}
+        return {f"{PEFT_PREFIX}{self.module.name}.{name}": tensor.contiguous() for name, tensor in named.items()}
 
 
 def export_lora(
@@ -142,6 +158,16 @@ def export_lora(
     PEFT's LoRA leaves out the dilation and the padding mode of a convolution: one that has them keeps its update in
     `export_merged` alone.
 
+    >>> import copy, tempfile
+    >>> from pathlib import Path
+    >>> import peft, torch
+    >>> import spectralbasis as sb
+    >>> folder, base = Path(tempfile.mkdtemp()), torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> config = sb.SpectralConfig(target_modules=["0"], leading=3, init_weights=False)
+    >>> peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(folder / "task")
+    >>> sb.export_lora(folder / "task", folder / "lora", base=base).rank
+    3
+
     Args:
         adapter: folder of a spectral adapter.
         output: a new folder.
@@ -155,22 +181,66 @@ def export_lora(
         BaseMismatchError: the base is not the one that the adapter was trained on.
     """
     if rank is not None and rank < 1:
-        raise InputError(f"rank={rank} is no rank; pass a whole number of 1 or more, or leave it out to lose nothing")
+        raise InputError(f"rank must be at least 1, got {rank}; leave it out to keep the whole update")
     check_output(Path(output), overwrite=overwrite)
     opened = open_spectral_adapter(adapter, base, partial=partial)
-    names = _ModuleNames(opened)
-    layers = list(_layers(opened, names, rank))
-    others = {names.of_tensor(name): tensor for name, tensor in _others(opened).items()}
-    config = _config(opened, layers, named_base(opened, base))
-    written = _described(Path(output), layers, _notes(opened, layers, others, config))
+    export = _resolve(opened, base)
+    layers = [_factored(one, opened.start.read(one.tensor), rank) for one in export.modules]
+    whole = {name: opened.adapter.tensors.read(stored) for name, stored in export.whole.items()}
+    config = _config(opened.adapter.config, layers, export.base)
+    written = _described(Path(output), layers, _notes(opened, layers, whole, config))
     with atomic_folder(Path(output)) as folder:
         tensors = {name: tensor for one in layers for name, tensor in one.tensors(written.rank).items()}
-        save_file(tensors | others, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(tensors | whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(folder)
         notes = "\n".join(f"- {in_markdown(note)}" for note in written.notes)
         card = _CARD.format(matrices=len(layers), rank=written.rank, error=written.error, notes=notes)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return written
+
+
+def _resolve(opened: AdapterCheckpoint, base: Source | None) -> _Export:
+    """Which modules and tensors the LoRA adapter has, under the names of the installed release."""
+    names = _ModuleNames(opened)
+    parameters = tuple(f".{name}" for name in opened.adapter.config.get("target_parameters") or ())
+    modules = []
+    for tensor, edit in opened.updates.items():
+        name = names.of(edit.module) if isinstance(edit, SpectralEdit) else ""
+        found = names.class_of(name)
+        if (
+            not isinstance(edit, SpectralEdit)
+            or f".{edit.module}.weight".endswith(parameters)
+            or (found is not None and not issubclass(found, Layers))
+        ):
+            raise InputError(
+                f"{tensor} of the base is adapted as a parameter of no layer, such as experts and routers, and LoRA's "
+                "factors are those of layers; write the whole model instead: spectralbasis export ADAPTER --to merged"
+            )
+        table = is_embedding_table(opened.start, tensor) and not is_output_head(tensor)
+        modules.append(_Module(name, tensor, edit, table))
+    of_base, whole = set(opened.base.names()), {}
+    for name, stored in opened.start.stored.items():
+        place = opened.start.aliases.get(name, name)
+        # PEFT saves beside an update the table that it is of, which the base has as well.
+        is_table = name not in opened.retrained and place in of_base
+        if not (is_table and _equal(opened.adapter.tensors.read(stored), opened.base.read(place))):
+            whole[names.of_tensor(stored)] = stored
+    if base is None or isinstance(base, str | Path):
+        return _Export(modules, whole, str(installed_folder(opened.base.source) or opened.base.source))
+    named = opened.adapter.config.get("base_model_name_or_path")
+    return _Export(modules, whole, named if isinstance(named, str) else None)
+
+
+def _factored(module: _Module, weight: Tensor, rank: int | None) -> _Layer:
+    """`U C Vᵀ` as a product of two factors of rank at most `rank`; U and V have orthonormal columns."""
+    found = module.edit.factors(weight)
+    U, C, V = found.U.float(), found.C.float(), found.V.float()
+    whole, shape = float(C.double().square().sum()), tuple(weight.shape)
+    if rank is None or rank >= len(C):
+        return _Layer(module, V.T, U @ C, 0.0, whole, shape, found.transposed)
+    P, S, Qh = torch.linalg.svd(C.double())
+    A, B = Qh[:rank].float() @ V.T, U @ (P[:, :rank] * S[:rank]).float()
+    return _Layer(module, A, B, float(S[rank:].square().sum()), whole, shape, found.transposed)
 
 
 class _ModuleNames:
@@ -183,7 +253,7 @@ class _ModuleNames:
 
     def __init__(self, opened: AdapterCheckpoint) -> None:
         config = opened.base.config
-        given = [_module_of(edit) for edit in opened.updates.values() if isinstance(edit, SpectralEdit)]
+        given = [edit.module for edit in opened.updates.values() if isinstance(edit, SpectralEdit)]
         self._modules = modules_of(config)
         self._table = conversions_of(config) if self._modules else None
         if self._table is not None and any(self._table.parameter(f"{module}.weight") is None for module in given):
@@ -208,48 +278,8 @@ class _ModuleNames:
         return next(found, None) or next(longer, None)
 
 
-def _module_of(edit: SpectralEdit) -> str:
-    return adapted_name(edit.coefficients).partition(COEFFICIENTS)[0]
-
-
-def _layers(opened: AdapterCheckpoint, names: _ModuleNames, rank: int | None) -> Iterator[_Layer]:
-    parameters = tuple(f".{name}" for name in opened.adapter.config.get("target_parameters") or ())
-    for tensor, edit in opened.updates.items():
-        module = names.of(_module_of(edit)) if isinstance(edit, SpectralEdit) else ""
-        found = names.class_of(module)
-        if (
-            not isinstance(edit, SpectralEdit)
-            or f".{_module_of(edit)}.weight".endswith(parameters)
-            or (found is not None and not issubclass(found, Layers))
-        ):
-            raise InputError(
-                f"{tensor} of the base is adapted as a parameter of no layer, such as experts and routers, and LoRA's "
-                "factors are those of layers; write the whole model instead: spectralbasis export ADAPTER --to merged"
-            )
-        weight = opened.start.read(tensor)
-        U, C, V = edit.factors(weight)
-        yield _Layer(
-            module=f"{PEFT_PREFIX}{module}",
-            factors=_cut(U.float(), C.float(), V.float(), rank),
-            shape=tuple(weight.shape),
-            transposed=edit.transposed(weight),
-            embedding=is_embedding_table(opened.start, tensor) and not is_output_head(tensor),
-        )
-
-
-def _cut(U: Tensor, C: Tensor, V: Tensor, rank: int | None) -> _Factors:
-    """`U C Vᵀ` as a product of two factors of rank at most `rank`; U and V have orthonormal columns."""
-    whole = float(C.double().square().sum())
-    if rank is None or rank >= len(C):
-        return _Factors(V.T, U @ C, 0.0, whole)
-    P, S, Qh = torch.linalg.svd(C.double())
-    B = U @ (P[:, :rank] * S[:rank]).float()
-    return _Factors(Qh[:rank].float() @ V.T, B, float(S[rank:].square().sum()), whole)
-
-
-def _config(opened: AdapterCheckpoint, layers: list[_Layer], base: str | None) -> LoraConfig:
+def _config(given: Mapping[str, Any], layers: list[_Layer], base: str | None) -> LoraConfig:
     """The config with which PEFT puts these factors where they belong, at scaling 1."""
-    given: Mapping[str, Any] = opened.adapter.config
     rank = max(one.rank for one in layers)
     bias = str(given.get("bias") or "none")
     return LoraConfig(
@@ -258,24 +288,13 @@ def _config(opened: AdapterCheckpoint, layers: list[_Layer], base: str | None) -
         base_model_name_or_path=base,
         revision=given.get("revision"),
         inference_mode=True,
-        target_modules=sorted(adapted_name(one.module) for one in layers),
+        target_modules=sorted(one.module.name for one in layers),
         r=rank,
         lora_alpha=rank,
         fan_in_fan_out=any(one.transposed for one in layers),
         bias=_LORA_BIASES.get(bias, bias),
         modules_to_save=given.get("modules_to_save"),
     )
-
-
-def _others(opened: AdapterCheckpoint) -> dict[str, Tensor]:
-    """What the adapter stores whole, without tables that the base has as well."""
-    of_base, found = set(opened.base.names()), {}
-    for name, stored in opened.start.stored.items():
-        tensor, place = opened.adapter.tensors.read(stored), opened.start.aliases.get(name, name)
-        is_table = name not in opened.retrained and place in of_base
-        if not (is_table and _equal(tensor, opened.base.read(place))):
-            found[stored] = tensor
-    return found
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -290,10 +309,10 @@ def _notes(
     """Which programs open the result, as their loaders are written."""
     tables = [name for name in others if name.endswith(".base_layer.weight")]
     whole = [adapted_name(name) for name in others if name not in tables]
-    convolutions = [one.module for one in layers if one.shape[2:]]
+    convolutions = [one.module.name for one in layers if one.shape[2:]]
     notes = ["PEFT opens it."]
     if whole or convolutions or config.modules_to_save:
-        held = whole or [adapted_name(name) for name in convolutions] or list(config.modules_to_save or ())
+        held = whole or convolutions or list(config.modules_to_save or ())
         what = "tensors that are no factors" if whole else "convolutions" if convolutions else "modules_to_save"
         notes.append(
             f"vLLM and llama.cpp do not open it, as it has {what} ({_listed(held)}); export a merged model for them."
@@ -305,9 +324,9 @@ def _notes(
         )
         notes.append(f"vLLM opens it {limit}, where it supports these modules in the architecture.")
         notes.append("convert_lora_to_gguf.py of llama.cpp converts it, where it knows the architecture.")
-    heads = [one.module for one in layers if is_output_head(adapted_name(one.module))]
+    heads = [one.module.name for one in layers if is_output_head(one.module.name)]
     if heads and opened.base.config and ties_head(opened.base.config):
-        notes.append(f"llama.cpp does not convert the update of {adapted_name(heads[0])}, which is tied to a table.")
+        notes.append(f"llama.cpp does not convert the update of {heads[0]}, which is tied to a table.")
     if tables:
         rows = max(len(others[name]) for name in tables)
         notes.append(f"It was trained on a vocabulary of {rows}: call base.resize_token_embeddings({rows}) first.")
@@ -321,15 +340,14 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _described(output: Path, layers: list[_Layer], notes: list[str]) -> LoraExport:
-    factors = {adapted_name(one.module): one.factors for one in layers}
     rank = max(one.rank for one in layers)
     return LoraExport(
         output=output,
-        ranks={adapted_name(one.module): one.rank for one in layers},
+        ranks={one.module.name: one.rank for one in layers},
         rank=rank,
-        errors={module: _relative(one.lost, one.whole) for module, one in factors.items()},
-        error=_relative(sum(one.lost for one in factors.values()), sum(one.whole for one in factors.values())),
-        parameters=sum(rank * (one.A.shape[1] + len(one.B)) for one in factors.values()),
+        errors={one.module.name: _relative(one.lost, one.whole) for one in layers},
+        error=_relative(sum(one.lost for one in layers), sum(one.whole for one in layers)),
+        parameters=sum(rank * (one.A.shape[1] + len(one.B)) for one in layers),
         notes=notes,
     )
 

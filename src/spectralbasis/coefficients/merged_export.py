@@ -16,7 +16,6 @@ from torch import Tensor
 from spectralbasis.checkpoints import Checkpoint
 from spectralbasis.checkpoints.adapters import (
     AdapterCheckpoint,
-    adapted_name,
     is_output_head,
     ties_head,
     vocabulary_table,
@@ -33,7 +32,7 @@ from spectralbasis.coefficients.architectures import (
     with_dtype,
     with_vocabulary,
 )
-from spectralbasis.coefficients.spectral_adapters import COEFFICIENTS, open_spectral_adapter
+from spectralbasis.coefficients.spectral_adapters import open_spectral_adapter
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_folder, check_output
 from spectralbasis.tuner.reading import SpectralEdit
@@ -127,6 +126,17 @@ def export_merged(
     The folder takes its place after every tensor was read back and compared with what it should be, and after
     transformers, where it knows the architecture, has found every parameter in it.
 
+    >>> import copy, tempfile
+    >>> from pathlib import Path
+    >>> import peft, torch
+    >>> import spectralbasis as sb
+    >>> folder, base = Path(tempfile.mkdtemp()), torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> config = sb.SpectralConfig(target_modules=["0"], leading=3, init_weights=False)
+    >>> peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(folder / "task")
+    >>> written = sb.export_merged(folder / "task", folder / "merged", base=base)
+    >>> written.tensors, written.changed, written.files
+    (2, 1, ['model.safetensors'])
+
     Args:
         adapter: folder of a spectral adapter.
         output: a new folder.
@@ -200,8 +210,7 @@ def _prefix(opened: AdapterCheckpoint) -> str:
     of_base = set(opened.base.names())
     for tensor, edit in opened.updates.items():
         if tensor in of_base and isinstance(edit, SpectralEdit):
-            module = adapted_name(edit.coefficients).partition(COEFFICIENTS)[0]
-            parameter = f"{module}.weight"
+            parameter = f"{edit.module}.weight"
             return parameter.removesuffix(tensor) if parameter.endswith(f".{tensor}") else ""
     return ""
 

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from spectralbasis.checkpoints import Checkpoint, Matrix, match_matrices, open_checkpoint
+from spectralbasis.checkpoints import Checkpoint, match_matrices, open_checkpoint
 from spectralbasis.checkpoints.adapters import AdapterCheckpoint
 from spectralbasis.checkpoints.names import short_labels
 from spectralbasis.coefficients.spectral_adapters import (
@@ -85,6 +85,18 @@ def similarity(
     Trained coefficients are compared where all are spectral adapters. An adapter of fewer directions counts as zero in
     the others. Since U and V are orthonormal, `⟨U C_a Vᵀ, U C_b Vᵀ⟩ = ⟨C_a, C_b⟩`: the updates' cosine is the same.
 
+    >>> import copy, tempfile
+    >>> from pathlib import Path
+    >>> import peft, torch
+    >>> import spectralbasis as sb
+    >>> folder, base = Path(tempfile.mkdtemp()), torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> config = sb.SpectralConfig(target_modules=["0"], leading=3, init_weights=False)
+    >>> peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(folder / "task")
+    >>> one = sb.combine([folder / "task"], weights=[-2], output=folder / "minus").output
+    >>> found = sb.similarity([folder / "task", one], of="coefficients")
+    >>> round(float(found.coefficients.loc["task", "minus"]), 4)
+    -1.0
+
     Args:
         checkpoints: two or more adapter folders, or full checkpoints: paths, hub ids, state dicts, modules.
         base: the pretrained checkpoint; None takes the one that the first adapter names.
@@ -98,7 +110,7 @@ def similarity(
         InputError: fewer than two checkpoints, coefficients that are not of one base, form and basis, or no base.
     """
     if len(checkpoints) < 2:
-        raise InputError(f"{len(checkpoints)} checkpoint has nothing to be similar to; pass two or more")
+        raise InputError(f"checkpoints must be two or more, got {len(checkpoints)}")
     if of not in ("both", "coefficients", "updates"):
         raise InputError(f"of={of!r} is unknown; pass 'both', 'coefficients' or 'updates'")
     if output is not None:
@@ -126,7 +138,7 @@ def _coefficients(checkpoints: Sequence[Any], of: str, include: Sequence[str], e
     if of == "updates" or (foreign and of == "both"):
         return {}
     if foreign:
-        raise InputError(f"{foreign[0]} is no folder of a spectral adapter, so it has no coefficients; leave out `of`")
+        raise InputError(f"{foreign[0]} is not a spectral adapter's folder, so it has no coefficients; leave out `of`")
     adapters = [read_spectral_adapter(Path(one)) for one in checkpoints]
     adapters = [with_names_of(adapters[0].config, one) for one in adapters]
     check_one_basis(adapters)
@@ -179,7 +191,8 @@ def _update_grams(
     for before, _ in matched[0]:
         if all(before.name in one for one in partners):
             W0 = before.read().float()
-            gram = inner_products([partial(_update, one[before.name], W0) for one in partners])
+            updates = [partial(lambda after, W0: after.read().float() - W0, one[before.name], W0) for one in partners]
+            gram = inner_products(updates)
             if not bool(torch.isfinite(gram).all()):
                 raise InputError(f"{before.name} holds NaN or infinite values; leave it out with exclude (--exclude)")
             if bool(gram.any()):
@@ -187,10 +200,6 @@ def _update_grams(
     if not grams:
         raise InputError(f"{base.source} and the checkpoints hold the same weights: there is no update to compare")
     return grams
-
-
-def _update(after: Matrix, W0: Tensor) -> Tensor:
-    return after.read().float() - W0
 
 
 def _overall(labels: Sequence[str], grams: Grams) -> pd.DataFrame | None:

@@ -1,13 +1,8 @@
-"""Trained coefficients as an adapter folder holds them, without the base.
+"""Spectral adapters in folders: what they trained, read with or without the base, and whether two are of one kind."""
 
-Ways to make one vector of coefficients from several. All take X (tasks, numbers) and weights (tasks,).
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,17 +10,16 @@ from torch import Tensor
 
 from spectralbasis.checkpoints import matrix_name, open_checkpoint
 from spectralbasis.checkpoints.adapters import ADAPTER_CONFIG, AdapterCheckpoint, adapted_name, adapter_tensors
-from spectralbasis.checkpoints.opening import Source, installed_folder, open_tensors
+from spectralbasis.checkpoints.opening import Source, open_tensors
 from spectralbasis.checkpoints.weight_files import inside
 from spectralbasis.errors import InputError
+from spectralbasis.peft_import import METHOD
 from spectralbasis.records import read_record
-from spectralbasis.tuner.config import METHOD, RECORD, SpectralConfig, renamed_record, same_weights
-from spectralbasis.tuner.parametrisation import FORMS
+from spectralbasis.tuner.config import SpectralConfig, read_config, same_weights
+from spectralbasis.tuner.factors import FORMS
+from spectralbasis.tuner.layer import COEFFICIENTS_OF
 from spectralbasis.tuner.preparation import PROBE_TOLERANCE
 from spectralbasis.tuner.reading import check_layers_alone, lacking
-
-COEFFICIENTS = ".spectral_coefficients"
-"""Stands, in the name of a stored tensor, between the module and what PEFT appends."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +45,7 @@ class SpectralAdapter:
         wide = {
             name: numbers.to(torch.promote_types(numbers.dtype, torch.float32)) for name, numbers in self.stored.items()
         }
-        return {name: self.config.parametrisation(name)(numbers) for name, numbers in wide.items()}
+        return {name: self.config.parametrisation(self.config.matrix(name))(numbers) for name, numbers in wide.items()}
 
 
 def is_spectral_adapter(source: Any) -> bool:
@@ -68,16 +62,11 @@ def read_spectral_adapter(folder: Path) -> SpectralAdapter:
     Raises:
         InputError: a file is missing or damaged, or the two are not of one adapter.
     """
-    try:
-        config = SpectralConfig.from_pretrained(str(folder))
-        check_layers_alone(config, folder)
-    except InputError:
-        raise
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{folder}: {ADAPTER_CONFIG} cannot be used ({error}); restore it") from error
+    config = read_config(folder)
+    check_layers_alone(config, folder)
     stored = adapter_tensors(folder, open_tensors)
     tensors = {name: stored.read(name) for name in stored.names()}
-    shapes = {name: config.stored_shape(name) for name in config.ranks or {}}
+    shapes = {name: config.stored_shape(one) for name, one in config.record.items()}
     numbers, others = split_tensors(tensors, shapes, str(folder))
     lost = [name for name in shapes if name not in numbers]
     if lost:
@@ -93,9 +82,9 @@ def with_names_of(first: SpectralConfig, other: SpectralAdapter) -> SpectralAdap
     names = same_weights(other.config.base_hashes or {}, first.base_hashes or {})
     if not names:
         return other
-    record = renamed_record({field: getattr(other.config, field) for field in RECORD}, names)
+    record = {names.get(name, name): one for name, one in other.config.record.items()}
     stored = {names.get(name, name): numbers for name, numbers in other.stored.items()}
-    return replace(other, config=replace(other.config, **record), stored=stored)
+    return replace(other, config=other.config.with_record(record), stored=stored)
 
 
 def split_tensors(
@@ -113,7 +102,7 @@ def split_tensors(
     """
     stored, others = {}, {}
     for tensor_name, tensor in tensors.items():
-        module, is_coefficients, _ = adapted_name(tensor_name).partition(COEFFICIENTS)
+        module, is_coefficients, _ = adapted_name(tensor_name).partition(COEFFICIENTS_OF)
         if not is_coefficients:
             others[module] = tensor
             continue
@@ -140,7 +129,7 @@ def open_spectral_adapter(
     """
     if not is_spectral_adapter(folder):
         raise InputError(
-            f"{folder} is no folder of a spectral adapter: it has no {ADAPTER_CONFIG} of peft_type {METHOD}"
+            f"{folder} is not the folder of a spectral adapter: it has no {ADAPTER_CONFIG} of peft_type {METHOD}"
         )
     opened = open_checkpoint(folder, base=base, partial=partial)
     if not isinstance(opened, AdapterCheckpoint) or not opened.edits:
@@ -148,18 +137,10 @@ def open_spectral_adapter(
     return opened
 
 
-def named_base(opened: AdapterCheckpoint, given: Source | None) -> str | None:
-    """How a config should name the base of an adapter that was opened with the base `given`."""
-    if given is None or isinstance(given, str | Path):
-        return str(installed_folder(opened.base.source) or opened.base.source)
-    named = opened.adapter.config.get("base_model_name_or_path")
-    return named if isinstance(named, str) else None
-
-
 def other_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Parameter name → shape of what an adapter's file holds besides coefficients; no data is read."""
     stored = adapter_tensors(folder, open_tensors)
-    return {adapted_name(name): stored.shape(name) for name in stored.names() if COEFFICIENTS not in name}
+    return {adapted_name(name): stored.shape(name) for name in stored.names() if COEFFICIENTS_OF not in name}
 
 
 def check_one_basis(adapters: Sequence[SpectralAdapter]) -> None:
@@ -187,7 +168,10 @@ def difference(a: SpectralConfig, b: SpectralConfig) -> str:
     for name in both:
         if ours[name] != theirs[name]:
             return f"{name} of their bases differs (hashes {ours[name]} and {theirs[name]})"
-        if _turned(a, b, name):
+        # Probes of different ranks say nothing of each other.
+        one, other = a.matrix(name), b.matrix(name)
+        probes = zip(one.probes, other.probes, strict=True)
+        if one.k == other.k and any(abs(x - y) > PROBE_TOLERANCE for x, y in probes):
             return f"they were trained on different directions of {name} (their probes differ)"
     return ""
 
@@ -216,88 +200,3 @@ def _basis(config: SpectralConfig) -> str:
     if config.basis == "random":
         return f"random (seed {config.basis_seed})"
     return config.basis if config.basis in ("pretrained", "minor") else "of a file"
-
-
-def _turned(a: SpectralConfig, b: SpectralConfig, name: str) -> bool:
-    """Whether the probes show different directions; those of different ranks say nothing of each other."""
-    if (a.ranks or {})[name] != (b.ranks or {})[name]:
-        return False
-    ours, theirs = (a.probes or {})[name], (b.probes or {})[name]
-    return any(abs(x - y) > PROBE_TOLERANCE for x, y in zip(ours, theirs, strict=True))
-
-
-Method = Callable[[Tensor, Tensor], Tensor]
-
-
-def weighted_sum(X: Tensor, weights: Tensor) -> Tensor:
-    """`Σ wᵢ xᵢ`."""
-    return weights @ X
-
-
-def weighted_mean(X: Tensor, weights: Tensor) -> Tensor:
-    """`Σ wᵢ xᵢ / Σ wᵢ`.
-
-    Raises:
-        InputError: the weights add up to 0.
-    """
-    total = weights.sum()
-    if not bool(total.abs() > 0):
-        raise InputError(f"the weights {weights.tolist()} add up to 0, so they have no mean; use method='sum'")
-    return weights @ X / total
-
-
-def weighted_difference(X: Tensor, weights: Tensor) -> Tensor:
-    """`w₁ x₁ − w₂ x₂`.
-
-    Raises:
-        InputError: there are not two.
-    """
-    if len(X) != 2:
-        raise InputError(f"a difference is of two adapters, and {len(X)} were given; use method='sum' with weights")
-    return weights[0] * X[0] - weights[1] * X[1]
-
-
-def trim(X: Tensor, keep: Tensor) -> Tensor:
-    """The entries of largest modulus of each row, `keep` of them (tasks,), zeros elsewhere."""
-    kept = torch.zeros_like(X)
-    for row, numbers, count in zip(kept, X, keep.tolist(), strict=True):
-        chosen = numbers.abs().topk(count).indices
-        row[chosen] = numbers[chosen]
-    return kept
-
-
-def ties(X: Tensor, weights: Tensor, *, keep: Tensor) -> Tensor:
-    """Trim, elect signs, and average what agrees (TIES-Merging, arXiv 2306.01708).
-
-    The sign of an entry is that of the weighted sum; the result is the mean of the weighted entries that have it.
-    """
-    weighted = weights[:, None] * trim(X, keep)
-    agreeing = weighted * (weighted.sign() == weighted.sum(0).sign())
-    return agreeing.sum(0) / agreeing.count_nonzero(0).clamp(min=1)
-
-
-_PLAIN: Mapping[str, Method] = MappingProxyType(
-    {"sum": weighted_sum, "mean": weighted_mean, "difference": weighted_difference}
-)
-METHODS = (*_PLAIN, "ties")
-"""Names that `find_method` knows."""
-
-
-def find_method(name: str, density: float, trained: Tensor) -> Method:
-    """A method by name.
-
-    Args:
-        name: one of `METHODS`.
-        density: of "ties", the fraction of each task's numbers that is kept.
-        trained: how many numbers each task trains, (tasks,).
-
-    Raises:
-        InputError: the name or the density is none.
-    """
-    if name in _PLAIN:
-        return _PLAIN[name]
-    if name != "ties":
-        raise InputError(f"method={name!r} is unknown; choose from {', '.join(METHODS)}")
-    if not 0 < density <= 1:
-        raise InputError(f"density={density!r} is no fraction of the numbers to keep; pass one such as 0.2")
-    return partial(ties, keep=(density * trained).round().long().clamp(min=1))

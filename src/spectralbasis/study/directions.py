@@ -26,8 +26,8 @@ from spectralbasis.tuner import SpectralConfig
 from spectralbasis.tuner.calibration import curvature_basis, haar_coverage, in_modules, mean_gradients
 from spectralbasis.tuner.config import BASIS_FILE
 from spectralbasis.tuner.factors import directions_of
-from spectralbasis.tuner.parameters import Target, find_targets
-from spectralbasis.tuner.targets import named_in_basis, targeted_modules
+from spectralbasis.tuner.preparation import Target, find_targets, named_in_basis
+from spectralbasis.tuner.targets import targeted_modules
 
 BATCH = 32
 WHICH = "which_task"

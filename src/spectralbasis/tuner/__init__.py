@@ -7,9 +7,10 @@ needs one, and is loaded when it is first used.
 
 from typing import TYPE_CHECKING, Any
 
+from spectralbasis.peft_import import register
 from spectralbasis.tuner import reading  # noqa: F401  makes spectral adapters readable as checkpoints
 from spectralbasis.tuner.calibration import calibrate, curvature_basis, gradient_coverage, parameter_groups
-from spectralbasis.tuner.config import SpectralConfig, register
+from spectralbasis.tuner.config import SpectralConfig
 from spectralbasis.tuner.layer import Convolution, Embedding, Linear, SpectralLayer
 from spectralbasis.tuner.model import SpectralModel
 from spectralbasis.tuner.parameters import ParamWrapper

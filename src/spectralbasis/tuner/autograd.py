@@ -1,48 +1,37 @@
-"""`base(x) + x ΔWᵀ`, `ΔW = U C Vᵀ`, computed so that only `x V` (tokens × k) is kept for the backward pass.
+"""`base(x) + x ΔWᵀ`, `ΔW = U C Vᵀ`, in the way that takes the fewest multiplications (`cheapest`).
 
-The functions return `x V` beside the output: as an output it may be saved by `setup_context`, which `torch.func` needs,
-and is differentiated through, so that second derivatives are right as well.
+The autograd functions keep only `x V` (tokens × k) for the backward pass; a `Route` is for a C that differs from row to
+row. The functions return `x V` beside the output: as an output it may be saved by `setup_context`, which `torch.func`
+needs, and is differentiated through, so that second derivatives are right as well.
 """
 
-import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from spectralbasis.tuner.parametrisation import FORMS
+from spectralbasis.linalg import values_of_singular_vectors
+from spectralbasis.tuner.factors import FORMS
+
+_WORTHWHILE = 2
+"""How many times longer one side of W is, for another route than *factored* to pay: it copies, or subtracts."""
 
 
-class _Positional(inspect.Signature):
-    """The signature of a function that is given all its arguments by position, so that there is nothing to bind.
+class _Function(torch.autograd.Function):
+    """A function whose arguments are given by position."""
 
-    torch binds those of `forward` in each call, and as `inspect` does it that takes longer than a small layer.
-    """
-
-    def bind(self, *args: Any, **kwargs: Any) -> "_Bound":  # type: ignore[override]
-        """The arguments as they are."""
-        return _Bound(args, kwargs)
-
-
-class _Bound(NamedTuple):
-    """What torch asks of bound arguments."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def apply_defaults(self) -> None:
-        """There are none."""
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """As torch's, which first binds default values of arguments: that takes longer than a small layer."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
-def _positional(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward`, with such a signature."""
-    forward.__signature__ = _Positional()  # type: ignore[attr-defined]
-    return forward
-
-
-class FactoredUpdate(torch.autograd.Function):
+class FactoredUpdate(_Function):
     """`base_output + ((x V) Cᵀ) Uᵀ`: k (m + n) multiplications a token, and as many in the backward pass.
 
     Args of `apply`:
@@ -59,7 +48,6 @@ class FactoredUpdate(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @_positional
     def forward(base_output: Tensor, x: Tensor, C: Tensor, directions: Tensor, form: str) -> tuple[Tensor, Tensor]:
         U, V = _split(directions.to(x.dtype), base_output.shape[-1])
         Z = x.reshape(-1, x.shape[-1]) @ V
@@ -88,7 +76,7 @@ class FactoredUpdate(torch.autograd.Function):
         return grad_output, grad_x, grad_C, None, None
 
 
-class LinearUpdate(torch.autograd.Function):
+class LinearUpdate(_Function):
     """`x (W + U C Vᵀ)ᵀ + bias`, forward and backward in whichever of four ways takes the fewest multiplications.
 
     A pass needs one product of the tokens with V or U for the coefficients' gradient, and the update itself:
@@ -116,7 +104,6 @@ class LinearUpdate(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @_positional
     def forward(
         x: Tensor, W: Tensor, bias: Tensor | None, C: Tensor, directions: Tensor, inverse: Tensor | None, form: str
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,6 +247,65 @@ def cheapest(tokens: int, outputs: int, inputs: int, *, singular: bool, formed: 
     for way, cost in ways[1:]:  # torch.compile cannot follow `min` with a key
         best, least = (way, cost) if cost < least else (best, least)
     return best
+
+
+@dataclass(frozen=True)
+class Route:
+    """Adds `C (A s - offset)`, expanded by B, to something: k numbers a token in between.
+
+    With singular vectors, `W V = U Σ` and `Uᵀ W = Σ Vᵀ`, so that the longer side of W need not be touched: where W is
+    tall, `U C z = W (V Σ⁻¹ C z)` is a change of the *input*; where it is wide, `z = Vᵀ x = Σ⁻¹ Uᵀ (y - b)` is found
+    from the *output*. That costs `2 k min(m, n)` a token, the plain way `k (m + n)`.
+
+    Attributes:
+        A: (k, size of the source), the source being x, or y where `from_output`.
+        B: (k, size of the target), the target being y, or x where `on_input`.
+        offset: (k,), or None for 0.
+        from_output: whether the source is the layer's output.
+        on_input: whether the target is the layer's input.
+    """
+
+    A: Tensor
+    B: Tensor
+    offset: Tensor | None = None
+    from_output: bool = False
+    on_input: bool = False
+
+    def add(self, source: Tensor, target: Tensor, C: Tensor, form: str) -> Tensor:
+        """The target, changed in place by the update of each row's C.
+
+        Args:
+            source: (rows, ..., size of the source).
+            target: (rows, ..., size of the target), contiguous.
+            C: (rows, *shape of the form).
+            form: a key of `FORMS`.
+        """
+        Z = source.reshape(len(C), -1, source.shape[-1]) @ self.A.to(target.dtype).T
+        if self.offset is not None:
+            Z -= self.offset.to(target.dtype)
+        update = FORMS[form].multiply(Z, C.to(target.dtype)).flatten(0, 1)
+        target.view(-1, target.shape[-1]).addmm_(update, self.B.to(target.dtype))
+        return target
+
+
+def cheapest_route(W: Tensor, U: Tensor, V: Tensor, bias: Tensor | None) -> Route:
+    """The route for a layer `W x + b`.
+
+    Args:
+        W: (m, n).
+        U: (m, k).
+        V: (n, k); singular vectors of W, or any other directions, for which the plain route is taken.
+        bias: (m,) or None.
+    """
+    m, n = W.shape
+    S = values_of_singular_vectors(W, U, V) if max(m, n) >= _WORTHWHILE * min(m, n) else None
+    way = cheapest(1, m, n, singular=S is not None, formed=False)
+    if S is None or way == "factored":
+        return Route(V.T.contiguous(), U.T.contiguous())
+    if way == "input":
+        return Route(V.T.contiguous(), (V / S).T.contiguous(), on_input=True)
+    A = (U / S).T.contiguous()
+    return Route(A, U.T.contiguous(), offset=None if bias is None else A @ bias, from_output=True)
 
 
 def _split(directions: Tensor, outputs: int) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,12 @@
-"""Which entries sparse coefficients train: those that the loss gradient of a few batches is largest in.
+"""What a few batches say before any training: which entries to train, how well a basis fits, a basis of curvature.
 
-What an optimizer is given: coefficients and heads learn at different rates.
-
-What a few batches say about the loss at a model's weights: its gradient as it passes each layer, observed once.
-
-How well a basis fits a task before any training: the share of the loss gradient that lies in it.
-
-The basis of the loss's curvature: leading eigenvectors of the two factors that K-FAC approximates it by.
+All of it is made of the loss gradient at the base's weights, as `observe_gradients` sees it pass the layers. What an
+optimizer is given (`parameter_groups`) is here too.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,11 +24,18 @@ from spectralbasis.linalg import Leading, leading_svd, parse_leading, resolve_le
 from spectralbasis.linalg.certificates import triplet_residuals
 from spectralbasis.triplets import DEFAULT_TOLERANCE, Triplets, fix_signs, matrix_hash
 from spectralbasis.tuner.config import RECORD, SpectralConfig
-from spectralbasis.tuner.factors import directions_of
-from spectralbasis.tuner.parameters import Target, find_targets
-from spectralbasis.tuner.parametrisation import pack_positions
-from spectralbasis.tuner.preparation import DEFAULT_LEADING, count_parameters, normalized_scales, prepare, resolve_ranks
-from spectralbasis.tuner.targets import all_targets, named_in_basis, targeted_modules
+from spectralbasis.tuner.factors import directions_of, pack_positions
+from spectralbasis.tuner.preparation import (
+    DEFAULT_LEADING,
+    Target,
+    all_targets,
+    find_targets,
+    named_in_basis,
+    normalized_scale,
+    prepare,
+    resolve_ranks,
+)
+from spectralbasis.tuner.targets import count_parameters, targeted_modules
 
 
 def parameter_groups(
@@ -44,6 +46,13 @@ def parameter_groups(
     head: Iterable[str] = ("modules_to_save",),
 ) -> list[dict[str, Any]]:
     """The trainable parameters as groups for any torch optimizer, or for `Trainer(optimizers=(optimizer, None))`.
+
+    >>> import torch
+    >>> import spectralbasis as sb
+    >>> model = torch.nn.ModuleDict({"body": torch.nn.Linear(4, 4), "head": torch.nn.Linear(4, 2)})
+    >>> groups = sb.parameter_groups(model, learning_rate=0.01, head_learning_rate=0.001, head=["head"])
+    >>> [(len(group["params"]), group["lr"]) for group in groups]
+    [(2, 0.01), (2, 0.001)]
 
     Args:
         model: whose parameters are trained where they require a gradient.
@@ -106,50 +115,46 @@ def observe_gradients(
         InputError: there is no batch, no loss, a target is no linear layer, or no gradient reaches any.
     """
     seen: set[str] = set()
-    observed = {target.name: _linear(target) for target in targets}
-    rows = 0
-    with _at_rest(model), _hooked(observed, partial(_note, seen, observer)), torch.enable_grad():
+
+    def note(name: str, x: Tensor, g: Tensor) -> None:
+        x, g = x.detach().flatten(0, -2), g.detach().flatten(0, -2)
+        reached = g.any(1)
+        seen.add(name)
+        observer(name, x[reached], g[reached])
+
+    def watch(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Note the gradient of the output when it comes; a graph starts here where none led here."""
+        if not output.requires_grad:
+            output = output.detach().requires_grad_().clone()  # no leaf, so that it may be changed in place
+        output.register_hook(partial(note, name, args[0]))
+        return output
+
+    modules = {target.name: _linear(target.key, model) for target in targets}
+    device, rows = next(model.parameters()).device, 0
+    with _at_rest(model), ExitStack() as stack, torch.enable_grad():
+        for name, module in modules.items():
+            stack.callback(module.register_forward_hook(partial(watch, name)).remove)
         for batch in batches:
-            size = _rows(batch)
-            total = (loss or _model_loss)(model, _moved(batch, model))
+            size = next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim), 1)
+            moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+            total = (loss or _model_loss)(model, moved)
             (total * size).backward()
             rows += size
-    _check_seen(rows, seen)
+    if not rows:
+        raise InputError("there is no batch to take gradients on; pass an iterable of the model's keyword arguments")
+    if not seen:
+        raise InputError("no gradient of the loss reaches a target; check that the loss depends on the target modules")
     return rows
 
 
-def _linear(target: Target) -> nn.Module:
-    if not isinstance(target.module, nn.Linear | Conv1D):
+def _linear(key: str, model: nn.Module) -> nn.Module:
+    module = model.get_submodule(key)
+    if not isinstance(module, nn.Linear | Conv1D):
         raise InputError(
-            f"gradients are observed in linear layers of a base without adapters, but {target.key} is a "
-            f"{type(target.module).__name__}; leave it out with exclude_modules, or pass the base model"
+            f"gradients are observed in linear layers of a base without adapters, but {key} is a "
+            f"{type(module).__name__}; leave it out with exclude_modules, or pass the base model"
         )
-    return target.module
-
-
-def _note(seen: set[str], observer: Observer, name: str, x: Tensor, g: Tensor) -> None:
-    x, g = x.detach().flatten(0, -2), g.detach().flatten(0, -2)
-    reached = g.any(1)
-    seen.add(name)
-    observer(name, x[reached], g[reached])
-
-
-@contextmanager
-def _hooked(modules: Mapping[str, nn.Module], note: Observer) -> Iterator[None]:
-    handles = [module.register_forward_hook(partial(_watch, name, note)) for name, module in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _watch(name: str, note: Observer, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """Forward hook: note the gradient of the output when it comes; a graph starts here where none led here."""
-    if not output.requires_grad:
-        output = output.detach().requires_grad_().clone()  # no leaf, so that it may be changed in place
-    output.register_hook(partial(note, name, args[0]))
-    return output
+    return module
 
 
 @contextmanager
@@ -179,22 +184,6 @@ def _model_loss(model: nn.Module, batch: Batch) -> Tensor:
     return found
 
 
-def _rows(batch: Batch) -> int:
-    return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim), 1)
-
-
-def _moved(batch: Batch, model: nn.Module) -> Batch:
-    device = next(model.parameters()).device
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-
-
-def _check_seen(rows: int, seen: set[str]) -> None:
-    if not rows:
-        raise InputError("there is no batch to take gradients on; pass an iterable of the model's keyword arguments")
-    if not seen:
-        raise InputError("no gradient of the loss reaches a target; check that the loss depends on the target modules")
-
-
 def calibrate(
     model: nn.Module, batches: Iterable[Batch], config: SpectralConfig, *, loss: Loss | None = None
 ) -> SpectralConfig:
@@ -202,6 +191,15 @@ def calibrate(
 
     They are those of largest `|Uᵀ (∂L/∂W) V|`, the gradient of C at the base, among the k×k of every matrix, where
     `leading` and `rank_pattern` set k. Matrices of which none is picked are left out, and so are `modules_to_save`.
+
+    >>> import torch
+    >>> import spectralbasis as sb
+    >>> base = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
+    >>> batches, loss = [{"input": torch.randn(8, 6)}], lambda model, batch: model(**batch).square().mean()
+    >>> config = sb.SpectralConfig(target_modules=["0"], coefficients="sparse", leading=3)
+    >>> config = sb.calibrate(base, batches, config, loss=loss)
+    >>> len(config.entries["0"].split())
+    3
 
     Args:
         model: the base, without adapters; with the head that is to be trained, if any. It is not changed.
@@ -223,18 +221,25 @@ def calibrate(
     modules = targeted_modules(window, model)
     retrained = config.modules_to_save or ()
     targets = find_targets({key: one for key, one in modules.items() if not in_modules(f"{key}.", retrained)})
-    gradients = _core_gradients(model, batches, window, targets, loss)
-    ranks = window.ranks or {}
-    picked = pick_entries(gradients, _how_many(config, model, ranks))
-    record: dict[str, Any] = {
-        field: {name: getattr(window, field)[name] for name in picked} for field in RECORD if getattr(window, field)
-    }
-    record["entries"] = {name: pack_positions(positions) for name, positions in picked.items()}
+    window, gradients = _core_gradients(model, batches, window, targets, loss)
+    number = sum((window.ranks or {}).values())
+    if config.budget is not None:
+        total = count_parameters(model)
+        number = math.floor(config.budget * total)
+        if number < 1:
+            raise InputError(
+                f"budget={config.budget:g} of {total:,} parameters pays for no entry; pass budget>={1 / total:.2g}"
+            )
+    picked = pick_entries(gradients, number)
+    record = {name: window.matrix(name)._replace(entries=pack_positions(found)) for name, found in picked.items()}
     if config.scaling == "normalized":
         # Of all matrices together: an entry has the unit of any other, since each is as good as its gradient.
-        fan_in = sum(map(len, picked.values())) / sum(ranks[name] for name in picked)
-        record["scales"] = normalized_scales(dict.fromkeys(picked, max(1.0, fan_in)))
-    return replace(config, target_modules={target.key for target in targets if target.name in picked}, **record)
+        fan_in = sum(map(len, picked.values())) / sum(one.k for one in record.values())
+        scale = normalized_scale(max(1.0, fan_in))
+        record = {name: one._replace(scales=scale) for name, one in record.items()}
+    chosen = {target.key for target in targets if target.name in picked}
+    complete = config.with_record(record, target_modules=chosen)
+    return replace(complete)  # checked again as a whole
 
 
 def plan_ranks(config: SpectralConfig, model: nn.Module) -> dict[str, int]:
@@ -244,7 +249,7 @@ def plan_ranks(config: SpectralConfig, model: nn.Module) -> dict[str, int]:
         InputError: a rank or the budget does not fit the model.
     """
     budget = None if config.coefficients == "sparse" else config.budget
-    targets, _ = all_targets(config, model)
+    _, targets, _ = all_targets(config, model)
     return resolve_ranks(replace(config, budget=budget), targets, count_parameters(model))
 
 
@@ -266,9 +271,9 @@ def pick_entries(gradients: Mapping[str, Tensor], number: int) -> dict[str, Tens
 
 def _core_gradients(
     model: nn.Module, batches: Iterable[Batch], window: SpectralConfig, targets: list[Target], loss: Loss | None
-) -> dict[str, Tensor]:
-    """Gradient of the mean loss with respect to a core of each matrix, (k, k) on the CPU; `window` gets its record."""
-    prepared = prepare(window, targets, count_parameters(model))
+) -> tuple[SpectralConfig, dict[str, Tensor]]:
+    """The window with its record, and the gradient of the mean loss with respect to a core of each matrix, (k, k)."""
+    window, prepared = prepare(window, targets, count_parameters(model))
     factors = {t.name: [factor.to(t.W.device) for factor in prepared[t.key].directions] for t in targets}
     sums = {name: U.new_zeros(U.shape[1], V.shape[1]) for name, (U, V) in factors.items()}
 
@@ -281,19 +286,7 @@ def _core_gradients(
     total = sum(float(gradient.abs().sum()) for gradient in gradients.values())
     if not (math.isfinite(total) and total > 0):
         raise InputError("the loss has no finite gradient in these directions; check the batches and their labels")
-    return gradients
-
-
-def _how_many(config: SpectralConfig, model: nn.Module, ranks: Mapping[str, int]) -> int:
-    if config.budget is None:
-        return sum(ranks.values())
-    total = count_parameters(model)
-    number = math.floor(config.budget * total)
-    if number < 1:
-        raise InputError(
-            f"budget={config.budget:g} of {total:,} parameters pays for no entry; pass budget>={1 / total:.2g}"
-        )
-    return number
+    return window, gradients
 
 
 def gradient_coverage(
@@ -311,6 +304,15 @@ def gradient_coverage(
 
     Diagonal, core, left and right, defined as for an update (`coverage_shares`), for k = 1, 2, 4, … and the k asked
     for. The gradients of all targets are in memory at once, as many numbers as their weights.
+
+    >>> import torch
+    >>> import spectralbasis as sb
+    >>> base = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
+    >>> batches, loss = [{"input": torch.randn(8, 6)}], lambda model, batch: model(**batch).square().mean()
+    >>> table = sb.gradient_coverage(base, batches, k=5, target_modules=["0"], loss=loss)
+    >>> left = table[(table.metric == "coverage_left") & (table.k == 5)]
+    >>> round(float(left.value.item()), 4)
+    1.0
 
     Args:
         model: the base, without adapters. It is not changed.
@@ -433,6 +435,14 @@ def curvature_basis(
     how far the pair is from a singular one, and `subspace_error_bound` is 1. One pass; the two matrices are all that
     is kept.
 
+    >>> import torch
+    >>> import spectralbasis as sb
+    >>> base = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
+    >>> batches, loss = [{"input": torch.randn(8, 6)}], lambda model, batch: model(**batch).square().mean()
+    >>> basis = sb.curvature_basis(base, batches, 3, target_modules=["0"], loss=loss)
+    >>> basis["0"].U.shape, basis["0"].Vh.shape
+    (torch.Size([5, 3]), torch.Size([3, 6]))
+
     Args:
         model: the base, without adapters. It is not changed.
         batches: its keyword arguments, labels among them; read once.
@@ -459,10 +469,11 @@ def curvature_basis(
             found[target.name] = _eigenvectors(target, covariances, leading)
         except ValueError as error:
             skipped[target.name] = str(error)
+    source = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     if not found:
         name, reason = next(iter(skipped.items()))
-        raise InputError(f"the gradients say nothing of any matrix; {name}: {reason}")
-    return SpectralBasis(found, kind=KIND, source=_source(model), leading=leading, skipped=skipped)
+        raise InputError(f"no matrix has directions from these gradients; {name}: {reason}")
+    return SpectralBasis(found, kind=KIND, source=source, leading=leading, skipped=skipped)
 
 
 def _eigenvectors(target: Target, covariances: Covariances, leading: Leading) -> Triplets:
@@ -494,7 +505,3 @@ def pair_directions(W: Tensor, U: Tensor, V: Tensor, *, solver: str) -> Triplets
         solver=solver,
         base_hash=matrix_hash(W),
     )
-
-
-def _source(model: nn.Module) -> str:
-    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__

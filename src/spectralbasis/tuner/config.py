@@ -1,26 +1,21 @@
-"""What a spectral adapter is asked to be, and what the model that it was made on resolved that to.
+"""What a spectral adapter is asked to be, and the record of what that is on one model.
 
-Making PEFT know the method "SPECTRAL"; done when this package and PEFT are imported, see `peft_import`.
-
-`peft.PeftModel.from_pretrained` can only open a spectral adapter after `import spectralbasis`.
-
-The model card that PEFT writes into an adapter folder.
-
-What a config records of each adapted matrix, so that its adapter means the same wherever it is opened.
+`SpectralConfig` is what a person asks for and what adapter_config.json holds. `MatrixRecord` is what an adapter records
+of one matrix, so that it means the same wherever it is opened.
 """
 
+import copy
 import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from annotated_types import Ge, Le
 from peft.config import PeftConfig
-from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 from typing_extensions import TypedDict
 
@@ -29,14 +24,16 @@ from spectralbasis.checkpoints.weight_files import inside
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path
 from spectralbasis.linalg import Leading, parse_leading
+from spectralbasis.peft_import import METHOD
 from spectralbasis.printable import warn
 from spectralbasis.records import Count, Finite, Positive, checked, read_json
 from spectralbasis.triplets import DEFAULT_TOLERANCE, check_tolerance
-from spectralbasis.tuner.factors import BASES, PROBES
-from spectralbasis.tuner.parametrisation import (
+from spectralbasis.tuner.factors import (
+    BASES,
     COEFFICIENTS,
     DEFAULT_SCALING,
     FORMS,
+    PROBES,
     SCALINGS,
     Parametrisation,
     numbers,
@@ -44,43 +41,13 @@ from spectralbasis.tuner.parametrisation import (
     unpack_positions,
 )
 
-METHOD = "SPECTRAL"
-
-
-def register(config_class: type, model_class: type) -> None:
-    """Enter the method into PEFT's registry; a second call changes nothing.
-
-    Args:
-        config_class: the `PeftConfig` of the method.
-        model_class: its `BaseTuner`, whose `prefix` starts the names of all trained parameters.
-    """
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    add_peft_type(METHOD)
-    if METHOD in PEFT_TYPE_TO_CONFIG_MAPPING:
-        return
-    register_peft_method(name=METHOD.lower(), config_cls=config_class, model_cls=model_class, is_mixed_compatible=False)
-
-
-def add_peft_type(name: str) -> None:
-    """Add a member to the enum `peft.PeftType`.
-
-    `register_peft_method` refuses names outside the enum, and PEFT calls `.value` on what it finds, so that a plain
-    string as key would not do. An enum has no public way to grow; these are the attributes that its constructor sets.
-    """
-    if name in PeftType.__members__:
-        return
-    member = str.__new__(PeftType, name)
-    member._name_ = name
-    member._value_ = name
-    member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType.__members__)
-    type.__setattr__(PeftType, name, member)
-    PeftType._member_names_.append(name)
-    PeftType._member_map_[name] = member
-    PeftType._value2member_map_[name] = member
-
-
+BIASES = ("none", "all", "spectral_only")
+BASIS_FILE = "basis.safetensors"
+"""The basis file that lies beside an adapter that was trained on one."""
+MOST_DIRECTIONS = 1 << 16
+"""Of one matrix at most: several times the smaller side of the largest there are."""
+Rank = Annotated[int, Ge(1), Le(MOST_DIRECTIONS)]
+"""The k of one matrix."""
 IMPORT_NOTE = """
 ## Loading this adapter
 
@@ -95,21 +62,26 @@ model = PeftModel.from_pretrained(base_model, adapter_folder)
 """
 
 
-def note_import(card: Path) -> None:
-    """Add to an existing model card, once, that the package must be imported before the adapter is loaded."""
-    if not card.is_file():
-        return
-    text = card.read_text(encoding="utf-8")
-    if IMPORT_NOTE.strip() not in text:
-        card.write_text(text.rstrip("\n") + "\n" + IMPORT_NOTE, encoding="utf-8")
+class MatrixRecord(NamedTuple):
+    """What an adapter records of one matrix.
+
+    Attributes:
+        base_hash: of the weight that the adapter was made on.
+        k: number of directions.
+        probes: numbers that depend on the directions, see `Factors.probe`.
+        scales: the σ of a scaling other than "absolute", k of them or one.
+        entries: of sparse coefficients, which entries are trained, see `pack_positions`.
+    """
+
+    base_hash: str
+    k: int
+    probes: list[float]
+    scales: list[float] | None = None
+    entries: str | None = None
 
 
 RECORD = ("base_hashes", "ranks", "probes", "scales", "entries")
-"""Fields of `SpectralConfig` that hold one value for each adapted matrix."""
-MOST_DIRECTIONS = 1 << 16
-"""Of one matrix at most: several times the smaller side of the largest there are."""
-Rank = Annotated[int, Ge(1), Le(MOST_DIRECTIONS)]
-"""The k of one matrix."""
+"""The fields of `SpectralConfig` that hold those of `MatrixRecord`, in this order, by matrix name."""
 
 
 class AdapterRecord(TypedDict, total=False):
@@ -164,68 +136,20 @@ def same_weights(ours: Mapping[str, str], theirs: Mapping[str, str]) -> dict[str
     }
 
 
-def renamed_record(record: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """The fields of `RECORD` with other names of matrices: `names` are those of the record → the new ones."""
-    return {
-        field: None if values is None else {names.get(name, name): value for name, value in values.items()}
-        for field, values in record.items()
-    }
-
-
-def check_record(record: Mapping[str, Any], *, scaling: str, coefficients: str) -> None:
-    """Check the fields of `RECORD`: all None, or one value for each matrix in all that these settings need.
-
-    Raises:
-        InputError: one is absent, superfluous, damaged, or of other matrices.
-    """
-    needed = ["base_hashes", "ranks", "probes"]
-    needed += ["scales"] * (scaling != "absolute") + ["entries"] * (coefficients == "sparse")
-    if all(field is None for field in record.values()):
-        return
-    if not _is_complete(record, needed, scaling):
-        raise InputError(
-            f"base_hashes, ranks and probes do not hold a hash, a k of 1 or more and {PROBES} numbers for each matrix, "
-            f"or scales and entries do not hold what scaling={scaling!r} and coefficients={coefficients!r} need; "
-            "restore adapter_config.json, or pass none of them"
-        )
-    for name, text in (record["entries"] or {}).items():
-        unpack_positions(text, record["ranks"][name])
-
-
-def _is_complete(record: Mapping[str, Any], needed: list[str], scaling: str) -> bool:
-    if any((record[field] is not None) != (field in needed) for field in RECORD):
-        return False
-    if not all(isinstance(record[field], dict) and record[field].keys() == record["ranks"].keys() for field in needed):
-        return False
-    ranks = record["ranks"]
-    valid: dict[str, Callable[[str, Any], bool]] = {
-        "base_hashes": lambda name, value: isinstance(value, str),
-        "ranks": lambda name, value: isinstance(value, int) and value >= 1,
-        "probes": lambda name, value: _is_numbers(value, PROBES),
-        "scales": lambda name, value: _is_numbers(value, ranks[name] if scaling == "relative" else 1),
-        "entries": lambda name, value: isinstance(value, str),
-    }
-    return all(valid[field](name, value) for field in needed for name, value in record[field].items())
-
-
-def _is_numbers(value: Any, count: int) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == count
-        and all(isinstance(number, float | int) and math.isfinite(number) for number in value)
-    )
-
-
-BIASES = ("none", "all", "spectral_only")
-BASIS_FILE = "basis.safetensors"
-"""The basis file that lies beside an adapter that was trained on one."""
-
-
 @dataclass
 class SpectralConfig(PeftConfig):
     """Configuration of the PEFT method "SPECTRAL": `ΔW = U_k C V_kᵀ`, of which only C is trained.
 
-    `import spectralbasis` before `PeftModel.from_pretrained` opens an adapter, or PEFT does not know the method.
+    `import spectralbasis` before `PeftModel.from_pretrained` opens an adapter, or PEFT does not know the method. An
+    adapter leaves the config that it is made with as it is: the model holds a complete one, in `model.peft_config`.
+
+    >>> import torch
+    >>> from peft import get_peft_model
+    >>> from spectralbasis import SpectralConfig
+    >>> base = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2))
+    >>> model = get_peft_model(base, SpectralConfig(target_modules=["0"], coefficients="core", leading=3))
+    >>> model.base_model.allocation().trained
+    9
 
     Attributes:
         target_modules: ends of module names, or one regular expression, or "all-linear"; None takes what PEFT's LoRA
@@ -259,12 +183,13 @@ class SpectralConfig(PeftConfig):
         basis_seed: of the "random" basis.
         tolerance: largest sine between computed and true singular subspaces.
         init_weights: False starts from random coefficients instead of zero, which is for tests.
-        base_hashes: matrix name → hash of the weight the adapter was made on. Set by the model. A config that is
-            built with hashes, as one read from an adapter folder is, only fits that base.
-        ranks: matrix name → k as resolved. Set by the model; given at construction, it wins over the other settings.
-        probes: matrix name → numbers that depend on the directions, see `Factors.probe`. Set by the model.
-        scales: matrix name → the σ of a scaling other than "absolute", k of them or one. Set by the model.
-        entries: matrix name → which entries are trained, see `pack_positions`. Set by `calibrate`.
+        base_hashes: matrix name → hash of the weight that the adapter was made on. The record of an adapter is this and
+            the four fields below. A model sets it; a config that is built with it, as one read from an adapter folder
+            is, fits that base alone.
+        ranks: matrix name → k.
+        probes: matrix name → numbers that depend on the directions, see `Factors.probe`.
+        scales: matrix name → the σ of a scaling other than "absolute", k of them or one.
+        entries: matrix name → which entries are trained, see `pack_positions`; set by `calibrate`.
 
     Raises:
         InputError: a value is none of those above, or both `leading` and `budget` are given.
@@ -298,12 +223,9 @@ class SpectralConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType(METHOD)
         self.basis = str(self.basis)
-        self.bound = self.base_hashes is not None
         if self.bound and self.ranks:
             self.rank_pattern = {}  # which the ranks were made of
-        # `target_parameters` as a model set them for what target_modules reach there, and as they were given.
-        self.reached: tuple[list[str], list[str] | None] | None = None
-        self.renamed: dict[str, str] = {}  # matrix name as it was recorded → as a model calls it
+        self.renamed: dict[str, str] = {}  # matrix name as an adapter's file has it → as a model calls it
         self.scaling = self.scaling or ("absolute" if self.bound else DEFAULT_SCALING)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -311,8 +233,55 @@ class SpectralConfig(PeftConfig):
         self._check_choices()
         self._check_size()
         self._check_layers()
-        record = {name: getattr(self, name) for name in RECORD}
-        check_record(record, scaling=self.scaling, coefficients=self.coefficients)
+        self._check_record()
+
+    @property
+    def bound(self) -> bool:
+        """Whether there is a record, so that the config fits one base alone."""
+        return self.base_hashes is not None
+
+    @property
+    def record(self) -> dict[str, MatrixRecord]:
+        """Matrix name → what is recorded of it; empty where there is no record."""
+        return {name: self.matrix(name) for name in self.ranks or {}}
+
+    def matrix(self, name: str) -> MatrixRecord:
+        """What is recorded of a matrix."""
+        fields: list[Any] = [None if (values := getattr(self, field)) is None else values[name] for field in RECORD]
+        return MatrixRecord(*fields)
+
+    def with_record(self, record: Mapping[str, MatrixRecord], **changes: Any) -> "SpectralConfig":
+        """A copy with another record, and with other values of the attributes in `changes`."""
+        fields = {
+            field: {name: one[i] for name, one in record.items() if one[i] is not None} or None
+            for i, field in enumerate(RECORD)
+        }
+        return self.changed(**fields, **changes)
+
+    def changed(self, **changes: Any) -> "SpectralConfig":
+        """A copy with other values of some attributes, which are taken as they are."""
+        made = copy.copy(self)
+        for name, value in changes.items():
+            setattr(made, name, value)
+        return made
+
+    def parametrisation(self, matrix: MatrixRecord) -> Parametrisation:
+        """What makes C of a matrix from its stored numbers."""
+        return parametrisation(
+            self.coefficients,
+            matrix.k,
+            bandwidth=self.bandwidth,
+            positions=unpack_positions(matrix.entries, matrix.k) if matrix.entries else None,
+            scales=matrix.scales,
+        )
+
+    def stored_shape(self, matrix: MatrixRecord) -> tuple[int, ...]:
+        """Shape of the numbers that an adapter stores for a matrix, without making anything of that size."""
+        if self.coefficients in FORMS:
+            return FORMS[self.coefficients].shape(matrix.k)
+        if matrix.entries:
+            return (len(matrix.entries.split()),)
+        return (numbers(self.coefficients, matrix.k, self.bandwidth),)
 
     @classmethod
     def from_pretrained(
@@ -320,14 +289,22 @@ class SpectralConfig(PeftConfig):
     ) -> "SpectralConfig":
         """Read the configuration of an adapter, whose basis file lies in the adapter's folder.
 
-        Of a path that the configuration gives, its last part counts: what somebody wrote into an adapter chooses no
-        other file of this machine. To use one elsewhere, set `basis` on the result and give that as `config`.
+        Only the last part of a path in the configuration counts: what somebody wrote into an adapter chooses no other
+        file of this machine. To use one elsewhere, set `basis` on the result and give that as `config`.
 
         Raises:
             InputError: the basis file is a link out of the folder, or an adapter from a hub needs one.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        config.basis = _find_basis(config.basis, Path(pretrained_model_name_or_path) / (subfolder or ""))
+        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        if config.basis not in BASES:
+            name = Path(config.basis).name
+            if not folder.is_dir():
+                raise InputError(
+                    f"the adapter {folder} needs the basis file {name}; download the adapter's folder, "
+                    "put the file there and load the adapter from that folder"
+                )
+            config.basis = str(inside(folder, name))
         return config
 
     @classmethod
@@ -344,40 +321,18 @@ class SpectralConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json with the basis file beside it, and say in a model card what to import."""
-        given = self.basis
-        if given not in BASES:
-            self.basis = self._keep_basis(Path(save_directory))
-        try:
-            super().save_pretrained(save_directory, **kwargs)
-        finally:
-            self.basis = given
-        note_import(Path(save_directory) / "README.md")
-
-    def _keep_basis(self, folder: Path) -> str:
-        """Put the basis file into an adapter's folder; returns its name there."""
-        try:
-            return place_basis(Path(self.basis), folder)
-        except InputError as error:  # what was trained must not be lost for it
-            warn(f"{error}; the adapter in {folder} needs it: put the file there as {BASIS_FILE}", stacklevel=3)
-            return BASIS_FILE
-
-    def parametrisation(self, name: str) -> Parametrisation:
-        """What makes C of a matrix from its stored numbers, once a model, or a file, has set the record of it."""
-        k = (self.ranks or {})[name]
-        return parametrisation(
-            self.coefficients,
-            k,
-            bandwidth=self.bandwidth,
-            positions=unpack_positions(self.entries[name], k) if self.entries else None,
-            scales=self.scales[name] if self.scales else None,
-        )
-
-    def stored_shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the numbers that an adapter stores for a matrix, without making anything of that size."""
-        k = (self.ranks or {})[name]
-        if self.coefficients in FORMS:
-            return FORMS[self.coefficients].shape(k)
-        return (len(self.entries[name].split()) if self.entries else numbers(self.coefficients, k, self.bandwidth),)
+        folder, saved = Path(save_directory), self
+        if self.basis not in BASES:
+            try:
+                place_basis(Path(self.basis), folder)
+            except InputError as error:  # what was trained must not be lost for it
+                warn(f"{error}; the adapter in {folder} needs it: put the file there as {BASIS_FILE}", stacklevel=2)
+            saved = self.changed(basis=BASIS_FILE)
+        super(SpectralConfig, saved).save_pretrained(save_directory, **kwargs)
+        card = folder / "README.md"
+        text = card.read_text(encoding="utf-8") if card.is_file() else IMPORT_NOTE
+        if IMPORT_NOTE.strip() not in text:
+            card.write_text(text.rstrip("\n") + "\n" + IMPORT_NOTE, encoding="utf-8")
 
     def _check_choices(self) -> None:
         for name, choices in (("coefficients", COEFFICIENTS), ("scaling", SCALINGS), ("bias", BIASES)):
@@ -387,16 +342,16 @@ class SpectralConfig(PeftConfig):
 
     def _check_size(self) -> None:
         if self.leading is not None and self.budget is not None and self.coefficients != "sparse":
-            raise InputError(f"leading={self.leading!r} and budget={self.budget!r} both choose k; pass one of them")
+            raise InputError(f"leading={self.leading!r} and budget={self.budget!r} both set k; pass one of them")
         if self.leading is not None:
             self.leading = parse_leading(self.leading)
         if self.budget is not None and not (isinstance(self.budget, int | float) and 0 < self.budget <= 1):
-            raise InputError(f"budget={self.budget!r} is no fraction of the parameters; pass a number such as 0.002")
+            raise InputError(f"budget must be above 0 and at most 1, got {self.budget!r}; pass a number such as 0.002")
         if not isinstance(self.bandwidth, int) or self.bandwidth < 0:
-            raise InputError(f"bandwidth={self.bandwidth!r} is no distance from the diagonal; pass a whole number >= 0")
+            raise InputError(f"bandwidth must be a whole number of at least 0, got {self.bandwidth!r}")
         for pattern, k in self.rank_pattern.items():
             if not isinstance(k, int) or k < 1:
-                raise InputError(f"rank_pattern {pattern!r}: k={k!r} is no number of directions; pass a whole number")
+                raise InputError(f"rank_pattern {pattern!r} must be a whole number of at least 1, got {k!r}")
         check_tolerance(self.tolerance)
 
     def _check_layers(self) -> None:
@@ -408,6 +363,61 @@ class SpectralConfig(PeftConfig):
                 )
         if self.layers_pattern and self.layers_to_transform is None:
             raise InputError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, such as [0, 1]")
+
+    def _check_record(self) -> None:
+        """Raise InputError unless there is no record, or one that is whole: what these settings need, by matrix."""
+        record = {field: getattr(self, field) for field in RECORD}
+        given = {field: values for field, values in record.items() if values is not None}
+        if not given:
+            return
+        needed = {"base_hashes", "ranks", "probes"}
+        needed |= {"scales"} if self.scaling != "absolute" else set()
+        needed |= {"entries"} if self.coefficients == "sparse" else set()
+        names = given["ranks"].keys() if isinstance(self.ranks, dict) else set()
+        if (
+            given.keys() != needed
+            or not all(isinstance(values, dict) and values.keys() == names for values in given.values())
+            or not all(self._is_whole(self.matrix(name)) for name in names)
+        ):
+            raise InputError(
+                f"base_hashes, ranks and probes do not hold a hash, a k of 1 or more and {PROBES} numbers for each "
+                f"matrix, or scales and entries do not hold what scaling={self.scaling!r} and "
+                f"coefficients={self.coefficients!r} need; restore adapter_config.json, or pass none of them"
+            )
+        for name, text in (self.entries or {}).items():
+            unpack_positions(text, given["ranks"][name])
+
+    def _is_whole(self, matrix: MatrixRecord) -> bool:
+        return (
+            isinstance(matrix.base_hash, str)
+            and isinstance(matrix.k, int)
+            and matrix.k >= 1
+            and _is_numbers(matrix.probes, PROBES)
+            and (matrix.scales is None or _is_numbers(matrix.scales, matrix.k if self.scaling == "relative" else 1))
+            and (matrix.entries is None or isinstance(matrix.entries, str))
+        )
+
+
+def _is_numbers(value: Any, count: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == count
+        and all(isinstance(number, float | int) and math.isfinite(number) for number in value)
+    )
+
+
+def read_config(folder: Path) -> SpectralConfig:
+    """The config of the adapter in a folder.
+
+    Raises:
+        InputError: adapter_config.json is missing or damaged.
+    """
+    try:
+        return SpectralConfig.from_pretrained(str(folder))
+    except InputError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{folder}: adapter_config.json cannot be used ({error}); restore it") from error
 
 
 def place_basis(file: Path, folder: Path) -> str:
@@ -430,14 +440,3 @@ def place_basis(file: Path, folder: Path) -> str:
         with atomic_path(place) as temporary:
             shutil.copyfile(file, temporary)
     return BASIS_FILE
-
-
-def _find_basis(basis: str, folder: Path) -> str:
-    if basis in BASES:
-        return basis
-    if not folder.is_dir():
-        raise InputError(
-            f"the adapter {folder} needs the basis file {Path(basis).name}; download the adapter's folder, "
-            "put the file there and load the adapter from that folder"
-        )
-    return str(inside(folder, Path(basis).name))

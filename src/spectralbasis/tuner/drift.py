@@ -18,8 +18,8 @@ from spectralbasis.checkpoints import matrix_name
 from spectralbasis.errors import InputError
 from spectralbasis.linalg import leading_svd, subspace_overlap
 from spectralbasis.triplets import Triplets, compute_triplets
-from spectralbasis.tuner.layer import Layers, SpectralLayer, to_matrix
-from spectralbasis.tuner.parameters import ParamWrapper, check_dense
+from spectralbasis.tuner.layer import Layers, SpectralLayer, check_dense, to_matrix
+from spectralbasis.tuner.parameters import ParamWrapper
 
 _AVERAGED = ("overlap_left", "overlap_right", "singular_values", "coefficients")
 
@@ -45,6 +45,11 @@ class SpectralDriftCallback(TrainerCallback):
     - `drift/singular_values`: `‖σ − σ⁰‖ / ‖σ⁰‖` of the leading k, averaged;
     - `drift/coefficients`, of spectral adapters: `‖C‖_F / ‖σ⁰‖`, averaged, the size of the update.
 
+    >>> from spectralbasis import SpectralDriftCallback
+    >>> callback = SpectralDriftCallback(leading=8, steps=50)  # for Trainer(callbacks=[callback])
+    >>> callback.steps
+    50
+
     Args:
         leading: k, the number of directions whose subspace is compared.
         steps: between two events.
@@ -61,7 +66,7 @@ class SpectralDriftCallback(TrainerCallback):
     ) -> None:
         for name, value in (("leading", leading), ("steps", steps), ("matrices", matrices)):
             if value < 1:
-                raise InputError(f"{name}={value} is no count; pass a whole number >= 1")
+                raise InputError(f"{name} must be a whole number of at least 1, got {value}")
         self.leading, self.steps, self.matrices = leading, steps, matrices
         self.basis = basis if basis is None or isinstance(basis, SpectralBasis) else SpectralBasis.load(str(basis))
         self._tracked: list[_Tracked] = []

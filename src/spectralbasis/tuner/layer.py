@@ -1,20 +1,11 @@
-"""What every layer with spectral coefficients shares: its adapters, merging, and the order of a forward pass.
+"""Layers with spectral coefficients: `SpectralLayer`, which holds adapters and merges them, and its three kinds.
 
-Quantized base layers: what PEFT knows of them, and their weights as dense tensors.
-
-The matrix that a layer's weight is: (m, n) with `output = input Wᵀ`, whatever the layout it is stored in.
-
-Mixed batches: one forward pass in which every row has its own adapter.
-
-Linear layers: the layer of nearly every adapter, with forward passes that keep little for the backward pass.
-
-Convolutions: V becomes k filters of the same kernel, stride and padding, and U a 1×1 convolution.
-
-Embedding tables: a looked-up row of `W + U C Vᵀ` is that of W plus the row of U, times `C Vᵀ`.
+`Linear` is the layer of nearly every adapter. In a `Convolution`, V is k filters of the same kernel, stride and
+padding, and U a 1×1 convolution. In an `Embedding`, a row of `W + U C Vᵀ` is that of W plus the row of U, times `C Vᵀ`.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -31,8 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from spectralbasis.errors import InputError
 from spectralbasis.printable import warn
 from spectralbasis.tuner.autograd import FactoredUpdate, LinearUpdate
-from spectralbasis.tuner.factors import Factors
-from spectralbasis.tuner.parametrisation import FORMS, Parametrisation
+from spectralbasis.tuner.factors import FORMS, Factors, Parametrisation
 
 
 def backend_of(layer: nn.Module, model: nn.Module | None = None) -> QuantizationBackend | None:
@@ -76,6 +66,9 @@ def _unknown_scheme() -> None:
 Convolutions = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Layers = nn.Linear | Conv1D | nn.Embedding | Convolutions
 """Layers whose weight is one matrix."""
+COEFFICIENTS_OF = ".spectral_coefficients"
+"""Stands, in the name of a stored tensor, between the module and what PEFT appends."""
+DENSE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def to_matrix(weight: Tensor, layer: nn.Module) -> Tensor:
@@ -87,12 +80,21 @@ def to_weight(matrix: Tensor, layer: nn.Module) -> Tensor:
     """The inverse of `to_matrix`: a matrix in the layout of the layer's weight."""
     if isinstance(layer, Conv1D):
         return matrix.T
-    return matrix.unflatten(1, kernel_shape(layer)) if isinstance(layer, Convolutions) else matrix
+    return matrix.unflatten(1, layer.weight.shape[1:]) if isinstance(layer, Convolutions) else matrix
 
 
-def kernel_shape(layer: Convolutions) -> tuple[int, ...]:
-    """What a row of a convolution's matrix is: (in, *kernel)."""
-    return tuple(layer.weight.shape[1:])
+def check_dense(key: str, weight: Tensor) -> None:
+    """Raise InputError unless a weight is at hand, whole and in a dtype that has singular vectors."""
+    if hasattr(weight, "full_tensor") or not weight.numel():
+        raise InputError(
+            f"{key} is sharded over processes, so its singular vectors cannot be found; add the adapter before the "
+            "model is sharded (FSDP: before prepare; DeepSpeed: ZeRO stage 2, as stage 3 shards while it loads)"
+        )
+    if weight.is_meta or weight.dtype not in DENSE_DTYPES:
+        raise InputError(
+            f"{key} has no dense weight here ({weight.dtype} on {weight.device}), so its singular vectors cannot be "
+            "found; load the base unquantized and not on the meta device"
+        )
 
 
 def add_row_updates(output: Tensor, x: Tensor, layer: "SpectralLayer", adapter_names: list[str]) -> Tensor:
@@ -107,31 +109,22 @@ def add_row_updates(output: Tensor, x: Tensor, layer: "SpectralLayer", adapter_n
         layer: whose adapters are meant.
         adapter_names: the adapter of each row.
     """
-    for factors, form, members in _groups(layer, adapter_names):
+    groups: dict[tuple[int, str], list[str]] = {}
+    for name in dict.fromkeys(adapter_names):
+        if name in layer.spectral_coefficients:
+            groups.setdefault((id(layer.factors(name)), layer.parametrisation(name).form), []).append(name)
+    for (_, form), members in groups.items():
+        factors = layer.factors(members[0])
         k = max(layer.parametrisation(name).k for name in members)
-        C = _stacked(layer, members, k)
+        # All padded to k directions, behind a zero entry for the rows of other adapters.
+        padded = [pad(C, [0, k - C.shape[-1]] * C.ndim) for C in (layer.terms(name)[0] for name in members)]
+        C = torch.stack([torch.zeros_like(padded[0]), *padded])
         position = {name: index for index, name in enumerate(members, start=1)}
         rows = torch.tensor([position.get(name, 0) for name in adapter_names], device=x.device)
         U, V = factors.first(k)
         update = layer.expand(layer.project(x, U, V), C[rows].to(V.dtype), U, V, form, output.shape)
         output = output + update.to(output.dtype)
     return output
-
-
-def _groups(layer: "SpectralLayer", adapter_names: list[str]) -> list[tuple[Factors, str, list[str]]]:
-    groups: dict[tuple[int, str], tuple[Factors, str, list[str]]] = {}
-    for name in dict.fromkeys(adapter_names):
-        if name in layer.spectral_coefficients:
-            factors, form = layer.factors(name), layer.parametrisation(name).form
-            groups.setdefault((id(factors), form), (factors, form, []))[2].append(name)
-    return list(groups.values())
-
-
-def _stacked(layer: "SpectralLayer", members: list[str], k: int) -> Tensor:
-    """Coefficients of the members behind a zero entry for rows of others, all padded to k directions."""
-    coefficients = [layer.terms(name)[0] for name in members]
-    padded = [pad(C, [0, k - C.shape[-1]] * C.ndim) for C in coefficients]
-    return torch.stack([torch.zeros_like(padded[0]), *padded])
 
 
 START_SCALE = 0.3
@@ -224,13 +217,6 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             layer = self.base_layer if self._original is None else self._original[0]
             return dequantized(layer, self.quantization_backend)
         return self.parameter.detach() if self._original is None else self._original
-
-    def held_factors(self, source: str, k: int) -> Factors | None:
-        """Factors of an adapter of this layer that serve k directions of the basis `source` too."""
-        for factors in cast(Iterable[Factors], self.spectral_factors.values()):
-            if factors.source == source and factors.k >= k:
-                return factors
-        return None
 
     def update_layer(
         self,

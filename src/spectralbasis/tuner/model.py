@@ -1,29 +1,35 @@
-"""The PEFT tuner: puts spectral coefficients into a model and manages its adapters.
-
-What the weighted sum of adapters is: a config of its own, and whether there is one.
-"""
+"""The PEFT tuner: puts spectral coefficients into a model, loads their numbers and adds adapters up."""
 
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from spectralbasis.checkpoints import matrix_name
 from spectralbasis.checkpoints.names import conversions_of, same_names
 from spectralbasis.errors import InputError
-from spectralbasis.tuner.config import RECORD, SpectralConfig
-from spectralbasis.tuner.layer import Convolution, Convolutions, Embedding, Linear, SpectralLayer, backend_of
+from spectralbasis.records import excludes
+from spectralbasis.tuner.config import MatrixRecord, SpectralConfig
+from spectralbasis.tuner.factors import pack_positions, unpack_positions
+from spectralbasis.tuner.layer import (
+    COEFFICIENTS_OF,
+    Convolution,
+    Convolutions,
+    Embedding,
+    Linear,
+    SpectralLayer,
+    backend_of,
+)
 from spectralbasis.tuner.parameters import ParamWrapper, Row
-from spectralbasis.tuner.parametrisation import pack_positions, unpack_positions
-from spectralbasis.tuner.preparation import Allocation, count_parameters, prepare
-from spectralbasis.tuner.targets import DEFAULT_TARGETS, all_targets, is_targeted, set_default_targets
+from spectralbasis.tuner.preparation import Allocation, Plan, plan_adapter
+from spectralbasis.tuner.targets import DEFAULT_TARGETS, count_parameters, is_targeted
 
 ALIKE = ("coefficients", "bandwidth", "scaling", "basis", "basis_seed")
 """Settings that adapters must share for their coefficients to be added."""
@@ -40,43 +46,31 @@ def combined_config(configs: Sequence[SpectralConfig], names: Sequence[str]) -> 
         InputError: they are not of one kind.
     """
     first = configs[0]
+    ranks: dict[str, int] = {}
+    for config in configs:
+        ranks |= config.ranks or {}
+    # Only sparse adapters may adapt different matrices.
+    alike = all(
+        one.ranks == first.ranks if first.coefficients != "sparse" else (one.ranks or {}).items() <= ranks.items()
+        for one in configs
+    )
     differing = [field for field in ALIKE if any(getattr(one, field) != getattr(first, field) for one in configs)]
-    if differing or not _have_equal_ranks(configs):
+    if differing or not alike:
         field = (*differing, "ranks")[0]
         raise InputError(f"adapters {', '.join(names)} differ in {field}, so their coefficients cannot be added")
-    changes: dict[str, Any] = {"inference_mode": True}
-    if first.coefficients == "sparse":
-        changes |= _united_record(configs)
-    return replace(first, **changes)
+    if first.coefficients != "sparse":
+        return replace(first).changed(inference_mode=True)
+    record: dict[str, MatrixRecord] = {}
+    for config in configs:
+        record |= config.record
+    for name, one in record.items():
+        packed = [config.entries[name] for config in configs if config.entries and name in config.entries]
+        positions = torch.cat([unpack_positions(text, one.k) for text in packed]).unique()
+        record[name] = one._replace(entries=pack_positions(positions))
+    modules: set[str] = set().union(*(config.target_modules or () for config in configs))
+    return replace(first, target_modules=modules).with_record(record, inference_mode=True)
 
 
-def _united_record(configs: Sequence[SpectralConfig]) -> dict[str, Any]:
-    """Settings of the sparse adapter that trains every entry that one of these does."""
-    record: dict[str, Any] = {
-        field: {name: value for config in configs for name, value in getattr(config, field).items()}
-        for field in RECORD
-        if getattr(configs[0], field) is not None
-    }
-    record["entries"] = {name: _united(configs, name, k) for name, k in record["ranks"].items()}
-    record["target_modules"] = set().union(*(config.target_modules or () for config in configs))
-    return record
-
-
-def _have_equal_ranks(configs: Sequence[SpectralConfig]) -> bool:
-    """Whether each matrix has one k; only sparse adapters may adapt different matrices."""
-    ranks = [config.ranks or {} for config in configs]
-    if configs[0].coefficients != "sparse":
-        return all(one == ranks[0] for one in ranks)
-    found = {pair for one in ranks for pair in one.items()}
-    return len(found) == len({name for name, _ in found})
-
-
-def _united(configs: Sequence[SpectralConfig], name: str, k: int) -> str:
-    packed = [(config.entries or {}).get(name) for config in configs]
-    return pack_positions(torch.cat([unpack_positions(one, k) for one in packed if one is not None]).unique())
-
-
-_MARK = ".spectral_coefficients"
 _WRAPPED = ("", "base_model.")
 """Where this model may be in the module that is made parallel: that module itself, or in a `PeftModel`."""
 _UNCOUNTED = (
@@ -91,11 +85,20 @@ class SpectralModel(BaseTuner):
     """A model whose linear layers train coefficients on fixed singular directions; made by `peft.get_peft_model`.
 
     PEFT's `convert_to_lora` works, through a decomposition of each dense ΔW.
+
+    >>> import torch
+    >>> from peft import get_peft_model
+    >>> from spectralbasis import SpectralConfig
+    >>> base = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2))
+    >>> model = get_peft_model(base, SpectralConfig(target_modules=["0"], leading=3)).base_model
+    >>> type(model).__name__, model.allocation().trained, model.allocation().total
+    ('SpectralModel', 3, 68)
     """
 
     prefix: str = "spectral_"
     tuner_layer_cls = SpectralLayer
     target_module_mapping = DEFAULT_TARGETS
+    _plan: Plan | None = None
 
     def allocation(self, adapter_name: str = "default") -> Allocation:
         """How many coefficients an adapter trains, and on how many parameters."""
@@ -130,10 +133,6 @@ class SpectralModel(BaseTuner):
             if adapter_name in layer.spectral_coefficients:
                 layer.set_weighted(adapter_name, adapters, weights)
 
-    @staticmethod
-    def _check_target_module_exists(config: SpectralConfig, key: str) -> Any:
-        return is_targeted(config, key)
-
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SpectralConfig, adapter_name: str, state_dict: dict[str, Tensor]
@@ -155,31 +154,39 @@ class SpectralModel(BaseTuner):
             if stored in found and _is_other_layout(found[stored], here[key], adapter_name)
         }
 
-    def _prepare_adapter_config(self, config: SpectralConfig, model_config: dict[str, Any]) -> SpectralConfig:
-        set_default_targets(config, model_config)
-        return config
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add the adapter of a config, which is replaced by a complete one and is itself not changed.
 
-    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's; without its warnings that patterns match no module, which do not count adapted parameters."""
-        with warnings.catch_warnings():
-            for message in _UNCOUNTED:
-                warnings.filterwarnings("ignore", message)
-            super().inject_adapter(*args, **kwargs)
-
-    def _check_parameters(self, config: SpectralConfig) -> None:
-        wanted = set(config.target_parameters or ())
+        PEFT's own method calls the three methods below for every module, with no room for anything but the config: the
+        plan is there while it runs, and not afterwards.
+        """
+        plan = plan_adapter(self.peft_config[adapter_name], model)
         for name, other in self.peft_config.items():
-            found = set(other.target_parameters or ())
-            if other is not config and wanted and found and wanted != found:
+            wanted, found = (set(one.target_parameters or ()) for one in (plan.config, other))
+            if name != adapter_name and wanted and found and wanted != found:
                 raise InputError(
                     f"target_parameters are {sorted(wanted)}, but {sorted(found)} in adapter {name!r} of this model; "
                     "adapters of one model that have them must have the same, or saved ones could be mistaken"
                 )
+        self.peft_config[adapter_name] = plan.config
+        self._plan = plan
+        try:
+            with warnings.catch_warnings():
+                for message in _UNCOUNTED:
+                    warnings.filterwarnings("ignore", message)
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            self._plan = None
 
-    def _prepare_model(self, config: SpectralConfig, model: nn.Module) -> None:
-        targets, self._stacks = all_targets(config, model)
-        self._check_parameters(config)
-        self._prepared = prepare(config, targets, count_parameters(model))
+    def _prepare_adapter_config(self, config: SpectralConfig, model_config: dict[str, Any]) -> SpectralConfig:
+        return config
+
+    def _check_target_module_exists(self, config: SpectralConfig, key: str) -> Any:
+        if self._plan is None:  # PEFT asks afterwards too, to show what was adapted
+            return is_targeted(config, key)
+        if key in self._plan.matrices and f"{key}.weight" not in self._plan.stacks:  # else a router, say
+            return True
+        return _ExcludedModule() if excludes(config, key) else False
 
     def _create_and_replace(
         self,
@@ -191,59 +198,49 @@ class SpectralModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if parameter_name is None and f"{current_key}.weight" in self._stacks:
-            return  # a router, say: its parameter is adapted in its place
-        prepared = self._take_prepared(config, target, current_key, parameter_name)
-        options = {**prepared, "init_weights": config.init_weights, "inference_mode": config.inference_mode}
+        options: dict[str, Any] = {"init_weights": config.init_weights, "inference_mode": config.inference_mode}
+        options |= self._prepared(config, current_key, parameter_name)
         if isinstance(target, SpectralLayer) and getattr(target, "parameter_name", None) == parameter_name:
             target.update_layer(adapter_name, **options)
             return
-        if parameter_name is None:
-            layer = self._new_layer(config, target, adapter_name, options)
+        base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        layer: SpectralLayer
+        if parameter_name is not None:
+            options["slices"] = cast(Plan, self._plan).stacks[current_key]
+            layer = ParamWrapper(target, adapter_name, parameter_name=parameter_name, **options)
+        elif isinstance(base, nn.Embedding | Convolutions):
+            kind = Embedding if isinstance(base, nn.Embedding) else Convolution
+            layer = kind(target, adapter_name, backend=backend_of(base, self.model), **options)
         else:
-            pieces = self._stacks[current_key]
-            layer = ParamWrapper(target, adapter_name, parameter_name=parameter_name, slices=pieces, **options)
+            options |= {"fan_in_fan_out": config.fan_in_fan_out, "backend": backend_of(base, self.model)}
+            layer = Linear(target, adapter_name, **options)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _prepared(self, config: SpectralConfig, key: str, parameter_name: str | None) -> dict[str, Any]:
+        """Factors and parametrisation of a module, or of all matrices in a parameter, as a layer takes them."""
+        plan = cast(Plan, self._plan)
+        if parameter_name is None:
+            if key not in plan.matrices:
+                raise InputError(f"{key} is not among target_modules={config.target_modules!r}; add it there")
+            return {"factors": plan.matrices[key].factors, "parametrisation": plan.matrices[key].parametrisation}
+        if key not in plan.stacks:
+            raise InputError(
+                f"{key} is not a parameter: it is computed from others at each use; remove what computes it first, "
+                "with torch.nn.utils.parametrize.remove_parametrizations"
+            )
+        keys = [one.key for one in plan.stacks[key] if one.key in plan.matrices]
+        return {
+            "factors": nn.ModuleList([plan.matrices[one].factors for one in keys]),
+            "parametrisation": Row(keys, [plan.matrices[one].parametrisation for one in keys]),
+        }
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, ParamWrapper) and not isinstance(new_module, ParamWrapper):
             setattr(parent, child_name, new_module)  # PEFT would hand on a weight, which such a module may not have
         else:
             super()._replace_module(parent, child_name, new_module, child)
-
-    def _take_prepared(
-        self, config: SpectralConfig, target: nn.Module, key: str, parameter_name: str | None
-    ) -> dict[str, Any]:
-        """Factors and parametrisation that were prepared for a module, or of all matrices in a parameter."""
-        if parameter_name is not None:
-            if key not in self._stacks:
-                raise InputError(
-                    f"{key} is no parameter: it is computed from others at each use; remove what computes it first, "
-                    "with torch.nn.utils.parametrize.remove_parametrizations"
-                )
-            keys = [one.key for one in self._stacks[key] if one.key in self._prepared]
-            parts = [self._prepared.pop(one) for one in keys]
-            return {
-                "factors": nn.ModuleList([part.factors for part in parts]),
-                "parametrisation": Row(keys, [part.parametrisation for part in parts]),
-            }
-        if key not in self._prepared:
-            raise InputError(f"{key} is not among target_modules={config.target_modules!r}; add it there")
-        prepared = self._prepared.pop(key)
-        return {"factors": prepared.factors, "parametrisation": prepared.parametrisation}
-
-    def _new_layer(
-        self, config: SpectralConfig, target: nn.Module, adapter_name: str, options: dict[str, Any]
-    ) -> SpectralLayer:
-        base = _innermost(target)
-        options["backend"] = backend_of(base, self.model)
-        if isinstance(base, nn.Embedding):
-            return Embedding(target, adapter_name, **options)
-        if isinstance(base, Convolutions):
-            return Convolution(target, adapter_name, **options)
-        return Linear(target, adapter_name, fan_in_fan_out=config.fan_in_fan_out, **options)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -285,12 +282,8 @@ def _spectral_layers(model: nn.Module) -> dict[str, SpectralLayer]:
     return {key: module for key, module in model.named_modules() if isinstance(module, SpectralLayer)}
 
 
-def _innermost(module: nn.Module) -> Any:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
 def _by_matrix_name(key: str, layers: dict[tuple[str, int], str]) -> str:
-    module, found, _ = key.partition(".spectral_coefficients")
+    module, found, _ = key.partition(COEFFICIENTS_OF)
     return layers.get(_name_in_layer(module), key) if found else key
 
 
@@ -298,16 +291,21 @@ def _by_canonical_name(
     model: nn.Module, config: SpectralConfig, adapter_name: str, found: dict[str, Tensor], held: dict[str, str]
 ) -> dict[str, Tensor]:
     """The numbers of matrices that have other names here; those of one stack are put together, in its order."""
-    strange = {matrix_name(key.partition(_MARK)[0]): key for key in found if _MARK in key and key not in held.values()}
+    here = set(held.values())
+    strange = {
+        matrix_name(key.partition(COEFFICIENTS_OF)[0]): key
+        for key in found
+        if COEFFICIENTS_OF in key and key not in here
+    }
     missing = {key: layer for key, layer in _spectral_layers(model).items() if held[key] not in found}
     rows = {key: _row_names(layer, key, adapter_name) for key, layer in missing.items()}
     if not strange or not rows:
         return found
     table = conversions_of(model)
-    here = [name for names in rows.values() for name in names]
-    same = {name: ours for name, ours in config.renamed.items() if name in strange and ours in here}
+    wanted = [name for names in rows.values() for name in names]
+    same = {name: ours for name, ours in config.renamed.items() if name in strange and ours in wanted}
     left = [name for name in strange if name not in same]
-    same |= same_names(left, [name for name in here if name not in same.values()], lambda: (table, table))
+    same |= same_names(left, [name for name in wanted if name not in same.values()], lambda: (table, table))
     partners = {ours: name for name, ours in same.items()}
     for key, names in rows.items():
         absent = [name for name in names if name not in partners]

@@ -4,24 +4,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spectralbasis.checkpoints import Adapter, AdapterMethod, Checkpoint, matrix_name, register_adapter_method
 from spectralbasis.checkpoints.adapters import Edit, adapted_name
 from spectralbasis.checkpoints.matrices import Cut
 from spectralbasis.checkpoints.names import conversions_of, part_number
 from spectralbasis.errors import InputError
+from spectralbasis.peft_import import METHOD
 from spectralbasis.triplets import matrix_hash
-from spectralbasis.tuner.config import METHOD, RECORD, SpectralConfig
-from spectralbasis.tuner.factors import names_in_basis
-from spectralbasis.tuner.parameters import DENSE_DTYPES, Target
-from spectralbasis.tuner.parametrisation import FORMS
-from spectralbasis.tuner.preparation import Preparation, prepare
+from spectralbasis.tuner.config import SpectralConfig, read_config
+from spectralbasis.tuner.factors import FORMS, names_in_basis
+from spectralbasis.tuner.layer import COEFFICIENTS_OF, DENSE_DTYPES
+from spectralbasis.tuner.preparation import Preparation, Target, prepare
 
-_COEFFICIENTS = ".spectral_coefficients"
+
+class UpdateFactors(NamedTuple):
+    """`ΔW = U C Vᵀ`: U (m, k), C (k, k) and V (n, k), m being the outputs, in float32 or wider.
+
+    `transposed` says whether the base stores the weight as (n, m).
+    """
+
+    U: Tensor
+    C: Tensor
+    V: Tensor
+    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,7 @@ class SpectralEdit:
     Attributes:
         tensors: the adapter's.
         coefficients: name of C among them.
-        config: the adapter's, with the hash, the rank and the probes of this matrix only.
+        config: the adapter's, with the record of this matrix only.
         matrix: name of the matrix in the config.
         span: where its numbers are in the stored tensor; None where they are all of it.
         basis_name: how the basis file calls the matrix; empty where it has the same name there.
@@ -43,6 +53,11 @@ class SpectralEdit:
     matrix: str
     span: tuple[int, int] | None = None
     basis_name: str = ""
+
+    @property
+    def module(self) -> str:
+        """The module, as the adapter's file names it."""
+        return adapted_name(self.coefficients).partition(COEFFICIENTS_OF)[0]
 
     def __call__(self, weight: Tensor) -> Tensor:
         """The tuned tensor in the layout of the base's, in float32 or wider.
@@ -60,21 +75,22 @@ class SpectralEdit:
 
     def transposed(self, weight: Tensor) -> bool:
         """Whether the weight is stored as (in, out), as Conv1D does, which only its hash tells for certain."""
-        expected = (self.config.base_hashes or {})[self.matrix]
+        expected = self.config.matrix(self.matrix).base_hash
         return weight.ndim == 2 and matrix_hash(weight) != expected and matrix_hash(weight.T) == expected
 
     def _tuned(self, W: Tensor) -> Tensor:
         C, U, V, form = self._terms(W)
         return W.to(C.dtype) + FORMS[form].left_factor(U, C) @ V.T
 
-    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """U (m, k), C (k, k) and V (n, k) of `ΔW = U C Vᵀ`, in float32 or wider, m being the outputs.
+    def factors(self, weight: Tensor) -> UpdateFactors:
+        """The factors of the update of this weight.
 
         Raises:
             BaseMismatchError: see `__call__`.
         """
-        C, U, V, form = self._terms(weight.T if self.transposed(weight) else weight.flatten(1))
-        return U, FORMS[form].left_factor(torch.eye(U.shape[1], dtype=U.dtype), C), V
+        transposed = self.transposed(weight)
+        C, U, V, form = self._terms(weight.T if transposed else weight.flatten(1))
+        return UpdateFactors(U, FORMS[form].left_factor(torch.eye(U.shape[1], dtype=U.dtype), C), V, transposed)
 
     def _terms(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor, str]:
         """C, U (m, k), V (n, k) and the form of C, all in float32 or wider."""
@@ -87,8 +103,9 @@ class SpectralEdit:
         return C, U.to(dtype), V.to(dtype), parametrisation.form
 
     def _prepare(self, W: Tensor) -> Preparation:
-        target = Target(self.matrix, self.matrix, nn.Module(), W, basis_name=self.basis_name)
-        return prepare(self.config, [target], W.numel())[self.matrix]
+        target = Target(self.matrix, self.matrix, W, basis_name=self.basis_name)
+        _, prepared = prepare(self.config, [target], W.numel())
+        return prepared[self.matrix]
 
 
 @dataclass(frozen=True)
@@ -132,11 +149,11 @@ def spectral_edits(adapter: Adapter) -> Mapping[str, Edit]:
         BaseMismatchError: the base is not the one that the adapter was trained on.
         InputError: the config is damaged, or does not fit the coefficients or the base.
     """
-    config = _config(adapter)
+    config = read_config(adapter.folder)
     edits: dict[str, SpectralEdit | StackEdit] = {}
     inside: dict[str, tuple[str, tuple[int, int] | None]] = {}
     for stored in adapter.tensors.names():
-        module, found, _ = adapted_name(stored).partition(_COEFFICIENTS)
+        module, found, _ = adapted_name(stored).partition(COEFFICIENTS_OF)
         if not found:
             continue
         tensor = adapter.find_base_tensor(f"{module}.weight")
@@ -179,25 +196,16 @@ def check_layers_alone(config: SpectralConfig, folder: Path) -> None:
         )
 
 
-def _config(adapter: Adapter) -> SpectralConfig:
-    try:
-        return SpectralConfig.from_pretrained(str(adapter.folder))
-    except InputError:
-        raise
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{adapter.folder}: adapter_config.json cannot be used ({error}); restore it") from error
-
-
 def _edit(adapter: Adapter, config: SpectralConfig, module: str, stored: str, tensor: str) -> SpectralEdit:
     name = module if module in (config.base_hashes or {}) else matrix_name(module)
     found = _edit_of(adapter, config, name, stored)
-    k, weight = (found.config.ranks or {})[name], adapter.base.shape(tensor)
+    k, weight = config.matrix(name).k, adapter.base.shape(tensor)
     if adapter.base.dtype(tensor) not in DENSE_DTYPES or len(weight) < 2 or k > min(weight[0], prod(weight[1:])):
         raise InputError(
             f"{adapter.folder}: {name} cannot have {k} singular directions in {adapter.base.source}, where it is "
             f"{'×'.join(map(str, weight))} of {adapter.base.dtype(tensor)}; give the base that it was trained on"
         )
-    shape, expected = adapter.tensors.shape(stored), found.config.stored_shape(name)
+    shape, expected = adapter.tensors.shape(stored), config.stored_shape(config.matrix(name))
     if shape not in (expected, (prod(expected),)):
         raise InputError(
             f"{adapter.folder}: {name} has coefficients of shape {shape}, but "
@@ -210,15 +218,20 @@ def _edit_of(
     adapter: Adapter, config: SpectralConfig, name: str, stored: str, span: tuple[int, int] | None = None
 ) -> SpectralEdit:
     """What is done to one matrix, with the record of this matrix only."""
-    record = {field: getattr(config, field) for field in RECORD if getattr(config, field) is not None}
     if name not in (config.base_hashes or {}):
         raise InputError(
             f"{adapter.folder}: adapter_config.json has no base_hashes, ranks and probes for {name}, so nothing tells "
             f"which weights the coefficients belong to; save the adapter again"
         )
-    own: dict[str, Any] = {field: {name: values[name]} for field, values in record.items()}
     others = names_in_basis(config.basis, [name], lambda: conversions_of(adapter.base.config))
-    return SpectralEdit(adapter.tensors, stored, replace(config, **own), name, span, others.get(name, ""))
+    return SpectralEdit(
+        adapter.tensors,
+        stored,
+        config.with_record({name: config.matrix(name)}),
+        name,
+        span,
+        others.get(name, ""),
+    )
 
 
 def _matrices(adapter: Adapter, config: SpectralConfig, module: str, stored: str) -> dict[str, tuple[int, int] | None]:
@@ -237,7 +250,7 @@ def _matrices(adapter: Adapter, config: SpectralConfig, module: str, stored: str
             groups.setdefault(parameter, {})[order] = name
     length = prod(adapter.tensors.shape(stored))
     rows = [[names[order] for order in sorted(names)] for names in groups.values()]
-    fitting = [row for row in rows if sum(prod(config.stored_shape(name)) for name in row) == length]
+    fitting = [row for row in rows if sum(prod(config.stored_shape(config.matrix(name))) for name in row) == length]
     if len(fitting) != 1:
         raise InputError(
             f"{adapter.folder}: {stored} holds {length} coefficients, and adapter_config.json does not tell of which "
@@ -246,7 +259,7 @@ def _matrices(adapter: Adapter, config: SpectralConfig, module: str, stored: str
     spans: dict[str, tuple[int, int] | None] = {}
     start = 0
     for name in fitting[0]:
-        stop = start + prod(config.stored_shape(name))
+        stop = start + prod(config.stored_shape(config.matrix(name)))
         spans[name] = start, stop
         start = stop
     return spans

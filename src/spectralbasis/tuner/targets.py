@@ -1,13 +1,9 @@
-"""Which modules, and which parameters of other modules, a config means.
+"""Which modules, and which parameters of other modules, a config means, and which of them can be adapted."""
 
-Layers whose weight a model's code reads without calling them, so that what stands in their place is not noticed.
-"""
-
-import copy
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
 from functools import cache
 from inspect import getsource
 from typing import Any, NamedTuple
@@ -24,29 +20,17 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 
-from spectralbasis.basis import SpectralBasis
 from spectralbasis.checkpoints import matrix_name
 from spectralbasis.checkpoints.matrices import is_expert_stack
-from spectralbasis.checkpoints.names import conversions_of, same_names
 from spectralbasis.errors import InputError
 from spectralbasis.printable import warn
 from spectralbasis.records import excludes, targets
-from spectralbasis.tuner.config import RECORD, SpectralConfig, renamed_record, same_weights
-from spectralbasis.tuner.factors import names_in_basis
-from spectralbasis.tuner.layer import Layers, SpectralLayer, backend_of
-from spectralbasis.tuner.parameters import (
-    Held,
-    Slice,
-    Target,
-    find_targets,
-    held_parameters,
-    parameter_targets,
-    slices,
-    unique_names,
-)
-from spectralbasis.tuner.preparation import count_parameters
+from spectralbasis.tuner.config import SpectralConfig
+from spectralbasis.tuner.layer import Convolutions, Layers, SpectralLayer, backend_of
+from spectralbasis.tuner.parameters import Held, held_parameters, slices
 
 # `self.NAME.ATTRIBUTE` where the values are used: no assignment, and no question for dtype, shape and the like.
 _READS = (
@@ -153,18 +137,20 @@ class Targeted(NamedTuple):
     """What a config means in one model.
 
     Attributes:
+        config: with what it names written out.
         modules: key → layer.
         parameters: key → keys of the matrices in this parameter of another module; see `parameters.slices`.
         former: key of such a matrix → the keys of the linear layers that it was in transformers 4.
     """
 
+    config: SpectralConfig
     modules: dict[str, nn.Module]
     parameters: dict[str, list[str]]
     former: dict[str, list[list[str]]]
 
 
 def targeted(config: SpectralConfig, model: nn.Module) -> Targeted:
-    """What is to be adapted; `target_modules` and `target_parameters` of the config become what they stand for.
+    """What is to be adapted, and the config with `target_modules` and `target_parameters` written out.
 
     transformers 5 keeps the experts of a mixture as stacked parameters and routers as modules of their own, where
     transformers 4 had linear layers. Both are found by the names that they had, through transformers' own table of
@@ -174,22 +160,24 @@ def targeted(config: SpectralConfig, model: nn.Module) -> Targeted:
         InputError: a module is one that PEFT refuses for LoRA, since its owner never calls it, or a weight is named
             twice.
     """
-    if config.reached is not None and not config.bound and config.target_parameters == config.reached[0]:
-        config.target_parameters = config.reached[1]  # a config that is used again means what it meant at first
+    config = config.changed()
     set_default_targets(config, BaseTuner.get_model_config(model))
     held = list(held_parameters(model))
     conversions = _conversions(model)
     former = {} if config.bound else former_modules(held, conversions)
-    everything = is_all_linear(config)
-    asked = _everything(config, former) if everything else config
+    wanted = config.target_modules
+    everything = isinstance(wanted, str) and wanted.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+    # "all-linear" as it would be written out for the layers that were there in transformers 4.
+    leaves = {key.rpartition(".")[2] for options in former.values() for keys in options for key in keys}
+    asked = config.changed(target_modules=leaves) if everything else config
     _maybe_include_all_linear_layers(config, model)
     if everything:
         leave_out_refused(config, model)
     modules = _modules(config, model)
     parameters = _parameters(config, asked, held, former, conversions)
-    for key in [key for key, module in modules.items() if not _is_layer(module)]:
+    for key in [key for key, module in modules.items() if not is_layer(module)]:
         # A router: its parameter is adapted, since it is no layer, or one that returns several tensors.
-        own = [one for one in held if one.key == f"{key}.weight" and _is_matrix(one)]
+        own = [one for one in held if one.key == f"{key}.weight" and is_matrix(one)]
         for one in own:
             parameters.setdefault(one.key, [piece.key for piece in slices(one)])
             del modules[key]
@@ -204,109 +192,25 @@ def targeted(config: SpectralConfig, model: nn.Module) -> Targeted:
     given = tuple(f".{name}" for name in config.target_parameters or ())
     if parameters.keys() != {one.key for one in held if f".{one.key}".endswith(given)}:
         rest = {one.key for one in held if one.key not in parameters}
-        found = sorted(_find_minimal_target_modules(list(parameters), sorted(rest)))
-        if not everything:
-            config.reached = found, config.target_parameters
-        config.target_parameters = found
+        config.target_parameters = sorted(_find_minimal_target_modules(list(parameters), sorted(rest)))
     if everything:
         _warn_of_frozen(model, asked, held, parameters, former)
-    return Targeted(modules, parameters, former)
-
-
-def align_record(config: SpectralConfig, model: nn.Module) -> None:
-    """Give the record of a config the names that its matrices have in this model.
-
-    An adapter that was made under another release of transformers, or on another class of model, records other names
-    of the same matrices. They are found by the table of the installed release, and by the hashes of the weights where
-    that knows nothing of them, as release 4 knows nothing of the names of release 5. Stacks of experts among them
-    become `target_parameters`.
-
-    Raises:
-        InputError: the adapter keeps in stacks what this model has one by one.
-    """
-    recorded = config.ranks or {}
-    stacks = [(one.key, piece.name) for one in held_parameters(model) if _is_matrix(one) for piece in slices(one)]
-    layers = unique_names([key for key, module in model.named_modules() if key and _is_layer(module)])
-    here = {*layers.values(), *(name for _, name in stacks)}
-    unknown = [name for name in recorded if name not in here]
-    if unknown:
-        table = conversions_of(model)
-        names = same_names(unknown, [name for name in here if name not in recorded], lambda: (table, table))
-        if len(names) < len(unknown):
-            names |= _same_weights(config, [name for name in unknown if name not in names], layers, model)
-        record = {field: getattr(config, field) for field in RECORD}
-        for field, values in renamed_record(record, names).items():
-            setattr(config, field, values)
-        config.renamed = names
-    given = tuple(f".{name}" for name in config.target_parameters or ())
-    ranks = config.ranks or {}
-    parameters = _kinds(key for key, name in stacks if name in ranks and not f".{key}".endswith(given))
-    if parameters:
-        config.target_parameters = sorted({*(config.target_parameters or ()), *parameters})
-
-
-def _same_weights(
-    config: SpectralConfig, unknown: Sequence[str], layers: Mapping[str, str], model: nn.Module
-) -> dict[str, str]:
-    """Recorded name → name here of the same weight, among layers that the record does not name."""
-    recorded, modules = config.base_hashes or {}, dict(model.named_modules())
-    found = {}
-    for key, name in layers.items():
-        if name not in recorded:
-            with suppress(InputError):  # what takes no adapter is none of those that were adapted
-                found[name] = find_targets({key: modules[key]})[0].hash
-    names = same_weights({name: recorded[name] for name in unknown}, found)
-    if names and config.target_parameters:
-        name = next(iter(names))
-        raise InputError(
-            f"the adapter keeps the coefficients of {name} in a stack of experts, target_parameters="
-            f"{sorted(config.target_parameters)}, and this model has that matrix as a layer, {names[name]}; load it "
-            "under the release of transformers that it was made with, or merge it there: spectralbasis export ADAPTER "
-            "--to merged"
-        )
-    return names
-
-
-def all_targets(config: SpectralConfig, model: nn.Module) -> tuple[list[Target], dict[str, list[Slice]]]:
-    """The matrices that a config means, with their original weights; the config is changed as `targeted` says.
-
-    Returns:
-        The matrices, and for each parameter among what is adapted all matrices in it.
-
-    Raises:
-        InputError: one has no matrix that coefficients can be put on.
-    """
-    if config.bound:
-        align_record(config, model)
-    modules, parameters, former = targeted(config, model)
-    stacked = [
-        replace(target, also=(*target.also, *(key for keys in former.get(target.key, ()) for key in keys)))
-        for target in parameter_targets(model, parameters)
-    ]
-    stacks = {one.key: slices(one) for one in held_parameters(model) if one.key in parameters}
-    return named_in_basis([*find_targets(modules, config.basis), *stacked], config.basis, model), stacks
-
-
-def named_in_basis(targets: Sequence[Target], basis: str | SpectralBasis, model: nn.Module) -> list[Target]:
-    """The targets with the names that a basis file has for them; see `factors.names_in_basis`."""
-    others = names_in_basis(basis, [target.name for target in targets], lambda: conversions_of(model))
-    return [replace(target, basis_name=others.get(target.name, "")) for target in targets]
+    return Targeted(config, modules, parameters, former)
 
 
 def targeted_modules(config: SpectralConfig, model: nn.Module) -> dict[str, nn.Module]:
-    """Key → module of the layers that are to be adapted, for what takes layers alone; it warns of what it leaves out.
+    """Key → module of the layers that are to be adapted, for what takes layers alone.
 
-    `config.target_modules` becomes the list that it stands for.
+    A warning names the parameters that are left out.
     """
-    modules, parameters, _ = targeted(config, model)
-    if parameters:
-        config.target_parameters = None
+    found = targeted(config, model)
+    if found.parameters:
         warn(
-            f"{_list(_kinds(parameters))} of {type(model).__name__} are parameters of no layer and are left out here: "
-            "what passes them cannot be observed",
+            f"{', '.join(kinds_of(found.parameters))} of {type(model).__name__} are parameters of no layer and are "
+            "left out here: what passes them cannot be observed",
             stacklevel=3,
         )
-    return modules
+    return found.modules
 
 
 def set_default_targets(config: SpectralConfig, model_config: dict[str, Any]) -> None:
@@ -328,11 +232,6 @@ def _meant(config: SpectralConfig, key: str) -> Any:
     return _ExcludedModule() if excludes(config, key) else targets(config, key)
 
 
-def is_all_linear(config: SpectralConfig) -> bool:
-    """Whether `target_modules` is PEFT's word for all linear layers."""
-    return isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
-
-
 def former_modules(held: Sequence[Held], conversions: Sequence[Any]) -> dict[str, list[list[str]]]:
     """Matrix in a parameter → the linear layers that transformers 4 had instead, each with the keys that it may have.
 
@@ -348,19 +247,11 @@ def former_modules(held: Sequence[Held], conversions: Sequence[Any]) -> dict[str
         options = list(_sources(one, conversions))
         pieces = slices(one) if options else []
         for piece in pieces:
-            own = options if len(options) != _parts(pieces) else [options[piece.number]]
+            own = options if len(options) != len({one.number for one in pieces}) else [options[piece.number]]
             found[piece.key] = [_renamed(source.replace("*", str(piece.expert)), conversions) for source in own]
     for router in _routers(held, found):
         found[router.key.removesuffix(".weight")] = [_renamed(router.key, conversions)]
     return found
-
-
-def _everything(config: SpectralConfig, former: Mapping[str, list[list[str]]]) -> SpectralConfig:
-    """The config as it would be if "all-linear" were written out for these former layers."""
-    leaves = {key.rpartition(".")[2] for options in former.values() for keys in options for key in keys}
-    written = copy.copy(config)
-    written.target_modules = leaves
-    return written
 
 
 def _modules(config: SpectralConfig, model: nn.Module) -> dict[str, nn.Module]:
@@ -390,7 +281,7 @@ def _parameters(
             known = [piece.key for piece in pieces if piece.name in ranks]
             found[one.key] = known if config.bound and known else [piece.key for piece in pieces]
             continue
-        if not _is_matrix(one) or asked.target_modules is None:
+        if not is_matrix(one) or asked.target_modules is None:
             continue
         reached = [piece.key for piece in slices(one) if _reaches(asked, one, keys, former.get(piece.key, ()))]
         if reached and not config.bound:
@@ -414,7 +305,7 @@ def _is_excluded(config: SpectralConfig, held: Held, keys: Iterable[str]) -> boo
     return any(excludes(config, key) for key in every)
 
 
-def _is_layer(module: nn.Module) -> bool:
+def is_layer(module: nn.Module) -> bool:
     layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     return backend_of(layer) is not None or (isinstance(layer, Layers) and not _is_router(layer))
 
@@ -430,16 +321,12 @@ def _is_router(layer: nn.Module) -> bool:
             return False
 
 
-def _is_matrix(held: Held) -> bool:
+def is_matrix(held: Held) -> bool:
     """Whether a parameter of a module that is no layer of torch is a matrix, or a stack of one for each expert."""
-    if type(held.module).__module__.startswith("torch.") or _is_layer(held.module):
+    if type(held.module).__module__.startswith("torch.") or is_layer(held.module):
         return False
     shape = tuple(held.parameter.shape)
     return (len(shape) == 2 and not held.attribute.endswith("bias")) or is_expert_stack(held.key, shape)
-
-
-def _parts(pieces: Sequence[Any]) -> int:
-    return len({piece.number for piece in pieces})
 
 
 def _conversions(model: nn.Module) -> list[Any]:
@@ -460,7 +347,8 @@ def _sources(held: Held, conversions: Sequence[Any]) -> Iterator[str]:
         target = conversion.target_patterns[0] if merges and len(conversion.target_patterns) == 1 else ""
         if target and held.parameter.ndim == 3 and held.key.endswith(target):
             prefix = held.key.removesuffix(target)
-            yield from (f"{prefix}{_literal(source)}" for source in conversion.source_patterns)
+            for source in conversion.source_patterns:
+                yield prefix + source.replace("\\", "").removeprefix("^")
             return
 
 
@@ -478,10 +366,6 @@ def _renamed(key: str, conversions: Sequence[Any]) -> list[str]:
     return list(dict.fromkeys(name.removesuffix(".weight") for name in names))
 
 
-def _literal(pattern: str) -> str:
-    return pattern.replace("\\", "").removeprefix("^")
-
-
 def _routers(held: Sequence[Held], found: Mapping[str, Any]) -> list[Held]:
     """Matrices of one row for each expert, in a module beside a stack that was linear layers."""
     sizes = {}
@@ -493,7 +377,7 @@ def _routers(held: Sequence[Held], found: Mapping[str, Any]) -> list[Held]:
         for one in held
         if one.key.endswith(".weight")
         and one.parameter.ndim == 2
-        and _is_matrix(one)
+        and is_matrix(one)
         and sizes.get(_grandparent(one.key)) == len(one.parameter)
     ]
 
@@ -507,9 +391,9 @@ def _warn_of_frozen(
 ) -> None:
     """Say which experts and routers stay as they are without being excluded, and what share of the model they are."""
     stacks = [one for one in held if is_expert_stack(one.key, one.parameter.shape) or "experts" in one.key.split(".")]
-    beside = {_grandparent(one.key) for one in stacks if _is_matrix(one)}
+    beside = {_grandparent(one.key) for one in stacks if is_matrix(one)}
     routers = [one for one in held if one.key.endswith(".weight") and _grandparent(one.key) in beside]
-    left = {one.key: one for one in [*stacks, *routers] if _is_matrix(one) and one.key not in parameters}
+    left = {one.key: one for one in [*stacks, *routers] if is_matrix(one) and one.key not in parameters}
     for key, one in list(left.items()):
         layers = (name for piece in slices(one) for names in former.get(piece.key, ()) for name in names)
         if _is_excluded(config, one, layers):
@@ -517,16 +401,16 @@ def _warn_of_frozen(
     if not left:
         return
     share = sum(one.parameter.numel() for one in left.values()) / count_parameters(model)
-    possible = _kinds(key for key in left if not reader_of(model, key))
+    possible = kinds_of(key for key in left if not reader_of(model, key))
     advice = f"to train them, pass target_parameters={possible} as well" if possible else "they cannot be adapted"
     warn(
-        f"target_modules='all-linear' leaves {_list(_kinds(left))} frozen, {share:.1%} of the parameters: they are no "
-        f"linear layers of {type(model).__name__}; {advice}",
+        f"target_modules='all-linear' leaves {', '.join(kinds_of(left))} frozen, {share:.1%} of the parameters: they "
+        f"are no linear layers of {type(model).__name__}; {advice}",
         stacklevel=4,
     )
 
 
-def _kinds(keys: Iterable[str]) -> list[str]:
+def kinds_of(keys: Iterable[str]) -> list[str]:
     """The last three components of names, once each, without the numbers of layers."""
     return sorted({".".join(part for part in key.split(".")[-3:] if not part.isdigit()) for key in keys})
 
@@ -536,5 +420,44 @@ def _grandparent(key: str) -> str:
     return key.rpartition(".")[0].rpartition(".")[0]
 
 
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names)
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of the model itself: no coefficients, and of retrained modules the original only."""
+    added = (".spectral_coefficients.", ".modules_to_save.")
+    return sum(_size(p) for name, p in model.named_parameters() if not any(part in f".{name}" for part in added))
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """Number of weights in a parameter; bitsandbytes packs two of 4 bits into a byte."""
+    quantized = getattr(parameter, "quant_state", None)
+    return parameter.numel() if quantized is None else math.prod(quantized.shape)
+
+
+def unique_names(keys: Sequence[str]) -> dict[str, str]:
+    """Stable matrix names; modules that would share one keep their full keys."""
+    names = {key: matrix_name(key) for key in keys}
+    count = Counter(names.values())
+    return {key: name if count[name] == 1 else key for key, name in names.items()}
+
+
+def check_layer(key: str, layer: nn.Module) -> None:
+    if not isinstance(layer, Layers):
+        raise InputError(
+            f"Target module {key} is not supported: it is {type(layer).__name__}, and spectral coefficients take "
+            "torch.nn.Linear, Conv1d, Conv2d, Conv3d and Embedding and transformers Conv1D; leave it out of "
+            "target_modules"
+        )
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        raise InputError(
+            f"{key} belongs to torch.nn.MultiheadAttention, which reads its weight and never calls it, so coefficients "
+            "there would change nothing; leave it out with exclude_modules"
+        )
+    if isinstance(layer, Convolutions) and layer.groups != 1:
+        raise InputError(
+            f"{key} is a convolution of {layer.groups} groups: each output sees a part of the input, so its weight is "
+            "no one matrix; leave it out with exclude_modules"
+        )
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        raise InputError(
+            f"{key} has max_norm={layer.max_norm:g}, with which looking up changes the table that the directions are "
+            "of; leave it out with exclude_modules"
+        )
