@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 import spectralbasis as sb
 from spectralbasis import execution
 from spectralbasis.comparison import distributing
-from spectralbasis.comparison.comparing import open_pairs
 from spectralbasis.comparison.distributing import affordable_workers
 from spectralbasis.comparison.measuring import MatrixTask, Settings
+from spectralbasis.comparison.pairing import open_pairs
 from tests.comparison.pairs import layered, random_updates
 from tests.execution import planted
 

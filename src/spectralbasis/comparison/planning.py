@@ -20,7 +20,6 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from spectralbasis.checkpoints import Matrix, logical_matrices, open_checkpoint
-from spectralbasis.comparison.comparing import Pairing, open_pairs
 from spectralbasis.comparison.measuring import (
     FLOAT32,
     PROCESS_MEMORY,
@@ -32,6 +31,7 @@ from spectralbasis.comparison.measuring import (
     working_memory,
 )
 from spectralbasis.comparison.nulls import Null, parse_null, scrambled
+from spectralbasis.comparison.pairing import Pairing, open_pairs
 from spectralbasis.comparison.sharing import UPDATE_DIRECTIONS
 from spectralbasis.errors import InputError
 from spectralbasis.execution import RayCluster, cores

@@ -37,7 +37,7 @@ from spectralbasis.version import library_versions
 if TYPE_CHECKING:
     import pandas as pd
 
-    from spectralbasis.comparison.comparing import Pairing
+    from spectralbasis.comparison.pairing import Pairing
 
 CEILING = 0.99
 """Above this null overlap, stability has next to no room to show in."""

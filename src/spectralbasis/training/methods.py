@@ -193,10 +193,12 @@ def bitfit(setup: Setup) -> "nn.Module":
 
 
 def subspace(setup: Setup) -> "nn.Module":
-    """A random subspace of all linear weights of the backbone; see `subspace.random_subspace`."""
-    from spectralbasis.training.subspace import random_subspace
+    """A random subspace of all linear weights of the backbone, and the head; see `subspace.add_random_subspace`."""
+    from spectralbasis.training.subspace import add_random_subspace
 
-    return random_subspace(setup)
+    model = train_head_and(setup, lambda name: False)
+    add_random_subspace(model, setup.loaded.head, setup.options.dimension or 1)
+    return model
 
 
 def everywhere(loaded: "LoadedModel") -> dict[str, Any]:
@@ -309,7 +311,8 @@ def bottleneck(kind: str) -> "Callable[[Setup], nn.Module]":
     def prepare(setup: Setup) -> "nn.Module":
         from spectralbasis.training.adapterhub import add_bottleneck
 
-        return add_bottleneck(kind, setup)
+        add_bottleneck(setup.loaded.model, kind, setup.options.rank or 1)
+        return _train_added(setup)
 
     return prepare
 
@@ -318,7 +321,14 @@ def adapterfusion(setup: Setup) -> "nn.Module":
     """Attention over adapters of other tasks; see `adapterhub.add_fusion`."""
     from spectralbasis.training.adapterhub import add_fusion
 
-    return add_fusion(setup)
+    add_fusion(setup.loaded.model, setup.options.sources, setup.folder)
+    return _train_added(setup)
+
+
+def _train_added(setup: Setup) -> "nn.Module":
+    """The setup's model, of which what another package made trainable is trained, and the head."""
+    added = {name for name, parameter in setup.loaded.model.named_parameters() if parameter.requires_grad}
+    return train_head_and(setup, added.__contains__)
 
 
 RANK = frozenset({"rank"})

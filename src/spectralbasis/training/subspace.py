@@ -1,5 +1,6 @@
 """A random subspace of all linear weights: how many dimensions does a task need?"""
 
+from collections.abc import Collection
 from typing import cast
 
 import torch
@@ -7,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from spectralbasis.errors import InputError
-from spectralbasis.training.methods import Setup, train_head_and
 from spectralbasis.tuner import SpectralConfig
 from spectralbasis.tuner.calibration import in_modules
 from spectralbasis.tuner.targets import targeted_modules
@@ -15,30 +15,32 @@ from spectralbasis.tuner.targets import targeted_modules
 SEED = 0
 
 
-def random_subspace(setup: Setup) -> nn.Module:
-    """`θ = θ0 + P z` over all linear layers of the backbone, and a head that is trained in full.
+def add_random_subspace(model: nn.Module, head: Collection[str], d: int) -> None:
+    """Train `θ = θ0 + P z` over all linear layers of the backbone.
 
     This is the subspace of intrinsic dimension (Li et al., arXiv 1804.08838), but P is a random sparse projection with
     one entry for each weight, of four bytes, where Aghajanyan et al. (arXiv 2012.13255) take the Fastfood transform.
 
+    Args:
+        model: changed in place.
+        head: names of the modules of its head, which stay as they are.
+        d: dimensions, from 1.
+
     Raises:
         InputError: there are more dimensions than weights.
     """
-    loaded, d = setup.loaded, setup.options.dimension or 1
-    config = SpectralConfig(target_modules="all-linear", modules_to_save=list(loaded.head))
-    targets = targeted_modules(config, loaded.model).items()
-    layers = [layer for key, layer in targets if not in_modules(f"{key}.", loaded.head)]
+    config = SpectralConfig(target_modules="all-linear", modules_to_save=list(head))
+    targets = targeted_modules(config, model).items()
+    layers = [layer for key, layer in targets if not in_modules(f"{key}.", head)]
     shapes = [cast(Tensor, layer.weight).shape for layer in layers]
     size = sum(shape.numel() for shape in shapes)
     if d > size:
         raise InputError(f"dimension={d} is more than the {size} weights of the linear layers; pass a smaller one")
-    train_head_and(setup, lambda name: False)
     coordinates = Coordinates(d)
     draws = torch.Generator().manual_seed(SEED)
     for layer, shape in zip(layers, shapes, strict=True):
         update = SubspaceUpdate(coordinates, shape, (d / size) ** 0.5, draws)
         parametrize.register_parametrization(layer, "weight", update)
-    return loaded.model
 
 
 class Coordinates(nn.Module):
