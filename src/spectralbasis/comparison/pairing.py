@@ -6,8 +6,7 @@ from math import prod
 from typing import Any
 
 from spectralbasis.checkpoints import Checkpoint, Matrix, match_matrices, matrix_name, open_checkpoint
-from spectralbasis.checkpoints.matching import Unpaired
-from spectralbasis.checkpoints.matrices import laid_out_as
+from spectralbasis.checkpoints.matching import Unpaired, laid_out_as
 from spectralbasis.checkpoints.names import short_labels
 from spectralbasis.errors import InputError
 
