@@ -23,4 +23,4 @@ class InputError(SpectralBasisError):
 
 
 class BaseMismatchError(SpectralBasisError):
-    """An adapter or a basis meets a base model whose weights are not those it was made from."""
+    """An adapter meets a base model whose weights are not those that it was made from."""

@@ -229,5 +229,5 @@ def test_a_further_format_may_be_one_that_is_refused_otherwise(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(12))
     with pytest.raises(InputError, match="a GGUF or GGML file, which is not read"):
         open_checkpoint(tmp_path / "model.gguf")
-    register_format(Format("GGUF", (".gguf",), read, start=rb"GGUF", certain=True))
+    register_format(Format("GGUF", (".gguf",), read, start=rb"GGUF"))
     assert open_checkpoint(tmp_path).names() == ("layer.weight",)

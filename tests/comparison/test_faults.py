@@ -76,5 +76,5 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(files, tmp_path):
 
 
 def test_no_workers_is_a_sentence(files):
-    with pytest.raises(sb.InputError, match="workers=0"):
+    with pytest.raises(sb.InputError, match="workers must be from 1 to 1024, got 0"):
         sb.compare(files[0], [files[1]], workers=0)

@@ -99,5 +99,5 @@ def test_a_null_travels_to_other_processes():
 
 @pytest.mark.parametrize("null", ["shuffled", HAAR])
 def test_what_cannot_be_drawn_is_refused_before_anything_is_measured(null):
-    with pytest.raises(InputError, match="pass one of scrambled, gaussian, or none for no draws"):
+    with pytest.raises(InputError, match="pass one of scrambled, gaussian, a Null, or None for no draws"):
         compare({}, [{}], null=null)

@@ -17,7 +17,7 @@ from tests.study import planted_experiment
 
 @pytest.fixture(autouse=True)
 def planted(monkeypatch):
-    for known in list(EXPERIMENTS):
+    for known in reversed(list(EXPERIMENTS)):
         monkeypatch.delitem(EXPERIMENTS, known)
     monkeypatch.setitem(EXPERIMENTS, "planted", planted_experiment.EXPERIMENT)
 

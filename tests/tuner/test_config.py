@@ -27,7 +27,7 @@ from spectralbasis.tuner import SpectralConfig
         ({"budget": 12}, "budget must be above 0 and at most 1, got 12"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern 'q' must be a whole number of at least 1, got 0"),
         ({"rank_pattern": {"q": 0.5}}, "rank_pattern 'q' must be a whole number of at least 1, got 0.5"),
-        ({"tolerance": 0}, "tolerance=0"),
+        ({"tolerance": 0}, "got 0; pass a number such as 1e-4"),
         ({"target_modules": "q", "layers_to_transform": [1]}, "layers_to_transform cannot be used"),
         ({"target_modules": "q", "layers_pattern": "h"}, "layers_pattern cannot be used with target_modules='q'"),
         ({"target_modules": ["q"], "layers_pattern": "h"}, "layers_pattern='h' needs layers_to_transform"),

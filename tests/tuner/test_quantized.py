@@ -15,6 +15,7 @@ from spectralbasis.checkpoints import open_checkpoint
 from spectralbasis.errors import BaseMismatchError, InputError
 from spectralbasis.triplets import matrix_hash
 from spectralbasis.tuner import SpectralConfig, SpectralLayer, layer
+from spectralbasis.tuner.layer import dequantized
 from tests.models import tiny
 
 X = torch.linspace(-3, 3, 5 * 64).reshape(5, 64).sin()
@@ -162,7 +163,7 @@ def test_a_merged_weight_is_quantized_again_and_comes_back_bit_by_bit(quantize):
     before, original = model(X), layer.original_weight.clone()
     wanted = original + layer.get_delta_weight("default")
     model.merge_adapter()
-    merged = layer.dequantized(layer.base_layer, layer.quantization_backend)
+    merged = dequantized(layer.base_layer, layer.quantization_backend)
     assert torch.linalg.norm(merged - wanted) < 0.15 * torch.linalg.norm(wanted)
     assert torch.linalg.norm(model(X) - before) < 0.3 * torch.linalg.norm(before - quantize()(X))
     assert torch.equal(layer.original_weight, original)

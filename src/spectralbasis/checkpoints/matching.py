@@ -54,7 +54,7 @@ class Matching:
         skipped: matrix → why it is in no pair.
         unpaired: what found no partner, or cannot be read, by groups. Embedding tables, heads and what `include` and
             `exclude` leave out are not counted.
-        share: of the model that the pairs make up: of both sides the smaller one, in (0, 1].
+        share: of the model that the pairs make up: of both sides the smaller one, in [0, 1].
     """
 
     pairs: list[tuple[Matrix, Matrix]]

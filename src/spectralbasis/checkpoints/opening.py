@@ -62,14 +62,12 @@ class Format:
         suffixes: of its files, with the dot; a folder's files are found by them too.
         read: opens a file without reading its tensors.
         start: regular expression of a file's first 16 bytes, by which it is known whatever its suffix; empty for none.
-        certain: whether no file of another format starts so; then `foreign.py` is not asked first.
     """
 
     name: str
     suffixes: tuple[str, ...]
     read: Read
     start: bytes = b""
-    certain: bool = False
 
     def starts(self, start: bytes) -> bool:
         """Whether a file that starts so may be of this format."""
@@ -86,17 +84,15 @@ def _read_safetensors(path: Path, source: str, config: Mapping[str, Any]) -> Che
 
 
 _START = 16
+_SAFETENSORS = Format("safetensors", (".safetensors",), _read_safetensors, SAFETENSORS_START.pattern)
 _TORCH = Format("torch.save", (".pt", ".pth", ".bin", ".ckpt", ".tar"), open_torch_file, rb"PK\x03\x04|\x80\x02")
-FORMATS: list[Format] = [
-    Format("safetensors", (".safetensors",), _read_safetensors, SAFETENSORS_START.pattern, certain=True),
-    Format("llama2.c", (".bin",), open_llama2c_file),
-    _TORCH,
-]
+_BUILT_IN = (_SAFETENSORS, Format("llama2.c", (".bin",), open_llama2c_file), _TORCH)
+FORMATS: list[Format] = list(_BUILT_IN)
 """What is read, in the order in which it is tried."""
 
 
 def register_format(form: Format) -> None:
-    """Make a format of files readable by `open_checkpoint`; it is tried before all others.
+    """Make a format of files readable by `open_checkpoint`; it is tried before all others, by its suffixes and start.
 
     Example:
         >>> import numpy, torch
@@ -105,7 +101,10 @@ def register_format(form: Format) -> None:
         ...     arrays = numpy.load(path, allow_pickle=False)
         ...     tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         ...     return TensorCheckpoint(tensors, source, config)
-        >>> register_format(Format("NumPy", (".npz",), read))  # doctest: +SKIP
+        >>> register_format(Format("NumPy", (".npz",), read))
+        >>> numpy.savez("weights.npz", **{"layer.weight": numpy.eye(2)})
+        >>> open_checkpoint("weights.npz").names()
+        ('layer.weight',)
     """
     FORMATS.insert(0, form)
 
@@ -228,10 +227,12 @@ def _open_file(path: Path, source: str, config: Mapping[str, Any], *, by_name: b
     """
     with path.open("rb") as file:
         start = file.read(_START)
-    certain = [form for form in FORMATS if form.certain and form.starts(start)]
-    if not certain:
+    fitting = [form for form in FORMATS if path.suffix in form.suffixes or form.starts(start)]
+    added = [form for form in fitting if form not in _BUILT_IN]
+    sure = added or [form for form in fitting if form is _SAFETENSORS and form.starts(start)]
+    if not sure:
         refuse_file(path, by_name)
-    for form in certain or [one for one in FORMATS if path.suffix in one.suffixes or one.starts(start)]:
+    for form in sure or fitting:
         if (found := form.read(path, source, config)) is not None:
             return found
     known = ", ".join(f"{form.name} ({', '.join(form.suffixes)})" for form in FORMATS)

@@ -1,8 +1,8 @@
 """Null models: updates as large as the real one whose alignment to the base is left to chance.
 
 A null is one record: how it is drawn, its closed forms, and the words for it in help, errors, the methods paragraph and
-on the page. To add one, append it to `NULLS`, or pass it to `compare(null=...)`. torch is imported only where it is
-used, so that `--help` can list the nulls without waiting for it.
+on the page. To add one, put it into the tuple that `NULLS` is made from, or pass it to `compare(null=...)`. torch is
+imported only where it is used, so that `--help` can list the nulls without it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -68,9 +68,14 @@ def parse_null(null: str | Null | None) -> Null | None:
     Raises:
         InputError: there is none of this name, or it cannot be drawn.
     """
+    if null is None:
+        return None
     found = NULLS.get(null) if isinstance(null, str) else null
-    if (found is None and null is not None) or (found is not None and found.draw is None):
-        raise InputError(f"null={str(null)!r} is unknown; pass one of {', '.join(NULLS)}, or none for no draws")
+    known = f"{', '.join(NULLS)}, a Null, or None for no draws (--null none)"
+    if not isinstance(found, Null):
+        raise InputError(f"null={null!r} is unknown; pass one of {known}")
+    if found.draw is None:
+        raise InputError(f"the null {found.name} has closed forms only and cannot be drawn; pass one of {known}")
     return found
 
 

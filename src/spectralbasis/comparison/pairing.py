@@ -22,7 +22,7 @@ class Pairing:
         partners: name → label → matrix of the finetuned checkpoint.
         skipped: name, with the label where there are several → why it is not measured.
         unpaired: label → groups of matrices, of either side, that have no partner or cannot be read.
-        shares: label → share of the model that the pairs make up, in (0, 1].
+        shares: label → share of the model that the pairs make up, in [0, 1].
         failed: label → name → why a pair could not be measured, as where it holds NaN.
     """
 

@@ -51,7 +51,7 @@ def study(
         data: folder with the data sets, each in a folder of its own.
         output: the folder of the study.
         jobs: runs side by side.
-        ray: see `Workers`.
+        ray: address of a Ray cluster; see `run_all`.
         retry: try again what failed.
         analyse_only: start no run; analyse those that are there.
         trust: build also on runs that another user or machine stored, and on exported rows; see `RunStore`.

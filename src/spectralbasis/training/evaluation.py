@@ -69,6 +69,7 @@ def evaluate(
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> from spectralbasis.training import tune
         >>> from spectralbasis.training.quickstart import save_untrained
         >>> folder = Path(tempfile.mkdtemp())

@@ -371,6 +371,7 @@ def register_method(method: Method) -> None:
     """Make a method known by its name, to `tune` and its `--method`; a known name is replaced.
 
     Example:
+        >>> from spectralbasis.training.methods import find_method, head
         >>> register_method(Method("last layer", "mine", head, None, 1e-2, writes="model"))
         >>> find_method("last layer").group
         'mine'

@@ -82,6 +82,7 @@ def load_model(
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> from spectralbasis.training import load_task
         >>> from spectralbasis.training.quickstart import save_untrained
         >>> folder = save_untrained(Path(tempfile.mkdtemp()) / "vit")

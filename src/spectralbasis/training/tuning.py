@@ -14,6 +14,7 @@ from spectralbasis.errors import InputError
 from spectralbasis.extras import require_extra
 from spectralbasis.files import atomic_folder, check_output
 from spectralbasis.linalg import Leading
+from spectralbasis.printable import shortened
 from spectralbasis.records import read_record
 from spectralbasis.training.evaluation import MAX_LENGTH, score_task
 from spectralbasis.training.fitting import TrainingSettings, fit
@@ -113,6 +114,7 @@ def tune(
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> from spectralbasis.training.quickstart import save_untrained
         >>> folder = Path(tempfile.mkdtemp())
         >>> base = save_untrained(folder / "vit")
@@ -226,6 +228,7 @@ def _check_meaning(model: PeftModel, folder: Path) -> None:
     for name in sorted(here.keys() & there.keys() - NO_MATTER, reverse=True):
         if here[name] != there[name]:
             raise InputError(
-                f"the numbers of {folder} mean something else here: its {name} differs; "
-                "tune it on the same model, with the same options and basis"
+                f"the numbers of {folder} mean something else here: its {name} is {shortened(str(there[name]), 60)}, "
+                f"and here it is {shortened(str(here[name]), 60)}; tune it on the same model, with the same options "
+                "and basis"
             )

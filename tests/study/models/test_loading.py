@@ -157,7 +157,9 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, sst2):
 
 
 def test_a_hub_id_that_cannot_be_loaded_is_said_to_be_one(sst2):
-    with pytest.raises(InputError, match="nobody/nothing is neither a file nor a folder here, and as a hub id"):
+    with pytest.raises(
+        InputError, match="nobody/nothing is neither a file nor a folder here, and it cannot be downloaded as a hub id"
+    ):
         load_model("nobody/nothing", sst2)
 
 
