@@ -96,16 +96,15 @@ FORMATS: list[Format] = [
 
 
 def register_format(form: Format) -> None:
-    """Make a format of files readable by `open_checkpoint`; it is tried before all others.
+    r"""Make a format of files readable by `open_checkpoint`; it is tried before all others.
 
-    Example:
+    Examples:
         >>> import numpy, torch
         >>> from spectralbasis.checkpoints.checkpoint import TensorCheckpoint
         >>> def read(path, source, config):
-        ...     arrays = numpy.load(path, allow_pickle=False)
-        ...     tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        ...     return TensorCheckpoint(tensors, source, config)
-        >>> register_format(Format("NumPy", (".npz",), read))  # doctest: +SKIP
+        ...     matrix = torch.from_numpy(numpy.load(path, allow_pickle=False))
+        ...     return TensorCheckpoint({"layer.weight": matrix}, source, config)
+        >>> register_format(Format("NumPy", (".npy",), read, rb"\x93NUMPY", certain=True))  # doctest: +SKIP
     """
     FORMATS.insert(0, form)
 
@@ -132,7 +131,7 @@ def open_checkpoint(source: Source, base: Source | None = None, *, partial: bool
             base, or is of a kind that is not read (see `foreign.py`), such as the state of an adapter that was not
             merged.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spectralbasis import open_checkpoint
         >>> checkpoint = open_checkpoint({"layer.0.weight": torch.eye(3), "layer.0.bias": torch.zeros(3)})
