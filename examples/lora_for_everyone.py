@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import spectralbasis as sb
-from spectralbasis.training import tune
 
 WITHOUT_US = """
 import sys
@@ -44,7 +43,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="a new folder for the results")
     arguments = parser.parse_args()
     spectral, lora, merged = (arguments.output / name for name in ("spectral", "lora", "merged"))
-    tuned = tune(
+    tuned = sb.tune(
         "minilm",
         task=arguments.task,
         data=arguments.data,

@@ -128,7 +128,7 @@ class SpectralBasis(Mapping[str, Triplets]):
         Raises:
             InputError: the checkpoint cannot be read, or not one matrix could be decomposed.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from spectralbasis import SpectralBasis
             >>> basis = SpectralBasis.compute({"0.dense.weight": torch.diag(torch.tensor([3.0, 2, 1]))}, leading=2)
@@ -202,7 +202,7 @@ class SpectralBasis(Mapping[str, Triplets]):
         Raises:
             InputError: it is missing, damaged, of another version, or not a basis file.
 
-        Example:
+        Examples:
             >>> import tempfile, torch
             >>> from spectralbasis import SpectralBasis
             >>> W = torch.diag(torch.tensor([3.0, 2.0, 1.0]))

@@ -48,7 +48,7 @@ def _is_installed(module: str) -> bool:
 def listed_by_group(entries: Iterable[tuple[str, str]]) -> str:
     """Pairs of a group and a name as a list for people.
 
-    Example:
+    Examples:
         >>> listed_by_group([("text", "RTE"), ("images", "mnist"), ("text", "CoLA")])
         'RTE, CoLA (text); mnist (images)'
     """

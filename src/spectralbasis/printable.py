@@ -31,7 +31,7 @@ def printable(text: object, *, lines: bool = False) -> str:
         text: what to show.
         lines: keep line breaks and tabs; for text that this package wrote itself.
 
-    Example:
+    Examples:
         >>> printable("layer\x1b[31m.weight")
         'layer\\x1b[31m.weight'
     """

@@ -122,7 +122,7 @@ def checked(content: object, schema: type[Schema], where: str, remedy: str = "re
     Raises:
         InputError: the content differs; the message names the first field that does, its value and what was expected.
 
-    Example:
+    Examples:
         >>> checked({"k": 3}, dict[str, int], "basis.json")
         {'k': 3}
         >>> checked({"k": "x"}, dict[str, int], "basis.json")

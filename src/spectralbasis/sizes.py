@@ -40,7 +40,7 @@ def parse_size(size: str | int) -> int:
     Raises:
         InputError: it is not a positive amount of memory.
 
-    Example:
+    Examples:
         >>> parse_size("1.5GiB"), parse_size("500 MB")
         (1610612736, 500000000)
     """

@@ -46,10 +46,11 @@ _LABELS = {2: ("gate", "up"), 3: ("query", "key", "value")}
 def matrix_name(tensor_name: str) -> str:
     """The stable name for a tensor or module: without `.weight`, wrappers and the prefix of a task head.
 
-    >>> matrix_name("bert.encoder.layer.0.output.dense.weight")
-    'encoder.layer.0.output.dense'
-    >>> matrix_name("model.language_model.layers.0.mlp.up_proj.weight")
-    'layers.0.mlp.up_proj'
+    Examples:
+        >>> matrix_name("bert.encoder.layer.0.output.dense.weight")
+        'encoder.layer.0.output.dense'
+        >>> matrix_name("model.language_model.layers.0.mlp.up_proj.weight")
+        'layers.0.mlp.up_proj'
     """
     parts = plain_name(tensor_name).split(".")
     while len(parts) > 1 and parts[0] in HEAD_PREFIXES:

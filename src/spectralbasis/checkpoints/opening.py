@@ -94,7 +94,7 @@ FORMATS: list[Format] = list(_BUILT_IN)
 def register_format(form: Format) -> None:
     """Make a format of files readable by `open_checkpoint`; it is tried before all others, by its suffixes and start.
 
-    Example:
+    Examples:
         >>> import numpy, torch
         >>> from spectralbasis.checkpoints.checkpoint import TensorCheckpoint
         >>> def read(path, source, config):
@@ -131,7 +131,7 @@ def open_checkpoint(source: Source, base: Source | None = None, *, partial: bool
             base, or is of a kind that is not read (see `foreign.py`), such as the state of an adapter that was not
             merged.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spectralbasis import open_checkpoint
         >>> checkpoint = open_checkpoint({"layer.0.weight": torch.eye(3), "layer.0.bias": torch.zeros(3)})

@@ -174,16 +174,17 @@ class CoefficientBank:
     passes, until `close`. Heads are linear layers; tasks of different label counts share a batch, in which the logits
     of labels that a row's task does not have are -inf.
 
-    >>> import copy, tempfile
-    >>> from pathlib import Path
-    >>> import peft, torch
-    >>> import spectralbasis as sb
-    >>> folder, base = Path(tempfile.mkdtemp()), torch.nn.Sequential(torch.nn.Linear(8, 6))
-    >>> config = sb.SpectralConfig(target_modules=["0"], leading=3, init_weights=False)
-    >>> peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(folder / "task")
-    >>> bank = sb.CoefficientBank.from_adapters(base.eval(), {"task": folder / "task"})
-    >>> bank(torch.randn(2, 8), tasks=["task", "task"]).shape
-    torch.Size([2, 6])
+    Examples:
+        >>> import copy, tempfile
+        >>> from pathlib import Path
+        >>> import peft, torch
+        >>> import spectralbasis as sb
+        >>> folder, base = Path(tempfile.mkdtemp()), torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> config = sb.SpectralConfig(target_modules=["0"], leading=3, init_weights=False)
+        >>> peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(folder / "task")
+        >>> bank = sb.CoefficientBank.from_adapters(base.eval(), {"task": folder / "task"})
+        >>> bank(torch.randn(2, 8), tasks=["task", "task"]).shape
+        torch.Size([2, 6])
     """
 
     def __init__(self, model: nn.Module, layout: BankLayout, rows: BankRows, tasks: Sequence[str]) -> None:

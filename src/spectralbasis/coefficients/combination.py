@@ -75,15 +75,16 @@ def combine(
     basis). Where the adapters store C differently, as sparse ones of different entries do, the result is a full core or
     diagonal.
 
-    >>> import copy, tempfile
-    >>> from pathlib import Path
-    >>> import peft, torch
-    >>> import spectralbasis as sb
-    >>> folder, base = Path(tempfile.mkdtemp()), torch.nn.Sequential(torch.nn.Linear(8, 6))
-    >>> config = sb.SpectralConfig(target_modules=["0"], leading=3, init_weights=False)
-    >>> peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(folder / "task")
-    >>> sb.combine([folder / "task"], weights=[0.5], output=folder / "half").matrices
-    1
+    Examples:
+        >>> import copy, tempfile
+        >>> from pathlib import Path
+        >>> import peft, torch
+        >>> import spectralbasis as sb
+        >>> folder, base = Path(tempfile.mkdtemp()), torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> config = sb.SpectralConfig(target_modules=["0"], leading=3, init_weights=False)
+        >>> peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(folder / "task")
+        >>> sb.combine([folder / "task"], weights=[0.5], output=folder / "half").matrices
+        1
 
     Args:
         adapters: folders of two or more adapters of the same matrices and ranks; of one to scale it.

@@ -158,15 +158,16 @@ def export_lora(
     PEFT's LoRA leaves out the dilation and the padding mode of a convolution: one that has them keeps its update in
     `export_merged` alone.
 
-    >>> import copy, tempfile
-    >>> from pathlib import Path
-    >>> import peft, torch
-    >>> import spectralbasis as sb
-    >>> folder, base = Path(tempfile.mkdtemp()), torch.nn.Sequential(torch.nn.Linear(8, 6))
-    >>> config = sb.SpectralConfig(target_modules=["0"], leading=3, init_weights=False)
-    >>> peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(folder / "task")
-    >>> sb.export_lora(folder / "task", folder / "lora", base=base).rank
-    3
+    Examples:
+        >>> import copy, tempfile
+        >>> from pathlib import Path
+        >>> import peft, torch
+        >>> import spectralbasis as sb
+        >>> folder, base = Path(tempfile.mkdtemp()), torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> config = sb.SpectralConfig(target_modules=["0"], leading=3, init_weights=False)
+        >>> peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(folder / "task")
+        >>> sb.export_lora(folder / "task", folder / "lora", base=base).rank
+        3
 
     Args:
         adapter: folder of a spectral adapter.

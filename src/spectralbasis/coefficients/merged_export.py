@@ -126,16 +126,17 @@ def export_merged(
     The folder takes its place after every tensor was read back and compared with what it should be, and after
     transformers, where it knows the architecture, has found every parameter in it.
 
-    >>> import copy, tempfile
-    >>> from pathlib import Path
-    >>> import peft, torch
-    >>> import spectralbasis as sb
-    >>> folder, base = Path(tempfile.mkdtemp()), torch.nn.Sequential(torch.nn.Linear(8, 6))
-    >>> config = sb.SpectralConfig(target_modules=["0"], leading=3, init_weights=False)
-    >>> peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(folder / "task")
-    >>> written = sb.export_merged(folder / "task", folder / "merged", base=base)
-    >>> written.tensors, written.changed, written.files
-    (2, 1, ['model.safetensors'])
+    Examples:
+        >>> import copy, tempfile
+        >>> from pathlib import Path
+        >>> import peft, torch
+        >>> import spectralbasis as sb
+        >>> folder, base = Path(tempfile.mkdtemp()), torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> config = sb.SpectralConfig(target_modules=["0"], leading=3, init_weights=False)
+        >>> peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(folder / "task")
+        >>> written = sb.export_merged(folder / "task", folder / "merged", base=base)
+        >>> written.tensors, written.changed, written.files
+        (2, 1, ['model.safetensors'])
 
     Args:
         adapter: folder of a spectral adapter.

@@ -85,17 +85,18 @@ def similarity(
     Trained coefficients are compared where all are spectral adapters. An adapter of fewer directions counts as zero in
     the others. Since U and V are orthonormal, `⟨U C_a Vᵀ, U C_b Vᵀ⟩ = ⟨C_a, C_b⟩`: the updates' cosine is the same.
 
-    >>> import copy, tempfile
-    >>> from pathlib import Path
-    >>> import peft, torch
-    >>> import spectralbasis as sb
-    >>> folder, base = Path(tempfile.mkdtemp()), torch.nn.Sequential(torch.nn.Linear(8, 6))
-    >>> config = sb.SpectralConfig(target_modules=["0"], leading=3, init_weights=False)
-    >>> peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(folder / "task")
-    >>> one = sb.combine([folder / "task"], weights=[-2], output=folder / "minus").output
-    >>> found = sb.similarity([folder / "task", one], of="coefficients")
-    >>> round(float(found.coefficients.loc["task", "minus"]), 4)
-    -1.0
+    Examples:
+        >>> import copy, tempfile
+        >>> from pathlib import Path
+        >>> import peft, torch
+        >>> import spectralbasis as sb
+        >>> folder, base = Path(tempfile.mkdtemp()), torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> config = sb.SpectralConfig(target_modules=["0"], leading=3, init_weights=False)
+        >>> peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(folder / "task")
+        >>> one = sb.combine([folder / "task"], weights=[-2], output=folder / "minus").output
+        >>> found = sb.similarity([folder / "task", one], of="coefficients")
+        >>> round(float(found.coefficients.loc["task", "minus"]), 4)
+        -1.0
 
     Args:
         checkpoints: two or more adapter folders, or full checkpoints: paths, hub ids, state dicts, modules.

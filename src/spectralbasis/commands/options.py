@@ -37,7 +37,9 @@ Exclude = Annotated[
 Ray = Annotated[
     str | None, typer.Option(metavar="auto|local|ADDRESS", help="Run on a Ray cluster. Default: on this machine.")
 ]
-Data = Annotated[Path | None, typer.Option(help="Folder of the task's files. Default: the task is read from the hub.")]
+Data = Annotated[
+    Path | None, typer.Option(help="Folder of the task's files. Default: the hub or scikit-learn, where they have it.")
+]
 
 
 @contextmanager

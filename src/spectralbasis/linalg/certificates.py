@@ -23,7 +23,7 @@ def triplet_residuals(A: MatrixLike, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor
         S: (k,) float64.
         Vh: (k, n) float64.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spectralbasis.linalg import triplet_residuals
         >>> E = torch.eye(2, dtype=torch.float64)
@@ -48,7 +48,7 @@ def subspace_error_bound(S: Tensor, residuals: Tensor, next_singular_value: floa
         next_singular_value: σ_{k+1}; 0 where there is none.
         shape: (m, n) of the matrix.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spectralbasis.linalg import subspace_error_bound
         >>> round(subspace_error_bound(torch.tensor([3.0, 2.0]), torch.tensor([0.0, 0.01]), 1.0, (5, 4)), 4)
@@ -106,7 +106,7 @@ def largest_value_outside(A: MatrixLike, Vh: Tensor) -> float:
         A: (m, n), any floating dtype.
         Vh: (k, n) float64, rows orthonormal; 0 where they span everything.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spectralbasis.linalg import largest_value_outside
         >>> E = torch.eye(3, dtype=torch.float64)
@@ -138,7 +138,7 @@ def values_of_singular_vectors(W: Tensor, U: Tensor, V: Tensor) -> Tensor | None
     Returns:
         None where a residual exceeds `LARGEST_RESIDUAL` of its singular value, or W has another dtype.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spectralbasis.linalg import values_of_singular_vectors
         >>> values_of_singular_vectors(torch.diag(torch.tensor([3.0, 1.0])), torch.eye(2), torch.eye(2))
@@ -159,7 +159,7 @@ def vector_error_bounds(S: Tensor, residuals: Tensor, next_singular_value: float
     The gap of a single direction is the distance of its singular value to the nearest other one, so that a direction
     inside a cluster of equal singular values gets 1: only the cluster's subspace means something.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spectralbasis.linalg import vector_error_bounds
         >>> vector_error_bounds(torch.tensor([3.0, 2.0]), torch.tensor([0.01, 0.01]), 2.0)
@@ -177,7 +177,7 @@ def wedin_bound(base_value: float, tuned_next_value: float, update_norm: float) 
 
     `‖ΔW‖₂ / (σ_k(W0) − σ_{k+1}(W1))`, at most 1; 1 says that the size forces nothing.
 
-    Example:
+    Examples:
         >>> from spectralbasis.linalg import wedin_bound
         >>> wedin_bound(base_value=3.0, tuned_next_value=1.0, update_norm=0.5)
         0.25

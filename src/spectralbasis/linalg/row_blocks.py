@@ -220,7 +220,7 @@ def inner_products(reads: Sequence[Callable[[], MatrixLike]]) -> Tensor:
     Args:
         reads: t functions, each of which gives its matrix anew; all are of one shape.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spectralbasis.linalg import inner_products
         >>> inner_products([lambda: torch.eye(2), lambda: torch.ones(2, 2)])
@@ -240,7 +240,7 @@ def inner_products(reads: Sequence[Callable[[], MatrixLike]]) -> Tensor:
 def gram_cosines(gram: Tensor) -> Tensor:
     """Cosines between matrices from their inner products, (t, t), in [-1, 1]; NaN beside a matrix of zeros.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spectralbasis.linalg import gram_cosines
         >>> gram_cosines(torch.tensor([[4.0, 2.0], [2.0, 4.0]]))

@@ -18,7 +18,7 @@ def subspace_overlap(U0: Tensor, U1: Tensor) -> float:
     Raises:
         ValueError: the shapes differ.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spectralbasis.linalg import subspace_overlap
         >>> E = torch.eye(3)
@@ -34,7 +34,7 @@ def cross_cosines(U0: Tensor, U1: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spectralbasis.linalg import cross_cosines
         >>> E = torch.eye(3)
@@ -53,7 +53,7 @@ def cross_cosines(U0: Tensor, U1: Tensor) -> Tensor:
 def overlaps_by_k(cosines: Tensor) -> Tensor:
     """The overlap of the first j vectors of both frames for j = 1..k, from their cross cosines (k, k); (k,), in [0, 1].
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spectralbasis.linalg import overlaps_by_k
         >>> overlaps_by_k(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
@@ -66,7 +66,7 @@ def overlaps_by_k(cosines: Tensor) -> Tensor:
 def haar_overlap(m: int, k: int) -> float:
     """Expected overlap of two independent uniformly random k-dimensional subspaces of an m-dimensional space.
 
-    Example:
+    Examples:
         >>> from spectralbasis.linalg import haar_overlap
         >>> haar_overlap(m=768, k=64)
         0.08333333333333333
@@ -80,7 +80,7 @@ def haar_overlap_std(m: int, k: int) -> float:
     From the second moments of a Haar-random projection (Collins & Matsumoto, J. Math. Phys. 50, 2009); at k = 1 the
     overlap is Beta(1/2, (m − 1)/2).
 
-    Example:
+    Examples:
         >>> from spectralbasis.linalg import haar_overlap_std
         >>> round(haar_overlap_std(m=768, k=64), 5)
         0.00169
@@ -97,7 +97,7 @@ def principal_angles(U0: Tensor, U1: Tensor) -> Tensor:
         U0: (m, k) with independent columns.
         U1: (m, k) with independent columns.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spectralbasis.linalg import principal_angles
         >>> E = torch.eye(3)
@@ -112,7 +112,7 @@ def principal_angles(U0: Tensor, U1: Tensor) -> Tensor:
 def matched_cosines(cosines: Tensor) -> Tensor:
     """`|u0_i · u1_i|` for each direction i, (k,), from the frames' cross cosines (k, k).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spectralbasis.linalg import matched_cosines
         >>> matched_cosines(torch.tensor([[-0.9, 0.1], [0.1, 0.8]]))
@@ -126,7 +126,7 @@ def assigned_cosines(cosines: Tensor) -> Tensor:
 
     Near-equal singular values swap places under the smallest change; the assignment undoes that.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spectralbasis.linalg import assigned_cosines
         >>> assigned_cosines(torch.tensor([[0.1, -0.9], [0.8, 0.1]]))

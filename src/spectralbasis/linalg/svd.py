@@ -38,7 +38,7 @@ class LeadingSVD:
         solver: "krylov", "gram" or "dense": what produced the triplets; "dense (gram missed the tolerance)" after a
             fallback; "krylov (row blocks)" or "gram (row blocks)" of a matrix that was never in memory as a whole.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spectralbasis.linalg import leading_svd
         >>> svd = leading_svd(torch.diag(torch.tensor([3.0, 2.0, 1.0])), k=2)
@@ -76,7 +76,7 @@ def leading_svd(A: MatrixLike, k: int, *, tolerance: float = 1e-4) -> LeadingSVD
     Raises:
         ValueError: `A` is not a finite matrix, or k is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spectralbasis.linalg import leading_svd
         >>> svd = leading_svd(torch.diag(torch.tensor([3.0, 2.0, 1.0])), k=2)
@@ -106,7 +106,7 @@ def leading_svd_and_values(A: MatrixLike, k: int, *, tolerance: float = 1e-4) ->
     Raises:
         ValueError: `A` is not a finite matrix, or k is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spectralbasis.linalg import leading_svd_and_values
         >>> svd, values = leading_svd_and_values(torch.diag(torch.tensor([3.0, 2.0, 1.0])), k=1)
@@ -136,7 +136,7 @@ def singular_values(A: MatrixLike) -> Tensor:
     Raises:
         ValueError: `A` is not a finite matrix.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spectralbasis.linalg import singular_values
         >>> singular_values(torch.tensor([[3.0, 0.0], [0.0, -4.0]]))
@@ -156,7 +156,7 @@ def trailing_vectors(A: Factor, k: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: `A` is not a finite matrix, k is out of range, or a row source would need the full decomposition.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spectralbasis.linalg import trailing_vectors
         >>> U, V = trailing_vectors(torch.diag(torch.tensor([3.0, 2.0, 1.0])), k=1)

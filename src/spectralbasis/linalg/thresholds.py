@@ -25,7 +25,7 @@ def parse_leading(text: Leading) -> Leading:
     Raises:
         InputError: it is none of a positive whole number, a fraction below 1, "auto", "mp" and "gd".
 
-    Example:
+    Examples:
         >>> from spectralbasis.linalg import parse_leading
         >>> parse_leading("64"), parse_leading("0.1"), parse_leading("MP")
         (64, 0.1, 'mp')
@@ -58,7 +58,7 @@ def resolve_leading(leading: Leading, W: MatrixLike) -> int:
     Raises:
         InputError: the setting is malformed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spectralbasis.linalg import resolve_leading
         >>> resolve_leading(0.5, torch.ones(6, 4)), resolve_leading(9, torch.ones(6, 4))
@@ -93,7 +93,7 @@ def marchenko_pastur_edge(S: Tensor, shape: tuple[int, int], scale: float | None
         scale: standard deviation of the noise's entries; None estimates it from the median singular value, which a
             few strong directions cannot move (Gavish & Donoho, 1305.5870, section III.E).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spectralbasis.linalg import marchenko_pastur_edge
         >>> marchenko_pastur_edge(torch.tensor([3.0, 2.0]), (4, 9), scale=1.0)
@@ -111,7 +111,7 @@ def gavish_donoho_threshold(S: Tensor, shape: tuple[int, int]) -> float:
         S: all singular values, (min(m, n),), descending.
         shape: (m, n).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spectralbasis.linalg import gavish_donoho_threshold
         >>> round(gavish_donoho_threshold(torch.tensor([9.0, 1.0, 1.0]), (3, 3)), 3)  # 2.858 times the median

@@ -29,7 +29,8 @@ class Claim:
         text: the claim as a sentence that could be false.
         verdict: one of `VERDICTS`.
         effect: what was observed, in `unit`; NaN where nothing was.
-        low, high: its 95 % interval.
+        low: lower end of its 95 % interval.
+        high: upper end of its 95 % interval.
         p_value: two-sided, against no effect.
         unit: of the effect, such as `accuracy` or `share of the update`.
         would_change: what would have to be observed for another verdict.

@@ -67,7 +67,7 @@ def evaluate(
         InputError: the model, the adapter or the data cannot be used, or the extra `tune` is not installed.
         BaseMismatchError: the adapter was trained on another base.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from spectralbasis.training import tune

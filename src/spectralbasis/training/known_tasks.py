@@ -38,7 +38,7 @@ def register_task(
         folder: of its data, below a folder that holds those of all tasks.
         hub: id of the data set on the Hugging Face hub that is taken where no folder is given.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> def load(data):
         ...     images, labels = np.eye(8)[None].repeat(4, 0), np.array([0, 1, 0, 1])
@@ -53,7 +53,7 @@ def register_task(
 def task_names() -> tuple[str, ...]:
     """The names that `load_task` knows.
 
-    Example:
+    Examples:
         >>> {"SST-2", "mnist", "digits"} <= set(task_names())
         True
     """
@@ -82,7 +82,7 @@ def load_task(name: str, data: Path | str | None = None) -> Task:
         InputError: the name is not known, the data are absent or not in the expected layout, or the extra `tune` is
             not installed.
 
-    Example:
+    Examples:
         >>> task = load_task("digits")
         >>> task.train.num_rows, task.headline
         (1347, 'accuracy')

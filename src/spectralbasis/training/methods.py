@@ -49,7 +49,7 @@ class MethodOptions:
     Raises:
         InputError: `rank`, `n_frequency` or `dimension` is out of range.
 
-    Example:
+    Examples:
         >>> MethodOptions(coefficients="core", budget=0.002).changed()
         ('coefficients', 'budget')
     """
@@ -111,7 +111,7 @@ class Method:
             parameters alone, for which `prepare` makes room again when they are read.
         callbacks: what training needs beside the optimizer, for a prepared model.
 
-    Example:
+    Examples:
         >>> METHODS["lora"].learning_rates(None, None)
         (0.001, 0.006)
     """
@@ -370,7 +370,7 @@ METHODS: dict[str, Method] = {method.name: method for method in _RECORDS}
 def register_method(method: Method) -> None:
     """Make a method known by its name, to `tune` and its `--method`; a known name is replaced.
 
-    Example:
+    Examples:
         >>> from spectralbasis.training.methods import find_method, head
         >>> register_method(Method("last layer", "mine", head, None, 1e-2, writes="model"))
         >>> find_method("last layer").group

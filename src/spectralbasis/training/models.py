@@ -80,7 +80,7 @@ def load_model(
         InputError: the model, its tokenizer or a stored head is absent or cannot be read, its kind does not suit the
             task, or `max_length` is more than it can read.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from spectralbasis.training import load_task
@@ -128,7 +128,7 @@ def resolve_source(source: str | Path) -> str:
     Raises:
         InputError: it is none of these.
 
-    Example:
+    Examples:
         >>> resolve_source("FacebookAI/roberta-base")
         'FacebookAI/roberta-base'
     """

@@ -72,7 +72,7 @@ def copy_tensors(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 class ParameterCounts:
     """How many numbers are trained in the backbone and in the head, and how many the adapted model has.
 
-    Example:
+    Examples:
         >>> ParameterCounts(backbone=20, head=5, model=1000).share_backbone
         0.02
     """
@@ -105,13 +105,21 @@ class TuneResult:
 
     Args:
         output: the folder that was written.
-        model, task, method: what was tuned to what, and how; `coefficients` is empty for methods without.
-        metric, score: the task's headline metric on its evaluation split; `metrics` are all of them.
+        model: what was tuned.
+        task: what it was tuned to.
+        method: how it was tuned.
+        coefficients: which entries were trained; empty for methods without coefficients.
+        metric: the task's headline metric.
+        score: that metric on the task's evaluation split.
+        metrics: all metrics of the task on that split.
         evaluation_split: what the scored examples are called.
         parameters: how many numbers were trained.
         adapter_bytes: size of the weights that were written: coefficients and head, or a whole checkpoint.
-        steps, seconds, seconds_per_step: optimizer steps, and how long they took.
-        seed, settings: of training, with the options of the method.
+        steps: number of optimizer steps.
+        seconds: how long they took.
+        seconds_per_step: `seconds` divided by `steps`.
+        seed: of training.
+        settings: of training, with the options of the method.
         versions: of Python and the libraries.
         precision: of the products in training, "float32" or "bf16".
         selection_metrics: on the task's selection split; None where it has none.
@@ -213,7 +221,7 @@ def write_tuning_table(folder: Path | str, results: Iterable[TuneResult], note: 
     Returns:
         The file.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> write_tuning_table(tempfile.mkdtemp(), []).name
         'tuning.json'

@@ -47,7 +47,7 @@ class Task:
         evaluation_split: what tables call the held-out examples.
         selection: further held-out examples, to choose settings by.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> images, labels = np.zeros((6, 8, 8), np.uint8), np.array([0, 1, 0, 1, 0, 1])
         >>> task = Task.from_arrays("dark", (images, labels), (images, labels))

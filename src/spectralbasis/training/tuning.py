@@ -89,8 +89,18 @@ def tune(
         output: folder of the whole model (methods `full` and `head`) or of the adapter (all others), with
             `tuning.json`, which says how it was made, how it scored and what it cost.
         method: a name in `METHODS`.
-        coefficients, bandwidth, scaling, basis, leading, budget, rank, alpha, n_frequency, dimension, sources: options
-            of methods, see `MethodOptions`; an option that the method does not read is refused.
+        coefficients: `diagonal`, `core`, `band` or `sparse`. This and the next ten are options of methods, as in
+            `MethodOptions`; an option that the method does not read is refused.
+        bandwidth: largest distance from the diagonal, for `band`.
+        scaling: unit of the coefficients: `absolute`, `relative` or `normalized`.
+        basis: `pretrained`, `random`, `minor`, `curvature`, or the path of a basis file.
+        leading: directions in each matrix, or the rule that sets them; not together with `budget`.
+        budget: share of the model's parameters to train.
+        rank: rank or width of what is added to each matrix or layer, from 1.
+        alpha: LoRA's scale.
+        n_frequency: numbers for each matrix, from 1 (FourierFT).
+        dimension: numbers for each matrix (TinyLoRA), or in all (a random subspace), from 1.
+        sources: folders of the adapters that AdapterFusion fuses.
         start: an adapter of the same method and size, from whose trained numbers in the backbone training starts.
         steps: optimizer steps, from 1; not together with `epochs`.
         epochs: passes over the training examples, above 0; three where neither is given.
@@ -112,7 +122,7 @@ def tune(
         InputError: the model, the task, the data, an option or the output folder cannot be used, training diverged, or
             the extra `tune` is not installed.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from spectralbasis.training.quickstart import save_untrained

@@ -47,13 +47,6 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The trainable parameters as groups for any torch optimizer, or for `Trainer(optimizers=(optimizer, None))`.
 
-    >>> import torch
-    >>> import spectralbasis as sb
-    >>> model = torch.nn.ModuleDict({"body": torch.nn.Linear(4, 4), "head": torch.nn.Linear(4, 2)})
-    >>> groups = sb.parameter_groups(model, learning_rate=0.01, head_learning_rate=0.001, head=["head"])
-    >>> [(len(group["params"]), group["lr"]) for group in groups]
-    [(2, 0.01), (2, 0.001)]
-
     Args:
         model: whose parameters are trained where they require a gradient.
         learning_rate: of everything outside of the head, such as spectral coefficients.
@@ -65,6 +58,14 @@ def parameter_groups(
 
     Raises:
         InputError: nothing is trainable.
+
+    Examples:
+        >>> import torch
+        >>> import spectralbasis as sb
+        >>> model = torch.nn.ModuleDict({"body": torch.nn.Linear(4, 4), "head": torch.nn.Linear(4, 2)})
+        >>> groups = sb.parameter_groups(model, learning_rate=0.01, head_learning_rate=0.001, head=["head"])
+        >>> [(len(group["params"]), group["lr"]) for group in groups]
+        [(2, 0.01), (2, 0.001)]
     """
     names = tuple(head)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -192,14 +193,15 @@ def calibrate(
     They are those of largest `|Uᵀ (∂L/∂W) V|`, the gradient of C at the base, among the k×k of every matrix, where
     `leading` and `rank_pattern` set k. Matrices of which none is picked are left out, and so are `modules_to_save`.
 
-    >>> import torch
-    >>> import spectralbasis as sb
-    >>> base = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
-    >>> batches, loss = [{"input": torch.randn(8, 6)}], lambda model, batch: model(**batch).square().mean()
-    >>> config = sb.SpectralConfig(target_modules=["0"], coefficients="sparse", leading=3)
-    >>> config = sb.calibrate(base, batches, config, loss=loss)
-    >>> len(config.entries["0"].split())
-    3
+    Examples:
+        >>> import torch
+        >>> import spectralbasis as sb
+        >>> base = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
+        >>> batches, loss = [{"input": torch.randn(8, 6)}], lambda model, batch: model(**batch).square().mean()
+        >>> config = sb.SpectralConfig(target_modules=["0"], coefficients="sparse", leading=3)
+        >>> config = sb.calibrate(base, batches, config, loss=loss)
+        >>> len(config.entries["0"].split())
+        3
 
     Args:
         model: the base, without adapters; with the head that is to be trained, if any. It is not changed.
@@ -305,14 +307,15 @@ def gradient_coverage(
     Diagonal, core, left and right, defined as for an update (`coverage_shares`), for k = 1, 2, 4, … and the k asked
     for. The gradients of all targets are in memory at once, as many numbers as their weights.
 
-    >>> import torch
-    >>> import spectralbasis as sb
-    >>> base = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
-    >>> batches, loss = [{"input": torch.randn(8, 6)}], lambda model, batch: model(**batch).square().mean()
-    >>> table = sb.gradient_coverage(base, batches, k=5, target_modules=["0"], loss=loss)
-    >>> left = table[(table.metric == "coverage_left") & (table.k == 5)]
-    >>> round(float(left.value.item()), 4)
-    1.0
+    Examples:
+        >>> import torch
+        >>> import spectralbasis as sb
+        >>> base = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
+        >>> batches, loss = [{"input": torch.randn(8, 6)}], lambda model, batch: model(**batch).square().mean()
+        >>> table = sb.gradient_coverage(base, batches, k=5, target_modules=["0"], loss=loss)
+        >>> left = table[(table.metric == "coverage_left") & (table.k == 5)]
+        >>> round(float(left.value.item()), 4)
+        1.0
 
     Args:
         model: the base, without adapters. It is not changed.
@@ -435,13 +438,14 @@ def curvature_basis(
     how far the pair is from a singular one, and `subspace_error_bound` is 1. One pass; the two matrices are all that
     is kept.
 
-    >>> import torch
-    >>> import spectralbasis as sb
-    >>> base = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
-    >>> batches, loss = [{"input": torch.randn(8, 6)}], lambda model, batch: model(**batch).square().mean()
-    >>> basis = sb.curvature_basis(base, batches, 3, target_modules=["0"], loss=loss)
-    >>> basis["0"].U.shape, basis["0"].Vh.shape
-    (torch.Size([5, 3]), torch.Size([3, 6]))
+    Examples:
+        >>> import torch
+        >>> import spectralbasis as sb
+        >>> base = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
+        >>> batches, loss = [{"input": torch.randn(8, 6)}], lambda model, batch: model(**batch).square().mean()
+        >>> basis = sb.curvature_basis(base, batches, 3, target_modules=["0"], loss=loss)
+        >>> basis["0"].U.shape, basis["0"].Vh.shape
+        (torch.Size([5, 3]), torch.Size([3, 6]))
 
     Args:
         model: the base, without adapters. It is not changed.

@@ -143,13 +143,14 @@ class SpectralConfig(PeftConfig):
     `import spectralbasis` before `PeftModel.from_pretrained` opens an adapter, or PEFT does not know the method. An
     adapter leaves the config that it is made with as it is: the model holds a complete one, in `model.peft_config`.
 
-    >>> import torch
-    >>> from peft import get_peft_model
-    >>> from spectralbasis import SpectralConfig
-    >>> base = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2))
-    >>> model = get_peft_model(base, SpectralConfig(target_modules=["0"], coefficients="core", leading=3))
-    >>> model.base_model.allocation().trained
-    9
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from spectralbasis import SpectralConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2))
+        >>> model = get_peft_model(base, SpectralConfig(target_modules=["0"], coefficients="core", leading=3))
+        >>> model.base_model.allocation().trained
+        9
 
     Attributes:
         target_modules: ends of module names, or one regular expression, or "all-linear"; None takes what PEFT's LoRA

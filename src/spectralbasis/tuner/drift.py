@@ -45,10 +45,11 @@ class SpectralDriftCallback(TrainerCallback):
     - `drift/singular_values`: `‖σ − σ⁰‖ / ‖σ⁰‖` of the leading k, averaged;
     - `drift/coefficients`, of spectral adapters: `‖C‖_F / ‖σ⁰‖`, averaged, the size of the update.
 
-    >>> from spectralbasis import SpectralDriftCallback
-    >>> callback = SpectralDriftCallback(leading=8, steps=50)  # for Trainer(callbacks=[callback])
-    >>> callback.steps
-    50
+    Examples:
+        >>> from spectralbasis import SpectralDriftCallback
+        >>> callback = SpectralDriftCallback(leading=8, steps=50)  # for Trainer(callbacks=[callback])
+        >>> callback.steps
+        50
 
     Args:
         leading: k, the number of directions whose subspace is compared.

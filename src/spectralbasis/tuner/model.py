@@ -86,13 +86,14 @@ class SpectralModel(BaseTuner):
 
     PEFT's `convert_to_lora` works, through a decomposition of each dense ΔW.
 
-    >>> import torch
-    >>> from peft import get_peft_model
-    >>> from spectralbasis import SpectralConfig
-    >>> base = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2))
-    >>> model = get_peft_model(base, SpectralConfig(target_modules=["0"], leading=3)).base_model
-    >>> type(model).__name__, model.allocation().trained, model.allocation().total
-    ('SpectralModel', 3, 68)
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from spectralbasis import SpectralConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2))
+        >>> model = get_peft_model(base, SpectralConfig(target_modules=["0"], leading=3)).base_model
+        >>> type(model).__name__, model.allocation().trained, model.allocation().total
+        ('SpectralModel', 3, 68)
     """
 
     prefix: str = "spectral_"
