@@ -41,8 +41,8 @@ from spectralbasis.linalg.thresholds import leading_by_shape
 from spectralbasis.sizes import format_size
 from spectralbasis.triplets import Triplets, compute_triplets_and_values, matrix_hash
 
-UNCHANGED = "the same in both: finetuning did not touch it"
-ROUNDED = "the same in both but for rounding"
+UNCHANGED = "the same in both: finetuning did not change it"
+ROUNDED = "the same in both apart from rounding"
 NullValues = dict[Key, list[float]]
 
 

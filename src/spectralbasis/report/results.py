@@ -297,7 +297,7 @@ def _read_rows(path: Path, columns: Sequence[str], metrics: Sequence[str]) -> pd
     if not path.exists():
         raise InputError(f"there is no {path}; {_again(path.parent)}")
     if not path.is_file():
-        raise InputError(f"{path} is no regular file; {_again(path.parent)}")
+        raise InputError(f"{path} is not a regular file; {_again(path.parent)}")
     try:
         # Batch by batch: read_table with a filter can hang on a damaged file.
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
