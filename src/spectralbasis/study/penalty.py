@@ -59,7 +59,9 @@ class UpdatePenalty(TrainerCallback):
         if part not in PARTS:
             raise InputError(f"part={part!r} is unknown; pass one of {', '.join(PARTS)}")
         if not strength >= 0 or leading < 1:
-            raise InputError(f"strength={strength}, leading={leading}; expected a strength from 0 and leading from 1")
+            raise InputError(
+                f"strength must be at least 0 and leading at least 1, got strength={strength} and leading={leading}"
+            )
         self.part, self.strength, self.leading = PARTS[part], strength, leading
         self._held: list[_Held] = []
 

@@ -91,8 +91,8 @@ class TextCollator:
         largest = int(batch["input_ids"].max()) if batch["input_ids"].numel() else 0
         if self.vocabulary is not None and largest >= self.vocabulary:
             raise InputError(
-                f"the tokenizer gives a token the number {largest}, and the model has {self.vocabulary} tokens; the "
-                "two are not of one model, so save them together again"
+                f"the tokenizer gives a token the number {largest}, and the model has {self.vocabulary} tokens; they "
+                "belong to different models, so save them together again"
             )
         return {**batch, "labels": _labels(rows, self.label_dtype)}
 

@@ -207,7 +207,7 @@ def tar_members(file: Path, largest: int = LARGEST) -> Iterator[tuple[str, bytes
                 total += max(member.size, 0)
                 _check_size(file, total)
                 if count >= MOST_MEMBERS:
-                    raise InputError(f"{file} has more than {MOST_MEMBERS:,} members, expected at most so many")
+                    raise InputError(f"{file} has more than {MOST_MEMBERS:,} members, expected at most that many")
                 content = archive.extractfile(member) if member.isfile() and member.size <= largest else None
                 if content is not None:
                     yield member.name, content.read()

@@ -31,7 +31,9 @@ def random_subspace(setup: Setup) -> nn.Module:
     shapes = [cast(Tensor, layer.weight).shape for layer in layers]
     size = sum(shape.numel() for shape in shapes)
     if d > size:
-        raise InputError(f"dimension={d} is more than the {size} weights of the linear layers; pass a smaller one")
+        raise InputError(
+            f"dimension={d} is larger than the number of weights of the linear layers, {size}; pass a smaller one"
+        )
     train_head_and(setup, lambda name: False)
     coordinates = Coordinates(d)
     draws = torch.Generator().manual_seed(SEED)

@@ -116,8 +116,8 @@ class Task:
         available = len(self.train)
         if not 1 <= examples <= available:
             raise InputError(
-                f"{examples} training examples were asked of {self.name}, which has {available}; "
-                f"pass a number from 1 to {available}, or none to use all"
+                f"{examples} training examples were requested of {self.name}, which has {available}; pass a number "
+                f"from 1 to {available}, or none to use all"
             )
         chosen = np.random.default_rng(seed).permutation(available)[:examples]
         return replace(self, train=self.train.select(chosen))

@@ -226,6 +226,6 @@ def _check_meaning(model: PeftModel, folder: Path) -> None:
     for name in sorted(here.keys() & there.keys() - NO_MATTER, reverse=True):
         if here[name] != there[name]:
             raise InputError(
-                f"the numbers of {folder} mean something else here: its {name} differs; "
-                "tune it on the same model, with the same options and basis"
+                f"the numbers of {folder} do not fit this model: their {name} differs; tune it on the same model, with "
+                "the same options and basis"
             )
