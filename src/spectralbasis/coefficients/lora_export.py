@@ -213,8 +213,9 @@ def _resolve(opened: AdapterCheckpoint, base: Source | None) -> _Export:
             or (found is not None and not issubclass(found, Layers))
         ):
             raise InputError(
-                f"{tensor} of the base is adapted as a parameter of no layer, such as experts and routers, and LoRA's "
-                "factors are those of layers; write the whole model instead: spectralbasis export ADAPTER --to merged"
+                f"{tensor} of the base is adapted as a parameter that belongs to no layer, as in experts and routers, "
+                "but LoRA has factors for layers only; write the whole model instead: spectralbasis export ADAPTER "
+                "--to merged"
             )
         table = is_embedding_table(opened.start, tensor) and not is_output_head(tensor)
         modules.append(_Module(name, tensor, edit, table))
@@ -313,9 +314,10 @@ def _notes(
     notes = ["PEFT opens it."]
     if whole or convolutions or config.modules_to_save:
         held = whole or convolutions or list(config.modules_to_save or ())
-        what = "tensors that are no factors" if whole else "convolutions" if convolutions else "modules_to_save"
+        what = "tensors that are not factors" if whole else "convolutions" if convolutions else "modules_to_save"
         notes.append(
-            f"vLLM and llama.cpp do not open it, as it has {what} ({_listed(held)}); export a merged model for them."
+            f"vLLM and llama.cpp do not open it, because it has {what} ({_listed(held)}); export a merged model for "
+            "them."
         )
     else:
         rank = config.r

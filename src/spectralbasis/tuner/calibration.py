@@ -228,7 +228,7 @@ def calibrate(
         number = math.floor(config.budget * total)
         if number < 1:
             raise InputError(
-                f"budget={config.budget:g} of {total:,} parameters pays for no entry; pass budget>={1 / total:.2g}"
+                f"budget={config.budget:g} of {total:,} parameters is less than one entry; pass budget>={1 / total:.2g}"
             )
     picked = pick_entries(gradients, number)
     record = {name: window.matrix(name)._replace(entries=pack_positions(found)) for name, found in picked.items()}
@@ -472,7 +472,7 @@ def curvature_basis(
     source = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     if not found:
         name, reason = next(iter(skipped.items()))
-        raise InputError(f"no matrix has directions from these gradients; {name}: {reason}")
+        raise InputError(f"no matrix gets a usable gradient; {name}: {reason}")
     return SpectralBasis(found, kind=KIND, source=source, leading=leading, skipped=skipped)
 
 

@@ -81,7 +81,7 @@ class SpectralDriftCallback(TrainerCallback):
         if not found:
             raise InputError(
                 f"no matrix of {type(model).__name__} is trained and has more than leading={self.leading} directions; "
-                "pass a smaller leading, or leave SpectralDriftCallback out"
+                "pass a smaller leading, or leave out SpectralDriftCallback"
             )
         chosen = torch.linspace(0, len(found) - 1, min(self.matrices, len(found))).round().long().unique().tolist()
         self._tracked = [

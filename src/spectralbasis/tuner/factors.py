@@ -361,7 +361,7 @@ class _StoredDirections:
         triplets: Triplets = self.basis[name]
         if triplets.shape != tuple(W.shape):
             raise InputError(
-                f"{name} is {tuple(W.shape)} but {triplets.shape} in {self.file}: a basis of another model"
+                f"{name} is {tuple(W.shape)} but {triplets.shape} in {self.file}: the file is a basis of another model"
             )
         if triplets.k < k:
             raise InputError(
@@ -371,8 +371,8 @@ class _StoredDirections:
         if triplets.base_hash != base_hash and not self.warned:
             self.warned = True
             warn(
-                f"{self.file} was computed from other weights than those of this model ({name} differs); "
-                "it is used as it is",
+                f"{self.file} was computed from other weights than those of this model ({name} differs); it is used "
+                "anyway",
                 stacklevel=2,
             )
         return triplets.U[:, :k], triplets.Vh[:k].T

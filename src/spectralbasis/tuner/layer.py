@@ -324,7 +324,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             return
         if self.quantization_backend is None and not isinstance(self.parameter, nn.Parameter):
             raise InputError(
-                f"a weight of {type(self.get_base_layer()).__name__} is computed anew from other tensors at each use, "
+                f"a weight of {type(self.get_base_layer()).__name__} is computed again from other tensors at each use, "
                 "and what is merged into it would be lost; before the adapter is added, make it a parameter with "
                 "torch.nn.utils.parametrize.remove_parametrizations (or torch.nn.utils.remove_weight_norm)"
             )

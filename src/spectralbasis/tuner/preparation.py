@@ -352,8 +352,8 @@ def _fitted(config: SpectralConfig, hashes: Mapping[str, str]) -> SpectralConfig
     unknown = [name for name in hashes if name not in expected]
     if unknown:
         raise InputError(
-            f"the adapter has no record of {unknown[0]}: its base_hashes and ranks are of other modules; "
-            "pass target_modules as they were, or make a new SpectralConfig"
+            f"the adapter has no record of {unknown[0]}; it was made for other modules; pass target_modules as they "
+            "were, or make a new SpectralConfig"
         )
     changed = [name for name, found in hashes.items() if expected[name] != found]
     if changed:
