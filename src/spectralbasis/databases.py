@@ -117,7 +117,7 @@ def _prepare(connection: sqlite3.Connection, path: Path | None, kind: Kind, fres
     # Text that a bad disk has damaged is read all the same, so that its checksum shows it.
     connection.text_factory = partial(str, encoding="utf-8", errors="replace")
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LARGEST_CELL)
-    foreign = InputError(f"{path} holds other tables than those of a spectralbasis {kind.writer}; {kind.remedy}")
+    foreign = InputError(f"{path} holds tables that do not belong to a spectralbasis {kind.writer}; {kind.remedy}")
     with _within(_SECONDS, connection):
         # Held until the connection closes, also by a crash: a second process finds the file locked.
         for pragma in ("trusted_schema = OFF", "cell_size_check = ON", "locking_mode = EXCLUSIVE"):

@@ -227,8 +227,8 @@ def _peft_names(plain: Mapping[str, str], folder: Path) -> dict[str, str]:
     adapters = sorted({match["adapter"] for name in plain.values() if (match := _TRAINED.fullmatch(name))} - {None})
     if len(adapters) > 1:
         raise InputError(
-            f"the file of the adapter {folder} holds several adapters ({', '.join(adapters)}); save each one into a "
-            f"folder of its own (model.save_pretrained(folder, selected_adapters=[...]))"
+            f"the file of the adapter {folder} holds several adapters ({', '.join(adapters)}); save each one into its "
+            "own folder (model.save_pretrained(folder, selected_adapters=[...]))"
         )
     every = set(plain.values())
     named: dict[str, str] = {}

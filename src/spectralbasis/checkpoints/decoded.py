@@ -200,7 +200,7 @@ def _parametrized_now(
         return _spectral(checkpoint, weight, name, prefix + "0._u", prefix + "0._v", names)
     if part == "original1" and prefix + "original0" not in names:
         return _SPLIT
-    return f"parametrized in a way that the file does not tell: {_REMOVE}"
+    return f"parametrized in a way that the file does not describe: {_REMOVE}"
 
 
 def _spectral(

@@ -323,7 +323,7 @@ def take_inventory(
             if clash:
                 reason = (
                     f"stored more than once: {shortened(name)} is in {' and in '.join(map(shortened, wanted[name]))}, "
-                    "and nothing tells which of them the model uses; leave the others out with exclude"
+                    "and it is unclear which of them the model uses; leave the others out with exclude"
                 )
             if tensor not in tied:
                 unreadable[label] = unreadable.get(label, 0) + prod(matrix.shape)

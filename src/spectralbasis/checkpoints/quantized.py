@@ -398,7 +398,7 @@ def _mlx(group: Group) -> EncodedWeight | str:
     stored, scale = group.shape(".weight"), group.shape(".scales")
     offset = next((role for role in (".biases", ".qbiases") if role in group.roles), "")
     if not isinstance(bits, int) or not isinstance(size, int):
-        return "whose config does not tell bits and group size"
+        return "whose config does not give bits and group size"
     known = f"{bits} bits, groups of {size}"
     fits = len(stored) == len(scale) >= 2 and stored[:-1] == scale[:-1] and stored[-1] * 32 == bits * size * scale[-1]
     fits = fits and size > 0 and group.real(".scales", offset)

@@ -179,10 +179,10 @@ def _records(file: BinaryIO) -> list[zipfile.ZipInfo]:
     """
     length, start = file.seek(0, io.SEEK_END), _directory_start(file)
     if start is None or length - start > _LARGEST:
-        raise zipfile.BadZipFile("the end of the file tells no directory, or one that is too large")
+        raise zipfile.BadZipFile("the end of the file names no directory, or one that is too large")
     with zipfile.ZipFile(file) as archive:
         if archive.start_dir != start:
-            raise zipfile.BadZipFile("the directory is elsewhere")
+            raise zipfile.BadZipFile("the directory is not at the place that the file names")
         return archive.infolist()
 
 
@@ -230,6 +230,6 @@ def _end_of(file: BinaryIO, record: zipfile.ZipInfo, path: Path) -> int:
 
 def _not_as_saved(path: Path, difference: str) -> str:
     return (
-        f"{path} is not as torch.save writes it: {difference}; copy or download it again, or load it yourself and save "
-        f"its state_dict"
+        f"{path} differs from what torch.save writes: {difference}; copy or download it again, or load it yourself and "
+        "save its state_dict"
     )

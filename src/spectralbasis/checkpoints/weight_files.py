@@ -460,7 +460,7 @@ def _read_runs(path: Path, runs: Sequence[Run], shape: tuple[int, ...], dtype: t
                 while filled < end and (count := file.readinto(view[filled:end])):  # one call reads 2 GB at most
                     filled += count
                 if filled < end:
-                    raise InputError(f"{path} became shorter since it was opened; copy or download it again")
+                    raise InputError(f"{path} has become shorter since it was opened; copy or download it again")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     return torch.frombuffer(data, dtype=dtype).reshape(shape)

@@ -16,7 +16,7 @@ from spectralbasis.printable import printable
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 NewFolder = Annotated[Path, typer.Option("-o", "--output", help="A new folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder of an earlier run.")]
-Trust = Annotated[bool, typer.Option("--trust", help="Use also results that another user or machine stored.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Also use results that another user or machine stored.")]
 Model = Annotated[str, typer.Argument(help="Folder, file, or hub id of a model.")]
 Leading = Annotated[
     str,
