@@ -1,8 +1,8 @@
-"""SQLite files that this package writes: opened for one process alone, and only if they hold nothing else.
+"""SQLite files of this package: opened by one process at a time, and only if they hold nothing else.
 
-A database may come from anywhere with the folder that holds it. Views, triggers and virtual tables run code when a
-table is read or written; a link leads to the database of another program; a journal can name files for SQLite to
-delete. So the file is looked at before SQLite opens it, and its schema before any table is read.
+A database may come from an unknown source. Views, triggers and virtual tables run code when a table is read, a link can
+lead to another program's database, and a journal can name files that SQLite deletes. So the file is checked before
+SQLite opens it, and its schema before any table is read.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
-"""Where work runs: in this process, in local processes side by side, or on a Ray cluster.
+"""Run work in this process, in local processes in parallel, or on a Ray cluster.
 
-`open_executor` chooses the place. An `Executor` runs single calls there; a `Crew` keeps it busy with a bounded number
-of calls and tries those again whose worker died.
+`open_executor` chooses the place. An `Executor` runs single calls there. A `Crew` keeps it busy with a limited number
+of calls, and repeats a call if its worker dies.
 """
 
 import logging

@@ -1,12 +1,8 @@
-"""Output files and folders that appear whole or not at all, and the checksums by which damage is found.
+"""Write files and folders completely or not at all, and find damage by checksums.
 
-What is being written lies in a hidden folder beside the output, the scratch folder. A file in it, which its process
-holds locked as long as it lives, marks it as ours; the system takes the lock back however the process ends. The next
-command that writes the same output removes the scratch folders that have this file and whose process has ended. A
-name alone proves nothing, so a folder without this file stays.
-
-Every output folder has a hidden list of what was written into it. Only a folder with such a list, and with nothing
-beside what it lists, as it was written, is ever replaced or removed, and only a file that is listed is written again.
+Output is written into a hidden scratch folder beside its target. A locked file in it shows that the folder is ours and
+that its process lives; later runs remove scratch folders of ended processes. Every output folder has a hidden list of
+its files: a folder is replaced or removed only if it has such a list and holds only the listed files, unchanged.
 """
 
 import errno

@@ -1,11 +1,8 @@
-"""Reading what comes with a file and may be damaged or hostile: JSON checked against a schema, and regular expressions.
+"""Read JSON that may be damaged or hostile against a schema, and match regular expressions within a time limit.
 
-A schema is any type that pydantic can check: a `TypedDict`, a dataclass, `dict[str, int]`. Each format of ours has one,
-beside the code that writes it.
-
-The config of an adapter may name modules by regular expressions, and one written for it keeps Python's `re` busy for
-years. Whatever takes such a pattern from a config matches it here, within a time limit. PEFT, which uses `re`, gets
-names in their place (`names_only`).
+A schema is any type that pydantic checks, and stands beside the code that writes the format. Patterns in the config of
+an adapter can keep Python's `re` busy for years, so they are matched here; PEFT gets the matching names instead
+(`names_only`).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The leading triplets of one matrix: computed once per machine, kept on disk by the content of the matrix."""
+"""The leading triplets of one matrix: computed once per machine and cached on disk by the content of the matrix."""
 
 import json
 import math

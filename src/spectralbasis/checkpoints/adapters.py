@@ -1,7 +1,7 @@
-"""PEFT adapters: their folder, their tensors under the names that PEFT gives them, and their weights over a base.
+"""PEFT adapters read as checkpoints: their folder, their tensors under PEFT's names, and the weights over a base.
 
-An adapted tensor is computed when it is read. How a type of adapter changes its base is one `AdapterMethod`, registered
-by `register_adapter_method`; LoRA's is in `lora.py`, that of this package in `tuner/reading.py`.
+An adapted tensor is computed when it is read. An `AdapterMethod` says how one type of adapter changes its base, and
+`register_adapter_method` registers it: LoRA in `lora.py`, the method of this package in `tuner/reading.py`.
 """
 
 import re

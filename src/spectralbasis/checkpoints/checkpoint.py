@@ -1,7 +1,6 @@
-"""What every source of weights can do, and the sources that are in memory: a `state_dict`, an `nn.Module`.
+"""`Checkpoint`, the interface of every source of weights, and the sources in memory: a `state_dict`, an `nn.Module`.
 
-A file format is a subclass of `Checkpoint` in a file of its own; a checkpoint that reads the tensors of others is a
-subclass of `View`.
+Each file format is a subclass in its own file. A checkpoint that reads the tensors of another is a subclass of `View`.
 """
 
 from abc import ABC, abstractmethod

@@ -1,9 +1,8 @@
-"""LoRA adapters and their relatives that end in a dense weight: rsLoRA, DoRA, PiSSA, OLoRA.
+"""LoRA adapters and the variants that give a dense weight: rsLoRA, DoRA, PiSSA and OLoRA.
 
-PiSSA and OLoRA start B·A as a part of W and subtract that part from W. An adapter saved without conversion holds the
-trained B·A alone, so the part has to be computed again to know the tuned weights. That is done where it is well
-determined: PEFT computes it in float32, so it differs from machine to machine by about `FLOAT32_ERROR` over the
-relative gap that separates it from the rest of W.
+PiSSA and OLoRA start B·A as a part of W and subtract this part from W. An adapter that was saved without conversion
+holds only the trained B·A, so the part is computed again where it is well determined. PEFT computes it in float32, so
+it differs between machines by about `FLOAT32_ERROR` over the relative gap between the part and the rest of W.
 """
 
 import math

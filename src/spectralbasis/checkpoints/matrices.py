@@ -1,7 +1,7 @@
-"""From stored tensors to logical weight matrices (out, in).
+"""Turn stored tensors into logical weight matrices (out, in).
 
-`take_inventory` lists them: which tensors are weights, which of them are stored transposed, fused or in stacks of
-experts, and what is skipped for what reason. A `Matrix` reads its part of the tensor, its `Cut`.
+`take_inventory` lists which tensors are weights, which are stored transposed, fused or as stacks of experts, and why
+others are skipped. A `Matrix` reads its part of a tensor, its `Cut`.
 """
 
 import re

@@ -1,8 +1,8 @@
-"""Finding quantized weights: the tensors of one weight are taken together, and computed or listed once.
+"""Find quantized weights, so that the tensors of each weight are computed or listed together.
 
-A weight that is stored in several tensors (numbers, scales, zeros, codebooks) is one **group**. `SCHEMES` is the one
-table: each record names the parts of a group and, where the scheme is certain, how the weight is computed from them
-(`dequantize.py`). A group that cannot be computed is listed once, under the name of its weight.
+The tensors of one weight (numbers, scales, zeros, codebooks) are one **group**. Each record of `SCHEMES` names the
+parts of a group and, if the scheme is certain, the formula in `dequantize.py`. A group that cannot be computed is
+listed once under the name of its weight.
 """
 
 import re

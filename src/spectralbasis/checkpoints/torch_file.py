@@ -1,8 +1,8 @@
-"""One file written by `torch.save`: never run, only read.
+"""Read files of `torch.save` without running code from them.
 
-Such a file is a zip archive whose records lie one after the other, uncompressed, each there once; torch maps them into
-memory as they lie there. `check_archive` makes sure, before torch sees it, that this is what reading it record by
-record would give; `_check_storages` that no tensor claims more than its record holds.
+Such a file is a zip archive of uncompressed records, and torch maps them into memory. Before torch opens the file,
+`check_archive` makes sure that mapping gives the same bytes as reading each record, and `_check_storages` that no
+tensor claims more bytes than its record holds.
 """
 
 import argparse

@@ -1,8 +1,7 @@
-"""A checkpoint's files: safetensors, shards with or without their index, and which file stands for a folder.
+"""The weight files of a checkpoint: safetensors, shards with or without an index, and the choice in a folder.
 
-A file that another names, or that a link leads to, is read only if it lies in the folder (`inside`). Tensors are read
-from their bytes in the file and not mapped, so that a limit of the address space does not forbid a large file, and so
-that single rows in any order cost no more than themselves.
+A file that another file or a link names is read only if it lies in the folder (`inside`). Tensors are read, not mapped,
+so that large files work under an address-space limit and single rows can be read cheaply in any order.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Which class of transformers a base and its adapter are together, what its config says, and whether it opens."""
+"""Find the transformers class of a base with its adapter, its config, and whether the merged model opens."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,6 @@
-"""Thousands of tasks on one base model, any of them in one batch.
+"""Serve thousands of tasks on one base model, with any mix of them in a batch.
 
-`CoefficientBank` holds the numbers of the tasks; `RowUpdates` makes the layers of a plain model give every row of a
-batch what its task has trained.
+`CoefficientBank` holds the numbers of the tasks. `RowUpdates` applies to each row of a batch the update of its task.
 """
 
 import threading

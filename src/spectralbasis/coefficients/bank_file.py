@@ -1,7 +1,7 @@
-"""What a bank holds and how it is stored: the row of numbers of a task, all rows in memory, and the file of them.
+"""The contents of a bank and their file: the layout of a task's numbers, the table of all tasks, reading and writing.
 
-The file is a safetensors file of one tensor, `numbers` (tasks, width), whose metadata says what they are. Where the
-tasks are of a basis file, a copy of that lies beside the bank (`basis_beside`): no bank names another file.
+The file is a safetensors file with one tensor, `numbers` (tasks, width), and a description in its metadata. If the
+tasks use a basis file, a copy of it lies beside the bank (`basis_beside`), so a bank names no other file.
 """
 
 import filecmp

@@ -1,4 +1,4 @@
-"""Arithmetic on adapters of one base: the result is an adapter again."""
+"""Arithmetic on adapters of one base; the result is again an adapter."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence

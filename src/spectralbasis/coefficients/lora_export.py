@@ -1,9 +1,8 @@
-"""A spectral adapter as a LoRA adapter that PEFT, vLLM and llama.cpp open without this package.
+"""Export a spectral adapter as a LoRA adapter that PEFT, vLLM and llama.cpp open without this package.
 
-They scale `B A` by different rules: PEFT by alpha over rank of the module, after `alpha_pattern` and `rank_pattern`;
-vLLM by `lora_alpha / r` of the config for every module; llama.cpp by `lora_alpha` over the rank of the tensor. The
-three agree where every tensor has one rank, that of the config, and alpha is that rank: each scale is then 1. So
-matrices of a smaller k get rows and columns of zeros, which change nothing in the update.
+Each program scales `B A` by another rule: PEFT by alpha over rank of the module (`alpha_pattern`, `rank_pattern`), vLLM
+by `lora_alpha / r` of the config, llama.cpp by `lora_alpha` over the rank of the tensor. If every tensor has the rank
+of the config and alpha equals it, each scale is 1. So matrices of smaller k are filled up with zeros.
 """
 
 import math

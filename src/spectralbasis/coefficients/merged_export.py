@@ -1,4 +1,4 @@
-"""A spectral adapter and its base as one plain checkpoint."""
+"""Export a spectral adapter with its base as one plain checkpoint."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Spectral adapters in folders: what they trained, read with or without the base, and whether two are of one kind."""
+"""Read spectral adapters from folders, with or without the base, and check whether two are comparable."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

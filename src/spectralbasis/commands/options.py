@@ -1,6 +1,6 @@
-"""What commands have in common: options, and what they print while they work.
+"""Options that commands share, and what commands print while they work.
 
-Help states the default of every option: typer shows it, except where the default is None and the text has to.
+The help states every default: typer shows it, except for None, where the help text has to.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""What the command line prints for people."""
+"""Tables and text that the command line prints."""
 
 import json
 import sys

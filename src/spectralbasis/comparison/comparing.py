@@ -1,4 +1,4 @@
-"""Compares checkpoints: pairs their matrices by name, has each pair measured, sums up, and writes the results."""
+"""Compare checkpoints: pair their matrices by name, measure each pair, summarise, and write the results."""
 
 import json
 import time

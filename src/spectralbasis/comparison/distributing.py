@@ -1,6 +1,6 @@
-"""Has tasks measured by an executor, a few at a time, in as many processes as memory allows.
+"""Send matrices to an executor for measurement, in as many processes as memory allows.
 
-A task travels to another process as a `Parcel`: with the places of its matrices in files, or with their numbers.
+A task reaches another process as a `Parcel`, which holds either the places of its matrices in files or their numbers.
 """
 
 import logging

@@ -1,8 +1,8 @@
-"""Null models: updates as large as the real one whose alignment to the base is left to chance.
+"""Null models: updates as large as the real one, placed at random relative to the base.
 
-A null is one record: how it is drawn, its closed forms, and the words for it in help, errors, the methods paragraph and
-on the page. To add one, append it to `NULLS`, or pass it to `compare(null=...)`. torch is imported only where it is
-used, so that `--help` can list the nulls without waiting for it.
+A null is one record: how to draw it, its closed forms, and its words for help, errors, the methods paragraph and the
+page. To add one, append it to `NULLS` or pass it to `compare(null=...)`. torch is imported on use, so that `--help`
+can list the nulls without waiting for it.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,7 @@
-"""What finetuned checkpoints of one base have in common, beside what chance gives, and the course of training runs.
+"""What finetuned checkpoints of one base share beyond chance, and the course of training runs.
 
 `shared_rows` measures one matrix between two checkpoints, `sharing_findings` makes the entry `sharing` of
-`summary.json` from all of them, and `trajectories` the entry `trajectory` from the checkpoints of one run.
+`summary.json`, and `trajectories` the entry `trajectory` from the checkpoints of one run.
 """
 
 import math

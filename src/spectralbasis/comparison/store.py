@@ -1,4 +1,4 @@
-"""Results on disk while a comparison runs, so that a stopped comparison can be continued."""
+"""Results stored on disk during a comparison, so that a stopped comparison can be continued."""
 
 import json
 import math

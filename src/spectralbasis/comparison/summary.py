@@ -1,4 +1,4 @@
-"""The content of `summary.json`: verdicts over all matrices, notes, the methods paragraph, and what reproduces them."""
+"""The content of `summary.json`: verdicts over all matrices, notes, the methods paragraph and how to reproduce it."""
 
 import math
 import sys

@@ -1,4 +1,4 @@
-"""Leading singular triplets that carry their own certificate, and singular values and trailing vectors beside them."""
+"""Leading singular triplets with certified errors, and singular values and trailing vectors on request."""
 
 from dataclasses import dataclass, replace
 

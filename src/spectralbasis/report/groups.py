@@ -1,4 +1,4 @@
-"""What several checkpoints show together, for the page: what they share, and the course of a training run."""
+"""What several checkpoints show together on the page: what they share, and the course of a training run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

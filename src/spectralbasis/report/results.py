@@ -1,6 +1,6 @@
-"""What a comparison left in its folder, the headline numbers of each matrix, and how both get into a page.
+"""Read and check the results in a comparison folder, compute the headline numbers, and prepare both for a page.
 
-A name can be anything and must stay text; what is read may be damaged or hostile, and is checked here.
+Names and tables may come from an unknown source.
 """
 
 import base64

@@ -1,4 +1,4 @@
-"""The page's words: findings in sentences, cells of its tables, settings, and where effects stand on a common scale."""
+"""The text of the page: findings in sentences, table cells, settings, and effects on a common scale."""
 
 import math
 from collections.abc import Sequence

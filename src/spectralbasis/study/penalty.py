@@ -1,4 +1,4 @@
-"""Finetuning that is held back in a part of weight space: the core of the leading directions, or all outside it."""
+"""Finetuning with a penalty on a part of weight space: the leading core, or everything outside it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Does the runs that a plan wants and the store does not have, side by side, and plans again after each result."""
+"""Do the planned runs that the store lacks, in parallel, and plan again after each result."""
 
 import platform
 import shutil

@@ -1,4 +1,4 @@
-"""What runs start from: their task, their model, and the action `initialise`, which makes untrained models."""
+"""Where runs start: their task, their model, and the action `initialise`, which makes untrained models."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

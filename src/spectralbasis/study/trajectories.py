@@ -1,4 +1,4 @@
-"""What training does to a model's matrices, measured at chosen steps beside a null, and summaries of it."""
+"""Measure how training changes the matrices of a model at chosen steps, compare with a null, and summarise."""
 
 import math
 from collections import defaultdict

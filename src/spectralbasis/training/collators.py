@@ -1,6 +1,6 @@
-"""From rows of a task's data set to the tensors that a model reads, and what a model's folder says of its inputs.
+"""Turn rows of a data set into the tensors that a model reads, with the settings of the model's folder.
 
-A collator is a callable from rows to a batch; `load_collator` makes the one that suits a model and a task.
+A collator is a callable from rows to a batch; `load_collator` makes the one for a model and a task.
 """
 
 import json

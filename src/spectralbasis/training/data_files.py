@@ -1,7 +1,7 @@
-"""Named tasks as records, and the files of their data sets, which may be damaged or hostile.
+"""Records of named tasks, and the files of their data sets, which may be damaged or hostile.
 
-Sizes are checked before anything is made of a file. Nothing is read but the file itself: no link in it is followed,
-nothing is unpickled, and nothing is unpacked to disk.
+Sizes are checked before a file is read. Only the file itself is read: no link in it is followed, nothing is unpickled,
+and nothing is unpacked to disk.
 """
 
 import bz2

@@ -1,4 +1,4 @@
-"""Scoring a model on a task's evaluation split, and reading a tuned one back to do so."""
+"""Score a model on the evaluation split of a task, and open a tuned model for it."""
 
 import math
 import time

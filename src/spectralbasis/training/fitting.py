@@ -1,4 +1,4 @@
-"""The training loop: transformers' Trainer with two learning rates, a warm-up and a progress bar."""
+"""The training loop: the Trainer of transformers with two learning rates, a warm-up and a progress bar."""
 
 import math
 import os

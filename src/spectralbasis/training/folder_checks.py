@@ -1,7 +1,7 @@
-"""What is checked before transformers or PEFT opens a folder that somebody made.
+"""Checks of a folder from an unknown source before transformers or PEFT opens it.
 
-These libraries follow what a folder says: to files elsewhere, to code of the hub, to sizes that no machine has. A
-folder that passes here says nothing of the kind, so its own files and its own numbers are all that is read.
+These libraries follow what a folder names: files elsewhere, code of the hub, sizes that no machine has. A folder that
+passes the checks names nothing of this kind, so only its own files are read.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""Ways to adapt a model to a task: one `Method` record each, from which help and errors come.
+"""Methods of adapting a model to a task: one `Method` record each, the source of help and errors.
 
-A method of your own is one more record; see `register_method`. PEFT and the tuner are imported where a method prepares
-a model, since `--help` reads the records.
+To add a method, add a record (`register_method`). PEFT and the tuner are imported when a method prepares a model, since
+`--help` reads the records.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Pretrained models with a head for a task: found, checked, opened, and tried on one example."""
+"""Pretrained models with a head for a task: find, check, open, and try one example."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

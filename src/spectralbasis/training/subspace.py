@@ -1,4 +1,4 @@
-"""A random subspace of all linear weights: how many dimensions does a task need?"""
+"""Train in a random subspace of all linear weights, to find how many dimensions a task needs."""
 
 from typing import cast
 

@@ -1,7 +1,6 @@
-"""What a model is tuned for: `Task`, its examples as a `datasets.Dataset`, and the metrics that score predictions.
+"""`Task`: the examples as a `datasets.Dataset`, and the metrics that score predictions.
 
-The libraries of the extra `tune` (datasets, scikit-learn) are imported where they are used: `--help` and a plain
-installation read this module too.
+The libraries of the extra `tune` are imported on use: `--help` and a plain installation read this module too.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,7 +1,7 @@
-"""What a few batches say before any training: which entries to train, how well a basis fits, a basis of curvature.
+"""Choices from a few batches before training: which entries to train, how well a basis fits, a curvature basis.
 
-All of it is made of the loss gradient at the base's weights, as `observe_gradients` sees it pass the layers. What an
-optimizer is given (`parameter_groups`) is here too.
+All use the loss gradient at the weights of the base, which `observe_gradients` collects at the layers. Also here:
+`parameter_groups`, the parameters for an optimizer.
 """
 
 import math

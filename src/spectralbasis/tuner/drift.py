@@ -1,4 +1,4 @@
-"""How far the leading singular directions move while a Trainer trains, in the Trainer's own logs."""
+"""`SpectralDriftCallback`: log how far the leading singular directions move while a Trainer trains."""
 
 import sys
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""`ΔW = U C Vᵀ` of one matrix: the forms of C, the numbers that C is made of, and the frozen factors U and V.
+"""The parts of `ΔW = U C Vᵀ` of one matrix: the forms of C, its trained numbers, and the frozen U and V.
 
 A *form* is how C multiplies. A *parametrisation* makes C from the numbers that an adapter trains and stores: a band and
 sparse coefficients are some entries of a core. *Factors* are U and V, and `directions_of` finds them.

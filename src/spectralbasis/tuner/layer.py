@@ -1,7 +1,7 @@
-"""Layers with spectral coefficients: `SpectralLayer`, which holds adapters and merges them, and its three kinds.
+"""Layers with spectral coefficients: `SpectralLayer`, which holds and merges adapters, and its three kinds.
 
-`Linear` is the layer of nearly every adapter. In a `Convolution`, V is k filters of the same kernel, stride and
-padding, and U a 1×1 convolution. In an `Embedding`, a row of `W + U C Vᵀ` is that of W plus the row of U, times `C Vᵀ`.
+`Linear` is the most common. In a `Convolution`, V is k filters with the same kernel, stride and padding, and U a 1×1
+convolution. In an `Embedding`, a row of `W + U C Vᵀ` is the row of W plus the row of U times `C Vᵀ`.
 """
 
 import copy

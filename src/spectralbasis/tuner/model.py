@@ -1,4 +1,4 @@
-"""The PEFT tuner: puts spectral coefficients into a model, loads their numbers and adds adapters up."""
+"""The PEFT tuner: adds spectral coefficients to a model, loads their numbers, and adds adapters."""
 
 import warnings
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,7 @@
-"""From a config and a model to everything that an adapter needs, with every check done before the model is changed.
+"""Plan an adapter from a config and a model, with all checks before the model is changed.
 
-`plan_adapter` names the matrices that a config means (`Target`), gives each its k, finds its U and V, and checks or
-makes the record.
+`plan_adapter` finds the matrices of a config (`Target`), sets k for each, finds U and V, and checks or makes the
+record.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Spectral adapters as checkpoints: `W + U C Vᵀ`, with the directions found as the tuner finds them."""
+"""Read spectral adapters as checkpoints: `W + U C Vᵀ`, with the directions that the tuner finds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Which modules, and which parameters of other modules, a config means, and which of them can be adapted."""
+"""Which modules and parameters a config names, and which of them can be adapted."""
 
 import math
 import re
