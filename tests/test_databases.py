@@ -81,7 +81,7 @@ PREPARED = [
 def test_a_schema_that_is_not_exactly_ours_is_refused_and_the_file_left_as_it_is(tmp_path, statements):
     path = make(tmp_path / "db", *statements)
     content = path.read_bytes()
-    with pytest.raises(InputError, match="other tables than those of a spectralbasis test"), opened(path, KIND):
+    with pytest.raises(InputError, match="tables that do not belong to a spectralbasis test"), opened(path, KIND):
         pass
     assert path.read_bytes() == content
 
@@ -90,7 +90,7 @@ def test_a_schema_that_is_not_exactly_ours_is_refused_and_the_file_left_as_it_is
 def test_not_even_a_fresh_start_drops_what_runs_code(tmp_path, statements):
     path = make(tmp_path / "db", *statements)
     content = path.read_bytes()
-    with pytest.raises(InputError, match="other tables"), opened(path, KIND, fresh=True):
+    with pytest.raises(InputError, match="tables that do not belong"), opened(path, KIND, fresh=True):
         pass
     assert path.read_bytes() == content
 

@@ -29,7 +29,7 @@ def test_a_healthy_machine_gets_no_advice():
         ("machine", {"load": 20.0}, "20.0 threads busy on 8 cores"),
         ("machine", {"devices": []}, "--bf16 helps here"),
         ("machine", {"devices": [], "bf16": False}, "no bf16 instructions"),
-        ("speed", {"all_threads": 51.0}, "hardly faster than one (51 against 50 GFLOP/s)"),
+        ("speed", {"all_threads": 51.0}, "not much faster than one (51 and 50 GFLOP/s)"),
         ("cache", {"writable": False}, "/cache cannot be written"),
         ("cache", {"free_bytes": 1e9}, "1.0 GB left"),
         ("optional", {"ray": None}, "ray (clusters)"),

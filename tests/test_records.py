@@ -75,7 +75,7 @@ def test_content_of_any_depth_is_refused_in_a_sentence(depth: int) -> None:
     content: object = 1
     for _ in range(depth):
         content = [content]
-    with pytest.raises(InputError, match="nests more deeply"):
+    with pytest.raises(InputError, match="nested too deeply"):
         checked(content, dict[str, int], "it")
 
 
@@ -87,7 +87,7 @@ def test_a_missing_field_is_named() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[" * 100_000, "nests more deeply"),
+        ("[" * 100_000, "nested too deeply"),
         ("9" * 5000, "not valid JSON"),
         ('{"a": 1, "a": 2}', "'a' is given twice, as 1 and as 2"),
         ("{", "not valid JSON"),

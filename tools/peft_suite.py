@@ -91,7 +91,7 @@ EXCEPTIONS = (
     Listed(
         r"Conv2dGroups",
         r"is a convolution of \d+ groups",
-        "each output of a grouped convolution sees a part of the input, so its weight is no one matrix: refused",
+        "each output of a grouped convolution sees a part of the input, so its weight is not a single matrix: refused",
     ),
     Listed(r"MHA|_mha_", r"it is MultiheadAttention", "it reads its weights and calls no layer: refused"),
     Listed(

@@ -1,8 +1,8 @@
-"""SQLite files that this package writes: opened for one process alone, and only if they hold nothing else.
+"""SQLite files of this package: opened by one process at a time, and only if they hold nothing else.
 
-A database may come from anywhere with the folder that holds it. Views, triggers and virtual tables run code when a
-table is read or written; a link leads to the database of another program; a journal can name files for SQLite to
-delete. So the file is looked at before SQLite opens it, and its schema before any table is read.
+A database may come from an unknown source. Views, triggers and virtual tables run code when a table is read, a link can
+lead to another program's database, and a journal can name files that SQLite deletes. So the file is checked before
+SQLite opens it, and its schema before any table is read.
 """
 
 import hashlib
@@ -117,7 +117,7 @@ def _prepare(connection: sqlite3.Connection, path: Path | None, kind: Kind, fres
     # Text that a bad disk has damaged is read all the same, so that its checksum shows it.
     connection.text_factory = partial(str, encoding="utf-8", errors="replace")
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LARGEST_CELL)
-    foreign = InputError(f"{path} holds other tables than those of a spectralbasis {kind.writer}; {kind.remedy}")
+    foreign = InputError(f"{path} holds tables that do not belong to a spectralbasis {kind.writer}; {kind.remedy}")
     with _within(_SECONDS, connection):
         # Held until the connection closes, also by a crash: a second process finds the file locked.
         for pragma in ("trusted_schema = OFF", "cell_size_check = ON", "locking_mode = EXCLUSIVE"):

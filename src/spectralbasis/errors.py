@@ -1,4 +1,4 @@
-"""Errors meant for people: each message gives the value, what was expected and what to do."""
+"""Errors for users: each message gives the value, what was expected and what to do."""
 
 import re
 

@@ -1,7 +1,7 @@
-"""Where work runs: in this process, in local processes side by side, or on a Ray cluster.
+"""Run work in this process, in local processes in parallel, or on a Ray cluster.
 
-`open_executor` chooses the place. An `Executor` runs single calls there; a `Crew` keeps it busy with a bounded number
-of calls and tries those again whose worker died.
+`open_executor` chooses the place. An `Executor` runs single calls there. A `Crew` keeps it busy with a limited number
+of calls, and repeats a call if its worker dies.
 """
 
 import logging
@@ -234,7 +234,7 @@ class _Worker:
         code = self.process.exitcode or 0
         if code > 0 and not self.ready:
             raise InputError(
-                f"a worker process cannot start (exit code {code}; its error stands above); a script that asks for "
+                f"a worker process cannot start (exit code {code}; its error is printed above); a script that asks for "
                 "several processes must do so under `if __name__ == '__main__':`"
             )
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -446,7 +446,9 @@ class Crew(Generic[Key]):
                     if job.deaths < ATTEMPTS:
                         self._suspects.append(job)
                         continue
-                    result = Failure(f"tried {ATTEMPTS} times, the last time with nothing beside it: {result.reason}")
+                    result = Failure(
+                        f"tried {ATTEMPTS} times, the last time with no other task running: {result.reason}"
+                    )
                 done.append((job.key, result))
         return done
 

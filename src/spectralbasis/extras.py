@@ -1,6 +1,6 @@
-"""Parts of the package that need more than it brings: which packages each extra has, and what to say where they lack.
+"""The extras of the package: which packages each one needs, and the message if they are missing.
 
-Nothing large is imported: `--help` reads this module too.
+`--help` reads this module, so it imports nothing large.
 """
 
 from collections.abc import Iterable

@@ -1,12 +1,8 @@
-"""Output files and folders that appear whole or not at all, and the checksums by which damage is found.
+"""Write files and folders completely or not at all, and find damage by checksums.
 
-What is being written lies in a hidden folder beside the output, the scratch folder. A file in it, which its process
-holds locked as long as it lives, marks it as ours; the system takes the lock back however the process ends. The next
-command that writes the same output removes the scratch folders that have this file and whose process has ended. A
-name alone proves nothing, so a folder without this file stays.
-
-Every output folder has a hidden list of what was written into it. Only a folder with such a list, and with nothing
-beside what it lists, as it was written, is ever replaced or removed, and only a file that is listed is written again.
+Output is written into a hidden scratch folder beside its target. A locked file in it shows that the folder is ours and
+that its process lives; later runs remove scratch folders of ended processes. Every output folder has a hidden list of
+its files: a folder is replaced or removed only if it has such a list and holds only the listed files, unchanged.
 """
 
 import errno
@@ -198,7 +194,7 @@ def _new_scratch(target: Path) -> tuple[Path, FileLock]:
         if (scratch / _LOCK).exists():
             return scratch, lock
         lock.release()  # another took the folder for left over before it was locked
-    raise OSError(errno.EAGAIN, "other processes keep on removing what is being written")
+    raise OSError(errno.EAGAIN, "other processes keep removing the files that are being written")
 
 
 def clear_leftovers(target: Path, ours: Path | None = None) -> list[Path]:
@@ -260,7 +256,7 @@ def unwritable(target: Path, error: OSError) -> InputError:
 
 def no_room_for(target: Path) -> InputError:
     """The error where a disk is full."""
-    return InputError(f"cannot write {target}: there is no room for it; free some, or choose another disk")
+    return InputError(f"cannot write {target}: the disk is full; free some space, or choose another disk")
 
 
 def out_of_room(error: OSError | SafetensorError) -> bool:
@@ -298,7 +294,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     if not os.path.lexists(place):
         clear_leftovers(place)
     if place.is_mount():
-        raise InputError(f"the output folder {path} is a disk of its own; name a new folder on it")
+        raise InputError(f"the output folder {path} is the root of a disk; name a folder on it")
     if not _holds_something(place):
         return
     if not overwrite:
@@ -410,9 +406,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 while os.path.lexists(other := target.with_name(f"{target.name}-{number}")):
                     number += 1
                 fresh.rename(other)
-                raise InputError(
-                    f"another process filled the output folder {target} meanwhile, so what was made is in {other}"
-                )
+                raise InputError(f"the output folder {target} was written by another process; the result is in {other}")
             if target.exists():
                 fresh.chmod(stat.S_IMODE(target.stat().st_mode))
                 target.rename(scratch / "old")

@@ -1,9 +1,8 @@
-"""Makes PEFT know the method "SPECTRAL"; the one place where this package reaches into PEFT and Python's imports.
+"""Registers the method "SPECTRAL" with PEFT; the only place that changes PEFT and Python's imports.
 
-PEFT has no plug-ins: a method has to be in its enum of types and in its registry before an adapter is opened. Importing
-PEFT takes seconds, so that this package does not import it. Python has no hook for "after this module is imported", so
-a finder on `sys.meta_path` puts a loader of ours before PEFT's own. What has to be done then is given by the package
-itself (`spectralbasis/__init__.py`), since this module stands below all that knows the method.
+PEFT has no plug-ins: a method must be in its enum and its registry before an adapter is opened. This package does not
+import PEFT itself, because that takes seconds. So a finder on `sys.meta_path` puts our loader before PEFT's own, and
+`spectralbasis/__init__.py` says what the loader runs.
 """
 
 import sys

@@ -1,9 +1,8 @@
-"""Text of unknown origin, made safe for the place where it is shown.
+"""Make text of unknown origin (names of tensors, files, tasks, labels) safe for the place that shows it.
 
-Names of tensors, files, tasks and labels come from files that others wrote. Every one passes through the function of
-the place that it reaches: `printable` for a terminal, a log or a message, `warn` for a warning, `in_markup` for a table
-drawn with rich, `in_markdown` and `in_code` for a model card. Pages make names visible and escape them in their
-templates. No such name becomes a part of a path. `track` draws progress on stderr, so that stdout holds results alone.
+Use `printable` for a terminal, a log or a message, `warn` for a warning, `in_markup` for rich tables, `in_markdown` and
+`in_code` for model cards; page templates escape names themselves. No such name becomes part of a path. `track` draws
+progress on stderr, so that stdout holds only results.
 """
 
 import re

@@ -1,11 +1,8 @@
-"""Reading what comes with a file and may be damaged or hostile: JSON checked against a schema, and regular expressions.
+"""Read JSON that may be damaged or hostile against a schema, and match regular expressions within a time limit.
 
-A schema is any type that pydantic can check: a `TypedDict`, a dataclass, `dict[str, int]`. Each format of ours has one,
-beside the code that writes it.
-
-The config of an adapter may name modules by regular expressions, and one written for it keeps Python's `re` busy for
-years. Whatever takes such a pattern from a config matches it here, within a time limit. PEFT, which uses `re`, gets
-names in their place (`names_only`).
+A schema is any type that pydantic checks, and stands beside the code that writes the format. Patterns in the config of
+an adapter can keep Python's `re` busy for years, so they are matched here; PEFT gets the matching names instead
+(`names_only`).
 """
 
 import json
@@ -81,7 +78,7 @@ def parse_json(text: str | bytes, where: str, remedy: str = "restore it from the
     try:
         return json.loads(text, object_pairs_hook=_without_contradictions)
     except RecursionError as error:
-        raise InputError(f"{where} nests more deeply than any such file does; {remedy}") from error
+        raise InputError(f"{where} is nested too deeply; {remedy}") from error
     except ValueError as error:
         raise InputError(f"{where} is not valid JSON ({error}); {remedy}") from error
 
@@ -135,7 +132,7 @@ def checked(content: object, schema: type[Schema], where: str, remedy: str = "re
     try:
         text = json.dumps(content, ensure_ascii=False)
     except RecursionError as error:
-        raise InputError(f"{where} nests more deeply than any such file does; {remedy}") from error
+        raise InputError(f"{where} is nested too deeply; {remedy}") from error
     # Half a character becomes a text of six characters, which a reader sees.
     text = _LONE.sub(lambda half: f"\\\\u{ord(half[0]):04x}", text)
     try:
@@ -160,7 +157,7 @@ def _difference(content: object, error: Any) -> str:
     if first["type"] == "extra_forbidden":
         return f"{field} is not known"
     if first["type"] == "json_invalid":
-        return "it nests more deeply than any such file does"
+        return "it is nested too deeply"
     expected = dict.fromkeys(_plain(one["msg"]) for where, one in errors if where == place)
     value = f"the key {field}" if first["loc"][-1:] == ("[key]",) else field
     return f"{value} is {shortened(repr(first['input']), 80)}, expected {' or '.join(expected)}"

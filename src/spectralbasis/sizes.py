@@ -1,4 +1,4 @@
-"""Amounts of memory: how much is free, and how people write it."""
+"""Amounts of memory: how much is free, and how they are written."""
 
 import math
 import re

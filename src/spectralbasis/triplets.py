@@ -1,4 +1,4 @@
-"""The leading triplets of one matrix: computed once per machine, kept on disk by the content of the matrix."""
+"""The leading triplets of one matrix: computed once per machine and cached on disk by the content of the matrix."""
 
 import json
 import math
@@ -95,7 +95,9 @@ class Triplets:
             ValueError: k is not in 1..self.k.
         """
         if not 1 <= k <= self.k:
-            raise ValueError(f"k={k} is outside 1..{self.k}, the triplets at hand; compute a basis with leading={k}")
+            raise ValueError(
+                f"k={k} is outside 1..{self.k}, the number of triplets here; compute a basis with leading={k}"
+            )
         if k == self.k:
             return self
         next_value = max(float(self.S[k:].max()), self.next_singular_value)
@@ -165,7 +167,7 @@ def disproof(W: MatrixLike, triplets: Triplets, values: Tensor | None = None) ->
         return f"they are of a matrix {triplets.shape}, expected {tuple(W.shape)}"
     U, S, Vh = (tensor.to(W.device, torch.float64) for tensor in (triplets.U, triplets.S, triplets.Vh))
     if not bool((U.amax(0) >= (1 - 1e-5) * U.abs().amax(0)).all()):
-        return "a left vector has the other sign than the rule gives it"
+        return "the sign of a left vector does not follow the rule"
     rounding, following = _ROUNDING * float(S[0]), triplets.next_singular_value
     bound = triplets.subspace_error_bound
     if bool((S[1:] > S[:-1]).any()) or float(S[-1]) < 0 or not -rounding <= following <= float(S[-1]) + rounding:

@@ -1,8 +1,8 @@
-"""Keeps `python -m spectralbasis` from importing modules of the working folder.
+"""Keep `python -m spectralbasis` from importing modules from the working folder.
 
-Python looks there first, even for its own modules, and the folder may have come with somebody's model. The command
-`spectralbasis` and `python -P -m spectralbasis` never look there; here it can only be left out once Python has found
-this package. This module imports nothing but what every interpreter has loaded.
+Python searches this folder first, even for its own modules, and it may come with a model from an unknown source. The
+command `spectralbasis` and `python -P -m spectralbasis` never search it; here it is removed once Python has found this
+package. So this module imports only what every interpreter has loaded.
 """
 
 import os

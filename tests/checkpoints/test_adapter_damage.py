@@ -93,7 +93,7 @@ def test_lengths_of_dora_are_one_for_each_row(adapter):
 
 @pytest.mark.parametrize("config", [{"r": 16}, {"rank_pattern": {"q": 16}}])
 def test_factors_of_another_rank_than_the_config_says(adapter, config):
-    with pytest.raises(InputError, match="not of one adapter"):
+    with pytest.raises(InputError, match="belong to different adapters"):
         adapter(FACTORS, **config)
 
 

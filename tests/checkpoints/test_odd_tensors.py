@@ -59,8 +59,8 @@ LISTED = {
     "complex": (lambda: torch.randn(4, 4, dtype=torch.complex64), "complex"),
     "conjugate": (lambda: torch.randn(4, 4, dtype=torch.complex64).conj(), "complex"),
     "nested": (lambda: torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(2, 4)]), "nested"),
-    "expanded to petabytes": (lambda: torch.randn(1).expand(10**8, 10**8), "repeats few"),
-    "sparse of petabytes": (lambda: torch.sparse_coo_tensor([[1], [2]], [3.0], (10**8, 10**8)), "repeats few"),
+    "expanded to petabytes": (lambda: torch.randn(1).expand(10**8, 10**8), "expands a few"),
+    "sparse of petabytes": (lambda: torch.sparse_coo_tensor([[1], [2]], [3.0], (10**8, 10**8)), "expands a few"),
 }
 
 

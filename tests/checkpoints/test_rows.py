@@ -75,5 +75,5 @@ def test_a_file_that_shrank_is_noticed(tmp_path):
     read = logical_matrices(open_checkpoint(path))[0]["a"].open_rows()
     path.write_bytes(path.read_bytes()[:-1])
     assert torch.equal(read(torch.tensor([0])), torch.eye(3)[:1])
-    with pytest.raises(InputError, match="became shorter"):
+    with pytest.raises(InputError, match="has become shorter"):
         read(torch.tensor([2]))

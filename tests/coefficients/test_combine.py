@@ -114,7 +114,7 @@ def test_heads_need_a_rule(base, tmp_path, heads):
     folders = [tmp_path / "a", tmp_path / "b"]
     arguments = {"weights": [1, 3], "output": tmp_path / "out", "heads": heads}
     if heads == "refuse":
-        with pytest.raises(sb.InputError, match=r"a brings classifier\.(weight|bias).*heads='first', 'mean' or 'none'"):
+        with pytest.raises(sb.InputError, match=r"a has classifier\.(weight|bias).*heads='first', 'mean' or 'none'"):
             sb.combine(folders, **arguments)
         assert not (tmp_path / "out").exists()
         return
@@ -132,7 +132,7 @@ def test_heads_need_a_rule(base, tmp_path, heads):
 def test_heads_of_other_sizes_have_no_mean(base, tmp_path):
     for labels in (2, 3):
         save_adapter(tmp_path / str(labels), base, labels=labels)
-    with pytest.raises(sb.InputError, match="heads of other sizes"):
+    with pytest.raises(sb.InputError, match="heads of different sizes"):
         sb.combine([tmp_path / "2", tmp_path / "3"], output=tmp_path / "out", heads="mean")
 
 
@@ -141,8 +141,8 @@ def test_heads_of_other_sizes_have_no_mean(base, tmp_path):
     [
         ({"coefficients": "core"}, "one trains diagonal coefficients, the other core"),
         ({"basis": "minor"}, "the basis pretrained, the other minor"),
-        ({"leading": 5}, "other ranks"),
-        ({"target_modules": ["query"]}, "other matrices"),
+        ({"leading": 5}, "different ranks"),
+        ({"target_modules": ["query"]}, "different matrices"),
     ],
 )
 def test_adapters_of_another_kind_are_refused(adapter, tmp_path, change, message):
@@ -165,8 +165,8 @@ def test_another_base_or_other_directions_are_refused(adapter, base, tmp_path):
     ("settings", "message"),
     [
         ({"method": "product"}, "method='product' is unknown"),
-        ({"weights": [1]}, "not one finite number for each of 2"),
-        ({"weights": [1, float("nan")]}, "not one finite number"),
+        ({"weights": [1]}, "must be one finite number for each of 2"),
+        ({"weights": [1, float("nan")]}, "must be one finite number"),
         ({"weights": [1, -1], "method": "mean"}, "add up to 0"),
         ({"method": "ties", "density": 0}, "density must be above 0 and at most 1, got 0"),
         ({"heads": "last"}, "heads='last' is unknown"),
@@ -182,7 +182,7 @@ def test_counts_are_sentences(adapter, tmp_path):
     a = adapter("a")
     with pytest.raises(sb.InputError, match="nothing to combine"):
         sb.combine([], output=tmp_path / "out")
-    with pytest.raises(sb.InputError, match="a difference is of two adapters, and 3"):
+    with pytest.raises(sb.InputError, match="method='difference' needs two adapters, got 3"):
         sb.combine([a, a, a], output=tmp_path / "out", method="difference")
     sb.combine([a, a], output=tmp_path / "out")
     with pytest.raises(sb.InputError, match="not empty"):

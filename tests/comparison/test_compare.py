@@ -66,7 +66,7 @@ def test_stability_that_a_small_step_forces_is_no_finding():
     base, tuned = random_updates(4, 1e-3)
     stability = sb.compare(base, [tuned], leading=8).summary()["stability"]
     assert stability["value"] > 0.99
-    assert "says only that the step was small" in stability["note"]
+    assert "only shows that the update is small" in stability["note"]
     assert stability["forced_by_size"] == {"matrices": 4, "of": 4}
     assert "In 4 of 4 matrices the size of the update alone" in stability["note"]
 
@@ -140,7 +140,7 @@ def test_a_base_with_nan_is_listed_and_a_matrix_of_fewer_directions_gives_all_it
     summary = result.summary()
     sizes = [W.numel() for W in base.values()]
     assert summary["measured_share"] == pytest.approx(1 - sizes[0] / sum(sizes))
-    assert "1 pair of matrices could not be measured, so that 50 % of the model was" in summary["notes"][0]
+    assert "1 pair of matrices could not be measured, so 50 % of the model was measured" in summary["notes"][0]
     assert "k=8 exceeds the smaller side of 1 matrix" in summary["notes"][1]
 
 
@@ -159,7 +159,7 @@ def test_layers_that_are_numbered_from_another_number_are_told():
     name = "encoder.layer.{}.dense0.weight".format
     tuned = {name(i + 1): base[name(i)] + 0.01 * torch.randn(48, 40) for i in range(4)}
     shifted = sb.compare(base, [tuned], leading=4, null=None).summary()["notes"]
-    assert any("In 3 of 3 matrices" in note and "number their layers alike" in note for note in shifted)
+    assert any("In 3 of 3 matrices" in note and "number their layers in the same way" in note for note in shifted)
     equal = {name(i): base[name(i)] + 0.01 * torch.randn(48, 40) for i in range(4)}
     assert sb.compare(base, [equal], leading=4, null=None).summary()["notes"] == []
 
@@ -210,7 +210,7 @@ def test_a_matrix_that_is_the_rounded_base_is_listed_as_rounding(stored, narrow)
     assert summary["matrices"] == 1
     assert all(reason.startswith(measuring.ROUNDED) for reason in summary["skipped"].values())
     assert len(summary["skipped"]) == 2
-    with pytest.raises(sb.InputError, match="same weights but for rounding"):
+    with pytest.raises(sb.InputError, match="same weights apart from rounding"):
         sb.compare(base, [{name: W.to(narrow) for name, W in base.items()}], leading=4)
 
 

@@ -98,7 +98,7 @@ def test_there_are_no_more_processes_than_memory_for_the_largest_matrix(monkeypa
     assert affordable_workers(100, tasks[:2]) == 2
     assert caplog.text == ""
     assert affordable_workers(5, tasks) == 3
-    assert "3 processes in place of 5" in caplog.text
+    assert "using 3 processes instead of 5" in caplog.text
     monkeypatch.setattr(distributing, "available_memory", lambda: need // 2)
     assert affordable_workers(5, tasks) == 1
 

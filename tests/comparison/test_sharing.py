@@ -130,7 +130,7 @@ def test_the_columns_metrics_and_ranges():
     assert table["p_value"].between(0, 1).all()
     assert len(table.groupby(["tuned_a", "tuned_b"])) == 3
     assert len(result.summary()["sharing"]["pairs"]) == 3
-    assert "(3 pairs; counted are all)" in result.summary()["methods"]
+    assert "(3 pairs; the mean is over all)" in result.summary()["methods"]
 
 
 def test_one_checkpoint_shares_with_nobody(tmp_path):

@@ -68,7 +68,7 @@ def test_a_deadly_call_ends_as_a_failure_and_costs_no_other():
     executor = Scripted(3, {5: 99, 6: 99})
     found = drive(Crew(executor), range(20))
     assert {value for value, result in found.items() if isinstance(result, Failure)} == {5, 6}
-    assert found[5].reason == "tried 3 times, the last time with nothing beside it: killed"
+    assert found[5].reason == "tried 3 times, the last time with no other task running: killed"
     assert [found[value] for value in (4, 7)] == [8, 14]
     assert len(executor.beside[5]) == len(executor.beside[6]) == ATTEMPTS
     assert all(len(executor.beside[value]) == 1 for value in range(20) if value not in (5, 6))

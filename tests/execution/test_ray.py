@@ -144,7 +144,7 @@ def test_a_matrix_that_kills_its_worker_ends_as_a_skip(cluster, tmp_path, monkey
     assert found["matrices"] == 4
     [(name, reason)] = found["skipped"].items()
     assert name == "encoder.layer.7.poison"
-    assert reason.startswith("tried 3 times, the last time with nothing beside it: its worker was lost")
+    assert reason.startswith("tried 3 times, the last time with no other task running: its worker was lost")
 
 
 def test_a_thousand_matrices_never_queue_up(cluster, tmp_path, monkeypatch):

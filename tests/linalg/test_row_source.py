@@ -115,7 +115,7 @@ def test_trailing_vectors_are_those_of_the_matrix(shape):
 
 def test_trailing_vectors_that_take_a_full_decomposition_are_refused():
     A = with_spectrum(60, 50, torch.logspace(0, -7, 50))[0].float()
-    with pytest.raises(ValueError, match="allow it more memory"):
+    with pytest.raises(ValueError, match="allow more memory"):
         trailing_vectors(source(A), 5)
 
 

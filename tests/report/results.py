@@ -134,7 +134,7 @@ def summary(tuned: Sequence[str] = ("rte", "sst2"), *, null: bool = True, **chan
     stability = finding(0.912, 0.883, 0.021, 0.038, 0.0004, "supported")
     coverage = finding(0.061, 0.0278, 0.024, 0.043, 0.0004, "supported")
     level = finding(0.9801, 0.9797, -0.0011, 0.0019, 0.61, "undecided")
-    level["note"] = "Stability at the null's level says only that the step was small."
+    level["note"] = "Stability at the null's level only shows that the update is small."
     against = finding(0.012, 0.0278, -0.021, -0.011, 0.002, "contradicted")
     if not null:
         stability, coverage = (finding(x["value"], None, None, None, None, "undecided") for x in (stability, coverage))

@@ -210,7 +210,7 @@ def test_paper_is_white_and_has_no_controls(opened, report):
 def test_without_javascript_verdict_and_table_are_there(opened, report):
     page = opened(report, java_script_enabled=False)
     assert page.locator(".badge.supported").first.is_visible()
-    assert page.get_by_text("So the leading directions resist").is_visible()
+    assert page.get_by_text("So the leading directions turned").is_visible()
     assert len(names(page)) == 19
     assert page.get_by_text("The figures need JavaScript").is_visible()
     assert not page.locator("#filter").is_visible()

@@ -97,7 +97,7 @@ def test_verdicts_notes_skips_and_settings_are_in_the_markup(page):
     for expected in (
         "Do the leading directions stay where they were?",
         "+0.0210 to +0.0380",
-        "Stability at the null's level says only that the step was small.",
+        "Stability at the null's level only shows that the update is small.",
         "only in the finetuned checkpoint",
         "torch 2.13.0",
         "612.0 MB",

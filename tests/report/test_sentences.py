@@ -32,14 +32,14 @@ def test_a_contradicted_stability_says_that_the_directions_gave_way():
 
 def test_an_undecided_stability_claims_nothing_either_way():
     text = " ".join(sentences.explain(read("stability", 0.98, 0.9797, -0.001, 0.002, 0.6, "undecided"), "3 matrices"))
-    assert "cannot be told from what any step of this size leaves" in text
+    assert "does not differ measurably from that of any update of this size" in text
 
 
 def test_coverage_is_spoken_of_in_percent_and_as_a_multiple_of_chance():
     text = " ".join(sentences.explain(read("coverage", 0.061, 0.0278, 0.024, 0.043, 0.0004, "supported"), "3 matrices"))
     assert "6.10\u00a0%" in text
     assert "+3.32 percentage points" in text
-    assert "2.2 times what chance puts there" in text
+    assert "2.2 times as much as expected by chance" in text
 
 
 @pytest.mark.parametrize("claim", sentences.CLAIMS)
@@ -66,7 +66,7 @@ def test_the_headline_joins_both_verdicts(stability, coverage, link):
     numbers = (0.5, 0.4, 0.05, 0.15, 0.01)
     text = sentences.headline(read("stability", *numbers, stability), read("coverage", *numbers, coverage))
     assert f", {link} " in text
-    assert ("less than chance" in text) == (coverage == "contradicted")
+    assert ("less of the update than expected" in text) == (coverage == "contradicted")
 
 
 @pytest.mark.parametrize(("p", "text"), [(0.0, "<\u00a00.001"), (0.0421, "0.042"), (1.0, "1"), (None, "–")])

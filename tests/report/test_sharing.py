@@ -58,7 +58,7 @@ def test_sentences_say_the_excess_the_ceiling_and_the_test():
 
 def test_without_a_null_nothing_is_claimed():
     (said,) = explain_sharing(shared(null=False))
-    assert "nothing tells how much is chance" in said
+    assert "the share due to chance is unknown" in said
 
 
 def test_rows_give_each_pair_once():

@@ -57,7 +57,7 @@ def test_a_method_is_tuned_scored_and_listed(tmp_path):
     assert sb.evaluate(model, tmp_path / "a", task=task, progress=False).metrics == tuned.metrics
     with pytest.raises(InputError, match=r"unknown method 'norms'; .*; layernorms \(mine\)"):
         sb.tune(model, task=task, output=tmp_path / "b", method="norms", **SHORT)
-    with pytest.raises(InputError, match="the option rank means nothing to the method layernorms"):
+    with pytest.raises(InputError, match="the option rank does not apply to the method layernorms"):
         sb.tune(model, task=task, output=tmp_path / "b", method="layernorms", rank=2, **SHORT)
 
 

@@ -48,9 +48,9 @@ def test_a_budget_is_a_share_of_the_model_that_spectral_keeps_within(tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("lora", {"leading": 4}, "the option leading means nothing to the method lora; it belongs to spectral"),
-        ("spectral", {"rank": 4}, "the option rank means nothing to the method spectral; it belongs to lora, dora"),
-        ("full", {"coefficients": "core"}, "the option coefficients means nothing to the method full"),
+        ("lora", {"leading": 4}, "the option leading does not apply to the method lora; it belongs to spectral"),
+        ("spectral", {"rank": 4}, "the option rank does not apply to the method spectral; it belongs to lora, dora"),
+        ("full", {"coefficients": "core"}, "the option coefficients does not apply to the method full"),
     ],
 )
 def test_an_option_that_would_be_ignored_is_refused(name, options, message):

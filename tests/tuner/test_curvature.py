@@ -126,7 +126,7 @@ def test_a_model_in_bfloat16():
 
 
 def test_not_finite():
-    with pytest.raises(InputError, match=r"no matrix has directions from these gradients; .*NaN or infinite"):
+    with pytest.raises(InputError, match=r"no matrix gets a usable gradient; .*NaN or infinite"):
         curvature_basis(BERT.base(), batches(), 2, target_modules=["query"],
                         loss=lambda model, batch: model(**batch).loss * float("nan"))  # fmt: skip
 

@@ -233,6 +233,6 @@ def test_a_weight_that_is_computed_at_each_use_is_adapted_but_never_merged_into(
     model = get_peft_model(base, case.settings()).eval()
     expected = case.output(model)
     torch.testing.assert_close(expected, case.output(case.adapted()), **CLOSE)
-    with pytest.raises(InputError, match=r"computed anew .* lost; before the adapter is added"):
+    with pytest.raises(InputError, match=r"computed again .* lost; before the adapter is added"):
         model.merge_adapter()
     assert torch.equal(case.output(model), expected)

@@ -209,7 +209,7 @@ def test_other_readers_say_what_reads_stacks(tmp_path):
     assert not torch.equal(opened.read(STACK), base("gpt_oss").state_dict()[STACK])
     for name in opened.names():
         torch.testing.assert_close(opened.read(name), merged[name])
-    with pytest.raises(InputError, match=r"adapted as a parameter of no layer.*--to merged"):
+    with pytest.raises(InputError, match=r"adapted as a parameter that belongs to no layer.*--to merged"):
         export_lora(tmp_path, tmp_path / "lora", base=base("gpt_oss"))
     readers = [
         lambda: similarity([tmp_path, tmp_path], base=base("gpt_oss")),

@@ -144,7 +144,7 @@ def test_ties_and_zeros():
     ("changes", "message"),
     [
         ({"coefficients": "core", "budget": None}, "coefficients='core' need no calibration"),
-        ({"budget": 1e-9}, "pays for no entry; pass budget>="),
+        ({"budget": 1e-9}, "is less than one entry; pass budget>="),
     ],
 )
 def test_refusals(changes, message):
@@ -235,7 +235,7 @@ def test_damaged_entries_are_refused(model, tmp_path):
     saved = json.loads(path.read_text())
     for entries in (None, {}, dict.fromkeys(saved["entries"], "0 9999"), dict.fromkeys(saved["entries"], "0")):
         path.write_text(json.dumps(saved | {"entries": entries}))
-        with pytest.raises(InputError, match=r"restore adapter_config\.json|not of one adapter"):
+        with pytest.raises(InputError, match=r"restore adapter_config\.json|belong to different adapters"):
             open_checkpoint(tmp_path, base=BERT.base())
 
 

@@ -42,7 +42,7 @@ def test_all_linear_leaves_the_head_of_a_language_model():
         (lambda: nn.Sequential(nn.LayerNorm(8)), "0", "0 is not supported: it is LayerNorm"),
         (lambda: nn.Sequential(nn.ConvTranspose1d(4, 4, 3)), "0", "not supported: it is ConvTranspose1d"),
         (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "0", "0 is a convolution of 2 groups"),
-        (lambda: nn.Sequential(nn.Embedding(9, 4, max_norm=1.0)), "0", "0 has max_norm=1, with which looking up"),
+        (lambda: nn.Sequential(nn.Embedding(9, 4, max_norm=1.0)), "0", "0 has max_norm=1, so each lookup"),
         (lambda: nn.TransformerEncoderLayer(8, 2), "out_proj", "belongs to torch.nn.MultiheadAttention"),
         (lambda: emptied(MLP()), "lin0", r"lin0 is sharded over processes, .* before the model is sharded"),
         (lambda: MLP().to("meta"), "lin0", "lin0 has no dense weight here .* meta device"),

@@ -1,4 +1,4 @@
-"""Opening weights wherever they are, and reading them as logical matrices."""
+"""Open model weights from any supported source and read them as logical matrices."""
 
 import spectralbasis.checkpoints.lora  # noqa: F401  # registers the method "LORA"
 from spectralbasis.checkpoints.adapters import Adapter, AdapterMethod, register_adapter_method

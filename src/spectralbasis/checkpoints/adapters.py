@@ -1,7 +1,7 @@
-"""PEFT adapters: their folder, their tensors under the names that PEFT gives them, and their weights over a base.
+"""PEFT adapters read as checkpoints: their folder, their tensors under PEFT's names, and the weights over a base.
 
-An adapted tensor is computed when it is read. How a type of adapter changes its base is one `AdapterMethod`, registered
-by `register_adapter_method`; LoRA's is in `lora.py`, that of this package in `tuner/reading.py`.
+An adapted tensor is computed when it is read. An `AdapterMethod` says how one type of adapter changes its base, and
+`register_adapter_method` registers it: LoRA in `lora.py`, the method of this package in `tuner/reading.py`.
 """
 
 import re
@@ -227,8 +227,8 @@ def _peft_names(plain: Mapping[str, str], folder: Path) -> dict[str, str]:
     adapters = sorted({match["adapter"] for name in plain.values() if (match := _TRAINED.fullmatch(name))} - {None})
     if len(adapters) > 1:
         raise InputError(
-            f"the file of the adapter {folder} holds several adapters ({', '.join(adapters)}); save each one into a "
-            f"folder of its own (model.save_pretrained(folder, selected_adapters=[...]))"
+            f"the file of the adapter {folder} holds several adapters ({', '.join(adapters)}); save each one into its "
+            "own folder (model.save_pretrained(folder, selected_adapters=[...]))"
         )
     every = set(plain.values())
     named: dict[str, str] = {}

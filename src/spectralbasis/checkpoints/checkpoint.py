@@ -1,7 +1,6 @@
-"""What every source of weights can do, and the sources that are in memory: a `state_dict`, an `nn.Module`.
+"""`Checkpoint`, the interface of every source of weights, and the sources in memory: a `state_dict`, an `nn.Module`.
 
-A file format is a subclass of `Checkpoint` in a file of its own; a checkpoint that reads the tensors of others is a
-subclass of `View`.
+Each file format is a subclass in its own file. A checkpoint that reads the tensors of another is a subclass of `View`.
 """
 
 from abc import ABC, abstractmethod
@@ -229,7 +228,7 @@ class TensorCheckpoint(Checkpoint):
         held = tensor.untyped_storage().nbytes() if tensor.layout == torch.strided else 0
         if _is_encoded(tensor) or tensor.is_meta or claimed <= max(_LARGEST_REPEATED, held):
             return None
-        return f"it repeats few stored numbers to {claimed} bytes: save it with .contiguous(), or leave it out"
+        return f"it expands a few stored numbers to {claimed} bytes: save it with .contiguous(), or leave it out"
 
     def holds_rows(self, name: str) -> bool:
         tensor = self._tensors[name]
@@ -284,8 +283,8 @@ def find_state(loaded: object, source: str) -> dict[str, Tensor]:
         beside = isinstance(value, Mapping) and value is not state and "optim" not in str(key)
         if beside and not str(key).endswith(_NOT_STATE) and _holds_tensors(value, _DEEPEST):
             raise InputError(
-                f"{source} holds tensors, and beside them further ones in {key!r}; load it yourself and pass the "
-                f"state_dict that you mean"
+                f"{source} holds tensors, and more tensors in {key!r}; load it yourself and pass the state_dict that "
+                "you mean"
             )
     found = _tensors_of(state)
     # Prefixes that all names have; `matrix_name` leaves out those inside a name.
@@ -307,7 +306,7 @@ def _descend(loaded: Mapping[Any, Any], source: str, depth: int) -> Mapping[Any,
             matrix = next((name for name, tensor in tensors.items() if tensor.dim() > 1), None)
             if matrix is not None and nested[key] is not loaded:
                 raise InputError(
-                    f"{source} holds {matrix}, and a state in {key!r} beside it; load it yourself and pass the "
+                    f"{source} holds {matrix}, and also a state_dict in {key!r}; load it yourself and pass the "
                     "state_dict that you mean"
                 )
             return _descend(nested[key], source, depth - 1)

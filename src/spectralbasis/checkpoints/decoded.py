@@ -1,8 +1,7 @@
-"""Weights stored as something else (quantized, normalised, pruned), read as the matrices that they are, or listed.
+"""Read encoded weights (quantized, normalised or pruned) as plain matrices, or list why they cannot be read.
 
-`decoded` puts real weights in place of encoded ones. Quantized ones are found by `quantized.py`; those that a layer
-computes by weight normalisation, spectral normalisation or pruning are found here, as `torch.nn.utils` saves them,
-before and since `torch.nn.utils.parametrize`.
+`decoded` replaces encoded weights by real ones. `quantized.py` finds quantized weights; this file finds weight
+normalisation, spectral normalisation and pruning as `torch.nn.utils` stores them, with and without `parametrize`.
 """
 
 import re
@@ -200,7 +199,7 @@ def _parametrized_now(
         return _spectral(checkpoint, weight, name, prefix + "0._u", prefix + "0._v", names)
     if part == "original1" and prefix + "original0" not in names:
         return _SPLIT
-    return f"parametrized in a way that the file does not tell: {_REMOVE}"
+    return f"parametrized in a way that the file does not describe: {_REMOVE}"
 
 
 def _spectral(

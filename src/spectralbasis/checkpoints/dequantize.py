@@ -1,6 +1,6 @@
-"""From what is stored of a quantized, normalised or pruned weight to the real weight, float32.
+"""Formulas that compute a float32 weight from the stored parts of a quantized, normalised or pruned one.
 
-Every formula takes the stored tensors by their part (`values`, `scale`, `zero` and so on) and gives the weight.
+Every formula takes the stored tensors by part (`values`, `scale`, `zero` and so on) and returns the weight.
 """
 
 from collections.abc import Callable, Mapping

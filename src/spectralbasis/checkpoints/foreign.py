@@ -1,7 +1,7 @@
-"""Kinds of files, folders and states that cannot be read as a model: how each is recognised, and what to do.
+"""Kinds of files, folders and states that cannot be read as a model: how to recognise each, and what to do.
 
-`KINDS` is the one table. Each record says what a thing is called, what a person does with it, and by which of its
-bytes, names or tensors it is recognised; a further kind is a further record.
+`KINDS` is the only table. Each record has the name of a kind, the advice for the user, and the bytes, names or tensors
+that identify it. To add a kind, add a record.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Which rows of a fused weight belong to the query, the key, the value, the gate and the up projection."""
+"""Which rows of a fused weight hold the query, the key, the value, the gate and the up projection."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

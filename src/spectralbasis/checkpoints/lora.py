@@ -1,9 +1,8 @@
-"""LoRA adapters and their relatives that end in a dense weight: rsLoRA, DoRA, PiSSA, OLoRA.
+"""LoRA adapters and the variants that give a dense weight: rsLoRA, DoRA, PiSSA and OLoRA.
 
-PiSSA and OLoRA start B·A as a part of W and subtract that part from W. An adapter saved without conversion holds the
-trained B·A alone, so the part has to be computed again to know the tuned weights. That is done where it is well
-determined: PEFT computes it in float32, so it differs from machine to machine by about `FLOAT32_ERROR` over the
-relative gap that separates it from the rest of W.
+PiSSA and OLoRA start B·A as a part of W and subtract this part from W. An adapter that was saved without conversion
+holds only the trained B·A, so the part is computed again where it is well determined. PEFT computes it in float32, so
+it differs between machines by about `FLOAT32_ERROR` over the relative gap between the part and the rest of W.
 """
 
 import math
@@ -152,14 +151,14 @@ def _edit(adapter: Adapter, layouts: Layouts, module: str, factors: Mapping[str,
         if len(shape) < 2 or 0 in shape or not dtype.is_floating_point:
             raise InputError(
                 f"the adapter in {adapter.folder} holds {factor} as {dtype_name(dtype)} of shape {shape}, expected a "
-                f"matrix of real numbers of rank 1 at least; save the adapter again"
+                "matrix of real numbers of rank at least 1; save the adapter again"
             )
     rank = adapter.tensors.shape(A)[0]
     named = _of_module(adapter, module, "rank_pattern", adapter.config.get("r"))
     if named is not None and named != rank:  # then the config, and so alpha, is that of another adapter
         raise InputError(
             f"adapter_config.json in {adapter.folder} has r={shortened(repr(named), 40)} for {module}, and its factors "
-            f"have rank {rank}; its two files are not of one adapter, so save it again"
+            f"have rank {rank}; its two files belong to different adapters, so save it again"
         )
     alpha = _of_module(adapter, module, "alpha_pattern", adapter.config.get("lora_alpha", 8))
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < _LARGEST_ALPHA:
@@ -208,7 +207,7 @@ def _magnitude(adapter: Adapter, module: str, factors: Mapping[str, str]) -> str
         found = "has" if magnitude is not None else "lacks"
         raise InputError(
             f"the adapter in {adapter.folder} {found} the lora_magnitude_vector of {module}, but its config has "
-            f"use_dora={expected}; its two files are not of one adapter, so save it again"
+            f"use_dora={expected}; its two files belong to different adapters, so save it again"
         )
     outputs = adapter.tensors.shape(factors["lora_embedding_B" if "lora_embedding_B" in factors else "lora_B"])[0]
     if magnitude is not None and math.prod(adapter.tensors.shape(magnitude)) != outputs:

@@ -272,8 +272,8 @@ def _nothing_shared(*sides: tuple[Checkpoint, Inventory]) -> str:
             copies = [other for other in long.matrices if f".{other}".endswith(f".{name}")]
             if len(copies) > 1:
                 remedy = (
-                    f"{source.source} holds {name} more than once ({', '.join(copies[:3])}), and nothing tells which "
-                    "of them is meant: pass the state_dict of that part alone"
+                    f"{source.source} holds {name} more than once ({', '.join(copies[:3])}), and it is unclear which "
+                    "of them is meant: pass the state_dict of that part only"
                 )
                 break
     examples = [

@@ -1,7 +1,7 @@
-"""From stored tensors to logical weight matrices (out, in).
+"""Turn stored tensors into logical weight matrices (out, in).
 
-`take_inventory` lists them: which tensors are weights, which of them are stored transposed, fused or in stacks of
-experts, and what is skipped for what reason. A `Matrix` reads its part of the tensor, its `Cut`.
+`take_inventory` lists which tensors are weights, which are stored transposed, fused or as stacks of experts, and why
+others are skipped. A `Matrix` reads its part of a tensor, its `Cut`.
 """
 
 import re
@@ -323,7 +323,7 @@ def take_inventory(
             if clash:
                 reason = (
                     f"stored more than once: {shortened(name)} is in {' and in '.join(map(shortened, wanted[name]))}, "
-                    "and nothing tells which of them the model uses; leave the others out with exclude"
+                    "and it is unclear which of them the model uses; leave the others out with exclude"
                 )
             if tensor not in tied:
                 unreadable[label] = unreadable.get(label, 0) + prod(matrix.shape)

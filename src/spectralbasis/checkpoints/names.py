@@ -1,8 +1,8 @@
-"""Names of matrices: one canonical name, whatever a file, a module, an adapter or a basis calls the weight.
+"""Canonical names of matrices, whatever a file, a module, an adapter or a basis calls the weight.
 
-Two names mean the same matrix if `matrix_name` makes them equal (prefixes of heads, trainers and language models, and
-wrappers, say nothing), or if transformers' own conversion table of the architecture does (`Conversions`). Everything
-that has to find a matrix under another name asks `same_names`.
+Two names mean the same matrix if `matrix_name` maps them to one name (it drops prefixes of heads, trainers, language
+models and wrappers), or if the conversion table of transformers does (`Conversions`). Code that looks for a matrix
+under another name calls `same_names`.
 """
 
 import json

@@ -1,7 +1,6 @@
-"""From whatever a person points at to a checkpoint: a file, a folder, a hub id, a `state_dict` or an `nn.Module`.
+"""Open what a user names as a checkpoint: a file, a folder, a hub id, a `state_dict` or an `nn.Module`.
 
-`FORMATS` is the one table of the file formats that are read; `register_format` adds to it. What is recognised and
-refused is in `foreign.py`.
+`FORMATS` is the table of file formats; `register_format` adds to it. `foreign.py` recognises what is refused.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""Finding quantized weights: the tensors of one weight are taken together, and computed or listed once.
+"""Find quantized weights, so that the tensors of each weight are computed or listed together.
 
-A weight that is stored in several tensors (numbers, scales, zeros, codebooks) is one **group**. `SCHEMES` is the one
-table: each record names the parts of a group and, where the scheme is certain, how the weight is computed from them
-(`dequantize.py`). A group that cannot be computed is listed once, under the name of its weight.
+The tensors of one weight (numbers, scales, zeros, codebooks) are one **group**. Each record of `SCHEMES` names the
+parts of a group and, if the scheme is certain, the formula in `dequantize.py`. A group that cannot be computed is
+listed once under the name of its weight.
 """
 
 import re
@@ -398,7 +398,7 @@ def _mlx(group: Group) -> EncodedWeight | str:
     stored, scale = group.shape(".weight"), group.shape(".scales")
     offset = next((role for role in (".biases", ".qbiases") if role in group.roles), "")
     if not isinstance(bits, int) or not isinstance(size, int):
-        return "whose config does not tell bits and group size"
+        return "whose config does not give bits and group size"
     known = f"{bits} bits, groups of {size}"
     fits = len(stored) == len(scale) >= 2 and stored[:-1] == scale[:-1] and stored[-1] * 32 == bits * size * scale[-1]
     fits = fits and size > 0 and group.real(".scales", offset)

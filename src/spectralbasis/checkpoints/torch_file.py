@@ -1,8 +1,8 @@
-"""One file written by `torch.save`: never run, only read.
+"""Read files of `torch.save` without running code from them.
 
-Such a file is a zip archive whose records lie one after the other, uncompressed, each there once; torch maps them into
-memory as they lie there. `check_archive` makes sure, before torch sees it, that this is what reading it record by
-record would give; `_check_storages` that no tensor claims more than its record holds.
+Such a file is a zip archive of uncompressed records, and torch maps them into memory. Before torch opens the file,
+`check_archive` makes sure that mapping gives the same bytes as reading each record, and `_check_storages` that no
+tensor claims more bytes than its record holds.
 """
 
 import argparse
@@ -179,10 +179,10 @@ def _records(file: BinaryIO) -> list[zipfile.ZipInfo]:
     """
     length, start = file.seek(0, io.SEEK_END), _directory_start(file)
     if start is None or length - start > _LARGEST:
-        raise zipfile.BadZipFile("the end of the file tells no directory, or one that is too large")
+        raise zipfile.BadZipFile("the end of the file names no directory, or one that is too large")
     with zipfile.ZipFile(file) as archive:
         if archive.start_dir != start:
-            raise zipfile.BadZipFile("the directory is elsewhere")
+            raise zipfile.BadZipFile("the directory is not at the place that the file names")
         return archive.infolist()
 
 
@@ -230,6 +230,6 @@ def _end_of(file: BinaryIO, record: zipfile.ZipInfo, path: Path) -> int:
 
 def _not_as_saved(path: Path, difference: str) -> str:
     return (
-        f"{path} is not as torch.save writes it: {difference}; copy or download it again, or load it yourself and save "
-        f"its state_dict"
+        f"{path} differs from what torch.save writes: {difference}; copy or download it again, or load it yourself and "
+        "save its state_dict"
     )

@@ -1,8 +1,7 @@
-"""A checkpoint's files: safetensors, shards with or without their index, and which file stands for a folder.
+"""The weight files of a checkpoint: safetensors, shards with or without an index, and the choice in a folder.
 
-A file that another names, or that a link leads to, is read only if it lies in the folder (`inside`). Tensors are read
-from their bytes in the file and not mapped, so that a limit of the address space does not forbid a large file, and so
-that single rows in any order cost no more than themselves.
+A file that another file or a link names is read only if it lies in the folder (`inside`). Tensors are read, not mapped,
+so that large files work under an address-space limit and single rows can be read cheaply in any order.
 """
 
 import os
@@ -460,7 +459,7 @@ def _read_runs(path: Path, runs: Sequence[Run], shape: tuple[int, ...], dtype: t
                 while filled < end and (count := file.readinto(view[filled:end])):  # one call reads 2 GB at most
                     filled += count
                 if filled < end:
-                    raise InputError(f"{path} became shorter since it was opened; copy or download it again")
+                    raise InputError(f"{path} has become shorter since it was opened; copy or download it again")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     return torch.frombuffer(data, dtype=dtype).reshape(shape)

@@ -1,4 +1,4 @@
-"""What can be done with trained coefficients."""
+"""Work with trained coefficients: combine and compare adapters, export them, and serve many tasks."""
 
 from spectralbasis.coefficients.bank import CoefficientBank
 from spectralbasis.coefficients.combination import Combination, combine

@@ -1,4 +1,4 @@
-"""Which class of transformers a base and its adapter are together, what its config says, and whether it opens."""
+"""Find the transformers class of a base with its adapter, its config, and whether the merged model opens."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -190,8 +190,8 @@ def _check_report(report: Mapping[str, Any], name: str, ours: Collection[str]) -
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise InputError(
-                f"the merged model does not open as {name}: it {problem} {', '.join(keys[:3])}{more}; "
-                f"check that base and adapter belong together, and save with the adapter what was trained beside it"
+                f"the merged model does not open as {name}: it {problem} {', '.join(keys[:3])}{more}; check that base "
+                "and adapter belong together, and save with the adapter everything that was trained together with it"
             )
 
 

@@ -1,7 +1,6 @@
-"""Thousands of tasks on one base model, any of them in one batch.
+"""Serve thousands of tasks on one base model, with any mix of them in a batch.
 
-`CoefficientBank` holds the numbers of the tasks; `RowUpdates` makes the layers of a plain model give every row of a
-batch what its task has trained.
+`CoefficientBank` holds the numbers of the tasks. `RowUpdates` applies to each row of a batch the update of its task.
 """
 
 import threading
@@ -85,8 +84,8 @@ class RowUpdates:
         rows = getattr(self._serving, "rows", None)
         if rows is not None and len(x) != len(rows):
             raise InputError(
-                f"{name} sees {len(x)} rows where {len(rows)} tasks were named: name one task for each row of the "
-                "batch; a model that flattens its batch cannot be served by a bank"
+                f"{name} got {len(x)} rows but {len(rows)} tasks: name one task for each row of the batch; a model "
+                "that flattens its batch cannot be served by a bank"
             )
         return rows
 
@@ -156,8 +155,8 @@ def _head(model: nn.Module, layout: BankLayout, name: str) -> nn.Linear:
     if not isinstance(module, nn.Linear) or module.in_features != layout.heads[name].inputs:
         found = "nothing" if module is None else f"a {type(module).__name__}"
         raise InputError(
-            f"the tasks bring the linear head {name} of {layout.heads[name].inputs} inputs, and "
-            f"{type(model).__name__} has {found} of that kind there; a bank serves linear heads alone"
+            f"the tasks have the linear head {name} with {layout.heads[name].inputs} inputs, but "
+            f"{type(model).__name__} has {found} there instead; a bank serves only linear heads"
         )
     return module
 
@@ -218,7 +217,7 @@ class CoefficientBank:
             BaseMismatchError: the model is not the base that they were trained on.
         """
         if dtype not in DTYPES.values():
-            raise InputError(f"dtype={dtype} holds no numbers of a bank; pass torch.float32, float16 or bfloat16")
+            raise InputError(f"dtype must be torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
         if not adapters:
             raise InputError("a bank needs an adapter to know what its tasks train; pass one or more")
         heads = head_shapes([other_shapes(Path(folder)) for folder in adapters.values()], labels)
@@ -297,7 +296,7 @@ class CoefficientBank:
     def serving(self, tasks: Sequence[str]) -> Iterator[None]:
         """Within this context, calls of the model in this thread belong to one task for each row: see `__call__`."""
         if self.model.training:
-            raise InputError("the model is in training mode, and a bank only serves; call model.eval() first")
+            raise InputError("the model is in training mode, but a bank only runs inference; call model.eval() first")
         with self._lock:
             rows = self._rows.read([self._slot(task) for task in tasks])
         with torch.inference_mode(), self._updates.serving(rows):
@@ -341,7 +340,7 @@ class CoefficientBank:
         if strangers and not found:
             found = f"it trains {strangers[0]}, which the first task of the bank does not"
         if found:
-            raise InputError(f"{task} ({folder}) is of another kind than the tasks of this bank: {found}")
+            raise InputError(f"{task} ({folder}) does not match the other tasks of this bank: {found}")
         return adapter.stored, adapter.others
 
     def _put(self, task: str, row: Tensor) -> None:
@@ -368,6 +367,6 @@ def _on(model: nn.Module, config: SpectralConfig, heads: Mapping[str, HeadShape]
     if config.target_parameters:
         raise InputError(
             f"{type(model).__name__} keeps what the tasks train in stacks of experts, "
-            f"{sorted(config.target_parameters)}, and a bank serves linear layers alone; load the adapters with PEFT"
+            f"{sorted(config.target_parameters)}, but a bank serves only linear layers; load the adapters with PEFT"
         )
     return BankLayout(config, heads)

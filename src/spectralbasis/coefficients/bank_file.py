@@ -1,7 +1,7 @@
-"""What a bank holds and how it is stored: the row of numbers of a task, all rows in memory, and the file of them.
+"""The contents of a bank and their file: the layout of a task's numbers, the table of all tasks, reading and writing.
 
-The file is a safetensors file of one tensor, `numbers` (tasks, width), whose metadata says what they are. Where the
-tasks are of a basis file, a copy of that lies beside the bank (`basis_beside`): no bank names another file.
+The file is a safetensors file with one tensor, `numbers` (tasks, width), and a description in its metadata. If the
+tasks use a basis file, a copy of it lies beside the bank (`basis_beside`), so a bank names no other file.
 """
 
 import filecmp
@@ -97,7 +97,7 @@ class BankLayout:
             for name in self.heads
         }
         if given:
-            raise InputError(f"{task} brings {next(iter(given))}, which other tasks of the bank do not; leave it out")
+            raise InputError(f"{task} has {next(iter(given))}, which other tasks of the bank do not have; leave it out")
         if not bool(torch.isfinite(row).all()):
             raise InputError(f"{task} holds numbers that are not finite in {dtype}, so it cannot be served")
         for name, count in labels.items():
@@ -108,14 +108,12 @@ class BankLayout:
         """Enter a head into a row; gives its number of labels."""
         head = self.heads[name]
         if weight is None or weight.ndim != 2 or weight.shape[1] != head.inputs:
-            raise InputError(
-                f"{task} brings no head {name} of {head.inputs} inputs, and every task of the bank has one"
-            )
+            raise InputError(f"{task} has no head {name} with {head.inputs} inputs, but every task of the bank has one")
         labels = len(weight)
         if labels > head.outputs or (bias is not None and bias.shape != (labels,)):
             raise InputError(
-                f"{task} has {labels} labels in {name} where the bank holds {head.outputs} at most; "
-                f"make the bank with labels={labels}"
+                f"{task} has {labels} labels in {name}, but the bank holds at most {head.outputs}; make the bank with "
+                f"labels={labels}"
             )
         self.part(row, name, "weight")[:labels] = weight
         if bias is not None:
@@ -160,8 +158,8 @@ def head_shapes(others: Sequence[Mapping[str, Sequence[int]]], labels: int | Non
             name, _, kind = parameter.rpartition(".")
             if kind not in _PARAMETERS or len(task.get(f"{name}.weight", ())) != 2:
                 raise InputError(
-                    f"an adapter brings {parameter}, and a bank serves linear heads alone; "
-                    "train with bias='none' and modules_to_save of linear layers, or serve this task by itself"
+                    f"an adapter has {parameter}, but a bank serves only linear heads; train with bias='none' and "
+                    "modules_to_save of linear layers, or serve this task by itself"
                 )
             if kind == "weight":
                 known = found.get(name, HeadShape(labels or 1, shape[1]))
@@ -321,7 +319,7 @@ def _keep_basis(file: Path, place: Path) -> None:
     """
     if place.exists():
         if not filecmp.cmp(file, place, shallow=False):
-            raise InputError(f"{place} is another basis file than that of this bank; save the bank elsewhere")
+            raise InputError(f"{place} is not the basis file of this bank; save the bank elsewhere")
         return
     with atomic_path(place) as temporary:
         shutil.copyfile(file, temporary)
@@ -339,7 +337,9 @@ def read_bank(path: Path) -> BankFile:
         with safe_open(str(path), framework="pt") as file:  # checks that sizes fit the file
             metadata, names = file.metadata() or {}, list(file.keys())
             if names != ["numbers"]:
-                raise InputError(f"{path} is no bank: it holds {', '.join(names[:3]) or 'nothing'}, expected numbers")
+                raise InputError(
+                    f"{path} is not a bank: it holds {', '.join(names[:3]) or 'nothing'}, expected numbers"
+                )
             numbers = file.get_slice("numbers")
             shape, named = tuple(numbers.get_shape()), numbers.get_dtype()
         _check_metadata(path, metadata, shape, named)
@@ -360,7 +360,7 @@ def read_bank(path: Path) -> BankFile:
 
 def _check_metadata(path: Path, metadata: Mapping[str, str], shape: Sequence[int], named: str) -> None:
     if metadata.get("bank") != FORMAT:
-        raise InputError(f"{path} is no bank of version {FORMAT}; update spectralbasis, or {_AGAIN}")
+        raise InputError(f"{path} is not a bank of version {FORMAT}; update spectralbasis, or {_AGAIN}")
     lacking = [name for name in ("checksum", "config", "heads", "tasks") if name not in metadata]
     if lacking:
         raise InputError(f"the bank {path} lacks its {lacking[0]}; {_AGAIN}")

@@ -1,4 +1,4 @@
-"""Arithmetic on adapters of one base: the result is an adapter again."""
+"""Arithmetic on adapters of one base; the result is again an adapter."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -109,7 +109,7 @@ def combine(
     others = _others(read, given, heads)
     combined = _combined(read, given, method, density)
     if not all(bool(torch.isfinite(tensor).all()) for tensor in (*combined.values(), *others.values())):
-        raise InputError(f"with weights={given.tolist()} the sum is beyond what float32 holds; pass smaller ones")
+        raise InputError(f"with weights={given.tolist()} the sum is too large for float32; pass smaller weights")
     alike = not any(difference_of_numbers(read[0].config, other.config) for other in read[1:])
     config = read[0].config
     stored = (
@@ -132,7 +132,7 @@ def _weights(adapters: Sequence[str | Path], weights: Sequence[float] | None) ->
         raise InputError("there is nothing to combine; pass one or more adapters")
     found = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
     if len(found) != len(adapters) or not all(map(isfinite, found)):
-        raise InputError(f"weights={found} are not one finite number for each of {len(adapters)} adapters")
+        raise InputError(f"weights must be one finite number for each of {len(adapters)} adapters, got {found}")
     return torch.tensor(found, dtype=torch.float64)
 
 
@@ -141,9 +141,9 @@ def _check_alike(adapters: Sequence[SpectralAdapter]) -> None:
     for other in adapters[1:]:
         found = difference(first.config, other.config)
         if not found and first.config.ranks != other.config.ranks:
-            found = "they adapt other matrices, or have other ranks"
+            found = "they adapt different matrices, or have different ranks"
         if not found and first.stored.keys() != other.stored.keys():
-            found = "they hold coefficients of other matrices"
+            found = "they hold coefficients of different matrices"
         if found:
             raise InputError(f"{first.folder} and {other.folder} cannot be combined: {found}")
 
@@ -167,8 +167,8 @@ def _others(adapters: Sequence[SpectralAdapter], weights: Tensor, heads: str) ->
         return {}
     if heads == "refuse":
         raise InputError(
-            f"{brought[0].folder} brings {next(iter(brought[0].others))}, and heads of different tasks cannot be "
-            "added; say what becomes of it: heads='first', 'mean' or 'none' (--heads)"
+            f"{brought[0].folder} has {next(iter(brought[0].others))}, and heads of different tasks cannot be added; "
+            "choose what to do with it: heads='first', 'mean' or 'none' (--heads)"
         )
     return adapters[0].others if heads == "first" else _mean(adapters, weights)
 
@@ -177,7 +177,7 @@ def _mean(adapters: Sequence[SpectralAdapter], weights: Tensor) -> dict[str, Ten
     shapes = [{name: tensor.shape for name, tensor in one.others.items()} for one in adapters]
     if any(other != shapes[0] for other in shapes):
         raise InputError(
-            "the adapters bring other heads, or heads of other sizes, which have no mean; use heads='first'"
+            "the adapters have different heads, or heads of different sizes, which have no mean; use heads='first'"
         )
     found = {}
     for name, tensor in adapters[0].others.items():
@@ -238,7 +238,7 @@ def weighted_difference(X: Tensor, weights: Tensor) -> Tensor:
         InputError: there are not two.
     """
     if len(X) != 2:
-        raise InputError(f"a difference is of two adapters, and {len(X)} were given; use method='sum' with weights")
+        raise InputError(f"method='difference' needs two adapters, got {len(X)}; use method='sum' with weights")
     return weights[0] * X[0] - weights[1] * X[1]
 
 

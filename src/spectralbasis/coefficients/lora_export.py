@@ -1,9 +1,8 @@
-"""A spectral adapter as a LoRA adapter that PEFT, vLLM and llama.cpp open without this package.
+"""Export a spectral adapter as a LoRA adapter that PEFT, vLLM and llama.cpp open without this package.
 
-They scale `B A` by different rules: PEFT by alpha over rank of the module, after `alpha_pattern` and `rank_pattern`;
-vLLM by `lora_alpha / r` of the config for every module; llama.cpp by `lora_alpha` over the rank of the tensor. The
-three agree where every tensor has one rank, that of the config, and alpha is that rank: each scale is then 1. So
-matrices of a smaller k get rows and columns of zeros, which change nothing in the update.
+Each program scales `B A` by another rule: PEFT by alpha over rank of the module (`alpha_pattern`, `rank_pattern`), vLLM
+by `lora_alpha / r` of the config, llama.cpp by `lora_alpha` over the rank of the tensor. If every tensor has the rank
+of the config and alpha equals it, each scale is 1. So matrices of smaller k are filled up with zeros.
 """
 
 import math
@@ -214,8 +213,9 @@ def _resolve(opened: AdapterCheckpoint, base: Source | None) -> _Export:
             or (found is not None and not issubclass(found, Layers))
         ):
             raise InputError(
-                f"{tensor} of the base is adapted as a parameter of no layer, such as experts and routers, and LoRA's "
-                "factors are those of layers; write the whole model instead: spectralbasis export ADAPTER --to merged"
+                f"{tensor} of the base is adapted as a parameter that belongs to no layer, as in experts and routers, "
+                "but LoRA has factors for layers only; write the whole model instead: spectralbasis export ADAPTER "
+                "--to merged"
             )
         table = is_embedding_table(opened.start, tensor) and not is_output_head(tensor)
         modules.append(_Module(name, tensor, edit, table))
@@ -314,9 +314,10 @@ def _notes(
     notes = ["PEFT opens it."]
     if whole or convolutions or config.modules_to_save:
         held = whole or convolutions or list(config.modules_to_save or ())
-        what = "tensors that are no factors" if whole else "convolutions" if convolutions else "modules_to_save"
+        what = "tensors that are not factors" if whole else "convolutions" if convolutions else "modules_to_save"
         notes.append(
-            f"vLLM and llama.cpp do not open it, as it has {what} ({_listed(held)}); export a merged model for them."
+            f"vLLM and llama.cpp do not open it, because it has {what} ({_listed(held)}); export a merged model for "
+            "them."
         )
     else:
         rank = config.r

@@ -1,4 +1,4 @@
-"""A spectral adapter and its base as one plain checkpoint."""
+"""Export a spectral adapter with its base as one plain checkpoint."""
 
 import json
 import shutil
@@ -241,7 +241,7 @@ def _configured(opened: AdapterCheckpoint, parts: list[_Part]) -> tuple[list[_Pa
         return parts, {}, []
     sizes = {(old, part.shape[0]) for part in parts if part.changed and (old := _old_rows(opened, part))}
     if len(sizes) > 1:
-        raise InputError(f"the adapter {opened.source} resizes tables of its base in different ways, {sorted(sizes)}")
+        raise InputError(f"the adapter {opened.source} resizes tables of its base to different sizes, {sorted(sizes)}")
     for old, new in sizes:
         config = with_vocabulary(config, old, new)
     sizes_by_dtype = Counter[torch.dtype]()
@@ -307,7 +307,7 @@ def _note_of_tie(opened: AdapterCheckpoint, table: _Part, config: dict[str, Any]
         return []
     return [
         f"{table.name} and {', '.join(tied)} are one tensor, which the update of {' and '.join(changed)} changes as a "
-        f"whole, as PEFT's merge does; before a merge PEFT changes the adapted module alone, so the outputs differ"
+        f"whole, as PEFT's merge does; before a merge PEFT changes only the adapted module, so the outputs differ"
     ]
 
 
@@ -379,7 +379,7 @@ def _write_shard(path: Path, shard: Sequence[_Part]) -> float:
         expected = tensors[part.name] if part.changed else part.holder.read(part.stored)
         if not _same(written.read(part.name), expected):
             raise InputError(
-                f"{part.name} was not written as it was computed: the disk or the base changed meanwhile; export again"
+                f"{part.name} differs from what was computed: the disk or the base changed meanwhile; export again"
             )
     return rounding
 

@@ -1,4 +1,4 @@
-"""How much finetuned checkpoints of one base are alike: cosines of trained coefficients beside those of the updates."""
+"""Similarity of finetuned checkpoints of one base: cosines of their coefficients and of their updates."""
 
 import json
 import math

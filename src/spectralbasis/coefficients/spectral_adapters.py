@@ -1,4 +1,4 @@
-"""Spectral adapters in folders: what they trained, read with or without the base, and whether two are of one kind."""
+"""Read spectral adapters from folders, with or without the base, and check whether two are comparable."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -150,8 +150,8 @@ def check_one_basis(adapters: Sequence[SpectralAdapter]) -> None:
         found = difference(first.config, other.config)
         if found:
             raise InputError(
-                f"the coefficients of {first.folder} and {other.folder} are not of one kind: {found}; "
-                "compare adapters of one base and basis, or their updates alone (of='updates', --of updates)"
+                f"the coefficients of {first.folder} and {other.folder} are not comparable: {found}; compare adapters "
+                "of one base and basis, or only their updates (of='updates', --of updates)"
             )
 
 
@@ -186,7 +186,7 @@ def difference_of_numbers(a: SpectralConfig, b: SpectralConfig) -> str:
         ours, theirs = getattr(a, field) or {}, getattr(b, field) or {}
         for name in ours.keys() & theirs.keys():
             if ours[name] != theirs[name]:
-                return f"they train other {field} in {name}"
+                return f"they train different {field} of {name}"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""The commands on trained adapters, and those that need no model; `spectralbasis.cli` registers them."""
+"""Commands for trained adapters, and commands that need no model; `spectralbasis.cli` registers them."""
 
 from pathlib import Path
 from typing import Annotated

@@ -77,7 +77,7 @@ def compare(
     ] = False,
     trust: Trust = False,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Compare nothing; print the work, the memory and the expected time.")
+        bool, typer.Option("--plan", help="Only print the work, the memory and the expected time; compare nothing.")
     ] = False,
     workers: Annotated[int, typer.Option(help="Processes that measure matrices at the same time.")] = 1,
     ray: Ray = None,
@@ -89,7 +89,7 @@ def compare(
         ),
     ] = None,
     partial: Annotated[
-        bool, typer.Option("--partial", help="Accept an adapter also where the base lacks some of what it adapts.")
+        bool, typer.Option("--partial", help="Accept an adapter even if the base lacks some of what it adapts.")
     ] = False,
     device: Annotated[str, typer.Option(help="Device that decomposes matrices: cpu or cuda.")] = "cpu",
     trailing: Annotated[bool, typer.Option("--trailing", help="Measure the trailing directions too.")] = False,

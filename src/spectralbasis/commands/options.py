@@ -1,6 +1,6 @@
-"""What commands have in common: options, and what they print while they work.
+"""Options that commands share, and what commands print while they work.
 
-Help states the default of every option: typer shows it, except where the default is None and the text has to.
+The help states every default: typer shows it, except for None, where the help text has to.
 """
 
 import sys
@@ -16,7 +16,7 @@ from spectralbasis.printable import printable
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 NewFolder = Annotated[Path, typer.Option("-o", "--output", help="A new folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder of an earlier run.")]
-Trust = Annotated[bool, typer.Option("--trust", help="Use also results that another user or machine stored.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Also use results that another user or machine stored.")]
 Model = Annotated[str, typer.Argument(help="Folder, file, or hub id of a model.")]
 Leading = Annotated[
     str,

@@ -1,4 +1,4 @@
-"""What the command line prints for people."""
+"""Tables and text that the command line prints."""
 
 import json
 import sys
@@ -201,7 +201,7 @@ def machine_table(facts: Mapping[str, Any]) -> Table:
     )
     memory = (machine["available_bytes"] / 1e9, machine["memory_bytes"] / 1e9)
     table.add_row("memory", "{:.1f} GB free of {:.1f} GB".format(*memory))
-    table.add_row("devices", in_markup(", ".join(machine["devices"])) or "none but the processor")
+    table.add_row("devices", in_markup(", ".join(machine["devices"])) or "only the processor")
     table.add_row("GFLOP/s, float32", f"{speed['one_thread']:g} with one thread, {speed['all_threads']:g} with all")
     table.add_row("cache", f"{in_markup(cache['folder'])}: {cache['files']} files, {cache['bytes'] / 1e6:.1f} MB")
     table.caption = in_markup("\n".join(f"• {sentence}" for sentence in facts["advice"]))

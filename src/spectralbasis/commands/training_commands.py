@@ -90,7 +90,7 @@ def tune(
     dimension: Annotated[
         int | None,
         typer.Option(
-            help=f"Numbers for each matrix, or in all for subspace ({owners('dimension')}). Default: 64; subspace 1000."
+            help=f"Numbers per matrix, or in total for subspace ({owners('dimension')}). Default: 64; subspace 1000."
         ),
     ] = None,
     source: Annotated[
@@ -131,7 +131,7 @@ def tune(
     require_extra("tune", "the command tune")
     from spectralbasis.training import tune as run
 
-    with stopped_by_hand("nothing was written: give the same command again to start anew"):
+    with stopped_by_hand("nothing was written: run the same command again to start over"):
         result = run(
             model,
             task=task,
@@ -187,7 +187,8 @@ def evaluate(
 
 def study(
     name: Annotated[
-        str, typer.Argument(metavar="NAME|all|quick", help="An experiment; all; or quick, all of them in little time.")
+        str,
+        typer.Argument(metavar="NAME|all|quick", help="An experiment; all; or quick (all of them, in a short time)."),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the study; a study in it is continued.")],
     preset: Annotated[str, typer.Option(metavar="cpu|paper|quick", help="Size of the models, data and seeds.")] = "cpu",
@@ -196,9 +197,9 @@ def study(
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time, each in its own process.")] = 1,
     ray: Ray = None,
-    retry: Annotated[bool, typer.Option("--retry", help="Run again what failed.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Run failed runs again.")] = False,
     analyse_only: Annotated[
-        bool, typer.Option("--analyse", help="Start no run; analyse those that are finished.")
+        bool, typer.Option("--analyse", help="Start no runs; only analyse those that are finished.")
     ] = False,
     trust: Trust = False,
     as_json: AsJson = False,
@@ -214,7 +215,7 @@ def study(
     require_extra("study", "the study")
     from spectralbasis.study.conduct import study as run
 
-    with stopped_by_hand("finished runs are kept: give the same command again to continue"):
+    with stopped_by_hand("finished runs are kept: run the same command again to continue"):
         content = run(
             name,
             preset=preset,

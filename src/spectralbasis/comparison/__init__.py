@@ -1,4 +1,4 @@
-"""Base against finetuned checkpoints: metrics, nulls, statistics, a verdict. Names are imported when first used."""
+"""Compare a base with finetuned checkpoints: metrics, nulls, statistics, verdicts. Names are imported on first use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Compares checkpoints: pairs their matrices by name, has each pair measured, sums up, and writes the results."""
+"""Compare checkpoints: pair their matrices by name, measure each pair, summarise, and write the results."""
 
 import json
 import time
@@ -262,10 +262,10 @@ def _nothing_measured(pairing: Pairing) -> str:
         if alone:
             part = share_text(min(pairing.shares.values()))
             return (
-                f"what {base} and {tuned} have in common is the same in both, but it is only {part} of the model; "
-                f"not compared: {describe_unpaired(alone)}"
+                f"the matrices that {base} and {tuned} share are equal in both, but they are only {part} of the "
+                f"model; not compared: {describe_unpaired(alone)}"
             )
-        rounded = " but for rounding" if any(reason.startswith(ROUNDED) for reason in skipped.values()) else ""
+        rounded = " apart from rounding" if any(reason.startswith(ROUNDED) for reason in skipped.values()) else ""
         return f"{base} and {tuned} hold the same weights{rounded}: there is no update to measure"
     # Matrices that were tried say more than embeddings and heads, which nobody asked for.
     tried = [name for name in skipped if name.split(" [")[0] in pairing.bases]

@@ -1,6 +1,6 @@
-"""Has tasks measured by an executor, a few at a time, in as many processes as memory allows.
+"""Send matrices to an executor for measurement, in as many processes as memory allows.
 
-A task travels to another process as a `Parcel`: with the places of its matrices in files, or with their numbers.
+A task reaches another process as a `Parcel`, which holds either the places of its matrices in files or their numbers.
 """
 
 import logging
@@ -162,10 +162,10 @@ def announce_row_blocks(tasks: Iterable[MatrixTask]) -> None:
     large = [task for task in tasks if task.in_row_blocks]
     if large:
         logging.getLogger(__name__).warning(
-            "%s takes more than the memory budget of %s, so it is read in row blocks, many times over%s",
+            "%s takes more than the memory budget of %s, so it is read in row blocks, several times%s",
             printable(large[0].before.name),
             format_size(large[0].memory_budget or 0),
-            f"; so are {len(large) - 1} more" if len(large) > 1 else "",
+            f"; the same applies to {len(large) - 1} more" if len(large) > 1 else "",
         )
 
 
@@ -182,7 +182,7 @@ def affordable_workers(wanted: int, tasks: Iterable[MatrixTask]) -> int:
     affordable = max(1, min(wanted, available // need))
     if affordable < wanted:
         logging.getLogger(__name__).warning(
-            "%d processes in place of %d: %.1f GB are free, and each process needs %.1f GB for the largest matrix",
+            "using %d processes instead of %d: %.1f GB are free, and each process needs %.1f GB for the largest matrix",
             affordable,
             wanted,
             available / 1e9,

@@ -1,7 +1,7 @@
-"""Measures one matrix of the base and its finetuned partners, whole, or in row blocks where memory is short.
+"""Measure one matrix of the base against its finetuned versions, whole or in row blocks if memory is short.
 
-The base is decomposed once; each partner is measured and compared with draws of a null. The memory that this takes is
-computed from the shape, for the choice between the two ways and for the number of worker processes.
+The base is decomposed once; each finetuned version is measured and compared with draws of a null. The memory need is
+computed from the shape; it decides between whole and row blocks, and sets the number of worker processes.
 """
 
 from collections import defaultdict
@@ -41,8 +41,8 @@ from spectralbasis.linalg.thresholds import leading_by_shape
 from spectralbasis.sizes import format_size
 from spectralbasis.triplets import Triplets, compute_triplets_and_values, matrix_hash
 
-UNCHANGED = "the same in both: finetuning did not touch it"
-ROUNDED = "the same in both but for rounding"
+UNCHANGED = "the same in both: finetuning did not change it"
+ROUNDED = "the same in both apart from rounding"
 NullValues = dict[Key, list[float]]
 
 

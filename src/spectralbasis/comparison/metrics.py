@@ -1,6 +1,6 @@
-"""What is measured on one pair of matrices, as pure functions; docs/mathematics.md defines the metrics.
+"""The metrics of a pair of matrices, as pure functions; docs/mathematics.md defines them.
 
-A measurement is keyed by (metric, side, k, index): metric name, "left", "right" or "both", the number of leading
+A measurement has the key (metric, side, k, index): the metric name, "left", "right" or "both", the number of leading
 directions, and the direction (from 0) or -1. `Row` and `SharedRow` are a line of `comparison.parquet` and of
 `sharing.parquet`.
 """

@@ -1,4 +1,4 @@
-"""Null models: updates as large as the real one whose alignment to the base is left to chance.
+"""Null models: updates as large as the real one, placed at random relative to the base.
 
 A null is one record: how it is drawn, its closed forms, and the words for it in help, errors, the methods paragraph and
 on the page. To add one, put it into the tuple that `NULLS` is made from, or pass it to `compare(null=...)`. torch is
@@ -190,19 +190,19 @@ def _diagonal_share(k: Any, m: Any, n: Any) -> Any:
 
 SCRAMBLED = Null(
     name="scrambled",
-    update="a random step of the same size and spectrum",
+    update="a random update of the same size and spectrum",
     description="W0 + D1 P1 ΔW P2 D2 with random permutations P and signs D",
     draw=scrambled,
 )
 GAUSSIAN = Null(
     name="gaussian",
-    update="a random step of the same size",
+    update="a random update of the same size",
     description="W0 + G with independent normal entries and ‖G‖ = ‖ΔW‖",
     draw=gaussian,
 )
 HAAR = Null(
     name="haar",
-    update="directions that have no relation to those of the base",
+    update="directions that are independent of those of the base",
     description="matrices whose singular vectors are Haar-random",
     closed_forms={
         ("subspace_overlap", "left"): _left_share,

@@ -1,6 +1,6 @@
-"""What a comparison will take, before it is made: from the shapes of its matrices and a short look at this machine.
+"""Estimate the work, memory and time of a comparison from the shapes of its matrices.
 
-The work on a matrix is counted step by step, by kinds of work; each kind is timed here for a few seconds.
+The work on a matrix is counted by kind, and each kind is timed on this machine for a few seconds.
 """
 
 import heapq

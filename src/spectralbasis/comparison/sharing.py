@@ -1,7 +1,7 @@
-"""What finetuned checkpoints of one base have in common, beside what chance gives, and the course of training runs.
+"""What finetuned checkpoints of one base share beyond chance, and the course of training runs.
 
 `shared_rows` measures one matrix between two checkpoints, `sharing_findings` makes the entry `sharing` of
-`summary.json` from all of them, and `trajectories` the entry `trajectory` from the checkpoints of one run.
+`summary.json`, and `trajectories` the entry `trajectory` from the checkpoints of one run.
 """
 
 import math
@@ -117,8 +117,8 @@ def shared_rows(pair: Pair, matrix: Matrix, a: Frames, b: Frames, update_cosine:
 
 _PAIR = ["tuned_a", "tuned_b"]
 ONE_RUN = (
-    "These are checkpoints of one training run. Each continues the one before, so what they share says how far the run "
-    "moved, and nothing about what tasks have in common."
+    "These are checkpoints of one training run. Each continues the one before, so what they share shows how far the "
+    "run moved, not what tasks have in common."
 )
 
 
@@ -192,12 +192,12 @@ def sharing_findings(
 
 def sharing_methods(found: Mapping[str, Any]) -> str:
     """How sharing was measured and tested, for the methods paragraph; `found` is the entry `sharing`."""
-    counted = {"different tasks": "those of different tasks", "same task": "all, which are of one task"}
+    counted = {"different tasks": "those of different tasks", "same task": "all, because all have one task"}
     text = (
-        f"Of every two of the finetuned checkpoints ({len(found['pairs'])} pairs; counted are "
-        f"{counted.get(found['over'], 'all')}) the leading subspaces were compared with pairs of independent draws; "
-        "the error of the mean excess is the larger of the hierarchical bootstrap's (pairs outermost) and of the "
-        "jackknife over checkpoints."
+        f"For every pair of finetuned checkpoints ({len(found['pairs'])} pairs; the mean is over "
+        f"{counted.get(found['over'], 'all')}) the overlap of the leading subspaces was compared with pairs of "
+        "independent draws. The error of the mean excess is the larger one of the hierarchical bootstrap (pairs "
+        "outermost) and the jackknife over checkpoints."
     )
     test = found["permutation"]
     if test is None:

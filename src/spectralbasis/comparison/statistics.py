@@ -1,7 +1,7 @@
-"""From measurements and null draws to effects, intervals and verdicts, and the permutation test over task labels.
+"""Effects, intervals and verdicts from measurements and null draws, and the permutation test of task labels.
 
-`student_interval`, `jackknife_error`, `arrangements` and `share_reached` serve the study too. pandas and scipy.stats
-are imported where they are used: the processes that measure matrices need neither.
+The study also uses `student_interval`, `jackknife_error`, `arrangements` and `share_reached`. pandas and scipy.stats
+are imported on use, because the processes that measure matrices need neither.
 """
 
 import math

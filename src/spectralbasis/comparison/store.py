@@ -1,4 +1,4 @@
-"""Results on disk while a comparison runs, so that a stopped comparison can be continued."""
+"""Results stored on disk during a comparison, so that a stopped comparison can be continued."""
 
 import json
 import math
@@ -132,7 +132,7 @@ class Store:
         types: Any = tuple[tuple(field.type for field in fields(kind))]  # type: ignore[misc]
         found = [kind(*values) for values in checked(parse_json(text, where, remedy), list[types], where, remedy)]
         if any(row_values(row)[: len(key) - 1] != tuple(key[:-1]) for row in found):
-            raise InputError(f"{where} are of another matrix; {remedy}")
+            raise InputError(f"{where} belong to another matrix; {remedy}")
         if any(not (math.isnan(p := getattr(row, "p_value", math.nan)) or 0 <= p <= 1) for row in found):
             raise InputError(f"{where} hold a p_value outside 0 to 1; {remedy}")
         return found

@@ -1,4 +1,4 @@
-"""The content of `summary.json`: verdicts over all matrices, notes, the methods paragraph, and what reproduces them."""
+"""The content of `summary.json`: verdicts over all matrices, notes, the methods paragraph and how to reproduce it."""
 
 import math
 import sys
@@ -196,10 +196,11 @@ def methods_paragraph(
         said.append(f"{len(pairing.skipped)} were skipped ({listed}).")
     said.append(_leading(table, settings))
     said.append(
-        "Singular triplets were computed by block Lanczos, from the Gram matrix or densely, whichever was the cheapest "
-        f"to meet the tolerance, a sine of {settings.tolerance:g} between computed and true leading subspaces, bounded "
-        "by residuals in float64 (Wedin); no solve was started from another matrix's vectors. Tuned left vectors among "
-        f"the top 10 whose cosine to every base vector is below {INTRUDER_COSINE} count as intruders (2410.21228)."
+        "Singular triplets were computed by block Lanczos, from the Gram matrix or densely, whichever met the "
+        f"tolerance at the lowest cost: a sine of {settings.tolerance:g} between computed and true leading subspaces, "
+        "bounded by residuals in float64 (Wedin); no solve was started from another matrix's vectors. Tuned left "
+        f"vectors among the top 10 whose cosine to every base vector is below {INTRUDER_COSINE} count as intruders "
+        "(2410.21228)."
     )
     if settings.null is None:
         said.append("No null was drawn, so nothing was tested.")
@@ -239,24 +240,25 @@ def _notes(table: "pd.DataFrame", settings: Settings, pairing: "Pairing") -> lis
             notes.append(f"Nothing was compared{whom(label)}: {describe_unpaired(groups)}.")
         elif groups:
             notes.append(
-                f"The verdicts are of {share_text(pairing.shares[label])} of the model{whom(label)}, by parameters of "
+                f"The verdicts cover {share_text(pairing.shares[label])} of the model{whom(label)}, by parameters of "
                 f"its weight matrices. Not compared: {describe_unpaired(groups)}."
             )
     for label, failed in pairing.failed.items():
         name, reason = next(iter(failed.items()))
         notes.append(
             f"{len(failed)} {'pair' if len(failed) == 1 else 'pairs'} of matrices{whom(label)} could not be measured, "
-            f"so that {share_text(pairing.measured_share(label))} of the model was: {name}: {reason}."
+            f"so {share_text(pairing.measured_share(label))} of the model was measured: {name}: {reason}."
         )
     steps = table[table["metric"] == "update_norm_relative"]
     for tuned, rows in steps.groupby("tuned", sort=False):
         large = rows[rows["value"] >= STRANGE_STEP]
         if len(large):
             notes.append(
-                f"In {len(large)} of {len(rows)} matrices (such as {large['matrix'].iloc[0]})"
-                f"{f' ({tuned})' if steps['tuned'].nunique() > 1 else ''} the update is at least as large as the "
-                "weights, as it is between unrelated matrices: check that the finetuned checkpoint was made from this "
-                "base, that it was not trained anew there, and that both number their layers alike."
+                f"In {len(large)} of {len(rows)} matrices (such as "
+                f"{large['matrix'].iloc[0]}){f' ({tuned})' if steps['tuned'].nunique() > 1 else ''} the update is at "
+                "least as large as the weights, which is typical of unrelated matrices: check that the finetuned "
+                "checkpoint was made from this base, that these matrices were not trained again from scratch, and that "
+                "both checkpoints number their layers in the same way."
             )
     if isinstance(settings.leading, int):
         counts = table[table["metric"] == "subspace_overlap"].groupby("matrix", sort=False)["k"].max()
@@ -264,8 +266,8 @@ def _notes(table: "pd.DataFrame", settings: Settings, pairing: "Pairing") -> lis
         if len(small):
             notes.append(
                 f"k={settings.leading} exceeds the smaller side of {len(small)} "
-                f"{'matrix' if len(small) == 1 else 'matrices'} (such as {small[0]}): all their directions were taken, "
-                "and a whole side cannot turn, so its overlap is 1."
+                f"{'matrix' if len(small) == 1 else 'matrices'} (such as {small[0]}): all their directions were "
+                "taken, so the overlap of that side is always 1."
             )
     return notes
 
@@ -330,13 +332,13 @@ def _stability_note(finding: Finding, forced: dict[str, int]) -> str:
     notes = []
     if finding.null_mean > CEILING:
         notes.append(
-            f"An update of this size leaves {finding.null_mean:.4f} of the leading subspace in place even when its "
-            "alignment is left to chance, so that high overlap here says only that the step was small."
+            f"An update of this size leaves {finding.null_mean:.4f} of the leading subspace in place even if the "
+            "update is placed at random. A high overlap here only shows that the update is small."
         )
     if forced["matrices"]:
         notes.append(
             f"In {forced['matrices']} of {forced['of']} matrices the size of the update alone (Wedin's bound) forces "
-            f"an overlap of at least {CEILING}: stability there is no finding."
+            f"an overlap of at least {CEILING}: high stability is not a finding there."
         )
     return " ".join(notes)
 
@@ -346,8 +348,8 @@ def _coverage_note(table: "pd.DataFrame") -> str:
     if not step >= LARGE_STEP:
         return ""
     return (
-        f"The update is {step:.2f} times as large as the weights. Whatever of the base it takes away lies in the "
-        "base's own directions, so even an unrelated model covers them: this coverage is no sign of a shared basis."
+        f"The update is {step:.2f} times as large as the weights. It removes a part of the base, and this part lies "
+        "in the base's own directions. So this coverage does not show a shared basis."
     )
 
 

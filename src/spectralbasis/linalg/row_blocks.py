@@ -1,6 +1,6 @@
-"""Matrices that are never in memory as a whole: their rows are read, or computed, when they are asked for.
+"""Matrices that are never completely in memory: rows are read or computed on request.
 
-Products with them are taken block by block in float64, without a float64 copy of the matrix.
+Products with them are computed block by block in float64, without a float64 copy of the matrix.
 """
 
 from collections.abc import Callable, Iterator, Sequence

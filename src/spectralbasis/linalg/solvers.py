@@ -1,7 +1,7 @@
 """The two solvers behind `leading_svd`: eigenpairs of a Gram matrix, and block Lanczos.
 
-Eigenpairs come from one reduction to tridiagonal form. Block Lanczos in float32 finds where the leading singular
-vectors lie, at the price of a few hundred products.
+Eigenpairs come from one reduction to tridiagonal form. Block Lanczos in float32 finds the leading singular subspace
+with a few hundred products.
 """
 
 import math

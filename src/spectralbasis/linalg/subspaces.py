@@ -1,4 +1,4 @@
-"""How far two orthonormal frames agree: overlaps, angles and cosines, blind to the arbitrary signs of the vectors."""
+"""Overlaps, angles and cosines of two orthonormal frames; the arbitrary signs of singular vectors do not matter."""
 
 import math
 

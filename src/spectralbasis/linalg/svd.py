@@ -1,4 +1,4 @@
-"""Leading singular triplets that carry their own certificate, and singular values and trailing vectors beside them."""
+"""Leading singular triplets with certified errors, and singular values and trailing vectors on request."""
 
 from dataclasses import dataclass, replace
 
@@ -172,8 +172,8 @@ def trailing_vectors(A: Factor, k: int) -> tuple[Tensor, Tensor]:
         return times(A, V[:, :k]) / squares[:k].sqrt(), V[:, :k]
     if not isinstance(A, Tensor):
         raise ValueError(
-            f"the smallest singular value is below {SQUARED:g} of the largest, so that the trailing directions take a "
-            f"full decomposition, which a matrix read in row blocks is not given; allow it more memory"
+            f"the smallest singular value is below {SQUARED:g} of the largest, so the trailing directions need a full "
+            "decomposition, which is not available for a matrix read in row blocks; allow more memory"
         )
     U, _, Vh = torch.linalg.svd(A.double(), full_matrices=False)
     return U.flip(1)[:, :k], Vh.flip(0)[:k].T

@@ -1,4 +1,4 @@
-"""Where the leading part of a spectrum ends."""
+"""Rules that set the number of leading directions from a spectrum."""
 
 import math
 from functools import cache

@@ -1,8 +1,8 @@
-"""The page's figures, as plain dictionaries for Plotly, and the numbers that they draw.
+"""The figures of the page as plain dictionaries for Plotly, and the numbers that they show.
 
-A colour is written `var(--name)`: the page's script puts the style sheet's value there, anew when the scheme changes.
-A figure has `traces` and a `layout`, and `views`: per selection what replaces the traces' data. The heat map and the
-spectra are drawn by the script from the embedded grids, so theirs hold the looks only.
+A colour is written `var(--name)`, and the script of the page inserts the value from the style sheet. A figure has
+`traces`, a `layout` and `views` (the data for each selection). The script draws the heat map and the spectra from the
+embedded grids, so their figures hold only the style.
 """
 
 from collections.abc import Sequence

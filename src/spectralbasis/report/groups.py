@@ -1,4 +1,4 @@
-"""What several checkpoints show together, for the page: what they share, and the course of a training run."""
+"""What several checkpoints show together on the page: what they share, and the course of a training run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,10 +46,11 @@ _OVER = {
     "one run": "pairs of steps of one run",
 }
 _MEANING = {
-    "supported": "So they share more than independent updates of their sizes leave. Either each kept more of the base "
-    "than by chance, or they moved the same way: the similarity of the updates themselves tells the two apart.",
-    "contradicted": "So they share less than independent updates of their sizes leave.",
-    "undecided": "So what they have in common is what independent updates of their sizes leave of one base.",
+    "supported": "So they share more than independent updates of the same sizes would. Either each kept more of the "
+    "base than expected by chance, or they moved the same way: the similarity of the updates shows which.",
+    "contradicted": "So they share less than independent updates of the same sizes would.",
+    "undecided": "So what they share does not differ measurably from what independent updates of the same sizes would "
+    "share.",
 }
 
 
@@ -91,7 +92,7 @@ class Sharing:
 
 
 def cluster_order(likeness: np.ndarray) -> list[int]:
-    """The order of checkpoints that puts alike ones side by side: average linkage on 1 − likeness.
+    """The order of checkpoints that puts similar ones side by side: average linkage on 1 − likeness.
 
     Args:
         likeness: (t, t), symmetric; what is NaN counts as 0.
@@ -130,7 +131,7 @@ def sharing_figure(sharing: Sharing) -> Figure:
         "views": [
             {
                 "traces": [{"z": [rounded(row) for row in grid], "text": _hover(sharing, order)}],
-                "label": f"Heat map. {what} between {len(names)} checkpoints, alike ones side by side: "
+                "label": f"Heat map. {what} between {len(names)} checkpoints, similar ones side by side: "
                 f"{', '.join(names)}.{found}",
             }
         ],
@@ -169,7 +170,9 @@ def explain_sharing(sharing: Sharing) -> list[str]:
     over = _OVER[entry["over"]]
     observed = f"Averaged over {over}, the leading subspaces of two finetuned checkpoints overlap by"
     if not sharing.tested:
-        return [f"{observed} {fixed(entry['value'], 4).text}. No null was drawn, so nothing tells how much is chance."]
+        return [
+            f"{observed} {fixed(entry['value'], 4).text}. No null was drawn, so the share due to chance is unknown."
+        ]
     sure, p = "", entry["p_value"]
     if entry["ci_low"] is not None and entry["ci_high"] is not None:
         ends = f"{_signed(entry['ci_low'])} to {_signed(entry['ci_high'])}"
@@ -188,8 +191,8 @@ def explain_tasks(sharing: Sharing) -> list[str]:
     ceiling, test, said = sharing.entry["ceiling"], sharing.entry["permutation"], []
     if ceiling and sharing.entry["over"] == "different tasks":
         said.append(
-            f"The ceiling, which is the same task with other seeds, is {fixed(ceiling['value'], 4).text} "
-            f"(excess {_signed(ceiling['effect'])})."
+            f"The ceiling (the same task with other seeds) is {fixed(ceiling['value'], 4).text} (excess "
+            f"{_signed(ceiling['effect'])})."
         )
     if test:
         said.append(

@@ -1,4 +1,4 @@
-"""The page of a comparison: one HTML file that holds its styles, scripts and numbers."""
+"""The page of a comparison: one HTML file with its styles, scripts and numbers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

@@ -1,6 +1,6 @@
-"""What a comparison left in its folder, the headline numbers of each matrix, and how both get into a page.
+"""Read and check the results in a comparison folder, compute the headline numbers, and prepare both for a page.
 
-A name can be anything and must stay text; what is read may be damaged or hostile, and is checked here.
+Names and tables may come from an unknown source.
 """
 
 import base64
@@ -297,7 +297,7 @@ def _read_rows(path: Path, columns: Sequence[str], metrics: Sequence[str]) -> pd
     if not path.exists():
         raise InputError(f"there is no {path}; {_again(path.parent)}")
     if not path.is_file():
-        raise InputError(f"{path} is no regular file; {_again(path.parent)}")
+        raise InputError(f"{path} is not a regular file; {_again(path.parent)}")
     try:
         # Batch by batch: read_table with a filter can hang on a damaged file.
         with pq.ParquetFile(path, page_checksum_verification=True) as file:

@@ -1,4 +1,4 @@
-"""The page's words: findings in sentences, cells of its tables, settings, and where effects stand on a common scale."""
+"""The text of the page: findings in sentences, table cells, settings, and effects on a common scale."""
 
 import math
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ QUESTIONS: dict[Claim, str] = {
 }
 
 _UNJUDGED: dict[Claim, str] = {
-    "stability": "a small step alone gives a high overlap",
-    "coverage": "only a null says what chance puts there",
+    "stability": "a small update alone gives a high overlap",
+    "coverage": "a null is needed to know the expected share",
 }
 
 
@@ -32,34 +32,35 @@ class _Words(NamedTuple):
 
 _WORDS: dict[tuple[Claim, str], _Words] = {
     ("stability", "supported"): _Words(
-        "Finetuning turned the leading singular directions less than a random step of the same size would",
+        "Finetuning turned the leading singular directions less than a random update of the same size would",
         "turned less than by chance",
-        "So the leading directions resist: they turned {turned} less than by chance.",
+        "So the leading directions turned {turned} less than by chance.",
     ),
     ("stability", "contradicted"): _Words(
-        "Finetuning turned the leading singular directions more than a random step of the same size would",
+        "Finetuning turned the leading singular directions more than a random update of the same size would",
         "turned more than by chance",
-        "So the leading directions give way: they turned {turned} more than by chance.",
+        "So the leading directions turned {turned} more than by chance.",
     ),
     ("stability", "undecided"): _Words(
-        "How far finetuning turned the leading singular directions cannot be told from what a random step would do",
-        "not to be told from chance",
-        "So the stability seen here cannot be told from what any step of this size leaves.",
+        "The turn of the leading singular directions does not differ measurably from that of a random update of the "
+        "same size",
+        "no difference from chance found",
+        "So the stability seen here does not differ measurably from that of any update of this size.",
     ),
     ("coverage", "supported"): _Words(
-        "its update lies along those directions more than chance would have it",
+        "these directions contain more of the update than expected by chance",
         "more than by chance",
-        "So the update prefers the leading directions: they hold {times} times what chance puts there.",
+        "So the update prefers the leading directions: they contain {times} times as much as expected by chance.",
     ),
     ("coverage", "contradicted"): _Words(
-        "its update lies along those directions less than chance would have it",
+        "these directions contain less of the update than expected by chance",
         "less than by chance",
-        "So the update avoids the leading directions: they hold {times} times what chance puts there.",
+        "So the update avoids the leading directions: they contain {times} times as much as expected by chance.",
     ),
     ("coverage", "undecided"): _Words(
-        "how much of its update lies along them cannot be told from chance",
-        "not to be told from chance",
-        "So nothing here says that the update prefers or avoids the leading directions.",
+        "the share of the update in these directions does not differ measurably from chance",
+        "no difference from chance found",
+        "So there is no evidence that the update prefers or avoids the leading directions.",
     ),
 }
 
@@ -124,7 +125,7 @@ def headline(stability: Finding, coverage: Finding, share: float = 1.0) -> str:
     return f"Of {share_text(share)} of the model: {said[0].lower()}{said[1:]}"
 
 
-def explain(finding: Finding, scope: str, step: str = "a random step of the same size") -> list[str]:
+def explain(finding: Finding, scope: str, step: str = "a random update of the same size") -> list[str]:
     """One claim in sentences: what was observed, what the null gives, how sure that is, and what it means.
 
     Args:
@@ -146,7 +147,7 @@ def explain(finding: Finding, scope: str, step: str = "a random step of the same
     sure = [] if finding.ci_low is None else [f"95{_SPACE}% interval {interval(finding)}"]
     if finding.p_value is not None:
         sure.append(p_phrase(finding.p_value))
-    leaves = f"{step[0].upper()}{step[1:]} leaves" if stability else "A random update would put there"
+    leaves = f"{step[0].upper()}{step[1:]} leaves" if stability else "The share expected by chance is"
     effect = f"{difference(finding.claim, finding.effect)}{'' if stability else ' percentage points'}"
     brackets = f" ({', '.join(sure)})" if sure else ""
     said.append(f"{leaves} {null_mean}: the effect is {effect}{brackets}.")

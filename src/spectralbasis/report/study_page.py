@@ -1,4 +1,4 @@
-"""The HTML page of a study: every claim with its verdict, and the tables and figures that show why."""
+"""The HTML page of a study: every claim with its verdict, tables and figures."""
 
 from collections.abc import Mapping
 from pathlib import Path

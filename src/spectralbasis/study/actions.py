@@ -1,6 +1,6 @@
-"""What runs of the study do: one function for each action; `ACTIONS` lists them all.
+"""The actions of study runs: functions that tune, compare and examine tuned models. `ACTIONS` lists all actions.
 
-Here are the actions that tune, compare and look at tuned models; the others are in `starting` and `directions`.
+Further actions are in `starting` and `directions`.
 """
 
 import math

@@ -1,6 +1,6 @@
-"""Experiments and what they conclude: claims with effects and verdicts, and the tables and figures that show why.
+"""Experiments and their conclusions: claims with effects and verdicts, tables and figures.
 
-Also the contests of ways to tune: all choose learning rates by one rule, on other examples than they are scored on.
+Also contests between ways to tune. All choose learning rates by one rule, on examples other than those for the score.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Conducting a study: the runs of its experiments, then what they show, as files."""
+"""Conduct a study: do the runs of its experiments, analyse them, and write the results."""
 
 import statistics
 from collections import Counter

@@ -1,6 +1,7 @@
-"""Bases as runs make and judge them: the actions `basis` and `gradient_coverage`.
+"""The actions `basis` and `gradient_coverage`: make bases and measure how well they cover updates.
 
-What lies in a basis is measured of a task's gradient, of single examples' gradients, and of full finetuning's update.
+Coverage is measured for the gradient of a task, for the gradients of single examples, and for the update of full
+finetuning.
 """
 
 import tempfile

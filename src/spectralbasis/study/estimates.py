@@ -1,6 +1,6 @@
-"""The tests that experiments share: pure functions on arrays, for the few tasks and seeds that a study has.
+"""Statistical tests that experiments share: pure functions on arrays, for few tasks and seeds.
 
-The Student interval and the permutations are those of `comparison.statistics`.
+The Student interval and the permutations come from `comparison.statistics`.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What a study shows, as files: `results.json`, `figures.json`, and a Markdown page for each experiment."""
+"""Write a study as files: `results.json`, `figures.json`, and a Markdown page for each experiment."""
 
 import html
 import json

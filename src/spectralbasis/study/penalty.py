@@ -1,4 +1,4 @@
-"""Finetuning that is held back in a part of weight space: the core of the leading directions, or all outside it."""
+"""Finetuning with a penalty on a part of weight space: the leading core, or everything outside it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,7 +59,9 @@ class UpdatePenalty(TrainerCallback):
         if part not in PARTS:
             raise InputError(f"part={part!r} is unknown; pass one of {', '.join(PARTS)}")
         if not strength >= 0 or leading < 1:
-            raise InputError(f"strength={strength}, leading={leading}; expected a strength from 0 and leading from 1")
+            raise InputError(
+                f"strength must be at least 0 and leading at least 1, got strength={strength} and leading={leading}"
+            )
         self.part, self.strength, self.leading = PARTS[part], strength, leading
         self._held: list[_Held] = []
 

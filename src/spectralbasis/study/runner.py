@@ -1,4 +1,4 @@
-"""Does the runs that a plan wants and the store does not have, side by side, and plans again after each result."""
+"""Do the planned runs that the store lacks, in parallel, and plan again after each result."""
 
 import platform
 import shutil
@@ -134,8 +134,8 @@ class _Runner:
             done = _Done(None, done.reason, 0.0, library_versions())
         if done.no_room:
             raise InputError(
-                f"the disk of {self.artefacts.parent} is full, {run} found no room; free some and give the same "
-                "command again: what was finished is kept"
+                f"the disk of {self.artefacts.parent} is full, so {run} could not be stored; free some space and run "
+                "the same command again: finished runs are kept"
             )
         if done.outcome is None:
             self.store.put_error(run, done.error, done.seconds, done.versions)

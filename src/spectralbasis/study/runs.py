@@ -1,6 +1,6 @@
-"""What a study is made of: runs, each identified by its content, and the store that keeps their results.
+"""Runs of a study, identified by their content, and the store of their results.
 
-The store is a database while a study goes on, and tables of its rows to keep and to pass on.
+The store is a database during a study, and tables of its rows for archiving and sharing.
 """
 
 import hashlib

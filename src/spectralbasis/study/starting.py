@@ -1,4 +1,4 @@
-"""What runs start from: their task, their model, and the action `initialise`, which makes untrained models."""
+"""Where runs start: their task, their model, and the action `initialise`, which makes untrained models."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -72,7 +72,7 @@ class Architecture:
             InputError: the corpus cannot be read, or there is none.
         """
         if self.corpus is None:
-            raise InputError(f"a {self.model_type} model reads no text here, and so has no tokenizer")
+            raise InputError(f"a {self.model_type} model reads no text here, so it has no tokenizer")
         longest = self.config["max_position_embeddings"]
         return train_tokenizer(self.corpus, data, size=self.config["vocab_size"], max_length=longest)
 

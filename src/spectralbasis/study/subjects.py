@@ -1,6 +1,6 @@
-"""What experiments are made on: pretrained models with the tasks that they are tuned to, and lineages.
+"""The subjects of experiments: pretrained models with the tasks they are tuned to, and lineages.
 
-A lineage is one architecture at several scales of pretraining, and the tasks that it is then moved to.
+A lineage is one architecture at several scales of pretraining, with the tasks it is tuned to afterwards.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What training does to a model's matrices, measured at chosen steps beside a null, and summaries of it."""
+"""Measure how training changes the matrices of a model at chosen steps, compare with a null, and summarise."""
 
 import math
 from collections import defaultdict
@@ -148,7 +148,9 @@ class TrajectoryCallback(TrainerCallback):
         if null not in NULLS:
             raise InputError(f"null={null!r} is unknown; pass one of {', '.join(NULLS)}")
         if draws < 0 or any(step < 1 for step in steps):
-            raise InputError(f"draws={draws}, steps={list(steps)}; expected draws from 0 and steps from 1")
+            raise InputError(
+                f"draws must be at least 0 and steps at least 1, got draws={draws} and steps={list(steps)}"
+            )
         self.base, self.steps, self.leading = base, frozenset(steps), leading
         self.draws, self.null, self.seed, self.trailing = draws, null, seed, trailing
         self._rows: list[tuple[Any, ...]] = []

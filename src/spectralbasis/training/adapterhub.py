@@ -64,9 +64,9 @@ def _hub_and_model(method: str, model: Any) -> tuple[Any, Any]:
         hub = import_module("adapters")
     except ImportError as error:
         raise InputError(
-            f"the method {method} needs AdapterHub's package adapters, which cannot be imported here: it works with "
-            f"transformers 4.57 alone, and this is transformers {transformers.__version__}; install it in a virtual "
-            "environment of its own, with: pip install 'spectralbasis[baselines]'"
+            f"the method {method} needs AdapterHub's package adapters, which cannot be imported here: it only works "
+            f"with transformers 4.57, and this is transformers {transformers.__version__}; install it in a separate "
+            "virtual environment, with: pip install 'spectralbasis[baselines]'"
         ) from error
     try:
         hub.init(model)
@@ -88,8 +88,8 @@ def _copied(sources: Sequence[str], folder: Path) -> list[Path]:
         return folders
     if len(sources) < 2:
         raise InputError(
-            f"adapterfusion fuses two adapters or more, and got {len(sources)}; "
-            "pass the folders that tune wrote with the method houlsby or parallel as its sources"
+            f"adapterfusion needs at least two adapters, got {len(sources)}; pass the folders that tune wrote with the "
+            "method houlsby or parallel as its sources"
         )
     for number, source in enumerate(sources):
         copy = folder / f"source-{number:03d}"

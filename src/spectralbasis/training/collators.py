@@ -1,6 +1,6 @@
-"""From rows of a task's data set to the tensors that a model reads, and what a model's folder says of its inputs.
+"""Turn rows of a data set into the tensors that a model reads, with the settings of the model's folder.
 
-A collator is a callable from rows to a batch; `load_collator` makes the one that suits a model and a task.
+A collator is a callable from rows to a batch; `load_collator` makes the one for a model and a task.
 """
 
 import json
@@ -91,8 +91,8 @@ class TextCollator:
         largest = int(batch["input_ids"].max()) if batch["input_ids"].numel() else 0
         if self.vocabulary is not None and largest >= self.vocabulary:
             raise InputError(
-                f"the tokenizer gives a token the number {largest}, and the model has {self.vocabulary} tokens; the "
-                "two are not of one model, so save them together again"
+                f"the tokenizer gives a token the number {largest}, and the model has {self.vocabulary} tokens; they "
+                "belong to different models, so save them together again"
             )
         return {**batch, "labels": _labels(rows, self.label_dtype)}
 

@@ -1,7 +1,7 @@
-"""Named tasks as records, and the files of their data sets, which may be damaged or hostile.
+"""Records of named tasks, and the files of their data sets, which may be damaged or hostile.
 
-Sizes are checked before anything is made of a file. Nothing is read but the file itself: no link in it is followed,
-nothing is unpickled, and nothing is unpacked to disk.
+Sizes are checked before a file is read. Only the file itself is read: no link in it is followed, nothing is unpickled,
+and nothing is unpacked to disk.
 """
 
 import bz2
@@ -207,7 +207,7 @@ def tar_members(file: Path, largest: int = LARGEST) -> Iterator[tuple[str, bytes
                 total += max(member.size, 0)
                 _check_size(file, total)
                 if count >= MOST_MEMBERS:
-                    raise InputError(f"{file} has more than {MOST_MEMBERS:,} members, expected at most so many")
+                    raise InputError(f"{file} has more than {MOST_MEMBERS:,} members, expected at most that many")
                 content = archive.extractfile(member) if member.isfile() and member.size <= largest else None
                 if content is not None:
                     yield member.name, content.read()

@@ -1,4 +1,4 @@
-"""Scoring a model on a task's evaluation split, and reading a tuned one back to do so."""
+"""Score a model on the evaluation split of a task, and open a tuned model for it."""
 
 import math
 import time
@@ -134,8 +134,8 @@ def attach_adapter(loaded: LoadedModel, adapter: Path) -> nn.Module:
         "modules_to_save" in name and in_modules(name, loaded.head) for name, _ in adapted.named_parameters()
     ):
         raise InputError(
-            f"the adapter {adapter} brings no head for {loaded.task.name}, so its scores would be chance; "
-            f"train it with modules_to_save={list(loaded.head)}"
+            f"the adapter {adapter} has no head for {loaded.task.name}, so its scores would be random; train it with "
+            f"modules_to_save={list(loaded.head)}"
         )
     try_out(adapted, loaded.task, loaded.collator, adapter)
     return adapted

@@ -1,4 +1,4 @@
-"""The training loop: transformers' Trainer with two learning rates, a warm-up and a progress bar."""
+"""The training loop: the Trainer of transformers with two learning rates, a warm-up and a progress bar."""
 
 import math
 import os
@@ -72,13 +72,13 @@ class TrainingSettings:
             raise InputError(f"both steps={self.steps} and epochs={self.epochs:g} were given; give one of them")
         for name in ("learning_rate", "head_learning_rate"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise InputError(f"{name}={getattr(self, name)} was given; expected a number above 0")
+                raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("steps", "epochs", "batch_size"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= _LARGEST:
-                raise InputError(f"{name}={value} was given; expected a number above 0 and at most {_LARGEST}")
+                raise InputError(f"{name} must be above 0 and at most {_LARGEST}, got {value}")
         if not 0 <= self.seed < 1 << 32:  # what NumPy can be seeded with
-            raise InputError(f"seed={self.seed} was given; expected a whole number from 0 to {(1 << 32) - 1}")
+            raise InputError(f"seed must be a whole number from 0 to {(1 << 32) - 1}, got {self.seed}")
 
     def total_steps(self, examples: int) -> int:
         """Number of optimizer steps for so many training examples."""

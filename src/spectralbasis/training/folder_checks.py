@@ -1,7 +1,7 @@
-"""What is checked before transformers or PEFT opens a folder that somebody made.
+"""Checks of a folder from an unknown source before transformers or PEFT opens it.
 
-These libraries follow what a folder says: to files elsewhere, to code of the hub, to sizes that no machine has. A
-folder that passes here says nothing of the kind, so its own files and its own numbers are all that is read.
+These libraries follow what a folder names: files elsewhere, code of the hub, sizes that no machine has. A folder that
+passes the checks names nothing of this kind, so only its own files are read.
 """
 
 import math
@@ -80,7 +80,7 @@ def check_model_folder(folder: Path) -> None:
     config = read_record(inside(folder, CONFIG), dict[str, Any])
     if (folder / ADAPTER_CONFIG).exists():
         raise InputError(
-            f"{folder} has both {CONFIG} and {ADAPTER_CONFIG}; put the adapter into a folder of its own, and give the "
+            f"{folder} has both {CONFIG} and {ADAPTER_CONFIG}; put the adapter into its own folder, and give the "
             "base model first and the adapter after it"
         )
     for index in (path for path in folder.iterdir() if is_index(path.name)):
@@ -131,7 +131,7 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
         check_counts(config)
     except ValueError as error:
         raise InputError(
-            f"{file} describes a model beyond any other ({error}); restore it from the original"
+            f"{file} describes a model of impossible size ({error}); restore it from the original"
         ) from error
     weights = config.get("transformers_weights")
     if weights is not None:
@@ -147,8 +147,8 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
             raise InputError(f"{file} describes a quantized model; give the checkpoint that it was quantized from")
         elif key in _ELSEWHERE and value:
             raise InputError(
-                f"{file} has {key}={shortened(repr(value), 80)}, with which files or code from elsewhere are read; "
-                "remove it, and keep all weights in the folder"
+                f"{file} has {key}={shortened(repr(value), 80)}, which loads files or code from elsewhere; remove it, "
+                "and keep all weights in the folder"
             )
         elif key in ("dtype", "torch_dtype"):
             for name in names:
@@ -246,8 +246,8 @@ def _check_no_stacks(file: Path, model: PreTrainedModel) -> None:
     stack = next((name for name, part in model.named_parameters() if is_expert_stack(name, tuple(part.shape))), None)
     if stack is not None:
         raise InputError(
-            f"{file} has an expression as its target_modules, and {stack} of the model is a stack of experts, which it "
-            "does not tell of; write the names of the layers as a list"
+            f"{file} has a pattern as target_modules, but the model has a stack of experts, {stack}, and a pattern "
+            "does not say which experts it means; write the names of the layers as a list"
         )
 
 
@@ -259,7 +259,7 @@ def _check_replication(file: Path, layers: Any) -> None:
     try:
         check_counts({"num_layers": sum(stop - start for start, stop in pairs) if valid else None})
     except ValueError as error:
-        raise InputError(f"{file} asks for layer_replication beyond any model ({error}); correct it") from error
+        raise InputError(f"{file} has a layer_replication of impossible size ({error}); correct it") from error
     if not valid:
         raise InputError(f"{file} has layer_replication={shortened(repr(layers), 80)}, expected pairs of numbers")
 
@@ -277,5 +277,5 @@ def _check_sizes(file: Path, folder: Path, content: Mapping[str, Any]) -> None:
             if isinstance(size, int) and size > largest:
                 raise InputError(
                     f"{file} has {key}={size}, and the largest tensor of the adapter has {largest} rows or columns; "
-                    "its two files are not of one adapter, so save it again"
+                    "its two files belong to different adapters, so save it again"
                 )

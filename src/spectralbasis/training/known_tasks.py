@@ -1,4 +1,4 @@
-"""The tasks that have a name: one `TaskRecord` each, from which help, errors and the places of data sets come."""
+"""The tasks with a name: one `TaskRecord` each, the source of help, errors and the places of data sets."""
 
 from pathlib import Path
 

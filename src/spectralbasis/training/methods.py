@@ -1,7 +1,7 @@
-"""Ways to adapt a model to a task: one `Method` record each, from which help and errors come.
+"""Methods of adapting a model to a task: one `Method` record each, the source of help and errors.
 
-A method of your own is one more record; see `register_method`. PEFT and the tuner are imported where a method prepares
-a model, since `--help` reads the records.
+To add a method, add a record (`register_method`). PEFT and the tuner are imported when a method prepares a model, since
+`--help` reads the records.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,7 +70,7 @@ class MethodOptions:
         for name in ("rank", "n_frequency", "dimension"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= _LARGEST:
-                raise InputError(f"{name}={value} was given; expected a whole number from 1 to {_LARGEST}")
+                raise InputError(f"{name} must be a whole number from 1 to {_LARGEST}, got {value}")
 
     def changed(self) -> tuple[str, ...]:
         """Names of the options that differ from their defaults."""
@@ -135,7 +135,7 @@ class Method:
         for name in options.changed():
             if name not in self.options:
                 raise InputError(
-                    f"the option {name} means nothing to the method {self.name}; it belongs to {owners(name)}"
+                    f"the option {name} does not apply to the method {self.name}; it belongs to {owners(name)}"
                 )
         return replace(
             options, **{name: value for name, value in self.defaults.items() if getattr(options, name) is None}

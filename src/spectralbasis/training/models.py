@@ -1,4 +1,4 @@
-"""Pretrained models with a head for a task: found, checked, opened, and tried on one example."""
+"""Pretrained models with a head for a task: find, check, open, and try one example."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -97,8 +97,8 @@ def load_model(
         if type(config) not in auto_model_of(task)._model_mapping:
             work = "fill in masked words" if task.kind == "masked_language" else f"classify {task.modality}s"
             raise InputError(
-                f"{place} is a {config.model_type} model, which does not {work}; the task {task.name} needs one that "
-                "does"
+                f"{place} is a {config.model_type} model, which cannot {work}; the task {task.name} needs a model "
+                "that can"
             )
         # Else a kind with several classes gets the checkpoint's, such as one for inference alone.
         config.architectures = []
@@ -114,7 +114,7 @@ def load_model(
             if head == "stored" and unusable:
                 raise InputError(
                     f"{place} has no head for {task.name} ({task.num_labels} outputs): {unusable[0]} is absent or of "
-                    "another shape, so its scores would be chance; tune it on the task first, or give the adapter too"
+                    "another shape, so its scores would be random; tune it on the task first, or give the adapter too"
                 )
             if head == "fresh":
                 _reinitialise(model, beside)

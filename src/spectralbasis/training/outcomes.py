@@ -1,4 +1,4 @@
-"""What tuning and evaluation report, and the files that keep it: results, trained numbers, and the model card."""
+"""The results of tuning and evaluation, and their files: scores, trained numbers, and the model card."""
 
 import json
 import shlex

@@ -1,6 +1,6 @@
-"""The whole of the library on one small model: pretrain, finetune, compare, tune, report. Needs no data and no network.
+"""The complete workflow on one small model: pretrain, finetune, compare, tune, report.
 
-The example to copy: it calls the public API alone. It takes less than two minutes on one core.
+An example to copy: it calls only the public API, needs no data and no network, and takes under two minutes on one core.
 """
 
 from pathlib import Path

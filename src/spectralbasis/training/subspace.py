@@ -1,4 +1,4 @@
-"""A random subspace of all linear weights: how many dimensions does a task need?"""
+"""Train in a random subspace of all linear weights, to find how many dimensions a task needs."""
 
 from collections.abc import Collection
 from typing import cast
@@ -35,7 +35,9 @@ def add_random_subspace(model: nn.Module, head: Collection[str], d: int) -> None
     shapes = [cast(Tensor, layer.weight).shape for layer in layers]
     size = sum(shape.numel() for shape in shapes)
     if d > size:
-        raise InputError(f"dimension={d} is more than the {size} weights of the linear layers; pass a smaller one")
+        raise InputError(
+            f"dimension={d} is larger than the number of weights of the linear layers, {size}; pass a smaller one"
+        )
     coordinates = Coordinates(d)
     draws = torch.Generator().manual_seed(SEED)
     for layer, shape in zip(layers, shapes, strict=True):

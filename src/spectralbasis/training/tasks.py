@@ -1,7 +1,6 @@
-"""What a model is tuned for: `Task`, its examples as a `datasets.Dataset`, and the metrics that score predictions.
+"""`Task`: the examples as a `datasets.Dataset`, and the metrics that score predictions.
 
-The libraries of the extra `tune` (datasets, scikit-learn) are imported where they are used: `--help` and a plain
-installation read this module too.
+The libraries of the extra `tune` are imported on use: `--help` and a plain installation read this module too.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -116,8 +115,8 @@ class Task:
         available = len(self.train)
         if not 1 <= examples <= available:
             raise InputError(
-                f"{examples} training examples were asked of {self.name}, which has {available}; "
-                f"pass a number from 1 to {available}, or none to use all"
+                f"{examples} training examples were requested of {self.name}, which has {available}; pass a number "
+                f"from 1 to {available}, or none to use all"
             )
         chosen = np.random.default_rng(seed).permutation(available)[:examples]
         return replace(self, train=self.train.select(chosen))

@@ -1,4 +1,4 @@
-"""Tuning a model to a task with one of the methods, scoring it, and writing both to a folder."""
+"""Tune a model to a task with one method, score it, and write both to a folder."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -238,7 +238,6 @@ def _check_meaning(model: PeftModel, folder: Path) -> None:
     for name in sorted(here.keys() & there.keys() - NO_MATTER, reverse=True):
         if here[name] != there[name]:
             raise InputError(
-                f"the numbers of {folder} mean something else here: its {name} is {shortened(str(there[name]), 60)}, "
-                f"and here it is {shortened(str(here[name]), 60)}; tune it on the same model, with the same options "
-                "and basis"
+                f"the numbers of {folder} do not fit this model: its {name} is {shortened(str(there[name]), 60)}, and "
+                f"here it is {shortened(str(here[name]), 60)}; tune it on the same model, with the same options and basis"
             )

@@ -1,8 +1,7 @@
 """The PEFT method "SPECTRAL"; importing this package registers it.
 
-A module of transformers may import PEFT, and so this package, before it is complete (`transformers.trainer_utils`
-does). So nothing that is imported here needs a part of transformers that PEFT does not import itself. The callback
-needs one, and is loaded when it is first used.
+transformers may import PEFT, and so this package, before it is complete (`transformers.trainer_utils` does). So this
+file imports no part of transformers that PEFT does not import itself, and the callback is loaded on first use.
 """
 
 from typing import TYPE_CHECKING, Any

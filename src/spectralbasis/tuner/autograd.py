@@ -1,8 +1,8 @@
-"""`base(x) + x ΔWᵀ`, `ΔW = U C Vᵀ`, in the way that takes the fewest multiplications (`cheapest`).
+"""`base(x) + x ΔWᵀ` with `ΔW = U C Vᵀ`, in the order with the fewest multiplications (`cheapest`).
 
-The autograd functions keep only `x V` (tokens × k) for the backward pass; a `Route` is for a C that differs from row to
-row. The functions return `x V` beside the output: as an output it may be saved by `setup_context`, which `torch.func`
-needs, and is differentiated through, so that second derivatives are right as well.
+The functions keep only `x V` (tokens × k) for the backward pass, and return it as a second output: this way
+`setup_context` may save it (`torch.func` needs that), and second derivatives are right. A `Route` is for a C that
+differs between rows.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
-"""What a few batches say before any training: which entries to train, how well a basis fits, a basis of curvature.
+"""Choices from a few batches before training: which entries to train, how well a basis fits, a curvature basis.
 
-All of it is made of the loss gradient at the base's weights, as `observe_gradients` sees it pass the layers. What an
-optimizer is given (`parameter_groups`) is here too.
+All use the loss gradient at the weights of the base, which `observe_gradients` collects at the layers. Also here:
+`parameter_groups`, the parameters for an optimizer.
 """
 
 import math
@@ -230,7 +230,7 @@ def calibrate(
         number = math.floor(config.budget * total)
         if number < 1:
             raise InputError(
-                f"budget={config.budget:g} of {total:,} parameters pays for no entry; pass budget>={1 / total:.2g}"
+                f"budget={config.budget:g} of {total:,} parameters is less than one entry; pass budget>={1 / total:.2g}"
             )
     picked = pick_entries(gradients, number)
     record = {name: window.matrix(name)._replace(entries=pack_positions(found)) for name, found in picked.items()}
@@ -476,7 +476,7 @@ def curvature_basis(
     source = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     if not found:
         name, reason = next(iter(skipped.items()))
-        raise InputError(f"no matrix has directions from these gradients; {name}: {reason}")
+        raise InputError(f"no matrix gets a usable gradient; {name}: {reason}")
     return SpectralBasis(found, kind=KIND, source=source, leading=leading, skipped=skipped)
 
 

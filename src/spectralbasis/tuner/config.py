@@ -1,7 +1,6 @@
-"""What a spectral adapter is asked to be, and the record of what that is on one model.
+"""`SpectralConfig`, the settings of a spectral adapter that users give and adapter_config.json holds.
 
-`SpectralConfig` is what a person asks for and what adapter_config.json holds. `MatrixRecord` is what an adapter records
-of one matrix, so that it means the same wherever it is opened.
+`MatrixRecord` is what an adapter records of each matrix, so that it means the same wherever it is opened.
 """
 
 import copy

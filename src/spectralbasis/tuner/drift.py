@@ -1,4 +1,4 @@
-"""How far the leading singular directions move while a Trainer trains, in the Trainer's own logs."""
+"""`SpectralDriftCallback`: log how far the leading singular directions move while a Trainer trains."""
 
 import sys
 from collections.abc import Iterator
@@ -82,7 +82,7 @@ class SpectralDriftCallback(TrainerCallback):
         if not found:
             raise InputError(
                 f"no matrix of {type(model).__name__} is trained and has more than leading={self.leading} directions; "
-                "pass a smaller leading, or leave SpectralDriftCallback out"
+                "pass a smaller leading, or leave out SpectralDriftCallback"
             )
         chosen = torch.linspace(0, len(found) - 1, min(self.matrices, len(found))).round().long().unique().tolist()
         self._tracked = [

@@ -1,4 +1,4 @@
-"""`ΔW = U C Vᵀ` of one matrix: the forms of C, the numbers that C is made of, and the frozen factors U and V.
+"""The parts of `ΔW = U C Vᵀ` of one matrix: the forms of C, its trained numbers, and the frozen U and V.
 
 A *form* is how C multiplies. A *parametrisation* makes C from the numbers that an adapter trains and stores: a band and
 sparse coefficients are some entries of a core. *Factors* are U and V, and `directions_of` finds them.
@@ -361,7 +361,7 @@ class _StoredDirections:
         triplets: Triplets = self.basis[name]
         if triplets.shape != tuple(W.shape):
             raise InputError(
-                f"{name} is {tuple(W.shape)} but {triplets.shape} in {self.file}: a basis of another model"
+                f"{name} is {tuple(W.shape)} but {triplets.shape} in {self.file}: the file is a basis of another model"
             )
         if triplets.k < k:
             raise InputError(
@@ -371,8 +371,8 @@ class _StoredDirections:
         if triplets.base_hash != base_hash and not self.warned:
             self.warned = True
             warn(
-                f"{self.file} was computed from other weights than those of this model ({name} differs); "
-                "it is used as it is",
+                f"{self.file} was computed from other weights than those of this model ({name} differs); it is used "
+                "anyway",
                 stacklevel=2,
             )
         return triplets.U[:, :k], triplets.Vh[:k].T

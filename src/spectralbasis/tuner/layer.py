@@ -1,7 +1,7 @@
-"""Layers with spectral coefficients: `SpectralLayer`, which holds adapters and merges them, and its three kinds.
+"""Layers with spectral coefficients: `SpectralLayer`, which holds and merges adapters, and its three kinds.
 
-`Linear` is the layer of nearly every adapter. In a `Convolution`, V is k filters of the same kernel, stride and
-padding, and U a 1×1 convolution. In an `Embedding`, a row of `W + U C Vᵀ` is that of W plus the row of U, times `C Vᵀ`.
+`Linear` is the most common. In a `Convolution`, V is k filters with the same kernel, stride and padding, and U a 1×1
+convolution. In an `Embedding`, a row of `W + U C Vᵀ` is the row of W plus the row of U times `C Vᵀ`.
 """
 
 import copy
@@ -324,7 +324,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             return
         if self.quantization_backend is None and not isinstance(self.parameter, nn.Parameter):
             raise InputError(
-                f"a weight of {type(self.get_base_layer()).__name__} is computed anew from other tensors at each use, "
+                f"a weight of {type(self.get_base_layer()).__name__} is computed again from other tensors at each use, "
                 "and what is merged into it would be lost; before the adapter is added, make it a parameter with "
                 "torch.nn.utils.parametrize.remove_parametrizations (or torch.nn.utils.remove_weight_norm)"
             )

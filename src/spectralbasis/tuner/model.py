@@ -1,4 +1,4 @@
-"""The PEFT tuner: puts spectral coefficients into a model, loads their numbers and adds adapters up."""
+"""The PEFT tuner: adds spectral coefficients to a model, loads their numbers, and adds adapters."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -166,8 +166,9 @@ class SpectralModel(BaseTuner):
             wanted, found = (set(one.target_parameters or ()) for one in (plan.config, other))
             if name != adapter_name and wanted and found and wanted != found:
                 raise InputError(
-                    f"target_parameters are {sorted(wanted)}, but {sorted(found)} in adapter {name!r} of this model; "
-                    "adapters of one model that have them must have the same, or saved ones could be mistaken"
+                    f"target_parameters are {sorted(wanted)}, but adapter {name!r} of this model has {sorted(found)}; "
+                    "all adapters of a model that have target_parameters must have the same ones, or saved adapters "
+                    "could be confused"
                 )
         self.peft_config[adapter_name] = plan.config
         self._plan = plan

@@ -1,4 +1,4 @@
-"""Parameters that are no layer's weight, above all stacks of experts; PEFT calls them `target_parameters`."""
+"""Adapt parameters that are not the weight of a layer, mainly stacks of experts (`target_parameters` of PEFT)."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

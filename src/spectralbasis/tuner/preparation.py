@@ -1,7 +1,7 @@
-"""From a config and a model to everything that an adapter needs, with every check done before the model is changed.
+"""Plan an adapter from a config and a model, with all checks before the model is changed.
 
-`plan_adapter` names the matrices that a config means (`Target`), gives each its k, finds its U and V, and checks or
-makes the record.
+`plan_adapter` finds the matrices of a config (`Target`), sets k for each, finds U and V, and checks or makes the
+record.
 """
 
 import math
@@ -352,8 +352,8 @@ def _fitted(config: SpectralConfig, hashes: Mapping[str, str]) -> SpectralConfig
     unknown = [name for name in hashes if name not in expected]
     if unknown:
         raise InputError(
-            f"the adapter has no record of {unknown[0]}: its base_hashes and ranks are of other modules; "
-            "pass target_modules as they were, or make a new SpectralConfig"
+            f"the adapter has no record of {unknown[0]}; it was made for other modules; pass target_modules as they "
+            "were, or make a new SpectralConfig"
         )
     changed = [name for name, found in hashes.items() if expected[name] != found]
     if changed:

@@ -1,4 +1,4 @@
-"""Spectral adapters as checkpoints: `W + U C Vᵀ`, with the directions found as the tuner finds them."""
+"""Read spectral adapters as checkpoints: `W + U C Vᵀ`, with the directions that the tuner finds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -191,8 +191,8 @@ def check_layers_alone(config: SpectralConfig, folder: Path) -> None:
     if config.target_parameters:
         raise InputError(
             f"{folder} adapts stacks of experts, target_parameters={sorted(config.target_parameters)}, whose "
-            "coefficients are read with their model alone; compare updates instead (of='updates', --of updates), or "
-            "merge it: spectralbasis export ADAPTER --to merged"
+            "coefficients can only be read together with the model; compare updates instead (of='updates', --of "
+            "updates), or merge it: spectralbasis export ADAPTER --to merged"
         )
 
 
@@ -208,8 +208,8 @@ def _edit(adapter: Adapter, config: SpectralConfig, module: str, stored: str, te
     shape, expected = adapter.tensors.shape(stored), config.stored_shape(config.matrix(name))
     if shape not in (expected, (prod(expected),)):
         raise InputError(
-            f"{adapter.folder}: {name} has coefficients of shape {shape}, but "
-            f"adapter_config.json says {config.coefficients} with k={k}; the two files are not of one adapter"
+            f"{adapter.folder}: {name} has coefficients of shape {shape}, but adapter_config.json says "
+            f"{config.coefficients} with k={k}; the two files belong to different adapters"
         )
     return found
 
@@ -220,8 +220,8 @@ def _edit_of(
     """What is done to one matrix, with the record of this matrix only."""
     if name not in (config.base_hashes or {}):
         raise InputError(
-            f"{adapter.folder}: adapter_config.json has no base_hashes, ranks and probes for {name}, so nothing tells "
-            f"which weights the coefficients belong to; save the adapter again"
+            f"{adapter.folder}: adapter_config.json has no base_hashes, ranks and probes for {name}, so it is unknown "
+            "which weights the coefficients belong to; save the adapter again"
         )
     others = names_in_basis(config.basis, [name], lambda: conversions_of(adapter.base.config))
     return SpectralEdit(
@@ -253,8 +253,8 @@ def _matrices(adapter: Adapter, config: SpectralConfig, module: str, stored: str
     fitting = [row for row in rows if sum(prod(config.stored_shape(config.matrix(name))) for name in row) == length]
     if len(fitting) != 1:
         raise InputError(
-            f"{adapter.folder}: {stored} holds {length} coefficients, and adapter_config.json does not tell of which "
-            f"matrices they are; load the adapter with PEFT and merge it: model.merge_and_unload()"
+            f"{adapter.folder}: {stored} holds {length} coefficients, and adapter_config.json does not say which "
+            "matrices they belong to; load the adapter with PEFT and merge it: model.merge_and_unload()"
         )
     spans: dict[str, tuple[int, int] | None] = {}
     start = 0

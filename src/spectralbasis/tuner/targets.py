@@ -1,4 +1,4 @@
-"""Which modules, and which parameters of other modules, a config means, and which of them can be adapted."""
+"""Which modules and parameters a config names, and which of them can be adapted."""
 
 import math
 import re
@@ -65,16 +65,16 @@ def check_called(model: nn.Module, keys: Iterable[str]) -> None:
             continue
         if attribute != "weight":
             raise InputError(
-                f"{key} is not supported: {reader} reads it and does not leave that to the module that holds "
-                "it, so coefficients there would change nothing; leave it out of target_parameters"
+                f"{key} is not supported: {reader} reads it without calling the module that holds it, so coefficients "
+                "there would change nothing; leave it out of target_parameters"
             )
         read[reader, name] = path
     if read:
         names = sorted({name for _, name in read})
         warn(
             f"{', '.join(sorted({kind for kind, _ in read}))} has code that reads the weight of {', '.join(names)} "
-            f"without calling the layer, as {next(iter(read.values()))}; where that code runs, coefficients there "
-            f"change nothing and are not trained; to leave them out, pass exclude_modules={names}",
+            f"without calling the layer, for example {next(iter(read.values()))}; where that code runs, coefficients "
+            f"there change nothing and are not trained; to leave them out, pass exclude_modules={names}",
             stacklevel=5,
         )
 
@@ -206,8 +206,8 @@ def targeted_modules(config: SpectralConfig, model: nn.Module) -> dict[str, nn.M
     found = targeted(config, model)
     if found.parameters:
         warn(
-            f"{', '.join(kinds_of(found.parameters))} of {type(model).__name__} are parameters of no layer and are "
-            "left out here: what passes them cannot be observed",
+            f"{', '.join(kinds_of(found.parameters))} of {type(model).__name__} belong to no layer and are left out "
+            "here: their inputs cannot be observed",
             stacklevel=3,
         )
     return found.modules
@@ -405,7 +405,7 @@ def _warn_of_frozen(
     advice = f"to train them, pass target_parameters={possible} as well" if possible else "they cannot be adapted"
     warn(
         f"target_modules='all-linear' leaves {', '.join(kinds_of(left))} frozen, {share:.1%} of the parameters: they "
-        f"are no linear layers of {type(model).__name__}; {advice}",
+        f"are not linear layers of {type(model).__name__}; {advice}",
         stacklevel=4,
     )
 
@@ -454,10 +454,10 @@ def check_layer(key: str, layer: nn.Module) -> None:
     if isinstance(layer, Convolutions) and layer.groups != 1:
         raise InputError(
             f"{key} is a convolution of {layer.groups} groups: each output sees a part of the input, so its weight is "
-            "no one matrix; leave it out with exclude_modules"
+            "not a single matrix; leave it out with exclude_modules"
         )
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         raise InputError(
-            f"{key} has max_norm={layer.max_norm:g}, with which looking up changes the table that the directions are "
-            "of; leave it out with exclude_modules"
+            f"{key} has max_norm={layer.max_norm:g}, so each lookup changes the table, and its directions with it; "
+            "leave it out with exclude_modules"
         )

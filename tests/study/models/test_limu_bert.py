@@ -109,7 +109,7 @@ def test_it_is_tuned_to_signals(tmp_path, method):
 
 def test_models_and_tasks_of_other_kinds_are_refused(tmp_path):
     LimuBertModel(LimuBertConfig()).save_pretrained(tmp_path / "model")
-    with pytest.raises(InputError, match="is a limu_bert model, which does not classify images"):
+    with pytest.raises(InputError, match="is a limu_bert model, which cannot classify images"):
         load_model(tmp_path / "model", bright_side_task())
 
 

@@ -107,7 +107,7 @@ def test_the_head_of_a_regression_has_one_output(tmp_path):
 
 
 def test_a_model_that_cannot_take_the_tasks_inputs_is_named(tmp_path):
-    with pytest.raises(InputError, match="is a bert model, which does not classify images"):
+    with pytest.raises(InputError, match="is a bert model, which cannot classify images"):
         load_model(save_text_model(tmp_path / "text"), bright_side_task())
 
 
@@ -157,9 +157,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, sst2):
 
 
 def test_a_hub_id_that_cannot_be_loaded_is_said_to_be_one(sst2):
-    with pytest.raises(
-        InputError, match="nobody/nothing is neither a file nor a folder here, and it cannot be downloaded as a hub id"
-    ):
+    with pytest.raises(InputError, match=r"nobody/nothing is neither .* cannot be downloaded as a hub id"):
         load_model("nobody/nothing", sst2)
 
 

@@ -99,7 +99,7 @@ def test_a_full_disk_is_no_fault_of_a_run(tmp_path, jobs):
     full = tmp_path / "full"
     full.touch()
     first, second = planted(1), planted(2, full=str(full))
-    with pytest.raises(InputError, match=r"is full, .* give the same command again: what was finished is kept"):
+    with pytest.raises(InputError, match=r"is full, .* run the same command again: finished runs are kept"):
         do(tmp_path / "study", first, second, jobs=jobs)
     full.unlink()
     results = do(tmp_path / "study", first, second, jobs=jobs)
@@ -124,8 +124,9 @@ def test_a_worker_that_dies_costs_no_other_run(tmp_path, monkeypatch):
     others = [planted(value) for value in range(2, 5)]
     results = do(tmp_path / "study", fragile, hopeless, *others, jobs=2)
     assert [results.get(run).result["total"] for run in (fragile, *others)] == [1, 2, 3, 4]
-    assert "tried 3 times, the last time with nothing beside it: its process ended with exit code 9" in results.error(
-        hopeless
+    assert (
+        "tried 3 times, the last time with no other task running: its process ended with exit code 9"
+        in results.error(hopeless)
     )
 
 

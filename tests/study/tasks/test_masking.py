@@ -103,7 +103,7 @@ def test_what_fills_in_words_is_kept_where_the_checkpoint_has_it(tmp_path, sourc
 
 
 def test_a_model_that_reads_no_text_is_refused(tmp_path, task):
-    with pytest.raises(InputError, match="is a vit model, which does not fill in masked words; the task words"):
+    with pytest.raises(InputError, match="is a vit model, which cannot fill in masked words; the task words"):
         load_model(save_image_model(tmp_path / "images"), task)
 
 

@@ -132,7 +132,7 @@ def test_subsampling_is_decided_by_the_seed(tmp_path):
     first, again, other = (task.subsample(20, seed).train[:] for seed in (0, 0, 1))
     assert first == again != other
     assert len(task.subsample(20, 0).evaluation) == len(task.evaluation)
-    with pytest.raises(InputError, match=r"65 training examples were asked of SST-2, which has 64"):
+    with pytest.raises(InputError, match=r"65 training examples were requested of SST-2, which has 64"):
         task.subsample(65, 0)
 
 

@@ -42,7 +42,7 @@ def test_an_adapter_without_a_head_is_refused(tmp_path, task):
     get_peft_model(model, LoraConfig(target_modules="all-linear", exclude_modules=["classifier"])).save_pretrained(
         tmp_path / "adapter"
     )
-    with pytest.raises(InputError, match=r"brings no head for bright side.*modules_to_save=\['classifier'\]"):
+    with pytest.raises(InputError, match=r"has no head for bright side.*modules_to_save=\['classifier'\]"):
         evaluate(base, tmp_path / "adapter", task=task, progress=False)
 
 

@@ -81,7 +81,7 @@ def test_no_strength_changes_nothing(tmp_path):
 def test_what_cannot_be_is_said():
     with pytest.raises(InputError, match="core, outside, whole"):
         UpdatePenalty("middle", strength=1.0)
-    with pytest.raises(InputError, match="strength from 0"):
+    with pytest.raises(InputError, match="strength must be at least 0"):
         UpdatePenalty("core", strength=-1.0)
     frozen = tiny("bert").requires_grad_(False)
     with pytest.raises(InputError, match="no trained linear layer"):

@@ -207,10 +207,10 @@ def test_train_examples_are_counted_into_the_epochs(tmp_path):
     ("options", "message"),
     [
         ({"steps": 3, "epochs": 1}, "both steps=3 and epochs=1 were given"),
-        ({"steps": 0}, "steps=0 was given; expected a number above 0"),
+        ({"steps": 0}, "steps must be above 0, got 0"),
         ({"batch_size": -1}, "batch_size=-1"),
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
-        ({"method": "lora", "budget": 0.1}, "budget means nothing to the method lora"),
+        ({"method": "lora", "budget": 0.1}, "budget does not apply to the method lora"),
         ({"method": "lora", "rank": 0}, "rank"),
         ({"coefficients": "triangle"}, "triangle"),
         ({"leading": 3, "budget": 0.1}, "budget"),
