@@ -228,10 +228,13 @@ def _open_file(path: Path, source: str, config: Mapping[str, Any], *, by_name: b
         start = file.read(_START)
     fitting = [form for form in FORMATS if path.suffix in form.suffixes or form.starts(start)]
     added = [form for form in fitting if form not in _BUILT_IN]
-    sure = added or [form for form in fitting if form is _SAFETENSORS and form.starts(start)]
-    if not sure:
+    certain = [form for form in fitting if form is _SAFETENSORS and form.starts(start)]
+    for form in added:
+        if (found := form.read(path, source, config)) is not None:
+            return found
+    if not certain:
         refuse_file(path, by_name)
-    for form in sure or fitting:
+    for form in certain or [one for one in fitting if one not in added]:
         if (found := form.read(path, source, config)) is not None:
             return found
     known = ", ".join(f"{form.name} ({', '.join(form.suffixes)})" for form in FORMATS)

@@ -239,5 +239,6 @@ def _check_meaning(model: PeftModel, folder: Path) -> None:
         if here[name] != there[name]:
             raise InputError(
                 f"the numbers of {folder} do not fit this model: its {name} is {shortened(str(there[name]), 60)}, and "
-                f"here it is {shortened(str(here[name]), 60)}; tune it on the same model, with the same options and basis"
+                f"here it is {shortened(str(here[name]), 60)}; tune it on the same model, with the same options and "
+                "basis"
             )
