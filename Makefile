@@ -34,7 +34,7 @@ fuzz: .venv/installed-dev
 # What depends most on the versions of other libraries, slow tests too, and the methods that need the package adapters.
 test-compat: .venv-compat/installed
 	OMP_NUM_THREADS=1 $(COMPAT)/python $(PYTEST) -m '' \
-	    tests/checkpoints tests/coefficients tests/tuner tests/study/test_baselines.py tests/report tests/test_cli.py
+	    tests/checkpoints tests/coefficients tests/tuner tests/training/test_baselines.py tests/report tests/test_cli.py
 
 # PEFT's own tests on spectral adapters.
 test-peft: .venv/installed-dev

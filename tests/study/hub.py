@@ -20,7 +20,7 @@ from spectralbasis.study.experiments import EXPERIMENTS, find_experiment
 from spectralbasis.study.runner import run_all
 from spectralbasis.study.runs import Results, Run, RunStore, with_needs
 from spectralbasis.training.image_tasks import HUB_IMAGES
-from tests.study.examples import WORDS, save_hub_images, write_tsv
+from tests.training.examples import WORDS, save_hub_images, write_tsv
 
 COMMIT = "0" * 40
 _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

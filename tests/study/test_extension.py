@@ -13,7 +13,7 @@ from spectralbasis.study.runs import Run
 from spectralbasis.training import METHODS, Method, load_task, register_method, register_task
 from spectralbasis.training.known_tasks import TASKS, folder_of
 from spectralbasis.training.methods import train_head_and
-from tests.study.examples import bright_side_task, save_image_model
+from tests.training.examples import bright_side_task, save_image_model
 
 SHORT = {"steps": 3, "batch_size": 8, "progress": False}
 

@@ -10,9 +10,9 @@ from spectralbasis.errors import InputError
 from spectralbasis.study.runs import Run, Site
 from spectralbasis.study.starting import ARCHITECTURES, initialise
 from spectralbasis.training import load_model, load_task, tune
-from tests.study.examples import bright_side_task, save_image_model, save_text_model, write_sst2
-from tests.study.tasks.test_corpora import WORDS, words, write_archive
-from tests.study.tasks.test_signals import write_motionsense
+from tests.training.examples import bright_side_task, save_image_model, save_text_model, write_sst2
+from tests.training.tasks.test_corpora import WORDS, words, write_archive
+from tests.training.tasks.test_signals import write_motionsense
 
 
 def initialised(folder, architecture, seed=0, data=None):

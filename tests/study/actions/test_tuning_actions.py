@@ -10,7 +10,7 @@ from spectralbasis.errors import InputError
 from spectralbasis.study.actions import find_action
 from spectralbasis.study.directions import QUANTITIES
 from spectralbasis.study.runs import Outcome, Run, Site
-from tests.study.examples import save_image_model
+from tests.training.examples import save_image_model
 
 DIGITS = {"task": "digits-parity", "steps": 3, "batch_size": 8, "train_examples": 64}
 

@@ -7,7 +7,7 @@ import torch
 from spectralbasis.errors import InputError
 from spectralbasis.training import load_model, load_task
 from spectralbasis.training.collators import ImageCollator
-from tests.study.examples import bright_side_task, save_image_model, save_text_model, write_sst2
+from tests.training.examples import bright_side_task, save_image_model, save_text_model, write_sst2
 
 
 def batch_of(collator, image, label=3):

@@ -7,7 +7,7 @@ from spectralbasis.training import METHODS, MethodOptions, load_model
 from spectralbasis.training.methods import DEFAULT_SCALING, Setup, find_method, methods_in_words
 from spectralbasis.training.outcomes import ParameterCounts
 from spectralbasis.tuner import factors
-from tests.study.examples import bright_side_task, save_image_model
+from tests.training.examples import bright_side_task, save_image_model
 
 HEAD = 2 * 16 + 2
 SHAPES = 2 * [(16, 16), (16, 16), (16, 16), (16, 16), (24, 16), (16, 24)]

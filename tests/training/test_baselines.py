@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification
 from spectralbasis.errors import InputError
 from spectralbasis.training import MethodOptions, evaluate, load_model, tune
 from spectralbasis.training.methods import Setup, find_method
-from tests.study.examples import bright_side_task, save_image_model, save_text_model, write_sst2
+from tests.training.examples import bright_side_task, save_image_model, save_text_model, write_sst2
 
 SHORT: dict[str, Any] = {"steps": 12, "batch_size": 8, "progress": False}
 PEFT: dict[str, dict[str, Any]] = {

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from spectralbasis.errors import InputError
 from spectralbasis.training import tune
-from tests.study.examples import bright_side_task, save_image_model
+from tests.training.examples import bright_side_task, save_image_model
 
 SHORT = {"steps": 3, "batch_size": 8, "progress": False}
 TINY = {"learning_rate": 1e-12, "head_learning_rate": 1e-12}

@@ -4,7 +4,7 @@ import pytest
 
 from spectralbasis.errors import InputError
 from spectralbasis.training import load_task, task_names
-from tests.study.examples import RTE_HEADER, write_sst2, write_tsv
+from tests.training.examples import RTE_HEADER, write_sst2, write_tsv
 
 RTE_ROWS = [("0", 'the "film', "is bad", "entailment"), ("1", "a plane", 'takes off"', "not_entailment")]
 

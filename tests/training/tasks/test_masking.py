@@ -10,7 +10,7 @@ from spectralbasis.errors import InputError
 from spectralbasis.training import evaluate, load_model, tune
 from spectralbasis.training.evaluation import masked_token_scores
 from spectralbasis.training.text_tasks import masked_language_task
-from tests.study.examples import WORDS, save_image_model, save_text_model
+from tests.training.examples import WORDS, save_image_model, save_text_model
 
 SENTENCE = " ".join(WORDS[:10])
 

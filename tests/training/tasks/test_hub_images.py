@@ -8,7 +8,7 @@ from PIL import Image as Pillow
 from spectralbasis.errors import InputError
 from spectralbasis.training import load_model, load_task
 from spectralbasis.training.image_tasks import HUB_IMAGES, HubImages
-from tests.study.examples import save_hub_images, save_image_model
+from tests.training.examples import save_hub_images, save_image_model
 
 PETS, CIFAR_100 = (next(one for one in HUB_IMAGES if one.name == name) for name in ("Pets", "CIFAR-100"))
 

@@ -15,8 +15,8 @@ from spectralbasis.training.limu_bert import (
     LimuBertModel,
     read_released,
 )
-from tests.study.examples import bright_side_task
-from tests.study.tasks.test_signals import write_motionsense
+from tests.training.examples import bright_side_task
+from tests.training.tasks.test_signals import write_motionsense
 
 
 def gelu(x):

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageClassification
 from spectralbasis.errors import BaseMismatchError, InputError
 from spectralbasis.training import Task, evaluate, load_model, load_task, tune
 from spectralbasis.training.evaluation import predict
-from tests.study.examples import bright_side_task, save_image_model, save_text_model, write_tsv
+from tests.training.examples import bright_side_task, save_image_model, save_text_model, write_tsv
 
 SHORT = {"steps": 2, "batch_size": 8, "progress": False}
 

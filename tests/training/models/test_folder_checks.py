@@ -14,7 +14,7 @@ from spectralbasis.errors import InputError
 from spectralbasis.training import load_model, load_task
 from spectralbasis.training.evaluation import attach_adapter
 from spectralbasis.training.folder_checks import adapter_config
-from tests.study.examples import bright_side_task, save_image_model, save_text_model, write_sst2
+from tests.training.examples import bright_side_task, save_image_model, save_text_model, write_sst2
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from spectralbasis.basis import SpectralBasis
 from spectralbasis.errors import InputError
 from spectralbasis.training import evaluate, fitting, tune
-from tests.study.examples import bright_side_task, save_image_model, save_text_model, write_sst2
+from tests.training.examples import bright_side_task, save_image_model, save_text_model, write_sst2
 
 METHODS = [
     {"method": "full"},

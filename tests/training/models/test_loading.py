@@ -9,7 +9,7 @@ from transformers import AutoModelForImageClassification
 
 from spectralbasis.errors import InputError
 from spectralbasis.training import load_model, load_task, resolve_source
-from tests.study.examples import bright_side_task, save_image_model, save_text_model, write_sst2, write_tsv
+from tests.training.examples import bright_side_task, save_image_model, save_text_model, write_sst2, write_tsv
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from spectralbasis.errors import InputError
 from spectralbasis.training import Task, tune
-from tests.study.examples import bright_side_task, save_image_model
+from tests.training.examples import bright_side_task, save_image_model
 
 
 def numbered_task(labels: list[int]) -> Task:
