@@ -79,6 +79,7 @@ except sb.InputError as error:
     assert "no adapter_model.safetensors" in python(program, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_no_module_of_the_core_needs_what_is_on_unix_alone():
     program = """
 import sys, filelock, pandas, peft, psutil, safetensors, scipy, torch, transformers

@@ -297,7 +297,7 @@ def test_a_config_of_something_else_beside_a_file_is_told_of(tmp_path):
 
 def test_matrices_beside_the_state_that_is_taken(tmp_path):
     torch.save({**WEIGHTS, "model": {"b.weight": torch.eye(3)}}, tmp_path / "run.pt")
-    assert "beside it" in refusal(tmp_path / "run.pt")
+    assert "and also a state_dict in" in refusal(tmp_path / "run.pt")
 
 
 def test_the_file_that_a_config_names_is_the_one_read(tmp_path):

@@ -20,6 +20,7 @@ def table(request):
     return compare(base, [tuned], leading=4, draws=5).table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("metric", "side"), MEASURES)
 def test_p_values_of_matrices_are_uniform(table, metric, side):
     p_values = table[(table.metric == metric) & (table.side == side) & (table.k == 4)]["p_value"]

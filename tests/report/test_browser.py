@@ -92,6 +92,7 @@ def test_every_plot_is_drawn_and_described(opened, report):
     assert page.locator("#overlap-left .scatterlayer path.js-line").count() >= 3
 
 
+@pytest.mark.slow
 def test_the_table_sorts_by_click_and_by_keyboard(opened, report):
     page = opened(report)
     heading = page.locator("#matrix-table th[data-column='4']")
@@ -108,6 +109,7 @@ def test_the_table_sorts_by_click_and_by_keyboard(opened, report):
     assert page.locator("#matrix-table [aria-sort]").count() == 1
 
 
+@pytest.mark.slow
 def test_every_column_sorts_by_its_own_numbers_and_absent_ones_come_last(opened, report):
     page = opened(report)
     page.locator("#matrix-table th", has_text="Relative step").get_by_role("button").click()
@@ -120,6 +122,7 @@ def test_every_column_sorts_by_its_own_numbers_and_absent_ones_come_last(opened,
         assert page.locator("#matrix-table tbody td:nth-child(2)").all_inner_texts()[-1] == "–"
 
 
+@pytest.mark.slow
 def test_the_filter_hides_other_rows_and_counts(opened, report):
     page = opened(report)
     page.fill("#filter", "QUERY")
@@ -127,6 +130,7 @@ def test_the_filter_hides_other_rows_and_counts(opened, report):
     assert page.locator("#count").inner_text() == "3 of 19 matrices"
 
 
+@pytest.mark.slow
 def test_choosing_a_checkpoint_changes_figures_and_table(opened, report):
     page = opened(report)
     curve, table, spectrum = plotted(page, "overlap-left"), numbers(page, 4), plotted(page, "spectrum-change")
@@ -140,6 +144,7 @@ def test_choosing_a_checkpoint_changes_figures_and_table(opened, report):
     assert numbers(page, 4) == table
 
 
+@pytest.mark.slow
 def test_measure_matrix_and_scale_redraw_what_they_name(opened, report):
     page = opened(report)
     page.select_option("#measure", label="Coverage, core: excess")
@@ -155,6 +160,7 @@ def test_measure_matrix_and_scale_redraw_what_they_name(opened, report):
     assert page.evaluate(scale) == [0, 1.02]
 
 
+@pytest.mark.slow
 def test_a_cell_of_the_heat_map_shows_its_numbers_and_selects_its_matrix(opened, report):
     page = opened(report)
     page.locator("#heatmap").scroll_into_view_if_needed()
@@ -177,6 +183,7 @@ def test_a_phone_never_scrolls_sideways(opened, report):
     )
 
 
+@pytest.mark.slow
 def test_plots_follow_the_width_of_the_window(opened, report):
     page = opened(report)
     page.set_viewport_size({"width": 500, "height": 740})
@@ -186,6 +193,7 @@ def test_plots_follow_the_width_of_the_window(opened, report):
     assert page.evaluate("document.documentElement.scrollWidth") == 500
 
 
+@pytest.mark.slow
 def test_the_colours_follow_the_scheme_also_while_open(opened, report):
     page = opened(report, color_scheme="dark")
     body, line = page.locator("body"), page.locator("#overlap-left path.js-line").last
@@ -196,6 +204,7 @@ def test_the_colours_follow_the_scheme_also_while_open(opened, report):
     expect(line).to_have_css("stroke", "rgb(11, 98, 168)")
 
 
+@pytest.mark.slow
 def test_paper_is_white_and_has_no_controls(opened, report):
     page = opened(report, color_scheme="dark")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
@@ -207,6 +216,7 @@ def test_paper_is_white_and_has_no_controls(opened, report):
     assert not page.locator(".controls").first.is_visible()
 
 
+@pytest.mark.slow
 def test_without_javascript_verdict_and_table_are_there(opened, report):
     page = opened(report, java_script_enabled=False)
     assert page.locator(".badge.supported").first.is_visible()
@@ -248,6 +258,7 @@ def several(tmp_path_factory):
     return write_report(folder)
 
 
+@pytest.mark.slow
 def test_what_checkpoints_share_is_clustered_and_has_its_numbers(opened, several):
     page = opened(several)
     ticks = page.locator("#sharing-map .ytick text").all_text_contents()
@@ -264,6 +275,7 @@ def test_what_checkpoints_share_is_clustered_and_has_its_numbers(opened, several
     assert page.locator("#sharing-table tbody tr td:nth-child(3)").all_inner_texts()[:2] == ["same", "same"]
 
 
+@pytest.mark.slow
 def test_runs_are_drawn_against_step_and_size_with_their_null(opened, several):
     page = opened(several)
     for panel in ("stability-step", "stability-size", "coverage-step", "coverage-size"):
@@ -272,6 +284,7 @@ def test_runs_are_drawn_against_step_and_size_with_their_null(opened, several):
     assert page.evaluate("document.getElementById('trajectory-stability-step').data[1].x") == [200, 400, 600, 800, 1000]
 
 
+@pytest.mark.slow
 def test_sharing_and_runs_fit_a_phone_and_do_without_javascript(opened, several):
     assert opened(several, **PHONE).evaluate("document.documentElement.scrollWidth") == 360
     page = opened(several, java_script_enabled=False)
@@ -281,6 +294,7 @@ def test_sharing_and_runs_fit_a_phone_and_do_without_javascript(opened, several)
     assert not page.locator("#sharing-map").is_visible()
 
 
+@pytest.mark.slow
 def test_hostile_names_of_shared_checkpoints_and_runs_stay_text(opened, tmp_path):
     evil = ("<script>alert(1)</script>", "</script><img src=x onerror=alert(1)>", "<b>x</b> $a$ %{y}")
     content = results.summary(evil, sharing=results.sharing(evil, evil), trajectory=results.trajectory(evil))
@@ -298,6 +312,7 @@ def test_hostile_names_of_shared_checkpoints_and_runs_stay_text(opened, tmp_path
     expect(page.locator("#sharing-map .hoverlayer")).to_contain_text("excess")
 
 
+@pytest.mark.slow
 def test_a_comparison_without_null_or_spectra_is_quiet(opened, tmp_path):
     table = results.comparison(("a",), layers=1, k=4, null=False)
     table = table[~table["metric"].str.startswith("singular_value")]

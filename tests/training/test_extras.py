@@ -39,7 +39,7 @@ def test_every_entry_says_what_to_install(tmp_path, monkeypatch, module):
         (("quickstart", "-o", "q"), 1, "pip install 'spectralbasis[tune]'"),
         (("study", "all", "-o", "s"), 1, "pip install 'spectralbasis[study]'"),
         (("tune", "--help"), 0, "SST-2"),
-        (("study", "--help"), 0, "stability"),
+        pytest.param(("study", "--help"), 0, "stability", marks=pytest.mark.slow),
     ],
 )
 def test_commands_end_in_a_sentence_and_help_works(tmp_path, arguments, code, words):

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from spectralbasis.training import load_model, load_task, quickstart, tune
 
 
+@pytest.mark.slow
 def test_one_folder_holds_models_adapters_measurements_and_the_report(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "tune", lambda *args, **options: tune(*args, **{**options, "steps": 2}))
     monkeypatch.setattr(quickstart, "TASKS", ("digits-rotated",))

@@ -169,6 +169,7 @@ def test_the_card_names_task_and_score_and_its_code_loads_the_adapter(tmp_path, 
     assert torch.equal(names["model"].base_model.model.classifier.modules_to_save["default"].weight, stored)
 
 
+@pytest.mark.slow
 def test_the_cards_commands_run_as_printed(tmp_path, monkeypatch, model, data):
     monkeypatch.chdir(tmp_path)
     result = tune("model", task="sst2", data="data", output="a", leading=3, **SHORT)
@@ -207,9 +208,9 @@ def test_train_examples_are_counted_into_the_epochs(tmp_path):
     ("options", "message"),
     [
         ({"steps": 3, "epochs": 1}, "both steps=3 and epochs=1 were given"),
-        ({"steps": 0}, "steps must be above 0, got 0"),
-        ({"batch_size": -1}, "batch_size=-1"),
-        ({"learning_rate": 0.0}, "learning_rate=0.0"),
+        ({"steps": 0}, "steps must be above 0 and at most .*, got 0"),
+        ({"batch_size": -1}, "batch_size must be above 0 and at most .*, got -1"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
         ({"method": "lora", "budget": 0.1}, "budget does not apply to the method lora"),
         ({"method": "lora", "rank": 0}, "rank"),
         ({"coefficients": "triangle"}, "triangle"),

@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 
+import pytest
 from peft import PeftType
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -41,6 +42,7 @@ def test_registering_again_changes_nothing():
     assert before == (list(PeftType), dict(PEFT_TYPE_TO_CONFIG_MAPPING))
 
 
+@pytest.mark.slow
 def test_the_package_registers_on_import():
     program = "import spectralbasis, peft; print(peft.PeftType('SPECTRAL').value)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

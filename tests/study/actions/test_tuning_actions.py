@@ -86,6 +86,7 @@ def test_an_unknown_kind_of_basis_is_refused(tmp_path, model):
         perform(Run("basis", {"kind": "best", "leading": 3}), tmp_path / "basis")
 
 
+@pytest.mark.slow
 def test_gradients_and_their_noise_are_far_more_in_the_tasks_own_curvature_than_in_a_random_basis(tmp_path, model):
     curvature = {"kind": "curvature", "tasks": ["digits-parity"], "model": str(model), "leading": 4, "head_steps": 20}
     perform(Run("basis", curvature), tmp_path / "basis")

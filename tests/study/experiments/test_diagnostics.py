@@ -82,6 +82,7 @@ def test_stories(direction, expected, package):
     assert found["probe gain follows the task's own rotation"] == "undecided"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("direction", "expected"), [(1, "supported"), (-1, "contradicted")])
 def test_stories_of_the_task_alone(direction, expected, package):
     package(True)
@@ -95,6 +96,7 @@ def test_stories_of_the_task_alone(direction, expected, package):
     assert beyond["RTE"] == pytest.approx(direction * (1 - np.mean(others)))
 
 
+@pytest.mark.slow
 def test_without_the_package_the_other_stories_are_told(package):
     package(False)
     known = planted(1)

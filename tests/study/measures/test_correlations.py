@@ -52,6 +52,7 @@ def test_missing_pairs_are_left_out():
     assert found.p_value == pytest.approx(1 / 120)
 
 
+@pytest.mark.slow
 def test_a_common_item_is_not_taken_for_evidence():
     """Two unrelated properties of items make pairs look related; permuted pairs believe it, permuted items do not."""
     rng, naive, honest = np.random.default_rng(0), [], []

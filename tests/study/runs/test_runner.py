@@ -32,7 +32,7 @@ def calls_of(file: Path) -> list[str]:
     return file.read_text().split()
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_gets_the_folders_of_what_it_needs(tmp_path, jobs):
     base = planted(1)
     sums = [planted(10 * i, needs={"a": base, "b": planted(5)}) for i in range(3)]
@@ -94,7 +94,7 @@ def test_a_run_that_fails_fails_alone(tmp_path, more, reason):
     assert results.get(good).result["total"] == 3
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_full_disk_is_no_fault_of_a_run(tmp_path, jobs):
     full = tmp_path / "full"
     full.touch()

@@ -102,6 +102,7 @@ def test_without_pillow_the_error_says_what_to_install(tmp_path, monkeypatch):
         load_task("cifar10", file)
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_the_real_archive_is_read_whole(data_dir):
     pytest.importorskip("PIL", reason="Pillow is not installed")
