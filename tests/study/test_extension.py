@@ -40,6 +40,7 @@ def test_a_task_is_tuned_scored_and_listed(tmp_path):
     tuned = sb.tune(model, task="bright_side", data=tmp_path, output=tmp_path / "a", leading=4, **SHORT)
     again = sb.evaluate(model, tmp_path / "a", task="brightside", data=tmp_path, progress=False)
     assert again.metrics == tuned.metrics
+    assert "(which half is bright)" in (tmp_path / "a" / "README.md").read_text("utf-8")
     assert given == [tmp_path, tmp_path]
     assert folder_of("bright-side", tmp_path) == tmp_path / "bright"
     with pytest.raises(InputError, match=r"unknown task 'dark'; .*; Bright-Side \(registered\)"):

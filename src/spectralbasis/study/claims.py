@@ -6,18 +6,18 @@ Also contests between ways to tune. All choose learning rates by one rule, on ex
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from spectralbasis.comparison.statistics import Interval, verdict_of
+from spectralbasis.comparison.statistics import Interval, Verdict, verdict_of
 from spectralbasis.study.estimates import holm, paired_comparison
 from spectralbasis.study.runs import Results, Run
 from spectralbasis.study.subjects import Subject
 
-VERDICTS = ("supported", "contradicted", "undecided")
+VERDICTS = get_args(Verdict)
 
 
 @dataclass(frozen=True)

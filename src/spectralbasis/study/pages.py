@@ -16,7 +16,8 @@ from spectralbasis.files import atomic_path
 from spectralbasis.printable import in_code, in_markdown, printable
 from spectralbasis.report.study_page import FIGURES, RESULTS, cell, devices_used, read_figures, read_study
 from spectralbasis.study.claims import Claim, Findings
-from spectralbasis.training.outcomes import library_versions, write_json
+from spectralbasis.training.outcomes import write_json
+from spectralbasis.version import library_versions
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from spectralbasis.execution import Crew, Executor, Failure, describe, open_exec
 from spectralbasis.files import atomic_folder, came_of_no_room, not_ours
 from spectralbasis.study.actions import find_action
 from spectralbasis.study.runs import Outcome, Results, Run, RunStore, Site, with_needs
-from spectralbasis.training.outcomes import library_versions
+from spectralbasis.version import library_versions
 
 ARTEFACTS = "artefacts"
 

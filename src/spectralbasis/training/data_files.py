@@ -28,7 +28,7 @@ TaskLoader = Callable[[Path | None], Task]
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """All that is known of a named task before it is loaded; help, errors and the places of data come from it.
+    """All that is known of a named task before it is loaded: the source of help, errors, model cards and data places.
 
     Args:
         name: as lists show it.

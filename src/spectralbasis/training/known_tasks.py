@@ -60,9 +60,9 @@ def task_names() -> tuple[str, ...]:
     return tuple(record.name for record in TASKS.values())
 
 
-def is_built_in(name: str) -> bool:
-    """Whether the name is that of a task of this package, which the command line knows too."""
-    return TASKS.get(task_key(name)) in BUILT_IN
+def record_of(name: str) -> TaskRecord | None:
+    """The record of a task, if one of this name is known."""
+    return TASKS.get(task_key(name))
 
 
 def tasks_in_words() -> str:
@@ -88,7 +88,7 @@ def load_task(name: str, data: Path | str | None = None) -> Task:
         (1347, 'accuracy')
     """
     require_extra("tune", f"the task {name}")
-    record = TASKS.get(task_key(name))
+    record = record_of(name)
     if record is None:
         raise InputError(f"unknown task {name!r}; the known ones are {tasks_in_words()}")
     if data is not None and not Path(data).exists():
@@ -101,7 +101,7 @@ def folder_of(task_name: str, data: Path | None) -> Path | None:
 
     None for a task that has no folder there, such as the digits or one that the hub has, and where `data` is None.
     """
-    record = TASKS.get(task_key(task_name))
+    record = record_of(task_name)
     if record is None or record.folder is None or data is None:
         return None
     folder = data / record.folder

@@ -20,7 +20,6 @@ from spectralbasis.printable import in_code, in_markdown, printable
 from spectralbasis.records import Finite, Positive, read_record
 from spectralbasis.training.models import LoadedModel, auto_model_of
 from spectralbasis.tuner.calibration import in_modules
-from spectralbasis.version import library_versions as library_versions
 
 TUNING_FILE = "tuning.json"
 TRAINED_FILE = "adapter_model.safetensors"
@@ -274,7 +273,7 @@ tags:
 ---
 # {task_text} adapter ({title})
 
-An adapter for {model_code}, trained on {task_text} with spectralbasis {version}.
+An adapter for {model_code}, trained on {task_text}{asks} with spectralbasis {version}.
 
 | | |
 | --- | --- |
@@ -305,7 +304,9 @@ model = PeftModel.from_pretrained(base, ".")
 """
 
 
-def write_card(folder: Path, result: TuneResult, loaded: LoadedModel, *, data: str | Path | None, named: bool) -> None:
+def write_card(
+    folder: Path, result: TuneResult, loaded: LoadedModel, *, data: str | Path | None, named: bool, asks: str = ""
+) -> None:
     """Write `README.md` for the adapter in `folder`, in place of PEFT's template; its commands run as printed.
 
     Args:
@@ -314,6 +315,7 @@ def write_card(folder: Path, result: TuneResult, loaded: LoadedModel, *, data: s
         loaded: the model that was tuned, with its task.
         data: folder of the task's data, as it was given.
         named: whether the command line knows the task by its name.
+        asks: what the task asks, in a few words.
     """
     auto_model = auto_model_of(loaded.task)
     module = auto_model.__module__ if auto_model.__module__.startswith("spectralbasis") else "transformers"
@@ -330,6 +332,7 @@ def write_card(folder: Path, result: TuneResult, loaded: LoadedModel, *, data: s
         **{**result.settings, **vars(result)},
         title=in_markdown(f"{result.method}, {result.coefficients}" if result.coefficients else result.method),
         task_text=in_markdown(result.task),
+        asks=f" ({in_markdown(asks)})" if asks else "",
         metric_text=in_markdown(result.metric),
         model_code=in_code(result.model),
         method_tag=json.dumps(result.method),

@@ -18,7 +18,7 @@ from spectralbasis.printable import shortened
 from spectralbasis.records import read_record
 from spectralbasis.training.evaluation import MAX_LENGTH, score_task
 from spectralbasis.training.fitting import TrainingSettings, fit
-from spectralbasis.training.known_tasks import is_built_in, load_task
+from spectralbasis.training.known_tasks import BUILT_IN, load_task, record_of
 from spectralbasis.training.methods import DEFAULT_SCALING, Method, MethodOptions, Setup, find_method
 from spectralbasis.training.models import LoadedModel, load_model
 from spectralbasis.training.outcomes import (
@@ -26,7 +26,6 @@ from spectralbasis.training.outcomes import (
     ParameterCounts,
     TuneResult,
     copy_tensors,
-    library_versions,
     read_tensors,
     save_trained,
     stored,
@@ -37,6 +36,7 @@ from spectralbasis.training.outcomes import (
 from spectralbasis.training.tasks import Task
 from spectralbasis.tuner.calibration import in_modules
 from spectralbasis.tuner.config import BASIS_FILE
+from spectralbasis.version import library_versions
 
 ORIGIN = {"auto_mapping", "base_model_name_or_path", "basis", "peft_version", "revision", "runtime_config", "task_type"}
 PLACES = {"exclude_modules", "inference_mode", "modules_to_save", "target_modules"}
@@ -200,7 +200,9 @@ def tune(
         )
         write_json(folder / TUNING_FILE, result.to_dict())
         if isinstance(prepared, PeftModel):
-            write_card(folder, result, loaded, data=data, named=isinstance(task, str) and is_built_in(task))
+            record = record_of(task) if isinstance(task, str) else None
+            asks = record.description if record else ""
+            write_card(folder, result, loaded, data=data, named=record in BUILT_IN, asks=asks)
     return result
 
 

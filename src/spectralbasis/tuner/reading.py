@@ -18,7 +18,7 @@ from spectralbasis.peft_import import METHOD
 from spectralbasis.triplets import matrix_hash
 from spectralbasis.tuner.config import SpectralConfig, read_config
 from spectralbasis.tuner.factors import FORMS, names_in_basis
-from spectralbasis.tuner.layer import COEFFICIENTS_OF, DENSE_DTYPES
+from spectralbasis.tuner.layer import COEFFICIENTS_OF, DENSE_DTYPES, dense_update
 from spectralbasis.tuner.preparation import Preparation, Target, prepare
 
 
@@ -80,7 +80,7 @@ class SpectralEdit:
 
     def _tuned(self, W: Tensor) -> Tensor:
         C, U, V, form = self._terms(W)
-        return W.to(C.dtype) + FORMS[form].left_factor(U, C) @ V.T
+        return W.to(C.dtype) + dense_update(C, U, V, form)
 
     def factors(self, weight: Tensor) -> UpdateFactors:
         """The factors of the update of this weight.

@@ -67,6 +67,7 @@ def test_a_study_that_was_stopped_before_its_first_run_ended_goes_on(tmp_path):
     for _ in range(2):
         with RunStore(tmp_path) as store:
             store.export()
+        assert len(pd.read_parquet(tmp_path / ROWS)) == 0
         (tmp_path / DATABASE).unlink()
 
 
