@@ -48,7 +48,7 @@ def base() -> Any:
     """MiniLM with a head, in evaluation mode."""
     from transformers import AutoModelForSequenceClassification, logging
 
-    from spectralbasis.checkpoints.opening import installed_folder
+    from spectralbasis.locations import installed_folder
 
     logging.set_verbosity_error()
     torch.manual_seed(0)

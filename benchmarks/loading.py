@@ -23,8 +23,8 @@ from transformers import AutoModel
 from benchmarks.adapters import BUDGET, core_size
 from benchmarks.results import environment, parse_arguments, write
 from spectralbasis import SpectralConfig
-from spectralbasis.checkpoints.opening import installed_folder
 from spectralbasis.files import cache_folder
+from spectralbasis.locations import installed_folder
 
 EVERYWHERE = {"target_modules": "all-linear"}
 METHODS: dict[str, Callable[[nn.Module], PeftConfig]] = {

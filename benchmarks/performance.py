@@ -8,6 +8,8 @@ from benchmarks.solvers import DENSE, OURS
 
 OVER_DENSE, OVER_DENSE_FROM = 4, 2048
 OVER_SCRIPT = 5
+AT_ONCE, OVER_TORCH = 0.6, 1.2
+"""Seconds until a command answers without measuring; `compare` to its first matrix, in units of `import torch`."""
 LARGEST_MATRICES = 12
 EXPONENT = 1.1
 """An exponent up to this is called linear: what repeated timings can tell from 1."""
@@ -82,6 +84,24 @@ def whole_pair_goals(found: dict[str, Any]) -> str:
             ratio = seconds[against] / seconds[ours]
             rows.append([ours, against, f"{ratio:.2f}", f"{goal}", met(ratio >= goal)])
     return table(["", "against", "its time / ours", "goal", ""], rows) + "\n"
+
+
+def start_up(found: dict[str, Any]) -> str:
+    """Seconds until a command answers, and whether that is soon enough."""
+    torch = next(row["processor_seconds"] for row in found["rows"] if row["what"] == "import torch")
+    rows = []
+    for row in found["rows"]:
+        seconds = row["processor_seconds"]
+        goal, reached = "", ""
+        if row["what"].startswith("compare"):
+            goal, reached = f"at most {OVER_TORCH} of `import torch`", met(seconds <= OVER_TORCH * torch)
+        elif row["what"] != "import torch":
+            goal, reached = f"under {AT_ONCE} s", met(seconds < AT_ONCE)
+        times = [_seconds(row["seconds"]), _seconds(seconds), f"{seconds / torch:.2f}"]
+        rows.append([row["what"], *times, goal, reached])
+    note = f"Least of {found['settings']['repeats']} processes each. {machine(found)} {versions(found)}"
+    heads = ["", "clock", "processor", "processor / `import torch`", "goal", ""]
+    return f"{table(heads, rows)}\n\n{note}\n"
 
 
 def memory(found: dict[str, Any]) -> str:

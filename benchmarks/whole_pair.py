@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.processes import ToolFailed, measure
 from benchmarks.results import environment, parse_arguments, write
-from spectralbasis.checkpoints.opening import installed_folder
+from spectralbasis.locations import installed_folder
 
 DRAWS = 5
 STEP = 0.03

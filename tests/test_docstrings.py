@@ -8,7 +8,9 @@ from importlib import import_module
 import pytest
 
 import spectralbasis
+from spectralbasis.checkpoints.opening import FORMATS
 from spectralbasis.extras import listed_by_group
+from spectralbasis.locations import SUFFIXES
 from spectralbasis.training import METHODS
 from spectralbasis.training.known_tasks import TASKS
 
@@ -49,8 +51,10 @@ OBJECTS = dict(public_objects())
 @pytest.fixture
 def registries():
     """What an example registers is gone after it."""
-    saved = [(known, dict(known)) for known in (METHODS, TASKS)]
+    saved = [(known, known.copy()) for known in (METHODS, TASKS, SUFFIXES)]
+    formats = FORMATS.copy()
     yield
+    FORMATS[:] = formats
     for known, entries in saved:
         known.clear()
         known.update(entries)

@@ -29,10 +29,45 @@ if sys.argv[1:]:
     assert python(program, *arguments).splitlines()[-1] == "large: []"
 
 
-def test_comparing_needs_neither_transformers_nor_peft():
-    program = (
-        "import sys, spectralbasis as sb; sb.compare; print([n for n in ('transformers', 'peft') if n in sys.modules])"
-    )
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("compare", "no/such/base", "."),
+        ("basis", "model.safetensors"),
+        ("export", "no/such/adapter", "--to", "lora", "-o", "out"),
+        ("report", "no/such/folder"),
+        ("compare", "--no-such-flag"),
+        ("no-such-command",),
+    ],
+)
+def test_a_wrong_path_or_flag_is_refused_before_anything_large_is_imported(arguments, tmp_path):
+    program = f"""
+import atexit, os, sys
+os.chdir({str(tmp_path)!r})
+atexit.register(lambda: print("large:", [name for name in {LARGE} if name in sys.modules]))
+from spectralbasis.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode in (1, 2)
+    assert "does not exist; pass" in done.stderr or "No such" in done.stderr
+    assert done.stdout.splitlines()[-1] == "large: []"
+
+
+def test_comparing_imports_what_it_needs_later_when_it_needs_it(tmp_path):
+    """To the first matrix: neither what only models need, nor what only the table at the end needs."""
+    program = """
+import sys, spectralbasis as sb
+from spectralbasis.comparison import distributing
+
+def measured(tasks, executor):
+    print([name for name in ("transformers", "peft", "pandas", "scipy.optimize", "scipy.stats") if name in sys.modules])
+    sys.exit()
+
+distributing.measured = measured
+import torch
+sb.compare({"dense.weight": torch.eye(4)}, [{"dense.weight": torch.ones(4, 4)}])
+"""
     assert python(program).strip() == "[]"
 
 

@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from spectralbasis.checkpoints import open_checkpoint
-from spectralbasis.checkpoints.opening import installed_folder
 from spectralbasis.errors import InputError
+from spectralbasis.locations import installed_folder
 
 
 def test_the_word_opens_the_installed_model(minilm):

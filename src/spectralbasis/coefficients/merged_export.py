@@ -22,7 +22,7 @@ from spectralbasis.checkpoints.adapters import (
 )
 from spectralbasis.checkpoints.decoded import DecodedCheckpoint
 from spectralbasis.checkpoints.matrices import is_embedding_table
-from spectralbasis.checkpoints.opening import Source, download, installed_folder, is_hub_id, open_checkpoint
+from spectralbasis.checkpoints.opening import Source, download, open_checkpoint
 from spectralbasis.checkpoints.weight_files import SafetensorsFile, inside
 from spectralbasis.coefficients.architectures import (
     check_opens,
@@ -35,6 +35,7 @@ from spectralbasis.coefficients.architectures import (
 from spectralbasis.coefficients.spectral_adapters import open_spectral_adapter
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_folder, check_output
+from spectralbasis.locations import installed_folder, is_hub_id
 from spectralbasis.tuner.reading import SpectralEdit
 
 LARGEST_SHARD = 5 * 10**9

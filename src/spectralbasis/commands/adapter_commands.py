@@ -6,12 +6,12 @@ from typing import Annotated
 import typer
 
 from spectralbasis.commands import tables
-from spectralbasis.commands.options import AsJson, NewFolder, Overwrite
+from spectralbasis.commands.options import AsJson, NewFolder, Overwrite, existing_folder
 from spectralbasis.errors import InputError
 
 
 def export(
-    adapter: Annotated[Path, typer.Argument(help="Folder of a spectral adapter.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder of a spectral adapter.", callback=existing_folder)],
     to: Annotated[str, typer.Option(metavar="lora|merged", help="lora writes a LoRA adapter, merged a whole model.")],
     output: NewFolder,
     base: Annotated[str | None, typer.Option(help="The base model. Default: the one that the adapter names.")] = None,
@@ -43,7 +43,10 @@ def export(
 
 
 def combine(
-    adapters: Annotated[list[Path], typer.Argument(help="Folders of spectral adapters of one base and basis.")],
+    adapters: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of spectral adapters of one base and basis.", callback=existing_folder),
+    ],
     output: NewFolder,
     weights: Annotated[
         str | None, typer.Option(metavar="w,w,…", help="A number for each adapter. Default: 1 for each.")
@@ -84,7 +87,9 @@ def _numbers(text: str) -> list[float]:
 
 
 def report(
-    directory: Annotated[Path, typer.Argument(help="Folder that `compare -o` or `study -o` wrote.")],
+    directory: Annotated[
+        Path, typer.Argument(help="Folder that `compare -o` or `study -o` wrote.", callback=existing_folder)
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Write index.html again from the results of a folder.

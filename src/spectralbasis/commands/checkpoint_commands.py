@@ -16,6 +16,7 @@ from spectralbasis.commands.options import (
     Ray,
     Tolerance,
     Trust,
+    existing,
     shows_progress,
     stopped_by_hand,
 )
@@ -53,8 +54,8 @@ def basis(
 
 
 def compare(
-    base: Annotated[str, typer.Argument(help="The pretrained checkpoint: folder, file or hub id.")],
-    tuned: Annotated[list[str], typer.Argument(help="Checkpoints or adapters finetuned from it.")],
+    base: Annotated[str, typer.Argument(help="The pretrained checkpoint: folder, file or hub id.", callback=existing)],
+    tuned: Annotated[list[str], typer.Argument(help="Checkpoints or adapters finetuned from it.", callback=existing)],
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="Folder for the table and the report. Default: nothing is written."),
@@ -145,7 +146,9 @@ def compare(
 
 
 def similarity(
-    checkpoints: Annotated[list[str], typer.Argument(help="Two or more adapters or checkpoints of one base.")],
+    checkpoints: Annotated[
+        list[str], typer.Argument(help="Two or more adapters or checkpoints of one base.", callback=existing)
+    ],
     output: Annotated[
         Path | None,
         typer.Option(

@@ -11,13 +11,28 @@ from typing import Annotated
 
 import typer
 
+from spectralbasis.locations import check_exist, check_folders
 from spectralbasis.printable import printable
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 NewFolder = Annotated[Path, typer.Option("-o", "--output", help="A new folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder of an earlier run.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Also use results that another user or machine stored.")]
-Model = Annotated[str, typer.Argument(help="Folder, file, or hub id of a model.")]
+
+
+def existing(given: str | list[str]) -> str | list[str]:
+    """Refuse a model that does not exist while a command is parsed, before anything large is imported."""
+    check_exist([given] if isinstance(given, str) else given)
+    return given
+
+
+def existing_folder(given: Path | list[Path] | None) -> Path | list[Path] | None:
+    """Refuse a folder that does not exist while a command is parsed, before anything large is imported."""
+    check_folders(given if isinstance(given, list) else [given])
+    return given
+
+
+Model = Annotated[str, typer.Argument(help="Folder, file, or hub id of a model.", callback=existing)]
 Leading = Annotated[
     str,
     typer.Option(

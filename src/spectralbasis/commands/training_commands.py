@@ -8,7 +8,17 @@ import typer
 from typer.core import TyperCommand
 
 from spectralbasis.commands import tables
-from spectralbasis.commands.options import AsJson, Data, Model, Overwrite, Ray, Trust, shows_progress, stopped_by_hand
+from spectralbasis.commands.options import (
+    AsJson,
+    Data,
+    Model,
+    Overwrite,
+    Ray,
+    Trust,
+    existing_folder,
+    shows_progress,
+    stopped_by_hand,
+)
 from spectralbasis.extras import require_extra
 from spectralbasis.printable import printable
 from spectralbasis.training.known_tasks import tasks_in_words
@@ -168,7 +178,9 @@ def tune(
 def evaluate(
     model: Model,
     task: Task,
-    adapter: Annotated[Path | None, typer.Argument(help="Adapter folder over the model. Default: none.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Argument(help="Adapter folder over the model. Default: none.", callback=existing_folder)
+    ] = None,
     data: Data = None,
     as_json: AsJson = False,
 ) -> None:

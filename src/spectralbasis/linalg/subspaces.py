@@ -3,8 +3,6 @@
 import math
 
 import torch
-from scipy.linalg import subspace_angles
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
@@ -104,6 +102,8 @@ def principal_angles(U0: Tensor, U1: Tensor) -> Tensor:
         >>> principal_angles(E[:, :2], E[:, [1, 2]])
         tensor([0.0000, 1.5708], dtype=torch.float64)
     """
+    from scipy.linalg import subspace_angles
+
     angles = subspace_angles(U0.double().cpu().numpy(), U1.double().cpu().numpy())
     # SciPy mixes two methods, which may disagree in order by rounding.
     return torch.from_numpy(angles).sort().values
@@ -132,5 +132,7 @@ def assigned_cosines(cosines: Tensor) -> Tensor:
         >>> assigned_cosines(torch.tensor([[0.1, -0.9], [0.8, 0.1]]))
         tensor([0.9000, 0.8000])
     """
+    from scipy.optimize import linear_sum_assignment
+
     rows, columns = linear_sum_assignment(cosines.abs().cpu().numpy(), maximize=True)
     return cosines.abs()[rows, columns]

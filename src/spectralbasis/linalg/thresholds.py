@@ -4,8 +4,6 @@ import math
 from functools import cache
 
 import torch
-from scipy.integrate import quad
-from scipy.optimize import brentq
 from torch import Tensor
 
 from spectralbasis.errors import InputError
@@ -130,6 +128,9 @@ def _noise_scale(S: Tensor, shape: tuple[int, int]) -> float:
 @cache
 def marchenko_pastur_median(beta: float) -> float:
     """Median of the Marchenko–Pastur law of aspect ratio β in (0, 1], for unit variance."""
+    from scipy.integrate import quad
+    from scipy.optimize import brentq
+
     low, high = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
 
     # x = low + 2 r sin²(t/2) removes the square-root ends of the density, which slow the quadrature.

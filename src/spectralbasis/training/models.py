@@ -18,8 +18,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from spectralbasis.checkpoints.opening import download, installed_folder, is_hub_id
+from spectralbasis.checkpoints.opening import download
 from spectralbasis.errors import InputError
+from spectralbasis.locations import installed_folder, is_hub_id
 from spectralbasis.training.collators import Collator, MaskingCollator, load_collator
 from spectralbasis.training.folder_checks import CONFIG, check_model_folder, check_size, reading
 from spectralbasis.training.limu_bert import AutoModelForSignalClassification

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from spectralbasis.checkpoints.opening import installed_folder
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path
+from spectralbasis.locations import installed_folder
 from spectralbasis.printable import in_code, in_markdown, printable
 from spectralbasis.records import Finite, Positive, read_record
 from spectralbasis.training.models import LoadedModel, auto_model_of
