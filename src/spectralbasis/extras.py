@@ -12,6 +12,7 @@ _TUNING = {"accelerate": "accelerate", "datasets": "datasets", "h5py": "h5py", "
 EXTRAS = {
     "tune": _TUNING,
     "study": _TUNING,
+    "gguf": {"gguf": "gguf"},
     "images": {"PIL": "pillow"},
     "diagnostics": {"weightwatcher": "weightwatcher"},
 }

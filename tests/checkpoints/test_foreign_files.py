@@ -95,7 +95,6 @@ def onnx():
 
 # The usual name, the content, what the message calls it, and what it says to do.
 FILES = [
-    ("model.gguf", struct.pack("<4sIQQ", b"GGUF", 3, 0, 0), "GGUF", r"gguf_file='.*model.*'\)"),
     ("ggml-model.bin", b"lmgg" + b"\0" * 40, "GGML", "pass the safetensors"),
     ("tf_model.h5", hdf5, "Keras or HDF5", "from_tf=True"),
     ("model.keras", lambda: zipped("config.json", "model.weights.h5"), "Keras or HDF5", "from_tf=True"),
@@ -148,7 +147,7 @@ NAMED = [
     ("saved_model.pb", "TensorFlow", "from_tf=True"),
     ("tf_model.h5", "Keras", "from_tf=True"),
     ("flax_model.msgpack", "Flax", "from_flax=True"),
-    ("model-q4.gguf", "GGUF", "gguf_file='model-q4.gguf'"),
+    ("ggml-model-q4.ggml", "GGML", "or a GGUF file"),
     ("model.onnx", "ONNX", "exported from"),
     ("openvino_model.xml", "OpenVINO", "converted from"),
     ("weights.npz", "NumPy", "numpy.load"),

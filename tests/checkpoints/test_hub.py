@@ -95,7 +95,9 @@ def test_a_repository_of_another_format_is_named(cached, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **options: str(cached))
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda hub_id: ["README.md", "model-q4.gguf"])
-    with pytest.raises(InputError, match=r"org/name on the hub.*model-q4\.gguf is a GGUF.*pass the safetensors"):
+    with pytest.raises(
+        InputError, match=r"org/name on the hub holds GGUF files \(model-q4\.gguf\).*hf download org/name"
+    ):
         open_checkpoint("org/name")
 
 

@@ -208,11 +208,10 @@ KINDS: tuple[Foreign, ...] = (
     ),
     # Other libraries' formats.
     Foreign(
-        "a GGUF or GGML file, which is not read",
-        "pass the safetensors that it was made from, or write them with transformers "
-        "(AutoModelForCausalLM.from_pretrained('{folder}', gguf_file='{name}').save_pretrained(OUT)) and pass OUT",
-        start=rb"GGUF|lmgg|tjgg|fmgg",
-        files=("*.gguf", "*.ggml"),
+        "a GGML file, which llama.cpp wrote before it had GGUF and which is not read",
+        "pass the safetensors that it was made from, or a GGUF file of the same model",
+        start=rb"lmgg|tjgg|fmgg",
+        files=("*.ggml",),
     ),
     Foreign(
         "a file of Keras or HDF5, which is not read",

@@ -130,6 +130,7 @@ class Matrix:
 _EMBEDDING = re.compile(
     r"(^|_)(emb|embed|embeds|embedding|embeddings)\d*$"
     r"|^(embed|embeddings?)_(tokens|positions|in|out)$|^(wte|wpe|shared|tok_embeddings|tokens_embed)$"
+    r"|^(token|position)_embd$|^token_types$"
     r"|^(relative_attention_bias|relative_position_bias_table|rel_pos_[hw])$|(^|_)tokens?$"
 )
 _HEAD = re.compile(

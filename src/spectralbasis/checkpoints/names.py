@@ -289,18 +289,23 @@ def _of_config(text: str) -> Conversions | None:
         return None
 
 
-def modules_of(config: Mapping[str, Any] | None) -> dict[str, type[nn.Module]]:
-    """Module of the model that a `config.json` describes, in the installed release → its class.
+def model_of(config: Mapping[str, Any] | None) -> nn.Module | None:
+    """The model that a `config.json` describes, in the installed release of transformers, on the meta device.
 
-    Empty where transformers does not know the architecture. No weights are made, and no code of a checkpoint is run.
+    None where transformers does not know the architecture. No weights are made, and no code of a checkpoint is run.
     """
     if not config or not isinstance(config.get("model_type"), str):
-        return {}
+        return None
     try:
-        model = _skeleton(*_architecture(config))
+        return _skeleton(*_architecture(config))
     except Exception:  # as in `_of_config`
-        return {}
-    return {name: type(module) for name, module in model.named_modules() if name}
+        return None
+
+
+def modules_of(config: Mapping[str, Any] | None) -> dict[str, type[nn.Module]]:
+    """Module of the model that a `config.json` describes → its class; {} where there is no such model (`model_of`)."""
+    model = model_of(config)
+    return {} if model is None else {name: type(module) for name, module in model.named_modules() if name}
 
 
 _COUNTED = ("layer", "block", "depth", "expert", "stage", "heads")

@@ -17,6 +17,7 @@ from spectralbasis.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_TENSORS, 
 from spectralbasis.checkpoints.checkpoint import Checkpoint, ModuleCheckpoint, TensorCheckpoint, find_state
 from spectralbasis.checkpoints.decoded import decoded
 from spectralbasis.checkpoints.foreign import SAFETENSORS_START, recognise_names, refuse_file, refuse_state
+from spectralbasis.checkpoints.gguf_file import open_gguf_file
 from spectralbasis.checkpoints.llama2c_file import open_llama2c_file
 from spectralbasis.checkpoints.torch_file import open_torch_file
 from spectralbasis.checkpoints.weight_files import (
@@ -83,7 +84,8 @@ def _read_safetensors(path: Path, source: str, config: Mapping[str, Any]) -> Che
 _START = 16
 _SAFETENSORS = Format("safetensors", (".safetensors",), _read_safetensors, SAFETENSORS_START.pattern)
 _TORCH = Format("torch.save", (".pt", ".pth", ".bin", ".ckpt", ".tar"), open_torch_file, rb"PK\x03\x04|\x80\x02")
-_BUILT_IN = (_SAFETENSORS, Format("llama2.c", (".bin",), open_llama2c_file), _TORCH)
+_GGUF = Format("GGUF", (".gguf",), open_gguf_file, b"GGUF")
+_BUILT_IN = (_SAFETENSORS, Format("llama2.c", (".bin",), open_llama2c_file), _TORCH, _GGUF)
 FORMATS: list[Format] = list(_BUILT_IN)
 """What is read, in the order in which it is tried."""
 
@@ -115,10 +117,10 @@ def open_checkpoint(source: Source, base: Source | None = None, *, partial: bool
     """Open weights without reading them.
 
     Args:
-        source: a file (safetensors, llama2.c, or a torch pickle, which is never run; an adapter's file of tensors
-            stands for its folder), a folder (single file, shards, or a PEFT adapter over its base), a hub id (`name` or
-            `organisation/name`, where no such path exists; the only case in which anything is downloaded), a
-            `state_dict`, an `nn.Module`, or an open checkpoint, which is returned as it is.
+        source: a file (safetensors, GGUF, llama2.c, or a torch pickle, which is never run; an adapter's file of
+            tensors stands for its folder), a folder (single file, shards, or a PEFT adapter over its base), a hub id
+            (`name` or `organisation/name`, where no such path exists; the only case in which anything is downloaded),
+            a `state_dict`, an `nn.Module`, or an open checkpoint, which is returned as it is.
         base: what an adapter is read over, in place of the base that its `base_model_name_or_path` names: the base
             that a person gives is the base. Without meaning where `source` is no adapter. An adapter cannot be another
             one's base, so where `base` is one, `source` is read over the base that it names itself.
@@ -228,7 +230,7 @@ def _open_file(path: Path, source: str, config: Mapping[str, Any], *, by_name: b
         start = file.read(_START)
     fitting = [form for form in FORMATS if path.suffix in form.suffixes or form.starts(start)]
     added = [form for form in fitting if form not in _BUILT_IN]
-    certain = [form for form in fitting if form is _SAFETENSORS and form.starts(start)]
+    certain = [form for form in (_SAFETENSORS, _GGUF) if form in fitting and form.starts(start)]
     for form in added:
         if (found := form.read(path, source, config)) is not None:
             return found
@@ -284,6 +286,12 @@ def download(hub_id: str) -> Path:
     if not constants.HF_HUB_OFFLINE:
         with suppress(Exception):  # the list only makes a message better; what is wrong with the model was said above
             names = [name for name in list_repo_files(hub_id) if "/" not in name]
+    quantized = [name for name in names if name.lower().endswith(".gguf")]
+    if quantized:
+        raise InputError(
+            f"{hub_id} on the hub holds GGUF files ({', '.join(quantized[:4])}{', …' if len(quantized) > 4 else ''}) "
+            f"and no other weights; download one (hf download {hub_id} {quantized[0]} --local-dir .) and pass its path"
+        )
     other = recognise_names(Path(hub_id), names)
     if other is not None:
         raise InputError(f"{hub_id} on the hub holds no weights that are read: {other}")
