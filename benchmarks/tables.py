@@ -55,8 +55,41 @@ def calibration(found: dict[str, Any]) -> str:
     return f"{table(heads, rows)}\n\n{note}\n"
 
 
+def quantization(found: dict[str, Any]) -> str:
+    """A row for each type of GGUF."""
+    rows = [
+        [
+            row["kind"],
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['update']:.2%}",
+            f"{row['overlap']:.5f}",
+            f"{row['lowest_overlap']:.5f}",
+            f"{row['shift']:.2%}",
+            f"{row['coverage']:.4f} ({row['null_coverage']:.4f})",
+        ]
+        for row in found["rows"]
+    ]
+    k = found["settings"]["leading"]
+    heads = [
+        "type",
+        "MB",
+        "‖ΔW‖ / ‖W‖",
+        f"overlap, k = {k}",
+        "lowest",
+        "largest shift of a singular value",
+        "coverage (null)",
+    ]
+    note = (
+        f"Medians over {found['rows'][0]['matrices']} matrices, without embeddings, but for the lowest overlap and the "
+        f"largest shift, of the first {k} singular values. Coverage: share of ΔW in the leading core, and its mean under "
+        f"the scrambled null. {versions(found)}"
+    )
+    return f"{table(heads, rows)}\n\n{note}\n"
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "calibration": ("calibration", calibration),
+    "quantization": ("quantization", quantization),
     "solvers_steep": ("leading_triplets", performance.solver_times("steep")),
     "solvers_flat": ("leading_triplets", performance.solver_times("flat")),
     "solver_goals": ("leading_triplets", performance.solver_goals),

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import sqlite3
 import struct
 import warnings
@@ -67,6 +68,8 @@ def _mutations(file: Path) -> list[Mutation]:
         own = [_change_a_cell, _change_a_cell, _rename_a_column, _add_a_trigger, _put_an_endless_view]
     elif start.startswith(b"PAR1"):
         own = [_change_a_column, _change_a_column, _drop_a_column, _repeat_rows]
+    elif start.startswith(b"GGUF"):
+        own = [_change_a_number, _change_a_number, _change_a_count, _give_a_name_twice]
     elif start[8:9] == b"{" and file.suffix != ".json":
         own = [_change_the_header, _change_the_header, _change_metadata, _give_a_tensor_twice, _spoil_numbers]
     elif file.suffix in (".json", ".jsonl"):
@@ -134,6 +137,36 @@ def _grow(place: Place) -> None:
     """A terabyte that takes no room on the disk."""
     with place.file.open("ab") as file:
         file.truncate(1 << 40)
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------
+
+_NUMBERS = (0, 1, 2, 9, 255, 1 << 16, 1 << 24, 1 << 31, 1 << 40, 1 << 62, (1 << 63) + 1, (1 << 64) - 1)
+
+
+def _put_number(place: Place, at: int, size: int) -> None:
+    content = bytearray(place.file.read_bytes())
+    number = place.chance.choice(_NUMBERS) % (1 << 8 * size)
+    content[at : at + size] = number.to_bytes(size, "little")
+    place.file.write_bytes(content)
+
+
+def _change_a_number(place: Place) -> None:
+    """A length, a type, a side of a tensor or where it starts: one of the numbers of four or eight bytes."""
+    _put_number(place, place.chance.randrange(4, 4096), place.chance.choice((4, 8)))
+
+
+def _change_a_count(place: Place) -> None:
+    """The version, how many tensors there are, or how many entries of metadata."""
+    _put_number(place, *place.chance.choice(((4, 4), (8, 8), (16, 8))))
+
+
+def _give_a_name_twice(place: Place) -> None:
+    content = place.file.read_bytes()
+    names = sorted(set(re.findall(rb"blk\.\d\.\w+\.weight|[a-z]+\.[a-z_]+\.[a-z_]+", content[:8192])))
+    one, other = place.chance.choice(names), place.chance.choice(names)
+    hostile = place.chance.choice((other, ESCAPES.encode(), b"\xff", b"../../secret", b"x.lora_a"))
+    place.file.write_bytes(content.replace(one, hostile.ljust(len(one), b".")[: len(one)]))
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------

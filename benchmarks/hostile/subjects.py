@@ -101,6 +101,19 @@ def _llama2c(bench: Bench, room: Path) -> None:
         (room / f"{name}.bin").write_bytes(sizes.tobytes() + numbers.tobytes())
 
 
+def _gguf(bench: Bench, room: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from benchmarks.gguf_files import write
+
+    room.mkdir()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=20, num_hidden_layers=2, **sizes))
+    model.save_pretrained(room / "base")
+    write(model, room / "tuned.gguf", "Q8_0")
+
+
 def _quantized(bench: Bench, room: Path) -> None:
     """4-bit weights as bitsandbytes saves them, and 8-bit floats beside their scales."""
     room.mkdir()
@@ -259,6 +272,8 @@ SUBJECTS: tuple[Subject, ...] = (
     Subject("checkpoint, torch before 1.6", _torch_file(zipped=False), "tuned/*", _TUNED_COMPARE, _table),
     Subject("checkpoint, llama2.c", _llama2c, "tuned.bin",
             _command("compare", "{}/base.bin", "{}/tuned.bin", "-o", "{}/out", *_COMPARE), _table),
+    Subject("checkpoint, GGUF", _gguf, "tuned.gguf",
+            _command("compare", "{}/base", "{}/tuned.gguf", "-o", "{}/out", *_COMPARE), _table, quick=12),
     Subject("checkpoint, quantized", _quantized, "tuned/*", _TUNED_COMPARE, _table, quick=12),
     Subject("adapter, LoRA", _lora, "tuned/*", _TUNED_COMPARE, _table, quick=12),
     Subject("adapter, spectral", _adapter, "adapter/*",
