@@ -76,13 +76,13 @@ def quantization(found: dict[str, Any]) -> str:
         "‖ΔW‖ / ‖W‖",
         f"overlap, k = {k}",
         "lowest",
-        "largest shift of a singular value",
+        "largest shift of σ",
         "coverage (null)",
     ]
     note = (
-        f"Medians over {found['rows'][0]['matrices']} matrices, without embeddings, but for the lowest overlap and the "
-        f"largest shift, of the first {k} singular values. Coverage: share of ΔW in the leading core, and its mean under "
-        f"the scrambled null. {versions(found)}"
+        f"Medians over {found['rows'][0]['matrices']} matrices, without embeddings; the lowest overlap and the largest "
+        f"shift of the first {k} singular values are those of any matrix. Coverage: share of ΔW in the leading core, "
+        f"and its mean under the scrambled null. {versions(found)}"
     )
     return f"{table(heads, rows)}\n\n{note}\n"
 

@@ -16,7 +16,7 @@ CONSTRAINTS = ROOT / "constraints.txt"
 OLDEST = ROOT / "constraints-compat.txt"
 PAGE = ROOT / "docs" / "dependencies.md"
 PACKAGE = "spectralbasis"
-WITH_EXTRAS = f"{PACKAGE}[study,tune]"
+WITH_EXTRAS = f"{PACKAGE}[gguf,study,tune]"
 COPYLEFT = re.compile(r"\b(?:A?GPL|GNU (?:Affero )?General Public|SSPL|EUPL|CeCILL)", re.IGNORECASE)
 WEAK_COPYLEFT = re.compile(r"\b(?:MPL|LGPL|EPL|Mozilla|GNU Lesser)", re.IGNORECASE)
 
@@ -77,7 +77,7 @@ def pins(file: Path = CONSTRAINTS) -> list[tuple[str, str]]:
 
 
 def page(dependencies: list[Dependency], more: list[Dependency]) -> str:
-    """The page of the documentation: what the package brings, and what its extras `tune` and `study` add."""
+    """The page of the documentation: what the package brings, and what its extras `gguf`, `tune` and `study` add."""
     added = [one for one in more if one not in dependencies]
     weak = [one.name for one in more if WEAK_COPYLEFT.search(one.licence)]
     named = (
@@ -92,7 +92,8 @@ def page(dependencies: list[Dependency], more: list[Dependency]) -> str:
         "for the CPU (the one for GPUs brings NVIDIA's libraries, under NVIDIA's licence). The package itself is under "
         "Apache-2.0. Made by `python -m tools.dependencies`; a test keeps it complete, and refuses a licence that is "
         f"unknown or that Apache-2.0 does not go with.\n\n{_table(dependencies)}\n"
-        f"The extras `tune` and `study` (`pip install 'spectralbasis[tune]'`) add:\n\n{_table(added)}{named}"
+        "The extras `gguf`, `tune` and `study` (`pip install 'spectralbasis[gguf,tune]'`) add:\n\n"
+        f"{_table(added)}{named}"
     )
 
 

@@ -221,6 +221,7 @@ DAMAGE = [
     (file_of([SQUARE], DATA, [("deep", struct.pack("<IIQ", 9, 9, 1))]), "values of the type 9"),
     (file_of([SQUARE], DATA, [("odd", struct.pack("<I", 77))]), "values of the type 77"),
     (file_of([SQUARE], DATA, [("general.alignment", 0)]), "general.alignment is 0"),
+    (file_of([SQUARE], DATA, [("general.alignment", 24)]), "general.alignment is 24"),
     (file_of([SQUARE], DATA, version=1), "version 1, expected 2 or 3"),
     (file_of([SQUARE], DATA, version=3 << 24), "big-endian"),
     (file_of([SQUARE], DATA, [("split.count", 3)]), "one of 3 parts .*llama-gguf-split --merge"),
@@ -249,8 +250,8 @@ def test_a_large_hole_in_a_file_is_not_walked_through(tmp_path):
         ([described("blk.0.ffn_up.weight", (8, 8), kind=1000)], {}, "type 1000, which the installed package"),
         ([described("blk.0.ffn_up.weight", (1, 256), kind=15)], {}, "type Q8_K, which the package gguf cannot"),
         ([SQUARE, described("blk.0.attn_q.scale", (1,), offset=256)], {}, "only together with blk.0.attn_q.scale"),
-        ([SQUARE], {"llama.attention.key_length": 3}, "2 heads of 3 rows .* do not make its 8 rows"),
-        ([SQUARE], {"llama.attention.head_count": 0}, "missing heads of missing rows"),
+        ([SQUARE], {"llama.attention.key_length": 3}, "states 2 heads of 3 rows for its 8 rows"),
+        ([SQUARE], {"llama.attention.head_count": 0}, "does not state its heads"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_listed(tensors, facts, message, tmp_path, monkeypatch):

@@ -34,7 +34,9 @@ def dependencies():
 
 
 def test_all_that_is_required_is_found(dependencies):
-    assert {canonicalize_name(need.name) for need in needs("tune", "study")} <= {one.name for one in dependencies}
+    assert {canonicalize_name(need.name) for need in needs("gguf", "tune", "study")} <= {
+        one.name for one in dependencies
+    }
 
 
 def test_without_extras_nothing_comes_that_only_tuning_needs():

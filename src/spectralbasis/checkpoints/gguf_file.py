@@ -32,7 +32,7 @@ _VERSIONS = (2, 3)
 _NUMBERS = ("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", "", "", "<Q", "<q", "<d")
 """Formats of `struct` by the number of a type of metadata; empty for texts and lists."""
 _TEXT, _LIST = 8, 9
-_MOST_TENSORS, _MOST_FACTS, _MOST_TEXTS = 1 << 17, 1 << 14, 1 << 21
+_MOST_TENSORS, _MOST_FACTS, _MOST_TEXTS = 1 << 15, 1 << 14, 1 << 21
 """Beyond any model; a vocabulary has a text for each word and each of its merges."""
 _LONGEST_NAME, _LONGEST_TEXT, _LONGEST_LIST = 1 << 12, 1 << 12, 1 << 10
 _MOST_DIMENSIONS = 4
@@ -325,7 +325,7 @@ class _Reader:
     def _placed(self, described: Mapping[str, _Stored], facts: Mapping[str, Any]) -> dict[str, _Stored]:
         """The tensors with the places of their data in the file, once each lies in it and none in another."""
         alignment = facts.get("general.alignment", _ALIGNMENT)
-        if type(alignment) is not int or not 1 <= alignment <= _LARGEST_ALIGNMENT:
+        if type(alignment) is not int or not 1 <= alignment <= _LARGEST_ALIGNMENT or alignment & (alignment - 1):
             raise ValueError(f"general.alignment is {shortened(repr(alignment), 40)}, expected a small power of two")
         data, ends = -(-self._at // alignment) * alignment, 0
         for name, one in sorted(described.items(), key=lambda item: (item[1].start, item[1].size)):

@@ -271,11 +271,8 @@ def _placed(tensor: str, name: str, shape: tuple[int, ...], facts: Facts) -> Pla
             return Place(name, shape, ByHead(heads, shape[0]))
     else:
         return Place(name, shape)
-    reason = (
-        f"its rows are in another order in GGUF, and the {heads or 'missing'} heads of {size or 'missing'} rows that "
-        f"the file states do not make its {shape[0]} rows; convert the model again"
-    )
-    return Place(name, shape, reason=reason)
+    stated = f"states {heads} heads of {size} rows for its {shape[0]} rows" if heads else "does not state its heads"
+    return Place(name, shape, reason=f"its rows are in another order in GGUF, and the file {stated}: convert it again")
 
 
 def _heads(facts: Facts, block: int, of: str) -> tuple[int, int]:
