@@ -57,7 +57,8 @@ def turned_back(W, heads):
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "gpt2", "gpt_neox", "phi3", "qwen2_moe", "bert"])
 def test_every_matrix_comes_back_as_it_was(model_type, tmp_path):
-    model = model_of(model_type, "" if model_type == "bert" else "causal")
+    config = {"attention_bias": True} if model_type == "llama" else {}
+    model = model_of(model_type, "" if model_type == "bert" else "causal", **config)
     write(model, tmp_path / "model.gguf")
     checkpoint = open_checkpoint(tmp_path / "model.gguf")
     matching = match_matrices(open_checkpoint(model), checkpoint)
@@ -152,6 +153,16 @@ def test_an_architecture_whose_order_is_not_known_keeps_its_names(llama, tmp_pat
     assert "embedding table" in matching.skipped["token_embd"]
     with pytest.raises(InputError, match="share no matrix"):
         match_matrices(open_checkpoint(llama), one)
+
+
+def test_a_matrix_of_one_row_has_its_row_again(tmp_path, monkeypatch):
+    monkeypatch.setitem(FACTS, "general.architecture", "qwen2moe")
+    row = described("blk.0.ffn_gate_inp_shexp.weight", (8,))  # as llama.cpp's own tools leave it
+    (tmp_path / "model.gguf").write_bytes(file_of([row], DATA))
+    checkpoint = open_checkpoint(tmp_path / "model.gguf")
+    name = "model.layers.0.mlp.shared_expert_gate.weight"
+    assert torch.equal(checkpoint.read(name), torch.arange(8.0)[None])
+    assert torch.equal(checkpoint.take_rows(name, torch.tensor([0]), 8), torch.arange(8.0)[None])
 
 
 def test_experts_of_an_unknown_architecture_are_listed(tmp_path, monkeypatch):

@@ -203,27 +203,31 @@ class _Names:
             self._known |= _parts(name, tuple(parameter.shape), _model_type(facts))
 
     def certain(self, tensor: str) -> str | None:
-        """What transformers calls a tensor of the file; None where it has no such weight, or more than one."""
+        """What transformers calls a tensor of the file; None where it has no such weight, or more than one.
+
+        A bias goes by the weight beside it, for only some models of an architecture have biases.
+        """
         stem, _, leaf = tensor.rpartition(".")
         if leaf not in ("weight", "bias"):
             return None
         found: dict[str, str] = {}
         for candidate in self._candidates.get(stem, ()):
-            canonical = self._canonical(f"{candidate}.{leaf}")
+            canonical = self._canonical(candidate)
             if canonical in self._known:
-                found.setdefault(canonical, self._known[canonical][0] or f"{candidate}.{leaf}")
+                weight = self._known[canonical][0] or f"{candidate}.weight"
+                found.setdefault(canonical, f"{weight.removesuffix('.weight')}.{leaf}")
         return next(iter(found.values())) if len(found) == 1 else None
 
     def with_row(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape with the dimension of one row that llama.cpp leaves out."""
-        _, known = self._known[str(self._canonical(name))]
+        """The shape of a tensor of this name, with the dimension of one row that llama.cpp leaves out."""
+        _, known = self._known.get(str(self._canonical(name)), ("", ()))
         return (1, *shape) if len(known) == 2 and known[0] == 1 and len(shape) == 1 else shape
 
     def _canonical(self, name: str) -> str | None:
         short = matrix_name(name)
         if "experts" in short.split("."):
             short = expert_name(short, 0)
-        return self._table.canonical(short) if self._table and not name.endswith(".bias") else short
+        return self._table.canonical(short) if self._table else short
 
 
 def _model(model_type: str, blocks: int, causal: bool) -> nn.Module | None:
