@@ -16,7 +16,7 @@ import spectralbasis as sb
 from benchmarks.gguf_files import write
 from benchmarks.results import environment, parse_arguments
 from benchmarks.results import write as write_results
-from spectralbasis.checkpoints.opening import MINILM, installed_folder
+from spectralbasis.locations import MINILM, installed_folder
 
 KINDS = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 """Without F16, in which the numbers of this model are stored already."""
