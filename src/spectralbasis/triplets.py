@@ -23,11 +23,11 @@ from spectralbasis.linalg import (
     largest_value_outside,
     leading_svd,
     leading_svd_and_values,
-    singular_values,
     subspace_error_bound,
     triplet_residuals,
 )
 from spectralbasis.linalg.row_blocks import MatrixLike, row_slices
+from spectralbasis.linalg.svd import spectrum
 from spectralbasis.printable import warn
 from spectralbasis.records import checked, parse_json
 
@@ -249,7 +249,7 @@ def compute_triplets_and_values(
         ValueError: `W` is not a finite matrix, or k is out of range.
     """
     if _candidates(base_hash, k):
-        values = singular_values(W)
+        values = spectrum(W)
         known = _from_cache(W, base_hash, k, tolerance, values)
         if known is not None:
             return known, values

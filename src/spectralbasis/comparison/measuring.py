@@ -31,12 +31,11 @@ from spectralbasis.linalg import (
     leading_svd_and_values,
     resolve_leading,
     row_blocks,
-    singular_values,
     trailing_vectors,
 )
 from spectralbasis.linalg.row_blocks import MatrixLike, Rows, RowSource, equal, equal_rounded, minus, plus, row_slices
 from spectralbasis.linalg.solvers import BLOCK
-from spectralbasis.linalg.svd import gram_pays, krylov_pays
+from spectralbasis.linalg.svd import gram_pays, krylov_pays, spectrum
 from spectralbasis.linalg.thresholds import leading_by_shape
 from spectralbasis.sizes import format_size
 from spectralbasis.triplets import Triplets, compute_triplets_and_values, matrix_hash
@@ -149,12 +148,14 @@ class Base:
         W: (m, n), float32, or a source of its rows.
         triplets: the leading ones.
         values: all singular values.
+        norm: `‖W‖_F`.
         trailing: singular vectors of the smallest ones, where they were asked for.
     """
 
     W: MatrixLike
     triplets: Triplets
     values: Tensor
+    norm: float
     trailing: Window | None
 
 
@@ -183,7 +184,8 @@ class _Work:
             self.W0, k, tolerance=self.settings.tolerance, base_hash=self.base_hash
         )
         window = trailing_vectors(self.W0, k) if self.settings.trailing else None
-        return Base(self.W0, found.to(self.settings.device), values, window)
+        norm = float(row_blocks.frobenius_norm(self.W0))
+        return Base(self.W0, found.to(self.settings.device), values, norm, window)
 
     def measure(self, label: str) -> None:
         """Measure one partner, unless the store holds its rows.
@@ -304,8 +306,13 @@ def measure_pair(
     """
     triplets, k = base.triplets, base.triplets.k
     update = minus(W1, base.W)
-    update_values = singular_values(update)
+    update_values = spectrum(update)
     tuned, tuned_values = leading_svd_and_values(W1, k, tolerance=settings.tolerance)
+    norms = {
+        "base": base.norm,
+        "tuned": float(row_blocks.frobenius_norm(W1)),
+        "update": float(row_blocks.frobenius_norm(update)),
+    }
     values = (
         metrics.overlaps(triplets, tuned)
         | metrics.haar_overlaps(triplets.shape, k)
@@ -314,7 +321,7 @@ def measure_pair(
         | metrics.wedin_bounds(triplets, tuned, float(update_values[0]))
         | metrics.coverages(triplets, update)
         | metrics.spectra(triplets, tuned)
-        | metrics.sizes({"base": base.values, "tuned": tuned_values, "update": update_values}, k)
+        | metrics.sizes({"base": base.values, "tuned": tuned_values, "update": update_values}, norms, k)
     )
     if base.trailing:
         values |= metrics.trailing(base.trailing, trailing_vectors(W1, k), update)
@@ -322,7 +329,7 @@ def measure_pair(
     null_values = _null_values(base, update, settings, tuned_hash, draws if keep else None)
     if not keep:
         return values, null_values, None
-    directions = update_directions(update, update_values, float(base.values.norm()))
+    directions = update_directions(update, update_values, base.norm)
     kept = Frames(tuned_hash, tuned, tuple(draws), directions, metrics.overlaps(triplets, tuned))
     return values, null_values, kept
 

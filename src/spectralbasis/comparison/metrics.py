@@ -147,20 +147,20 @@ def intruders(base: Factors, tuned: Factors, W0: MatrixLike) -> Measurements:
     return values | {("intruders", "left", top, -1): float((largest < INTRUDER_COSINE).sum())}
 
 
-def sizes(spectra: Mapping[str, Tensor], k: int) -> Measurements:
+def sizes(spectra: Mapping[str, Tensor], norms: Mapping[str, float], k: int) -> Measurements:
     """Norm of the update, absolute and relative, and the ranks of `W0`, `W1` and `ΔW`.
 
     Args:
         spectra: all singular values of the "base", the "tuned" matrix and the "update".
+        norms: their `‖·‖_F`, which are more accurate than the sums of squares of values in float32.
         k: the number of leading directions that the rows are filed under.
     """
-    norms = {name: float(S.norm()) for name, S in spectra.items()}
     values = {"update_norm": norms["update"]}
     if norms["base"] > 0:
         values["update_norm_relative"] = norms["update"] / norms["base"]
     for name, S in spectra.items():
         if norms[name] > 0:
-            values[f"stable_rank_{name}"] = stable_rank(S)
+            values[f"stable_rank_{name}"] = (norms[name] / float(S[0])) ** 2
             values[f"effective_rank_{name}"] = effective_rank(S)
     return {(metric, "both", k, -1): value for metric, value in values.items()}
 

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from spectralbasis.linalg.certificates import ritz_error_bound, subspace_error_bound, triplet_residuals
-from spectralbasis.linalg.row_blocks import Factor, MatrixLike, gram, times, times_and_back, transposed_times
+from spectralbasis.linalg.row_blocks import (
+    Factor,
+    MatrixLike,
+    gram,
+    largest_modulus,
+    times,
+    times_and_back,
+    transposed_times,
+)
 from spectralbasis.linalg.solvers import eigenvalues, eigenvector_products, leading_eigenpairs, leading_right_space
 
 DENSE_SIDE = 64
@@ -17,6 +25,22 @@ DIVISIBLE = 1e-5
 """Share of the largest singular value down to which `Aᵀ u = Aᵀ A v / σ` is exact enough."""
 SQUARED = 1e-4
 """Share of the largest singular value from which the Gram matrix tells the smallest ones apart."""
+RESOLVED = 1e-3
+"""Share of the largest singular value down to which squares in float64 leave ten digits of a singular value."""
+ORTHONORMAL = 1e-3
+"""By how much vectors found in float32 may miss being orthonormal; those that a solver returned twice miss it by 1."""
+GUARD = 24
+"""Vectors that are found beside the leading ones: errors of float32 lie outside of all of them, where a gap is."""
+FLOAT32_ERROR = 2.0
+"""Error of an eigenvalue in float32, of a Gram matrix and of its reduction, over `sqrt(max(m, n)) eps λ_1`. The largest
+of many measured ones were 1.5."""
+VALUES_SHARE = 1e-3
+"""Of the sum of all singular values, what their errors may add up to if all have one sign; they have not, and add up
+to a hundredth of it."""
+SQUARABLE = (1e-6, 1e6)
+"""Largest entries of a matrix whose Gram matrix in float32 neither overflows nor loses small numbers."""
+VALUES_SIDE = 1024
+"""From this smaller side on, values alone and a Krylov space cost less than one reduction for values and vectors."""
 KRYLOV_SIDE = 512
 """From this smaller side on, a few hundred products cost less than a Gram matrix and its eigenvectors."""
 
@@ -87,13 +111,11 @@ def leading_svd(A: MatrixLike, k: int, *, tolerance: float = 1e-4) -> LeadingSVD
     """
     m, n = _check(A, k)
     found = _krylov(_plain(A), k, tolerance) if krylov_pays(m, n, k) else None
-    return found or leading_svd_and_values(A, k, tolerance=tolerance)[0]
+    return found or _leading(A, k, tolerance)[0]
 
 
 def leading_svd_and_values(A: MatrixLike, k: int, *, tolerance: float = 1e-4) -> tuple[LeadingSVD, Tensor]:
-    """`leading_svd` and `singular_values` of one matrix, where it can be from one reduction of its Gram matrix.
-
-    The values are those of `singular_values` to the last bit.
+    """`leading_svd` and all singular values of one matrix, where it can be from one reduction of its Gram matrix.
 
     Args:
         A: the matrix, (m, n), any floating dtype.
@@ -101,7 +123,9 @@ def leading_svd_and_values(A: MatrixLike, k: int, *, tolerance: float = 1e-4) ->
         tolerance: see `leading_svd`.
 
     Returns:
-        The triplets, and all singular values (min(m, n),) in float64, descending.
+        The triplets, and all singular values (min(m, n),) in float64, descending. Where the certificate allows they are
+        found in float32: then the leading ones have the accuracy of the triplets, and the errors of all together are at
+        most a thousandth of the sum of all values (a millionth as a rule). Else they are those of `singular_values`.
 
     Raises:
         ValueError: `A` is not a finite matrix, or k is out of range.
@@ -113,19 +137,32 @@ def leading_svd_and_values(A: MatrixLike, k: int, *, tolerance: float = 1e-4) ->
         >>> svd.S, values
         (tensor([3.]), tensor([3., 2., 1.], dtype=torch.float64))
     """
-    m, n = _check(A, k)
+    _check(A, k)
+    svd, values = _leading(A, k, tolerance, all_values=True)
+    return svd, singular_values(A) if values is None else values
+
+
+def _leading(A: MatrixLike, k: int, tolerance: float, *, all_values: bool = False) -> tuple[LeadingSVD, Tensor | None]:
+    """Triplets by the first solver that certifies them, and all singular values where they come with it.
+
+    Where `all_values` are asked for, a solver that cannot give them accurately does not count.
+    """
+    m, n = A.shape
     if not isinstance(A, Tensor):
         return _gram(A, k, tolerance, REFINEMENTS)
     A = _numbers(A)
     solver = "dense"
     if gram_pays(m, n, k):
+        found = _gram_float32(A, k, tolerance, all_values)
+        if found is not None:
+            return found
         result, values = _gram(A, k, tolerance)
         if result.subspace_error_bound <= tolerance:
             return result, values
         solver = "dense (gram missed the tolerance)"
     U, S, Vh = torch.linalg.svd(A.double(), full_matrices=False)
     residuals = triplet_residuals(A, U[:, :k], S[:k], Vh[:k])
-    return _result(A, U, S, Vh, residuals, _bound(A, S, residuals, k), solver), singular_values(A)
+    return _result(A, U, S, Vh, residuals, _bound(A, S, residuals, k), solver), None
 
 
 def singular_values(A: MatrixLike) -> Tensor:
@@ -144,6 +181,22 @@ def singular_values(A: MatrixLike) -> Tensor:
     """
     check_matrix(A)
     tall = _plain(A if A.shape[0] >= A.shape[1] else A.T)
+    return eigenvalues(gram(tall)).clamp_min(0).sqrt()
+
+
+def spectrum(A: MatrixLike) -> Tensor:
+    """All singular values (min(m, n),) in float64, descending, as accurate as those of `leading_svd_and_values`.
+
+    Raises:
+        ValueError: `A` is not a finite matrix.
+    """
+    check_matrix(A)
+    tall = _plain(A if A.shape[0] >= A.shape[1] else A.T)
+    squared = _float32_gram(tall) if isinstance(tall, Tensor) else None
+    if squared is not None:
+        values = _accurate(eigenvalues(squared[0]), tall, squared[1])
+        if values is not None:
+            return values
     return eigenvalues(gram(tall)).clamp_min(0).sqrt()
 
 
@@ -238,12 +291,12 @@ def _numbers(A: Tensor) -> Tensor:
     return A.detach().float() if A.dtype.itemsize == 1 else A.detach()
 
 
-def _krylov(A: Factor, k: int, tolerance: float) -> LeadingSVD | None:
-    """Triplets from a Krylov space, or None where their error cannot be bounded by the tolerance."""
+def _krylov(A: Factor, k: int, tolerance: float, G: Tensor | None = None) -> LeadingSVD | None:
+    """Triplets from a Krylov space, or None where their error cannot be bounded by the tolerance; see its `G`."""
     if A.shape[0] < A.shape[1]:
-        found = _krylov(A.T, k, tolerance)
+        found = _krylov(A.T, k, tolerance, G)
         return found and replace(found, U=found.Vh.T, Vh=found.U.T)
-    V = leading_right_space(A, k, tolerance)
+    V = leading_right_space(A, k, tolerance, G)
     if V is None:
         return None
     V = V.double()
@@ -254,6 +307,69 @@ def _krylov(A: Factor, k: int, tolerance: float) -> LeadingSVD | None:
             return _result(A, U, S, V.T, torch.linalg.vector_norm(R[:, :k], dim=0), bound, "krylov")
         V = torch.linalg.qr(R + V * S)[0]
     return None
+
+
+def _gram_float32(A: Tensor, k: int, tolerance: float, all_values: bool) -> tuple[LeadingSVD, Tensor | None] | None:
+    """Triplets from eigenvectors in float32 and a Rayleigh–Ritz step in float64, and all singular values.
+
+    None where the residuals do not certify them, or values are asked for and float32 is not accurate enough for them.
+    """
+    if A.shape[0] < A.shape[1]:
+        other = _gram_float32(A.T, k, tolerance, all_values)
+        return other and (replace(other[0], U=other[0].Vh.T, Vh=other[0].U.T), other[1])
+    m, n = A.shape
+    squared = _float32_gram(A)
+    if squared is None:
+        return None
+    G, scale = squared
+    if all_values and n >= VALUES_SIDE and krylov_pays(m, n, k):
+        values = _accurate(eigenvalues(G.clone()), A, scale)
+        found = None if values is None else _krylov(A, k, tolerance, G)
+        return None if found is None else (found, _with_leading(values, found.S.double()))
+    squares, V = leading_eigenpairs(G, min(k + GUARD, n))
+    values = _accurate(squares, A, scale)
+    if values is None and all_values:
+        return None
+    U, S, V, R = _rayleigh_ritz(A, V.double())
+    # Ritz values are at most the true ones. Where all reach them, no direction was found twice and none is missing.
+    reached = (S / scale).square() >= squares[: len(S)].double() - _float32_error(A) * float(squares[0])
+    bound = ritz_error_bound(S, R, k) if bool(reached.all()) and len(S) > k else 1.0
+    if bound > tolerance:
+        return None
+    found = _result(A, U, S, V.T, torch.linalg.vector_norm(R[:, :k], dim=0), bound, "gram")
+    return found, _with_leading(values, S)
+
+
+def _float32_gram(A: Tensor) -> tuple[Tensor, float] | None:
+    """`AᵀA / scale²` in float32 of a tall matrix, and scale; None where A has more digits than that, or is zero."""
+    if A.dtype == torch.float64:
+        return None
+    A = A.float()
+    largest = largest_modulus(A)
+    if not largest > 0:
+        return None
+    scale = 1.0 if SQUARABLE[0] < largest < SQUARABLE[1] else largest
+    A = A if scale == 1.0 else A / scale
+    return A.T @ A, scale
+
+
+def _float32_error(A: Tensor) -> float:
+    """Error of an eigenvalue of the Gram matrix in float32, as a share of the largest."""
+    return FLOAT32_ERROR * max(A.shape) ** 0.5 * torch.finfo(torch.float32).eps
+
+
+def _accurate(squares: Tensor, A: Tensor, scale: float) -> Tensor | None:
+    """Singular values from eigenvalues in float32, (n,) float64; None where these are too far off in sum."""
+    squares = squares.double().clamp_min(0)
+    error = _float32_error(A) * squares[0]
+    values = squares.sqrt()
+    off = torch.maximum((squares + error).sqrt() - values, values - (squares - error).clamp_min(0).sqrt())
+    return values * scale if float(off.sum()) <= VALUES_SHARE * float(values.sum()) else None
+
+
+def _with_leading(values: Tensor | None, S: Tensor) -> Tensor | None:
+    """The values with the leading ones from triplets in their place, still descending."""
+    return None if values is None else torch.cat([S, values[len(S) :].clamp_max(float(S[-1]))])
 
 
 def _gram(A: Factor, k: int, tolerance: float, refinements: int = 0) -> tuple[LeadingSVD, Tensor]:
@@ -294,6 +410,12 @@ def _rayleigh_ritz(A: Factor, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     Returns:
         U (m, p), S (p,), V (n, p) with `A V = U S`, and the residual vectors `Aᵀ U − V S`, all in float64.
     """
+    there, back = times_and_back(A, V)
+    small = _small_problem(V, there)
+    if small is not None:
+        S, turn = small
+        U, V = there @ (turn / S), V @ turn
+        return U, S, V, back @ (turn / S) - V * S
     V = torch.linalg.qr(V)[0]
     there, back = times_and_back(A, V)
     Q, B = torch.linalg.qr(there)
@@ -301,6 +423,24 @@ def _rayleigh_ritz(A: Factor, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     U, V = Q @ left, V @ right.T
     back = back @ (right.T / S) if S[-1] > DIVISIBLE * S[0] else transposed_times(A, U)
     return U, S, V, back - V * S
+
+
+def _small_problem(V: Tensor, there: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Singular values of A on the span of V and what turns V into their vectors, from `VᵀV` and `(A V)ᵀ(A V)`.
+
+    Cheaper than orthonormal bases of both; None where V is far from orthonormal, or squares would hide small values.
+    """
+    overlap = V.T @ V
+    if float((overlap - torch.eye(len(overlap), dtype=V.dtype, device=V.device)).abs().max()) > ORTHONORMAL:
+        return None
+    factor, failed = torch.linalg.cholesky_ex(overlap)
+    if int(failed):
+        return None
+    half = torch.linalg.solve_triangular(factor, there.T @ there, upper=False)
+    squares, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(factor.T, half, upper=True, left=False))
+    if not float(squares[0]) > RESOLVED**2 * float(squares[-1]):
+        return None
+    return squares.flip(0).sqrt(), torch.linalg.solve_triangular(factor.T, vectors.flip(1), upper=True)
 
 
 def _bound(A: Factor, S: Tensor, residuals: Tensor, k: int) -> float:
