@@ -66,9 +66,26 @@ def flat(m: int, n: int, k: int) -> Tensor:
     return bulk + (_orthonormal(m, k, seed=3) * head) @ _orthonormal(n, k, seed=4).T
 
 
-def _orthonormal(rows: int, columns: int, seed: int) -> Tensor:
+def stretched(m: int, n: int, values: Tensor, seed: int = 0) -> Tensor:
+    """Random singular vectors and the spectrum of another matrix at this size, in float32.
+
+    Args:
+        m: rows.
+        n: columns.
+        values: singular values of the other matrix, descending; read between them where there are fewer.
+        seed: of the vectors.
+    """
+    rank = min(m, n)
+    places = (torch.arange(rank, dtype=torch.float64) + 0.5) / rank * len(values) - 0.5
+    lower = places.floor().clamp(0, len(values) - 2).long()
+    between = values[lower] + (places - lower) * (values[lower + 1] - values[lower])
+    left, right = (_orthonormal(side, rank, 2 * seed + turn, torch.float32) for turn, side in enumerate((m, n)))
+    return (left * between.clamp_min(0).float()) @ right.T
+
+
+def _orthonormal(rows: int, columns: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64))[0]
+    return torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=dtype))[0]
 
 
 def _largest_sine(true: Tensor, computed: Tensor) -> float:

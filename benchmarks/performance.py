@@ -10,6 +10,7 @@ OVER_DENSE, OVER_DENSE_FROM = 4, 2048
 OVER_SCRIPT = 5
 AT_ONCE, OVER_TORCH = 0.6, 1.2
 """Seconds until a command answers without measuring; `compare` to its first matrix, in units of `import torch`."""
+OVER_SCRIPT_BY_WIDTH = {384: 1.3, 768: 2.5, 2048: 6, 4096: 12}
 LARGEST_MATRICES = 12
 EXPONENT = 1.1
 """An exponent up to this is called linear: what repeated timings can tell from 1."""
@@ -101,6 +102,29 @@ def start_up(found: dict[str, Any]) -> str:
         rows.append([row["what"], *times, goal, reached])
     note = f"Least of {found['settings']['repeats']} processes each. {machine(found)} {versions(found)}"
     heads = ["", "clock", "processor", "processor / `import torch`", "goal", ""]
+    return f"{table(heads, rows)}\n\n{note}\n"
+
+
+def pairs(found: dict[str, Any]) -> str:
+    """How many times faster `compare` is than a script, by width."""
+    heads = ["width", "matrices", "compare, no null", f"compare, {found['settings']['draws']} draws", "script"]
+    heads += ["script / compare, no null", "script / compare with its null", "goal", ""]
+    rows = []
+    for row in found["rows"]:
+        without, null, script = (row["seconds"].get(tool) for tool in ("without", "null", "script"))
+        goal = OVER_SCRIPT_BY_WIDTH[row["width"]]
+        rows.append(
+            [
+                str(row["width"]),
+                str(row["matrices"]),
+                *("" if seconds is None else _seconds(seconds) for seconds in (without, null, script)),
+                f"{script / without:.2f}",
+                "" if null is None else f"{script / null:.2f}",
+                f"{goal:g}",
+                "" if null is None else met(script / null >= goal),
+            ]
+        )
+    note = f"k = {found['settings']['k']}, least of at most 3 runs. {machine(found)} {versions(found)}"
     return f"{table(heads, rows)}\n\n{note}\n"
 
 

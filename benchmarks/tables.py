@@ -97,6 +97,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "whole_pair": ("whole_pair", performance.whole_pair),
     "whole_pair_goals": ("whole_pair", performance.whole_pair_goals),
     "start_up": ("start_up", performance.start_up),
+    "pairs": ("pairs", performance.pairs),
     "memory": ("memory", performance.memory),
     "large_matrices": ("large_matrices", performance.large_matrices),
     "scaling": ("scaling", performance.scaling),

@@ -67,7 +67,7 @@ def perturbed(base: Path, folder: Path) -> Path:
     """A copy of a model with an update in every matrix, half of its energy in 8 directions, half everywhere."""
     generator = torch.Generator().manual_seed(0)
     state = {
-        name: _updated(W, generator) if W.ndim == 2 and W.is_floating_point() else W
+        name: updated(W, generator) if W.ndim == 2 and W.is_floating_point() else W
         for name, W in load_file(base / "model.safetensors").items()
     }
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -75,7 +75,8 @@ def perturbed(base: Path, folder: Path) -> Path:
     return folder
 
 
-def _updated(W: Tensor, generator: torch.Generator) -> Tensor:
+def updated(W: Tensor, generator: torch.Generator) -> Tensor:
+    """W with an update of `STEP` of its norm, half of its energy in 8 directions, half everywhere."""
     m, n = W.shape
     few = torch.randn(m, 8, generator=generator) @ torch.randn(8, n, generator=generator)
     many = torch.randn(m, n, generator=generator)

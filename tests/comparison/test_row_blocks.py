@@ -64,9 +64,12 @@ def assert_same_rows(found, expected, *, tolerance=1e-6, rounding=2e-8):
         rounding: error of one value or draw, by the spread of the draws, that z-scores and p-values may show.
     """
     assert len(found) == len(expected) > 0
+    given = tolerance
     for one, other in zip(found, expected, strict=True):
         for field in dataclasses.fields(other):
             a, b = getattr(one, field.name), getattr(other, field.name)
+            # Of a matrix in memory, singular values beyond the leading ones are found in float32.
+            tolerance = 2e-5 if "_rank_" in other.metric else given
             allowed = tolerance
             if field.name in ("z", "p_value") and other.null_std > 0:
                 allowed += rounding * (2 + abs(other.z)) / other.null_std
@@ -200,7 +203,8 @@ def test_compare_takes_a_budget_as_people_write_it(tmp_path, caplog):
     assert "layer.0.dense takes more than the memory budget" in caplog.text
     exact = ["tuned", "matrix", "k", "metric", "side", "index", "null"]
     assert small.table[exact].equals(whole.table[exact])
-    np.testing.assert_allclose(small.table["value"], whole.table["value"], rtol=1e-6, atol=1e-6)
+    tolerance = np.where(whole.table["metric"].str.contains("_rank_"), 2e-5, 1e-6)
+    assert (abs(small.table["value"] - whole.table["value"]) <= tolerance * (1 + abs(whole.table["value"]))).all()
     np.testing.assert_allclose(small.table["null_mean"], whole.table["null_mean"], rtol=1e-6, atol=1e-6)
     again = compare(files[0], files[1:], **options, memory_budget="8GB", output=tmp_path / "out", resume=True)
     assert again.table.equals(small.table)

@@ -275,6 +275,8 @@ def read_matrix(matrix: Matrix, device: str, by_rows: bool, where: str) -> Matri
         ValueError: it holds NaN or infinite values.
     """
     W = _row_source(matrix, device) if by_rows else matrix.read().to(device=device, dtype=torch.float32)
+    if isinstance(W, Tensor) and bool(torch.isfinite(W.sum())):  # one pass, where all is well
+        return W
     bad = sum(int((~torch.isfinite(W[rows])).sum()) for rows in row_slices(W))
     if bad:
         size = matrix.shape[0] * matrix.shape[1]

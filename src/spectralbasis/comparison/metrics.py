@@ -260,6 +260,8 @@ def to_frame(rows: Iterable[Row | SharedRow], kind: type[Row | SharedRow] = Row)
     """The rows, all of one kind, as a table with one column per field, also where there are none."""
     import pandas as pd
 
-    frame = pd.DataFrame([row_values(row) for row in rows], columns=[field.name for field in fields(kind)])
+    names = [field.name for field in fields(kind)]
+    columns = list(zip(*map(row_values, rows), strict=True)) or [()] * len(names)
+    frame = pd.DataFrame(dict(zip(names, columns, strict=True)))
     types = {int: "int64", float: "float64"}
     return frame.astype({field.name: types[field.type] for field in fields(kind) if field.type in types})

@@ -38,7 +38,7 @@ from spectralbasis.execution import RayCluster, cores
 from spectralbasis.linalg import Leading, parse_leading
 from spectralbasis.linalg.row_blocks import back_and_forth, gram, times_and_back
 from spectralbasis.linalg.solvers import BLOCK, eigenvalues
-from spectralbasis.linalg.svd import gram_pays, krylov_pays
+from spectralbasis.linalg.svd import GUARD, VALUES_SIDE, gram_pays, krylov_pays
 from spectralbasis.sizes import available_memory, parse_size
 from spectralbasis.triplets import matrix_hash
 
@@ -132,10 +132,10 @@ KINDS_OF_BYTES = ("read", "pass")
 KINDS = {
     "read": "bytes from disk",
     "pass": "bytes of float32 matrices that are hashed, permuted, added",
-    "product64": "products of whole matrices in float64, as Gram matrices",
+    "product64": "products of whole matrices, as Gram matrices; in float32 they count half",
     "thin64": "products with k columns in float64",
     "thin32": "products with 16 columns in float32",
-    "tridiagonal": "reductions of Gram matrices to tridiagonal form",
+    "tridiagonal": "reductions of Gram matrices to tridiagonal form; in float32 they count half",
     "dense": "full singular value decompositions in float64",
 }
 PASSES_OF_A_PAIR = 12
@@ -195,27 +195,29 @@ def _times(count: int, work: Work) -> Work:
 def _triplets(m: int, n: int, k: int, *, all_values: bool = False) -> Work:
     """`linalg.leading_svd`, or `leading_svd_and_values`, by the solver that it chooses."""
     short, long = min(m, n), max(m, n)
-    if krylov_pays(m, n, k) and not all_values:
+    if krylov_pays(m, n, k) and (not all_values or short >= VALUES_SIDE):
         dimensions = 3 * k + 2 * BLOCK  # where a falling spectrum lets block Lanczos end
-        orthogonalisation = 4 * short * dimensions**2  # two passes of space @ (space.T @ W) over a growing space
-        thin32 = 4 * m * n * dimensions + orthogonalisation + 2 * short * dimensions * (k + BLOCK)
+        orthogonalisation = 2 * short * dimensions**2  # a pass of space @ (space.T @ W) over a growing space
+        product = 2 * short * short if all_values else 4 * m * n  # with the Gram matrix, where it is formed anyway
+        thin32 = product * dimensions + orthogonalisation + 2 * short * dimensions * (k + BLOCK)
         thin64 = _ritz(m, n, k + BLOCK) + 4 * dimensions**2 * k
-        return Work({"thin32": thin32, "tridiagonal": 4 * dimensions**3 // 3, "thin64": thin64})
+        krylov = Work({"thin32": thin32, "tridiagonal": 4 * dimensions**3 // 3, "thin64": thin64})
+        return krylov + _all_values(m, n) if all_values else krylov
     if gram_pays(m, n, k):
-        return _all_values(m, n) + Work({"thin64": _ritz(m, n, k + 1) + 4 * short**2 * (k + 1)})
+        return _all_values(m, n) + Work({"thin64": _ritz(m, n, k + GUARD), "thin32": 4 * short**2 * (k + GUARD)})
     # A full decomposition (Golub & Van Loan, R-SVD): reduction, iteration and both factors.
     return _all_values(m, n) + Work({"dense": 6 * long * short**2 + 20 * short**3})
 
 
 def _all_values(m: int, n: int) -> Work:
-    """`linalg.singular_values`: a Gram matrix, and its reduction."""
+    """`linalg.svd.spectrum`: a Gram matrix in float32, and its reduction."""
     short, long = min(m, n), max(m, n)
-    return Work({"product64": 2 * long * short**2, "tridiagonal": 4 * short**3 // 3})
+    return Work({"product64": long * short**2, "tridiagonal": 2 * short**3 // 3})
 
 
 def _ritz(m: int, n: int, p: int) -> int:
-    """Rayleigh–Ritz in float64 on p columns: products there and back, two orthonormal bases, their turning."""
-    return 4 * m * n * p + 6 * (m + n) * p**2
+    """Rayleigh–Ritz in float64 on p columns: products there and back, their Gram matrices, their turning."""
+    return 4 * m * n * p + 4 * (m + n) * p**2
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def summarise(
         ],
         "measured_share": min(map(pairing.measured_share, pairing.shares)),
         "notes": _notes(table, settings, pairing),
-        **findings(table, settings.seed),
+        **(next(iter(per_tuned.values())) if len(per_tuned) == 1 else findings(table, settings.seed)),
         "per_tuned": per_tuned,
         **between,
         "methods": f"{methods} {sharing_methods(between['sharing'])}" if "sharing" in between else methods,

@@ -33,6 +33,10 @@ RATE = 8.0
 """By how much one more block lessens the error once it has begun to fall; only the next look depends on it."""
 SLOWEST = 1.5
 """The slowest decay of the error that is believed; only the next look depends on it."""
+FOLLOWING = 1e-2
+"""Relative error of σ²_{k+1} that is left to it, for bounds on what is not among the k are made with it."""
+UNSEEN = 3
+"""How many blocks pass before the next look where there is no estimate yet."""
 AHEAD = 6
 """How many blocks may pass without a look."""
 SPREAD = 1e-2
@@ -186,17 +190,20 @@ def leading_right_space(A: Factor, k: int, tolerance: float, G: Tensor | None = 
         theta = squares.clamp_min(0).sqrt()
         if _clustered(theta[: k + 1]):
             return None
-        errors = _estimates(theta, R.double().cpu() @ weights[-BLOCK:], k)
-        enough = [p for p, error in errors.items() if SAFETY * error <= tolerance]
+        leftover = R.double().cpu() @ weights[-BLOCK:]
+        errors = _estimates(theta, leftover, k)
+        following = float(leftover[:, k].norm()) <= FOLLOWING * float(squares[k]) + CLUSTER**2 * float(squares[0])
+        enough = [p for p, error in errors.items() if SAFETY * error <= tolerance and following]
         if enough:
-            return space @ weights[:, : enough[0]].to(Q)
+            # Some vectors more than suffice cost little, and outweigh what float32 adds to the estimate.
+            return space @ weights[:, : enough[min(1, len(enough) - 1)]].to(Q)
         error = min(errors.values(), default=1.0)
         blocks = (d - checked) // BLOCK if before < 1 else 0
         rate = (before / error) ** (1 / blocks) if blocks and error < before else RATE
         ahead = math.ceil(math.log(SAFETY * error / tolerance) / math.log(max(rate, SLOWEST)))
         # A look takes as long as so many blocks, so that looking more often than that does not pay.
         look = round(d**3 / (6 * (m if G is None else n / 2) * n))
-        check, before, checked = d + BLOCK * min(AHEAD, max(ahead if error < 1 else 1, look)), error, d
+        check, before, checked = d + BLOCK * min(AHEAD, max(ahead if error < 1 else UNSEEN, look)), error, d
     return None
 
 

@@ -1,5 +1,6 @@
 """Leading singular triplets with certified errors, and singular values and trailing vectors on request."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,12 +32,14 @@ ORTHONORMAL = 1e-3
 """By how much vectors found in float32 may miss being orthonormal; those that a solver returned twice miss it by 1."""
 GUARD = 24
 """Vectors that are found beside the leading ones: errors of float32 lie outside of all of them, where a gap is."""
-FLOAT32_ERROR = 2.0
+FLOAT32_ERROR = 4.0
 """Error of an eigenvalue in float32, of a Gram matrix and of its reduction, over `sqrt(max(m, n)) eps λ_1`. The largest
-of many measured ones were 1.5."""
-VALUES_SHARE = 1e-3
-"""Of the sum of all singular values, what their errors may add up to if all have one sign; they have not, and add up
-to a hundredth of it."""
+of many measured ones were 3."""
+FLOAT32_NOISE = 8.0
+"""Error of a small eigenvalue in float32 over `eps λ_1`: eigenvalues below are noise."""
+NOISE_SHARE = 5e-3
+"""What values that may be noise may change of the effective rank, each as large as noise can be. Measured changes are
+up to a sixth of that."""
 SQUARABLE = (1e-6, 1e6)
 """Largest entries of a matrix whose Gram matrix in float32 neither overflows nor loses small numbers."""
 VALUES_SIDE = 1024
@@ -124,8 +127,8 @@ def leading_svd_and_values(A: MatrixLike, k: int, *, tolerance: float = 1e-4) ->
 
     Returns:
         The triplets, and all singular values (min(m, n),) in float64, descending. Where the certificate allows they are
-        found in float32: then the leading ones have the accuracy of the triplets, and the errors of all together are at
-        most a thousandth of the sum of all values (a millionth as a rule). Else they are those of `singular_values`.
+        found in float32: then the leading ones have the accuracy of the triplets, and the effective rank of all is right
+        to a thousandth (to a hundred-thousandth as a rule). Else they are those of `singular_values`.
 
     Raises:
         ValueError: `A` is not a finite matrix, or k is out of range.
@@ -194,7 +197,7 @@ def spectrum(A: MatrixLike) -> Tensor:
     tall = _plain(A if A.shape[0] >= A.shape[1] else A.T)
     squared = _float32_gram(tall) if isinstance(tall, Tensor) else None
     if squared is not None:
-        values = _accurate(eigenvalues(squared[0]), tall, squared[1])
+        values = _accurate(eigenvalues(squared[0]), squared[1])
         if values is not None:
             return values
     return eigenvalues(gram(tall)).clamp_min(0).sqrt()
@@ -323,11 +326,11 @@ def _gram_float32(A: Tensor, k: int, tolerance: float, all_values: bool) -> tupl
         return None
     G, scale = squared
     if all_values and n >= VALUES_SIDE and krylov_pays(m, n, k):
-        values = _accurate(eigenvalues(G.clone()), A, scale)
+        values = _accurate(eigenvalues(G.clone()), scale)
         found = None if values is None else _krylov(A, k, tolerance, G)
         return None if found is None else (found, _with_leading(values, found.S.double()))
     squares, V = leading_eigenpairs(G, min(k + GUARD, n))
-    values = _accurate(squares, A, scale)
+    values = _accurate(squares, scale)
     if values is None and all_values:
         return None
     U, S, V, R = _rayleigh_ritz(A, V.double())
@@ -358,13 +361,17 @@ def _float32_error(A: Tensor) -> float:
     return FLOAT32_ERROR * max(A.shape) ** 0.5 * torch.finfo(torch.float32).eps
 
 
-def _accurate(squares: Tensor, A: Tensor, scale: float) -> Tensor | None:
-    """Singular values from eigenvalues in float32, (n,) float64; None where these are too far off in sum."""
-    squares = squares.double().clamp_min(0)
-    error = _float32_error(A) * squares[0]
-    values = squares.sqrt()
-    off = torch.maximum((squares + error).sqrt() - values, values - (squares - error).clamp_min(0).sqrt())
-    return values * scale if float(off.sum()) <= VALUES_SHARE * float(values.sum()) else None
+def _accurate(squares: Tensor, scale: float) -> Tensor | None:
+    """Singular values from eigenvalues in float32, (n,) float64; None where too many of them are noise.
+
+    Noise in place of zeros changes the effective rank most: each value x adds about `x (1 + log(Σσ / x)) / Σσ` to its
+    logarithm. Errors of clear values have either sign and are a thousandth of that.
+    """
+    values = squares.double().clamp_min(0).sqrt()
+    noise = (FLOAT32_NOISE * torch.finfo(torch.float32).eps) ** 0.5 * float(values[0])
+    share = noise / float(values.sum())
+    unclear = int(torch.count_nonzero(values <= noise))
+    return values * scale if unclear * share * (1 - math.log(share)) <= NOISE_SHARE else None
 
 
 def _with_leading(values: Tensor | None, S: Tensor) -> Tensor | None:
