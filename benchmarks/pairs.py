@@ -2,8 +2,8 @@
 
 Run with `python -m benchmarks.pairs`, or some widths with `--widths 384,768`: they replace their own entries of
 benchmarks/results/pairs.json. The matrices are random, with the singular values of a query matrix of the MiniLM of the
-extra `minilm`, stretched to their size; the update is 3 % of their norm. Each tool has a process of its own with nothing
-cached; the tools take turns, and the least time of each counts.
+extra `minilm`, stretched to their size; the update is 3 % of their norm. Each tool has a process of its own with
+nothing cached; the tools take turns, and the least time of each counts.
 """
 
 from pathlib import Path

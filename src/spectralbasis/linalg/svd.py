@@ -87,8 +87,9 @@ def leading_svd(A: MatrixLike, k: int, *, tolerance: float = 1e-4) -> LeadingSVD
 
     The cheapest of three solvers runs first. *Krylov*: block Lanczos in float32 finds a space somewhat larger than
     asked for, then Rayleigh–Ritz, residuals and bound are taken in float64. *Gram*: the leading eigenvectors of the
-    smaller side's Gram matrix, in float64. *Dense*: a full decomposition in float64. What one cannot certify, as the
-    Gram matrix where it squares a large condition number, goes to the next. A row source is never decomposed in full:
+    smaller side's Gram matrix, in float32 with the same step in float64, or else in float64. *Dense*: a full
+    decomposition in float64. What one cannot certify, as the Gram matrix where it squares a large condition number,
+    goes to the next. A row source is never decomposed in full:
     its Gram triplets are refined by subspace iteration, and returned with the bound that was reached.
 
     Args:
@@ -127,8 +128,8 @@ def leading_svd_and_values(A: MatrixLike, k: int, *, tolerance: float = 1e-4) ->
 
     Returns:
         The triplets, and all singular values (min(m, n),) in float64, descending. Where the certificate allows they are
-        found in float32: then the leading ones have the accuracy of the triplets, and the effective rank of all is right
-        to a thousandth (to a hundred-thousandth as a rule). Else they are those of `singular_values`.
+        found in float32: then the leading ones have the accuracy of the triplets, and the effective rank of all is
+        right to a thousandth (to a hundred-thousandth as a rule). Else they are those of `singular_values`.
 
     Raises:
         ValueError: `A` is not a finite matrix, or k is out of range.
