@@ -124,7 +124,7 @@ def pairs(found: dict[str, Any]) -> str:
                 "" if null is None else met(script / null >= goal),
             ]
         )
-    note = f"k = {found['settings']['k']}, least of at most 3 runs. {machine(found)} {versions(found)}"
+    note = f"k = {found['settings']['k']}, processor time, least of at most 3 runs. {machine(found)} {versions(found)}"
     return f"{table(heads, rows)}\n\n{note}\n"
 
 

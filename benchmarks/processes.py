@@ -26,7 +26,8 @@ def measure(tool: str, *arguments: str) -> dict[str, Any]:
     """Run a tool in a fresh interpreter, its cache of decompositions empty.
 
     Returns:
-        `start_up_seconds`, from the start of the process until the tool has its imports; `seconds` of the work;
+        `start_up_seconds`, from the start of the process until the tool has its imports; `seconds` of the work and
+        `processor_seconds`, those of all its threads together;
         `peak_bytes`, the most resident memory the process ever had, mapped files included; `peak_anonymous_bytes`, the
         most memory of its own seen by looking at it 20 times a second; `result`, what the work returned.
 
@@ -67,11 +68,12 @@ def main() -> None:
     started, tool, *arguments = sys.argv[1:]
     module, _, function = tool.partition(":")
     work = getattr(importlib.import_module(module), function)(*arguments)
-    ready = time.monotonic()
+    ready, processor = time.monotonic(), time.process_time()
     result = work()
     figures = {
         "start_up_seconds": ready - float(started),
         "seconds": time.monotonic() - ready,
+        "processor_seconds": time.process_time() - processor,
         # Not getrusage: its maximum is inherited from the process that started this one.
         "peak_bytes": memory("self", "VmHWM"),
         "result": result,

@@ -192,8 +192,8 @@ def leading_right_space(A: Factor, k: int, tolerance: float, G: Tensor | None = 
             return None
         leftover = R.double().cpu() @ weights[-BLOCK:]
         errors = _estimates(theta, leftover, k)
-        following = float(leftover[:, k].norm()) <= FOLLOWING * float(squares[k]) + CLUSTER**2 * float(squares[0])
-        enough = [p for p, error in errors.items() if SAFETY * error <= tolerance and following]
+        settled = float(leftover[:, k].norm()) <= FOLLOWING * float(squares[k]) + CLUSTER**2 * float(squares[0])
+        enough = [p for p, error in errors.items() if SAFETY * error <= tolerance and settled]
         if enough:
             # Some vectors more than suffice cost little, and outweigh what float32 adds to the estimate.
             return space @ weights[:, : enough[min(1, len(enough) - 1)]].to(Q)
