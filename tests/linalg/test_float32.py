@@ -118,3 +118,21 @@ def test_vectors_that_are_not_orthonormal_are_made_so():
         torch.testing.assert_close(found.T @ found, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-12)
         torch.testing.assert_close(A @ found, U * S, rtol=0, atol=1e-12)
         torch.testing.assert_close(A.T @ U - found * S, residuals, rtol=0, atol=1e-11)
+
+
+def test_products_that_drop_digits_are_not_taken_for_float32(monkeypatch):
+    A = with_spectrum(180, 150, SPECTRA["falling"])[0].float()
+    assert svd._float32_gram(A) is not None
+    coarse = A + 2e-4 * A.abs() * torch.randn(A.shape, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(svd, "times_and_back", lambda _, X: (None, coarse.double().T @ (coarse.double() @ X)))
+    assert svd._float32_gram(A) is None
+
+
+def test_autocast_changes_nothing():
+    A = with_spectrum(640, 600, power_law(600, 0.5))[0].float()
+    found = leading_svd(A, 8), *leading_svd_and_values(A, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = leading_svd(A, 8), *leading_svd_and_values(A, 8)
+    assert torch.equal(found[0].U, again[0].U)
+    assert torch.equal(found[1].U, again[1].U)
+    assert torch.equal(found[2], again[2])

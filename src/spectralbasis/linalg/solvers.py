@@ -163,7 +163,7 @@ def leading_right_space(A: Factor, k: int, tolerance: float, G: Tensor | None = 
     Returns:
         None where as many dimensions as pay do not suffice, or where singular values are equal.
     """
-    if isinstance(A, Tensor):
+    if isinstance(A, Tensor) and G is None:
         A = A.float()
     m, n = A.shape
     most = min(n // 2, 6 * k + 20 * BLOCK)
@@ -197,7 +197,7 @@ def leading_right_space(A: Factor, k: int, tolerance: float, G: Tensor | None = 
         if enough:
             # Some vectors more than suffice cost little, and outweigh what float32 adds to the estimate.
             return space @ weights[:, : enough[min(1, len(enough) - 1)]].to(Q)
-        error = min(errors.values(), default=1.0)
+        error = max(min(errors.values(), default=1.0), 1e-300)
         blocks = (d - checked) // BLOCK if before < 1 else 0
         rate = (before / error) ** (1 / blocks) if blocks and error < before else RATE
         ahead = math.ceil(math.log(SAFETY * error / tolerance) / math.log(max(rate, SLOWEST)))

@@ -35,6 +35,9 @@ GUARD = 24
 FLOAT32_ERROR = 4.0
 """Error of an eigenvalue in float32, of a Gram matrix and of its reduction, over `sqrt(max(m, n)) eps λ_1`. The largest
 of many measured ones were 3."""
+GRAM_ERROR = 32.0
+"""Error of a Gram matrix in float32 over `eps ‖AᵀA‖_F`, as two random vectors see it: a tenth of that is usual, and
+some hundred times of it where products drop digits."""
 FLOAT32_NOISE = 8.0
 """Error of a small eigenvalue in float32 over `eps λ_1`: eigenvalues below are noise."""
 NOISE_SHARE = 5e-3
@@ -300,7 +303,8 @@ def _krylov(A: Factor, k: int, tolerance: float, G: Tensor | None = None) -> Lea
     if A.shape[0] < A.shape[1]:
         found = _krylov(A.T, k, tolerance, G)
         return found and replace(found, U=found.Vh.T, Vh=found.U.T)
-    V = leading_right_space(A, k, tolerance, G)
+    with torch.autocast(A.device.type, enabled=False):
+        V = leading_right_space(A, k, tolerance, G)
     if V is None:
         return None
     V = V.double()
@@ -345,7 +349,10 @@ def _gram_float32(A: Tensor, k: int, tolerance: float, all_values: bool) -> tupl
 
 
 def _float32_gram(A: Tensor) -> tuple[Tensor, float] | None:
-    """`AᵀA / scale²` in float32 of a tall matrix, and scale; None where A has more digits than that, or is zero."""
+    """`AᵀA / scale²` in float32 of a tall matrix, and scale.
+
+    None where A has more digits than that or is zero, or where the product is less accurate than float32 is.
+    """
     if A.dtype == torch.float64:
         return None
     A = A.float()
@@ -354,7 +361,13 @@ def _float32_gram(A: Tensor) -> tuple[Tensor, float] | None:
         return None
     scale = 1.0 if SQUARABLE[0] < largest < SQUARABLE[1] else largest
     A = A if scale == 1.0 else A / scale
-    return A.T @ A, scale
+    with torch.autocast(A.device.type, enabled=False):
+        G = A.T @ A
+    # Settings of torch let products in float32 drop half of the digits; two products in float64 tell.
+    X = torch.randn(A.shape[1], 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(A.device)
+    off = torch.linalg.vector_norm(times_and_back(A, X)[1] - G.double() @ X)
+    allowed = GRAM_ERROR * torch.finfo(torch.float32).eps * float(torch.linalg.vector_norm(G))
+    return (G, scale) if float(off) <= allowed else None
 
 
 def _float32_error(A: Tensor) -> float:
