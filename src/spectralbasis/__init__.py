@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from spectralbasis.coefficients import (
         CoefficientBank,
         Combination,
+        Extraction,
         LoraExport,
         MergedExport,
         Similarity,
         combine,
         export_lora,
         export_merged,
+        extract,
     )
     from spectralbasis.coefficients.similarity import similarity
     from spectralbasis.comparison import Comparison, compare, plan_comparison
@@ -47,6 +49,7 @@ __all__ = [
     "CoefficientBank",
     "Combination",
     "Comparison",
+    "Extraction",
     "InputError",
     "LoraExport",
     "MergedExport",
@@ -64,6 +67,7 @@ __all__ = [
     "evaluate",
     "export_lora",
     "export_merged",
+    "extract",
     "gradient_coverage",
     "linalg",
     "open_checkpoint",
@@ -79,12 +83,14 @@ _HOMES = {
     "coefficients": (
         "CoefficientBank",
         "Combination",
+        "Extraction",
         "LoraExport",
         "MergedExport",
         "Similarity",
         "combine",
         "export_lora",
         "export_merged",
+        "extract",
         "similarity",
     ),
     "comparison": ("Comparison", "compare", "plan_comparison"),

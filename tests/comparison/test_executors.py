@@ -66,7 +66,7 @@ def assert_same(table, expected):
 
 def test_a_matrix_that_kills_its_worker_ends_as_a_skip(tmp_path, monkeypatch):
     monkeypatch.setattr(execution, "START_METHOD", "fork")
-    monkeypatch.setattr(distributing, "measure_parcel", planted.measure_or_die)
+    monkeypatch.setattr(distributing, "perform_parcel", planted.measure_or_die)
     base, tuned = random_updates(6, 0.3)
     expected = sb.compare(base, [tuned], leading=8, draws=2).table
     for name, state in zip(("base", "tuned"), poisoned(base, tuned), strict=True):
@@ -131,8 +131,8 @@ def test_ctrl_c_keeps_what_was_measured_and_says_how_to_go_on(tmp_path, workers,
     _, left = psutil.wait_procs(children, timeout=10)
     assert not [child for child in left if child.status() != psutil.STATUS_ZOMBIE]
     measured = []
-    measure = distributing.measure_matrix
-    monkeypatch.setattr(distributing, "measure_matrix", lambda task: measured.append(measure(task)) or measured[-1])
+    measure = distributing.perform_task
+    monkeypatch.setattr(distributing, "perform_task", lambda task: measured.append(measure(task)) or measured[-1])
     sb.compare(files[0], [files[1]], leading=8, output=tmp_path / "out", resume=True)
     anew = sum(rows is not None for outcome in measured for _, rows in outcome.measured.values())
     assert 0 < anew < 24

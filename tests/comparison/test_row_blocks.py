@@ -218,7 +218,7 @@ def test_without_a_budget_the_free_memory_is_the_limit(tmp_path, monkeypatch):
     partners(tmp_path, (620, 530))
     budgets = []
     monkeypatch.setattr(distributing, "available_memory", lambda: 2_000_000_000)
-    monkeypatch.setattr(distributing, "measure_matrix", lambda task: budgets.append(task.memory_budget) or Outcome())
+    monkeypatch.setattr(distributing, "perform_task", lambda task: budgets.append(task.memory_budget) or Outcome())
     for given in (None, "5MB"):
         with pytest.raises(InputError, match="no matrix could be measured"):
             compare(tmp_path / "base.safetensors", [tmp_path / "tuned0.safetensors"], memory_budget=given)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spectralbasis.checkpoints import logical_matrices, open_checkpoint
-from spectralbasis.comparison.distributing import by_content, by_place, measure_parcel, with_contents, with_places
+from spectralbasis.comparison.distributing import by_content, by_place, perform_parcel, with_contents, with_places
 from spectralbasis.comparison.measuring import MatrixTask, Settings, measure_matrix
 from tests.comparison.pairs import random_updates
 
@@ -59,29 +59,29 @@ def test_what_is_in_memory_or_computed_has_no_place(files):
 
 def test_a_parcel_gives_what_the_task_gives(files):
     expected = measure_matrix(task(*files))
-    assert measure_parcel(travelled(with_places(task(*files)))) == expected
-    assert measure_parcel(travelled(with_contents(task(*files)))) == expected
+    assert perform_parcel(travelled(with_places(task(*files)))) == expected
+    assert perform_parcel(travelled(with_contents(task(*files)))) == expected
     in_memory = task(*(load_file(file) for file in files))
-    assert measure_parcel(travelled(with_places(in_memory))) == expected
+    assert perform_parcel(travelled(with_places(in_memory))) == expected
 
 
 def test_a_file_that_is_gone_is_not_seen(files):
     parcel = with_places(task(*files))
     contents = with_contents(task(*files))
-    expected = measure_parcel(parcel)
+    expected = perform_parcel(parcel)
     files[1].unlink()
-    assert measure_parcel(parcel) is None
-    assert measure_parcel(contents) == expected
+    assert perform_parcel(parcel) is None
+    assert perform_parcel(contents) == expected
 
 
 def test_another_file_of_the_same_name_and_size_is_not_taken_for_it(files):
     parcel = with_places(task(*files))
-    assert measure_parcel(parcel) is not None
+    assert perform_parcel(parcel) is not None
     _, other = random_updates(2, 0.5)
     before = files[1].stat().st_size
     save_file(other, files[1])
     assert files[1].stat().st_size == before
-    assert measure_parcel(parcel) is None
+    assert perform_parcel(parcel) is None
 
 
 def test_what_cannot_be_read_is_the_same_reason_elsewhere():
@@ -89,4 +89,4 @@ def test_what_cannot_be_read_is_the_same_reason_elsewhere():
     tuned = {f"{NAME}.weight": torch.empty(6, 5, device="meta")}
     found = measure_matrix(task(base, tuned))
     assert "meta device" in found.skipped["tuned"]
-    assert measure_parcel(travelled(with_places(task(base, tuned)))) == found
+    assert perform_parcel(travelled(with_places(task(base, tuned)))) == found

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from spectralbasis.comparison.distributing import Parcel, measure_parcel
+from spectralbasis.comparison.distributing import Parcel, perform_parcel
 from spectralbasis.comparison.measuring import Outcome
 
 
@@ -40,7 +40,7 @@ def measure_or_die(parcel: Parcel) -> Outcome | None:
     name = parcel.task.before.name
     if "poison" in name:
         os.kill(os.getpid(), signal.SIGKILL)
-    found = measure_parcel(parcel)
+    found = perform_parcel(parcel)
     marks = _folder(parcel) / "measured"
     if found and any(rows is not None for _, rows in found.measured.values()):
         mark(marks, name)
@@ -55,7 +55,7 @@ def measure_slowly(parcel: Parcel) -> Outcome | None:
 
 def measure_blindly(parcel: Parcel) -> Outcome | None:
     """Where no file of the driver's is to be seen."""
-    return None if parcel.evidence else measure_parcel(parcel)
+    return None if parcel.evidence else perform_parcel(parcel)
 
 
 def mark(file: Path, line: str) -> None:

@@ -89,12 +89,12 @@ def test_weights_in_memory_travel_through_the_object_store(cluster, files, alone
 
 
 def test_where_workers_do_not_see_the_files_the_driver_sends_them(cluster, files, alone, monkeypatch):
-    monkeypatch.setattr(distributing, "measure_parcel", planted.measure_blindly)
+    monkeypatch.setattr(distributing, "perform_parcel", planted.measure_blindly)
     assert_same(compare(files, ray=cluster.address), alone)
 
 
 def test_a_node_that_dies_costs_nothing(cluster, files, alone, monkeypatch):
-    monkeypatch.setattr(distributing, "measure_parcel", planted.measure_slowly)
+    monkeypatch.setattr(distributing, "perform_parcel", planted.measure_slowly)
     node = cluster.add_node(**NODE)
     marks = files[0].parent / "measured"
 
@@ -115,7 +115,7 @@ def test_a_killed_driver_goes_on_with_what_is_missing(cluster, files, alone, tmp
         "import sys\n"
         "from spectralbasis.comparison import compare, distributing\n"
         "from tests.execution import planted\n"
-        "distributing.measure_parcel = planted.measure_slowly\n"
+        "distributing.perform_parcel = planted.measure_slowly\n"
         "compare(sys.argv[1], [sys.argv[2]], leading=8, draws=2, ray=sys.argv[3], output=sys.argv[4])\n"
     )
     arguments = [*map(str, files), cluster.address, str(tmp_path / "out")]
@@ -125,7 +125,7 @@ def test_a_killed_driver_goes_on_with_what_is_missing(cluster, files, alone, tmp
     driver.wait()
     time.sleep(1)  # its workers are ended by the cluster
     before = planted.count(marks)
-    monkeypatch.setattr(distributing, "measure_parcel", planted.measure_or_die)
+    monkeypatch.setattr(distributing, "perform_parcel", planted.measure_or_die)
     assert_same(compare(files, ray=cluster.address, output=tmp_path / "out", resume=True), alone)
     assert 30 <= planted.count(marks) <= 30 + 4  # those under way were measured, but not stored
     assert before < 30
@@ -137,7 +137,7 @@ def test_a_matrix_that_kills_its_worker_ends_as_a_skip(cluster, tmp_path, monkey
     tuned |= layered({"7.poison": 2 * torch.ones(48, 40)})
     for name, state in {"base": base, "tuned": tuned}.items():
         save_file(state, tmp_path / f"{name}.safetensors")
-    monkeypatch.setattr(distributing, "measure_parcel", planted.measure_or_die)
+    monkeypatch.setattr(distributing, "perform_parcel", planted.measure_or_die)
     found = sb.compare(
         tmp_path / "base.safetensors", [tmp_path / "tuned.safetensors"], leading=8, draws=2, ray=cluster.address
     ).summary()

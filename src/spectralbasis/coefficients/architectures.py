@@ -37,7 +37,7 @@ def merged_config(
     if not base:
         return {}
     config = {name: value for name, value in base.items() if name != "_name_or_path"}
-    architecture = _architecture(base, adapter)
+    architecture = adapted_architecture(base, adapter)
     if architecture:
         config["architectures"] = [architecture]
     labels = _labels(added)
@@ -103,7 +103,7 @@ def find_ties(config: Mapping[str, Any]) -> Ties:
     model_class = _model_class(config)
     if model_class is None:
         return Ties([], [])
-    with torch.device("meta"), _quiet():
+    with torch.device("meta"), quiet():
         model = model_class(model_class.config_class.from_dict(dict(config)))
         model.tie_weights()
     return _ties_of(model)
@@ -167,7 +167,7 @@ def check_opens(
 
 
 def _load(model_class: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Any, Mapping[str, Any]]:
-    with _quiet():
+    with quiet():
         loaded: tuple[Any, Mapping[str, Any]] = model_class.from_pretrained(
             None,
             config=model_class.config_class.from_dict(harmless(config)),
@@ -202,7 +202,7 @@ def _model_class(config: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No messages and no bars of transformers: what they say is checked."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -216,7 +216,7 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _architecture(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> str:
+def adapted_architecture(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> str:
     """The class that the adapter was trained in; the base's own where its config does not tell."""
     named = (adapter.get("auto_mapping") or {}).get("base_model_class")
     if isinstance(named, str):

@@ -36,7 +36,8 @@ from spectralbasis.tuner.layer import Layers
 from spectralbasis.tuner.reading import SpectralEdit
 
 _LORA_BIASES = {"spectral_only": "lora_only"}
-_LARGEST_RANK_IN_VLLM = 512
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM takes as its largest rank, from the smallest that people use."""
 _CARD = """\
 ---
 library_name: peft
@@ -127,16 +128,32 @@ class _Layer(NamedTuple):
 
     def tensors(self, rank: int) -> dict[str, Tensor]:
         """The factors as PEFT names and shapes them, filled up to a rank."""
-        missing, kernel = rank - self.rank, self.shape[2:]
-        A, B = pad(self.A, (0, 0, 0, missing)), pad(self.B, (0, missing))
-        if self.module.embedding:
-            named = {"lora_embedding_A": B.T, "lora_embedding_B": A.T}
-        elif kernel:
-            ones = [1] * len(kernel)
-            named = {"lora_A.weight": A.unflatten(1, self.shape[1:]), "lora_B.weight": B.reshape(*B.shape, *ones)}
-        else:
-            named = {"lora_A.weight": A, "lora_B.weight": B}
-        return {f"{PEFT_PREFIX}{self.module.name}.{name}": tensor.contiguous() for name, tensor in named.items()}
+        return factor_tensors(self.module.name, self.A, self.B, self.shape, rank, embedding=self.module.embedding)
+
+
+def factor_tensors(
+    module: str, A: Tensor, B: Tensor, shape: tuple[int, ...], rank: int, *, embedding: bool
+) -> dict[str, Tensor]:
+    """The factors of `ΔW = B A` as PEFT names and shapes them, filled up with zeros to a rank.
+
+    Args:
+        module: as PEFT names it.
+        A: (r, in), r ≤ rank.
+        B: (out, r).
+        shape: of the weight as it is stored.
+        rank: see above.
+        embedding: whether rows of the weight are looked up.
+    """
+    missing, kernel = rank - len(A), shape[2:]
+    A, B = pad(A, (0, 0, 0, missing)), pad(B, (0, missing))
+    if embedding:
+        named = {"lora_embedding_A": B.T, "lora_embedding_B": A.T}
+    elif kernel:
+        ones = [1] * len(kernel)
+        named = {"lora_A.weight": A.unflatten(1, shape[1:]), "lora_B.weight": B.reshape(*B.shape, *ones)}
+    else:
+        named = {"lora_A.weight": A, "lora_B.weight": B}
+    return {f"{PEFT_PREFIX}{module}.{name}": tensor.contiguous() for name, tensor in named.items()}
 
 
 def export_lora(
@@ -322,9 +339,7 @@ def _notes(
         )
     else:
         rank = config.r
-        limit = (
-            f"with --max-lora-rank {rank} or more" if rank <= _LARGEST_RANK_IN_VLLM else "not: its largest rank is 512"
-        )
+        limit = f"with --max-lora-rank {rank} or more" if rank <= VLLM_RANKS[-1] else "not: its largest rank is 512"
         notes.append(f"vLLM opens it {limit}, where it supports these modules in the architecture.")
         notes.append("convert_lora_to_gguf.py of llama.cpp converts it, where it knows the architecture.")
     heads = [one.module.name for one in layers if is_output_head(one.module.name)]

@@ -4,14 +4,12 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from spectralbasis.checkpoints.matching import describe_unpaired, share_text
-from spectralbasis.comparison.distributing import affordable_workers, announce_row_blocks, free_memory, measured
+from spectralbasis.comparison.distributing import check_device, outcomes
 from spectralbasis.comparison.measuring import ROUNDED, UNCHANGED, MatrixTask, Settings
 from spectralbasis.comparison.metrics import SharedRow, to_frame
 from spectralbasis.comparison.nulls import Null, parse_null
@@ -21,7 +19,6 @@ from spectralbasis.comparison.statistics import with_q_values
 from spectralbasis.comparison.store import Store
 from spectralbasis.comparison.summary import summarise
 from spectralbasis.errors import InputError
-from spectralbasis.execution import open_executor
 from spectralbasis.files import atomic_path, claim_files
 from spectralbasis.linalg import Leading, parse_leading
 from spectralbasis.printable import track
@@ -113,10 +110,7 @@ def compare(
     started = time.monotonic()
     budget = None if memory_budget is None else parse_size(memory_budget)
     if ray is None:
-        try:
-            torch.ones(1, device=device).item()
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise InputError(f"device={device!r} cannot be used here ({error}); pass device='cpu'") from error
+        check_device(device)
     check_tolerance(tolerance)
     settings = Settings(parse_leading(leading), parse_null(null), draws, seed, tolerance, device, trailing)
     pairing = open_pairs(base, tuned, include, exclude, partial=partial)
@@ -226,16 +220,9 @@ def _measure(
         )
         for name, matrix in pairing.bases.items()
     ]
-    if ray is None and workers > 1:
-        workers = affordable_workers(workers, tasks)
-    if ray is None and budget is None:
-        budget = free_memory(settings.device) // max(workers, 1)
-        tasks = [replace(task, memory_budget=budget) for task in tasks]
-    announce_row_blocks(tasks)
     done: list[tuple[str, str]] = []
     shared: list[tuple[Pair, str]] = []
-    with open_executor(workers, ray, threads=1, gpu=settings.device.startswith("cuda")) as executor:
-        running = measured(tasks, executor)
+    with outcomes(tasks, workers=workers, ray=ray, budget=budget, device=settings.device) as running:
         for task, outcome in track(running, "comparing", total=len(tasks), enabled=progress):
             name = task.before.name
             for label, (content, rows) in outcome.measured.items():

@@ -115,6 +115,14 @@ class MatrixTask:
         """Bytes that a worker needs for the task, interpreter and all."""
         return PROCESS_MEMORY + min(self.whole_memory, self.memory_budget or self.whole_memory)
 
+    def perform(self) -> "Outcome":
+        """Measure the matrix; see `measure_matrix`."""
+        return measure_matrix(self)
+
+    def failed(self, reason: str) -> "Outcome":
+        """The outcome where a worker could not measure it."""
+        return Outcome(skipped=dict.fromkeys(self.partners, reason))
+
 
 @dataclass
 class Outcome:
@@ -393,8 +401,7 @@ def working_memory(m: int, n: int, k: int, *, trailing: bool = False) -> int:
     if trailing:
         solver = max(dense, 3 * FLOAT64 * short**2)
     elif krylov_pays(m, n, k):
-        dimensions = _krylov_dimensions(short, k)
-        solver = max(gram, FLOAT32 * dimensions * short + FLOAT64 * dimensions**2)
+        solver = max(gram, krylov_memory(short, k))
     else:
         solver = gram if gram_pays(m, n, k) else dense
     return max(7 * matrix, 5 * matrix + solver, 3 * matrix + dense)
@@ -421,6 +428,11 @@ def row_block_memory(m: int, n: int, k: int, *, kept: int = 0, trailing: bool = 
     return blocks + max(gram, krylov) + (6 * FLOAT64 + kept * FLOAT32) * k * (m + n)
 
 
-def _krylov_dimensions(short: int, k: int) -> int:
-    """The largest dimension of a Krylov space for k directions of a matrix whose smaller side is `short`."""
-    return min(short // 2, 6 * k + 20 * BLOCK) + BLOCK
+def krylov_memory(short: int, k: int, blocks: int = 20) -> int:
+    """Bytes of the largest Krylov space for k directions of a matrix whose smaller side is `short`."""
+    dimensions = _krylov_dimensions(short, k, blocks)
+    return FLOAT32 * dimensions * short + FLOAT64 * dimensions**2
+
+
+def _krylov_dimensions(short: int, k: int, blocks: int = 20) -> int:
+    return min(short // 2, 6 * k + blocks * BLOCK) + BLOCK

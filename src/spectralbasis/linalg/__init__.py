@@ -1,6 +1,7 @@
 """Spectral numerics: pure functions on tensors."""
 
 from spectralbasis.linalg.certificates import (
+    energy_error_bound,
     largest_value_outside,
     subspace_error_bound,
     triplet_residuals,
@@ -19,7 +20,15 @@ from spectralbasis.linalg.subspaces import (
     principal_angles,
     subspace_overlap,
 )
-from spectralbasis.linalg.svd import LeadingSVD, leading_svd, leading_svd_and_values, singular_values, trailing_vectors
+from spectralbasis.linalg.svd import (
+    LeadingSVD,
+    LowRank,
+    leading_svd,
+    leading_svd_and_values,
+    low_rank,
+    singular_values,
+    trailing_vectors,
+)
 from spectralbasis.linalg.thresholds import (
     Leading,
     gavish_donoho_threshold,
@@ -31,8 +40,10 @@ from spectralbasis.linalg.thresholds import (
 __all__ = [
     "Leading",
     "LeadingSVD",
+    "LowRank",
     "assigned_cosines",
     "cross_cosines",
+    "energy_error_bound",
     "gavish_donoho_threshold",
     "gram_cosines",
     "haar_overlap",
@@ -41,6 +52,7 @@ __all__ = [
     "largest_value_outside",
     "leading_svd",
     "leading_svd_and_values",
+    "low_rank",
     "marchenko_pastur_edge",
     "matched_cosines",
     "overlaps_by_k",

@@ -96,6 +96,41 @@ def ritz_error_bound(S: Tensor, R: Tensor, k: int) -> float:
     return min(1.0, error * math.hypot(1.0, coupling / gap))
 
 
+def energy_error_bound(S: Tensor, R: Tensor, k: int) -> float:
+    """Bound on the share of the best rank-k approximation's energy that the first k of p Ritz triplets miss.
+
+    The best energy is `Σ_{i≤k} σ_i²` (Eckart & Young, 1936), and the triplets hold `Σ_{i≤k} S_i²`. In the basis of the
+    right vectors, `AᵀA` is `[[Θ_q, Eᵀ], [E, B]]` with `Θ = S²`, `E = R_q S_q` and, for each q from k to p − 1,
+    `‖B‖ ≤ β = (S_{q+1} + ‖R‖₂)²`. For `t = σ_k² − β > 0` this is at most `diag(Θ_q + EᵀE / t, β + t)` in the order of
+    semidefinite matrices, so the k largest eigenvalues sum to at most `Σ_{i≤k} S_i² + ‖E‖_F² / t`. No gap after σ_k is
+    needed: of any q the best bound counts. It holds if no triplet of a larger value than σ_p is missing from the p, as
+    `ritz_error_bound` does.
+
+    Args:
+        S: Ritz values, (p,), descending, p > k.
+        R: residual vectors `Aᵀ u − σ v`, (n, p), of triplets with `A v = σ u`; any orthogonal transform of them does.
+        k: number of leading triplets.
+
+    Returns:
+        The bound, in [0, 1].
+
+    Examples:
+        >>> import torch
+        >>> from spectralbasis.linalg import energy_error_bound
+        >>> S, R = torch.tensor([3.0, 1.0], dtype=torch.float64), torch.zeros(4, 2, dtype=torch.float64)
+        >>> R[0, 0] = 0.1
+        >>> round(energy_error_bound(S, R, 1), 5)
+        0.00128
+    """
+    held = float(S[:k].square().sum())
+    gram = R.T @ R if R.shape[0] > R.shape[1] else R @ R.T
+    coupling = torch.linalg.eigvalsh(gram)[-1].clamp_min(0).sqrt()
+    coupled = (R.square().sum(0) * S.square()).cumsum(0)[k - 1 : -1]
+    gaps = S[k - 1].square() - (S[k:] + coupling).square()
+    bounds = coupled[gaps > 0] / gaps[gaps > 0]
+    return min(1.0, float(bounds.min()) / held) if len(bounds) and held > 0 else 1.0
+
+
 def largest_value_outside(A: MatrixLike, Vh: Tensor) -> float:
     """About the largest singular value of `A (I − V Vᵀ)`, from below: what A does to directions orthogonal to V.
 

@@ -43,6 +43,8 @@ SPREAD = 1e-2
 """Of the diagonal of a Cholesky factor in float32, the smallest ratio that squaring does no harm at."""
 EXHAUSTED = 1e-3
 """A block of this condition holds directions that are little but rounding, and is made orthogonal once more."""
+NOISE = 1e-12
+"""Share of the largest singular value below which one that was found in float32 is nothing but rounding."""
 CLUSTER = 1e-4
 """Relative spread below which `BLOCK` singular values count as equal: such a block may hide more of them."""
 
@@ -146,7 +148,19 @@ def _pools() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def leading_right_space(A: Factor, k: int, tolerance: float, G: Tensor | None = None) -> Tensor | None:
+ErrorBound = Callable[[Tensor, Tensor, int], float]
+"""(Ritz values (p,), residual vectors, k) → what the first k triplets may be wrong by, in [0, 1]."""
+
+
+def leading_right_space(
+    A: Factor,
+    k: int,
+    tolerance: float,
+    error_bound: ErrorBound = ritz_error_bound,
+    *,
+    G: Tensor | None = None,
+    most_blocks: int = 20,
+) -> Tensor | None:
     """A basis that holds the k leading right singular vectors of a tall (m, n) matrix, (n, p) float32 with p > k.
 
     Block Lanczos on `AᵀA` with full reorthogonalisation (Golub & Underwood, 1977) from a random block. A direction is
@@ -157,8 +171,10 @@ def leading_right_space(A: Factor, k: int, tolerance: float, G: Tensor | None = 
     Args:
         A: (m, n), m ≥ n, any floating dtype; read once for every `BLOCK` dimensions (twice if a transposed source).
         k: number of directions.
-        tolerance: the largest sine that the subspace should be wrong by; `linalg.svd` measures what was reached.
+        tolerance: the largest error that is accepted; `linalg.svd` measures what was reached.
+        error_bound: what the error is: the sine of the subspace, or the share of energy that it misses.
         G: `AᵀA` up to a factor, (n, n) float32, where it is known: one product with it stands for two with A.
+        most_blocks: of dimensions that are tried beside 6 k, at most.
 
     Returns:
         None where as many dimensions as pay do not suffice, or where singular values are equal.
@@ -166,13 +182,14 @@ def leading_right_space(A: Factor, k: int, tolerance: float, G: Tensor | None = 
     if isinstance(A, Tensor) and G is None:
         A = A.float()
     m, n = A.shape
-    most = min(n // 2, 6 * k + 20 * BLOCK)
+    most = min(n // 2, 6 * k + most_blocks * BLOCK)
     scale = max(largest_modulus(A if G is None else G), torch.finfo(torch.float32).tiny)
     Q = torch.empty(n, most + BLOCK, dtype=torch.float32, device=A.device)
     start = torch.randn(n, BLOCK, generator=torch.Generator().manual_seed(0))
     Q[:, :BLOCK] = torch.linalg.qr(start.to(Q))[0]
     T = torch.zeros(most, most, dtype=torch.float64)
-    check, before, checked = 3 * k + BLOCK, 1.0, 0
+    of_subspace = error_bound is ritz_error_bound
+    check, before, checked = (3 if of_subspace else 2) * k + BLOCK, 1.0, 0
     for d in range(BLOCK, most + 1, BLOCK):
         space, recent = Q[:, :d], max(0, d - 2 * BLOCK)
         block = space[:, -BLOCK:]
@@ -191,9 +208,10 @@ def leading_right_space(A: Factor, k: int, tolerance: float, G: Tensor | None = 
         if _clustered(theta[: k + 1]):
             return None
         leftover = R.double().cpu() @ weights[-BLOCK:]
-        errors = _estimates(theta, leftover, k)
+        errors = _estimates(theta, leftover, k, scale, error_bound)
+        # Bounds on what is not among the k are made with σ_{k+1}, so it must not change any more.
         settled = float(leftover[:, k].norm()) <= FOLLOWING * float(squares[k]) + CLUSTER**2 * float(squares[0])
-        enough = [p for p, error in errors.items() if SAFETY * error <= tolerance and settled]
+        enough = [p for p, error in errors.items() if SAFETY * error <= tolerance and (settled or not of_subspace)]
         if enough:
             # Some vectors more than suffice cost little, and outweigh what float32 adds to the estimate.
             return space @ weights[:, : enough[min(1, len(enough) - 1)]].to(Q)
@@ -231,9 +249,10 @@ def _clustered(theta: Tensor) -> bool:
     return bool((theta[: 1 - BLOCK] - theta[BLOCK - 1 :] < CLUSTER * theta[: 1 - BLOCK]).any())
 
 
-def _estimates(theta: Tensor, leftover: Tensor, k: int) -> dict[int, float]:
+def _estimates(theta: Tensor, leftover: Tensor, k: int, scale: float, error_bound: ErrorBound) -> dict[int, float]:
     """Estimated error of the k leading directions by the number of Ritz vectors that are kept beside them."""
-    most = min(leftover.shape[1], int(torch.count_nonzero(theta)))
-    residuals = leftover[:, :most] / theta[:most]
-    numbers = range(k + BLOCK // 2, most + 1, BLOCK // 2)
-    return {p: ritz_error_bound(theta[:p], residuals[:, :p], k) for p in numbers}
+    # A value that rounding has made zero has an endless residual.
+    theta = theta[: leftover.shape[1]].clamp_min(NOISE * theta[0])
+    residuals = scale * leftover / theta
+    numbers = range(k + BLOCK // 2, len(theta) + 1, BLOCK // 2) if float(theta[0]) > 0 else ()
+    return {p: error_bound(scale * theta[:p], residuals[:, :p], k) for p in numbers}

@@ -6,17 +6,29 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from spectralbasis.linalg.certificates import ritz_error_bound, subspace_error_bound, triplet_residuals
+from spectralbasis.linalg.certificates import (
+    energy_error_bound,
+    ritz_error_bound,
+    subspace_error_bound,
+    triplet_residuals,
+)
 from spectralbasis.linalg.row_blocks import (
     Factor,
     MatrixLike,
+    frobenius_norm,
     gram,
     largest_modulus,
     times,
     times_and_back,
     transposed_times,
 )
-from spectralbasis.linalg.solvers import eigenvalues, eigenvector_products, leading_eigenpairs, leading_right_space
+from spectralbasis.linalg.solvers import (
+    BLOCK,
+    eigenvalues,
+    eigenvector_products,
+    leading_eigenpairs,
+    leading_right_space,
+)
 
 DENSE_SIDE = 64
 """Up to this smaller side a dense decomposition costs less than the calls around any other."""
@@ -47,6 +59,10 @@ SQUARABLE = (1e-6, 1e6)
 """Largest entries of a matrix whose Gram matrix in float32 neither overflows nor loses small numbers."""
 VALUES_SIDE = 1024
 """From this smaller side on, values alone and a Krylov space cost less than one reduction for values and vectors."""
+ENERGY_BLOCKS = 60
+"""Blocks of a Krylov space that `low_rank` tries: of a matrix of noise they cost a third of its Gram matrix."""
+_EXACT = 1e-12
+"""Share of energy that a full decomposition in float64 may be wrong by."""
 KRYLOV_SIDE = 512
 """From this smaller side on, a few hundred products cost less than a Gram matrix and its eigenvectors."""
 
@@ -119,6 +135,103 @@ def leading_svd(A: MatrixLike, k: int, *, tolerance: float = 1e-4) -> LeadingSVD
     m, n = _check(A, k)
     found = _krylov(_plain(A), k, tolerance) if krylov_pays(m, n, k) else None
     return found or _leading(A, k, tolerance)[0]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The k leading singular triplets of an (m, n) matrix as its best approximation of rank k, with a certificate.
+
+    Attributes:
+        U: (m, k), columns orthonormal.
+        S: (k,), descending, float64.
+        Vh: (k, n), rows orthonormal.
+        total: `‖A‖_F²`, the energy of the matrix.
+        error_bound: largest share of the best possible energy `Σ_{i≤k} σ_i²` that the triplets may miss, in [0, 1].
+        solver: "krylov", "gram" or "dense", as in `LeadingSVD`.
+
+    Examples:
+        >>> import torch
+        >>> from spectralbasis.linalg import low_rank
+        >>> found = low_rank(torch.diag(torch.tensor([3.0, 2.0, 1.0])), k=1)
+        >>> found.U.shape, found.S, found.Vh.shape
+        (torch.Size([3, 1]), tensor([3.], dtype=torch.float64), torch.Size([1, 3]))
+    """
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    total: float
+    error_bound: float
+    solver: str
+
+    @property
+    def k(self) -> int:
+        """Number of triplets."""
+        return self.S.numel()
+
+    @property
+    def held(self) -> float:
+        """The energy of the approximation, `Σ S_i²`."""
+        return float(self.S.square().sum())
+
+
+def low_rank(A: MatrixLike, k: int, *, tolerance: float = 1e-5) -> LowRank:
+    """The best approximation of rank k of a dense matrix, certified to a share of its energy.
+
+    Much cheaper than `leading_svd` where the spectrum has no gap after σ_k: the subspace of such a matrix is uncertain,
+    but the energy in it is not (`certificates.energy_error_bound`). The solvers are those of `leading_svd`. A full
+    decomposition runs only for small matrices, and for a k of more than a quarter of the smaller side.
+
+    Args:
+        A: the matrix, (m, n), any floating dtype.
+        k: number of triplets, 1 ≤ k ≤ min(m, n).
+        tolerance: the largest share of the best energy that may be missed.
+
+    Raises:
+        ValueError: `A` is not a finite matrix, or k is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from spectralbasis.linalg import low_rank
+        >>> found = low_rank(torch.diag(torch.tensor([3.0, 2.0, 1.0])), k=2)
+        >>> found.held, found.total, found.error_bound < 1e-12
+        (13.0, 14.0, True)
+    """
+    m, n = _check(A, k)
+    if isinstance(A, Tensor):
+        A = _numbers(A)
+    total = float(frobenius_norm(A).square())
+    if isinstance(A, Tensor) and not (krylov_pays(m, n, k) or gram_pays(m, n, k)):
+        U, S, Vh = torch.linalg.svd(A.double(), full_matrices=False)
+        return _approximation(A, (U[:, :k], S[:k], Vh[:k]), total, _EXACT, "dense")
+
+    def error_bound(S: Tensor, R: Tensor, k: int) -> float:
+        left = max(1 - float(S[:k].square().sum()) / total, 0.0) if total > 0 else 0.0
+        return min(left, energy_error_bound(S, R, k))  # they miss no more than what they leave of the matrix
+
+    tall = A if m >= n else A.T
+    found, solver = None, "krylov"
+    if krylov_pays(m, n, k):
+        V = leading_right_space(tall, k, tolerance, error_bound, most_blocks=ENERGY_BLOCKS)
+        found = None if V is None else _rayleigh_ritz(tall, V.double())
+    if found is None or error_bound(found[1], found[3], k) > tolerance:
+        V = leading_eigenpairs(gram(tall), min(k + BLOCK, min(m, n)))[1]
+        found, solver = _rayleigh_ritz(tall, V), "gram"
+    U, S, V, R = found
+    bound = error_bound(S, R, k)
+    triplets = (U[:, :k], S[:k], V[:, :k].T) if m >= n else (V[:, :k], S[:k], U[:, :k].T)
+    return _approximation(A, triplets, total, bound, solver)
+
+
+def _approximation(
+    A: MatrixLike, triplets: tuple[Tensor, Tensor, Tensor], total: float, bound: float, solver: str
+) -> LowRank:
+    """The triplets in the dtype that they are returned in."""
+    dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
+    U, S, Vh = triplets
+    return LowRank(
+        U.to(dtype), S, Vh.to(dtype), total, bound, solver if isinstance(A, Tensor) else f"{solver} (row blocks)"
+    )
 
 
 def leading_svd_and_values(A: MatrixLike, k: int, *, tolerance: float = 1e-4) -> tuple[LeadingSVD, Tensor]:
@@ -304,7 +417,7 @@ def _krylov(A: Factor, k: int, tolerance: float, G: Tensor | None = None) -> Lea
         found = _krylov(A.T, k, tolerance, G)
         return found and replace(found, U=found.Vh.T, Vh=found.U.T)
     with torch.autocast(A.device.type, enabled=False):
-        V = leading_right_space(A, k, tolerance, G)
+        V = leading_right_space(A, k, tolerance, G=G)
     if V is None:
         return None
     V = V.double()
