@@ -246,7 +246,8 @@ def _check_room(task: UpdateTask) -> None:
         needed, how = task.whole_memory, "projecting an update on the directions of its base"
     else:
         held = task.before.held_bytes + max(partner.held_bytes for partner in task.partners.values())
-        needed, how = held + row_block_memory(m, n, task.rank), "decomposing an update in row blocks"
+        needed = held + row_block_memory(m, n, task.rank, blocks_of_krylov=ENERGY_BLOCKS)
+        how = "decomposing an update in row blocks"
     if needed > budget:
         raise ValueError(
             f"{how} takes {format_size(needed)} for {m}×{n} values, and the memory budget is {format_size(budget)}; "

@@ -582,7 +582,9 @@ class _Adapter:
         heads = [module for module in layout.modules_to_save if "classifier" in module or "score" in module]
         if heads and layout.architecture:
             labels = [
-                layout.tuned.shape(tensor)[0] for name, tensor in layout.whole.items() if name.endswith(".weight")
+                layout.tuned.shape(tensor)[0]
+                for name, tensor in layout.whole.items()
+                if name.endswith(".weight") and any(name.startswith(f"{head}.") for head in heads)
             ]
             notes.append(
                 f"Load the base as {layout.architecture} with num_labels={min(labels)}; PEFT then fills in the head."

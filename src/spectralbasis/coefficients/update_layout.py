@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from spectralbasis.checkpoints import Checkpoint, Matrix, match_matrices, matrix_name, open_checkpoint
-from spectralbasis.checkpoints.adapters import AdapterCheckpoint, is_output_head, ties_head
+from spectralbasis.checkpoints.adapters import AdapterCheckpoint, is_output_head, ties_head, vocabulary_table
 from spectralbasis.checkpoints.matrices import is_embedding_table, left_out_by_default
 from spectralbasis.checkpoints.names import conversions_of, model_of, same_names
 from spectralbasis.checkpoints.opening import Source
@@ -39,6 +39,8 @@ _HEADS_OF_TASK = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 """Task → the modules that PEFT saves whole without being asked, and so expects in the file."""
+_NOT_IN_MAMBA = ("out_proj", "conv1d")
+"""Layers that PEFT refuses to adapt in a Mamba, whose kernels read their weights."""
 _EXPERTS = (
     "it holds the matrices of several experts, for which this command writes no factors; export a merged model, or "
     "leave it out"
@@ -158,7 +160,7 @@ class _Planner:
             if name not in grouped:
                 self._place(tensor, name, pairs.get(tensor, []), matching.skipped, whole)
         self._save_whole(whole, stored)
-        self._note_order(matching.skipped, stored)
+        self._note_order()
         found.exclude_modules = self._collisions()
         return found
 
@@ -263,7 +265,7 @@ class _Planner:
             self.found.left_out[tensor] = (
                 _EXPERTS if "experts" in tensor else f"{self.found.architecture} has no module of this name"
             )
-        elif resized and before is not None and self._is_table(tensor):
+        elif resized and before is not None and (self._is_table(tensor) or is_output_head(tensor)):
             self._leave_out_rows(tensor, before)
         elif reason:
             self.found.left_out[tensor] = reason
@@ -302,11 +304,15 @@ class _Planner:
         head = (left_out_by_default(self.tuned, tensor, after.name) or "").startswith("task head")
         if leaf != "weight" or (head and not is_output_head(tensor)) or not _adaptable(owner, bool(self.modules)):
             return None, ""
+        if "mamba" in str(self.config.get("model_type")) and module.rpartition(".")[2] in _NOT_IN_MAMBA:
+            return None, ""
+        embedding = isinstance(owner, nn.Embedding) if self.modules else self._is_table(tensor)
+        if embedding and tensor != vocabulary_table(self.tuned):
+            return None, ""  # a table of positions, which some models read without calling the layer that holds it
         shape = (size // after.shape[1], after.shape[1])
         one, other = (
             replace(matrix, name=module, shape=shape, cut=replace(matrix.cut, rows=None)) for matrix in (before, after)
         )
-        embedding = isinstance(owner, nn.Embedding) if self.modules else self._is_table(tensor)
         return Layer(one, other, self.tuned.shape(tensor), embedding), ""
 
     def _is_table(self, tensor: str) -> bool:
@@ -351,7 +357,7 @@ class _Planner:
         groups = (group for group in self._ties() if name in group)
         return next((stored[other] for group in groups for other in group if other in stored), None)
 
-    def _note_order(self, skipped: Mapping[str, str], stored: Mapping[str, str]) -> None:
+    def _note_order(self) -> None:
         """Say that the base has a head which the finetuned checkpoint lacks, as when both are in the wrong order."""
         matched = set(self.partner.values())
         heads = [
@@ -362,7 +368,7 @@ class _Planner:
             and (left_out_by_default(self.base, name, matrix_name(name)) or "").startswith("task head")
             and not is_output_head(name)
         ]
-        if heads and not self.found.whole:
+        if heads and all(tensor in self.partner for tensor in self.found.whole.values()):
             self.found.notes.append(
                 f"The base has {heads[0]}, which the finetuned checkpoint lacks. Check that the base was given first."
             )

@@ -1,13 +1,26 @@
 """Commands for trained adapters, and commands that need no model; `spectralbasis.cli` registers them."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from spectralbasis.commands import tables
-from spectralbasis.commands.options import AsJson, NewFolder, Overwrite, existing_folder
+from spectralbasis.commands.options import (
+    AsJson,
+    Exclude,
+    Include,
+    NewFolder,
+    Overwrite,
+    Ray,
+    existing,
+    existing_folder,
+    shows_progress,
+    stopped_by_hand,
+)
 from spectralbasis.errors import InputError
+from spectralbasis.printable import printable
 
 
 def export(
@@ -40,6 +53,91 @@ def export(
         tables.show_result(merged.to_dict(), tables.merged_table, as_json)
     else:
         raise InputError(f"--to {to} is unknown; write --to lora or --to merged")
+
+
+def extract(
+    base: Annotated[str, typer.Argument(help="The pretrained checkpoint: folder, file or hub id.", callback=existing)],
+    tuned: Annotated[
+        str, typer.Argument(help="The checkpoint, or adapter, that was finetuned from it.", callback=existing)
+    ],
+    output: NewFolder,
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="lora|spectral",
+            help="lora writes the best factors of the update, spectral its projection on the base's directions.",
+        ),
+    ] = "lora",
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of each matrix. Default: 16.")] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Instead: the share of each update's energy to reach. Default: --rank."),
+    ] = None,
+    total_rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Instead: the sum of all ranks, shared out for most energy. Default: none."),
+    ] = None,
+    drop_intruders: Annotated[
+        bool, typer.Option("--drop-intruders", help="Leave out what the update does in intruder directions.")
+    ] = False,
+    vllm: Annotated[bool, typer.Option("--vllm", help="Round the rank up to one that vLLM takes.")] = False,
+    check: Annotated[
+        Path | None,
+        typer.Option(help="File (.csv, .jsonl) with a column text, on which outputs are compared. Default: none."),
+    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Accept an adapter even if the base lacks some of what it adapts.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue where an earlier run into the folder stopped.")
+    ] = False,
+    workers: Annotated[int, typer.Option(help="Processes that decompose matrices at the same time.")] = 1,
+    ray: Ray = None,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory for each process, such as 8GB; larger matrices are read in row blocks. Default: what is free.",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device that decomposes matrices: cpu or cuda.")] = "cpu",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a finetuned checkpoint into an adapter of its base: a LoRA, or a spectral adapter.
+
+    Example: `spectralbasis extract path/to/base path/to/tuned -o adapter --rank 16`
+    """
+    from spectralbasis.coefficients import extract as run
+
+    with stopped_by_hand("what was decomposed is kept: continue with --resume"):
+        found = run(
+            base,
+            tuned,
+            output,
+            to=to,
+            rank=rank,
+            energy=energy,
+            total_rank=total_rank,
+            drop_intruders=drop_intruders,
+            vllm=vllm,
+            check=check,
+            include=include or (),
+            exclude=exclude or (),
+            partial=partial,
+            device=device,
+            workers=workers,
+            ray=ray,
+            memory_budget=memory_budget,
+            resume=resume,
+            overwrite=overwrite,
+            progress=shows_progress(),
+        )
+    tables.show_result(found.to_dict(), tables.extraction_table, as_json)
+    for name, reason in found.left_out.items():
+        print(printable(f"left out: {name}: {reason}"), file=sys.stderr)
 
 
 def combine(

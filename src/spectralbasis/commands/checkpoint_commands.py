@@ -20,11 +20,21 @@ from spectralbasis.commands.options import (
     shows_progress,
     stopped_by_hand,
 )
+from spectralbasis.comparison.gate import check_askable, held, parse_condition
 from spectralbasis.comparison.nulls import NULLS
 from spectralbasis.errors import InputError
 from spectralbasis.printable import printable
 
 _NULL_HELP = f"Null model: {'; '.join(f'{null.name}, {null.update}' for null in NULLS.values())}; or none."
+
+
+def _readable(texts: list[str] | None) -> list[str] | None:
+    """Refuse a condition of --fail-if that cannot be read, with exit code 2, before anything is opened."""
+    try:
+        [parse_condition(text) for text in texts or ()]
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from error
+    return texts
 
 
 def basis(
@@ -94,6 +104,16 @@ def compare(
     ] = False,
     device: Annotated[str, typer.Option(help="Device that decomposes matrices: cpu or cuda.")] = "cpu",
     trailing: Annotated[bool, typer.Option("--trailing", help="Measure the trailing directions too.")] = False,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CONDITION",
+            help="End with exit code 3 if this holds, such as 'overlap<0.9' (the mean over matrices), "
+            "'min:overlap<0.5', 'verdict=contradicted' or 'unpaired>0'; repeatable. Default: none.",
+            callback=_readable,
+            is_eager=True,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure what finetuning did to the leading singular vectors, against a null, with a verdict.
@@ -105,6 +125,11 @@ def compare(
     from spectralbasis.comparison import compare as run
     from spectralbasis.comparison import plan_comparison
 
+    conditions = [parse_condition(text) for text in fail_if or ()]
+    try:
+        check_askable(conditions, trailing=trailing, null=null != "none")
+    except InputError as error:
+        raise typer.BadParameter(str(error), param_hint="--fail-if") from error
     what: dict[str, Any] = {
         "leading": leading,
         "null": None if null == "none" else null,
@@ -143,6 +168,10 @@ def compare(
     tables.show_result(result.summary(), tables.findings_table, as_json)
     if output is not None:
         print(printable(f"report: {output / 'index.html'}"), file=sys.stderr)
+    if reasons := held(conditions, result.table, result.summary()):
+        for reason in reasons:
+            print(printable(f"failed: {reason}"), file=sys.stderr)
+        raise typer.Exit(3)
 
 
 def similarity(

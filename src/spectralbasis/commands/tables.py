@@ -152,6 +152,41 @@ def lora_table(result: Mapping[str, Any]) -> Table:
     return _with_notes(table, result["notes"])
 
 
+def extraction_table(result: Mapping[str, Any]) -> Table:
+    """What an extracted adapter holds of each matrix, and of all."""
+    kind = "LoRA" if result["to"] == "lora" else "spectral adapter"
+    asked = any(one["intruders"] is not None for one in result["matrices"].values())
+    columns = ["matrix", "shape", "rank", "‖ΔW‖", "energy", "best possible", "may miss"]
+    table = _table(f"{kind} → {result['output']}", [*columns, "intruders left out"] if asked else columns)
+    for name, one in result["matrices"].items():
+        m, n = one["shape"]
+        cells = [in_markup(name), f"{m}×{n}", str(one["rank"]), f"{one['update_norm']:.4g}", *_energies(one)]
+        dropped = [f"{one['intruders']} ({one['removed_energy']:.2%} of the energy)"] if asked else []
+        table.add_row(*cells, *dropped)
+    dropped = [f"{result['removed_energy']:.2%} of the energy"] if asked else []
+    table.add_row("all", "", f"≤ {result['rank']}", "", *_energies(result), *dropped, style="bold")
+    said = [f"{result['parameters']:,} numbers; relative error of the update: {result['relative_error']:.2e}."]
+    if result["exact"]:
+        said.append("Base and adapter are the finetuned model, apart from rounding.")
+    if result["whole"] or result["biases"]:
+        said.append(f"Saved whole: {len(result['whole'])} modules, {result['biases']} biases.")
+    if result["left_out"]:
+        said.append(f"Left out: {len(result['left_out'])} (listed on stderr).")
+    if (check := result["check"]) is not None:
+        agreement = "" if check["agreement"] is None else f"; the same largest logit in {check['agreement']:.2%}"
+        said.append(
+            f"Outputs on {check['texts']} texts ({check['output']}): they differ from the finetuned model's by "
+            f"{check['mean']:.3g} on average and {check['largest']:.3g} at most{agreement}. The base differs by "
+            f"{check['mean_of_base']:.3g} on average; outputs have the mean size {check['scale']:.3g}."
+        )
+    table.caption = in_markup("\n".join([*said, *result["notes"]]))
+    return table
+
+
+def _energies(one: Mapping[str, Any]) -> list[str]:
+    return [f"{one['energy']:.4%}", f"{one['best_energy']:.4%}", f"{one['error_bound']:.1e}"]
+
+
 def _with_notes(table: Table, notes: list[str]) -> Table:
     for note in notes:
         table.add_row("note", in_markup(note))

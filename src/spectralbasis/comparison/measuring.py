@@ -407,7 +407,9 @@ def working_memory(m: int, n: int, k: int, *, trailing: bool = False) -> int:
     return max(7 * matrix, 5 * matrix + solver, 3 * matrix + dense)
 
 
-def row_block_memory(m: int, n: int, k: int, *, kept: int = 0, trailing: bool = False) -> int:
+def row_block_memory(
+    m: int, n: int, k: int, *, kept: int = 0, trailing: bool = False, blocks_of_krylov: int = 20
+) -> int:
     """Bytes that measuring one (m, n) matrix in row blocks takes at most, beside what cannot be read by rows.
 
     The Gram matrix of the smaller side is the largest part; that of a wide matrix comes from blocks of its own size,
@@ -419,9 +421,10 @@ def row_block_memory(m: int, n: int, k: int, *, kept: int = 0, trailing: bool = 
         k: leading directions.
         kept: triplets that are kept until all partners of the matrix are measured.
         trailing: whether the trailing directions are measured too.
+        blocks_of_krylov: see `linalg.solvers.leading_right_space`.
     """
     short = min(m, n)
-    dimensions = _krylov_dimensions(short, k)
+    dimensions = _krylov_dimensions(short, k, blocks_of_krylov)
     krylov = FLOAT32 * dimensions * short + 3 * FLOAT64 * dimensions**2
     gram = FLOAT64 * short**2 * (7 if trailing else 2 if m < n else 1)
     blocks = _BLOCKS * FLOAT32 * min(m * n, row_blocks.BLOCK_ENTRIES)

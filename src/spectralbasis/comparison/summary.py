@@ -110,6 +110,7 @@ class Summary(FindingsEntry):
     tolerance: Finite
     matrices: Count
     skipped: dict[str, str]
+    failed: NotRequired[dict[str, dict[str, str]]]
     unpaired: list[UnpairedEntry]
     measured_share: Finite
     notes: list[str]
@@ -162,6 +163,7 @@ def summarise(
         "tolerance": settings.tolerance,
         "matrices": int(table["matrix"].nunique()),
         "skipped": pairing.skipped,
+        "failed": pairing.failed,
         "unpaired": [
             {"tuned": label, **asdict(group)} for label, groups in pairing.unpaired.items() for group in groups
         ],
