@@ -12,6 +12,7 @@ AT_ONCE, OVER_TORCH = 0.6, 1.2
 """Seconds until a command answers without measuring; `compare` to its first matrix, in units of `import torch`."""
 OVER_SCRIPT_BY_WIDTH = {384: 1.3, 768: 2.5, 2048: 6, 4096: 12}
 LARGEST_MATRICES = 12
+OVER_SVD, MATRICES_OF_EXTRACTION, ENERGY_MISSED = 10, 6, 1e-4
 EXPONENT = 1.1
 """An exponent up to this is called linear: what repeated timings can tell from 1."""
 
@@ -164,6 +165,29 @@ def large_matrices(found: dict[str, Any]) -> str:
         f"null, files in bfloat16. Hashes are equal. {machine(found)} {versions(found)}"
     )
     return f"{table(heads, [_large_row(row) for row in found['rows']])}\n\n{note}\n"
+
+
+def extraction(found: dict[str, Any]) -> str:
+    """Time, memory and energy of each way to a LoRA."""
+    heads = ["update", "rank", *("extract", "torch.linalg.svd", "mergekit"), "times as fast", f"goal {OVER_SVD}"]
+    heads += ["memory / matrix", "of svd", f"goal {MATRICES_OF_EXTRACTION}", "energy below the best", "goal 1e-4"]
+    rows = [_extraction_row(row, found) for row in found["rows"]]
+    side = found["side"]
+    note = f"{side}×{side}, {_size(4 * side * side)} in float32. {machine(found)} {versions(found)}"
+    return f"{table(heads, rows)}\n\n{note}\n"
+
+
+def _extraction_row(row: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    tools, matrix = row["tools"], 4 * found["side"] ** 2
+    ours, svd = tools["extract"], tools["torch"]
+    seconds = [f"{tools[tool]['seconds']:.2f} s" if tool in tools else "–" for tool in ("extract", "torch", "mergekit")]
+    faster = min(one["seconds"] for name, one in tools.items() if name != "extract") / ours["seconds"]
+    matrices, of_svd = ((one["peak_bytes"] - found["floor"]) / matrix for one in (ours, svd))
+    # The factors of svd are the best there are, apart from the rounding of float32.
+    missed = max(1 - ours["energy"] / svd["energy"], 0.0)
+    goals = [met(faster >= OVER_SVD), met(matrices <= MATRICES_OF_EXTRACTION), met(missed <= ENERGY_MISSED)]
+    memory = [f"{matrices:.1f}", f"{of_svd:.1f}", goals[1]]
+    return [row["update"], str(row["rank"]), *seconds, f"{faster:.1f}", goals[0], *memory, f"{missed:.0e}", goals[2]]
 
 
 def scaling(found: dict[str, Any]) -> str:

@@ -100,6 +100,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "pairs": ("pairs", performance.pairs),
     "memory": ("memory", performance.memory),
     "large_matrices": ("large_matrices", performance.large_matrices),
+    "extraction": ("extraction", performance.extraction),
     "scaling": ("scaling", performance.scaling),
     "plan_checked": ("planning", scale_tables.checked),
     "plan_assumptions": ("planning", scale_tables.assumptions),
