@@ -4,7 +4,7 @@ Run with `python -m benchmarks.extraction`: writes a base and a finetuned matrix
 extracts a LoRA of each rank, each in a process of its own: `extract`, a script of `torch.linalg.svd`, and the
 decomposition of `mergekit-extract-lora`, for which mergekit must be installed (`--mergekit no` leaves it out). What the
 extraction of a small matrix takes is the floor of memory. The updates are *finetuned* (256 directions that fall as
-i^-0.7, and noise) and *noise* (no direction stands out). A part (`--updates noise --ranks 64`) replaces its own entries.
+i^-0.7, and noise) and *noise* (no direction stands out). A part (`--updates noise --ranks 64`) replaces its own.
 """
 
 import os

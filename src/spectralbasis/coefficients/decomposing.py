@@ -265,11 +265,12 @@ def _check_changed(W0: MatrixLike, W1: MatrixLike, before: torch.dtype, after: t
 
 def _best(delta: MatrixLike, task: UpdateTask) -> LowRank:
     """The best approximation of the task's rank, or of the smallest rank that reaches the share of energy."""
-    short, settings = min(delta.shape), task.settings
+    m, n = delta.shape
+    settings = task.settings
     if settings.energy is None:
-        return low_rank(delta, min(task.rank, short), tolerance=settings.tolerance)
+        return low_rank(delta, min(task.rank, m, n), tolerance=settings.tolerance)
     rank = FIRST_RANK
-    while krylov_pays(*delta.shape, rank):
+    while krylov_pays(m, n, rank):
         found = low_rank(delta, rank, tolerance=settings.tolerance)
         if found.held >= (settings.energy - _ROUNDING) * found.total:
             return shortened(found, settings.energy)

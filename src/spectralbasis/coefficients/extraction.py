@@ -371,8 +371,9 @@ class _Run:
         if not tasks:
             return set()
         done = set()
-        what = {"workers": self.workers, "ray": self.ray, "budget": self.budget, "device": self.settings.device}
-        with outcomes(tasks, **what) as running:
+        with outcomes(
+            tasks, workers=self.workers, ray=self.ray, budget=self.budget, device=self.settings.device
+        ) as running:
             for task, update in track(running, "extracting", total=len(tasks), enabled=self.progress):
                 if update.skipped:
                     if not update.unchanged:
@@ -403,7 +404,7 @@ class _Run:
         for module, rank in ranks.items():
             if rank:
                 held = float(values[module][:rank].sum())
-                found[module] = UpdateFacts(**{**self.store.facts(module), "rank": rank, "held": held, "best": held})  # type: ignore[typeddict-item]
+                found[module] = UpdateFacts(**{**self.store.facts(module), "rank": rank, "held": held, "best": held})
             else:
                 self.layout.left_out[module] = "none of the total rank went to it: its values are the smallest of all"
         return found
@@ -513,7 +514,7 @@ class _Adapter:
         matrices = {module: self._matrix(module, facts) for module, facts in self.facts.items()}
         total, held, removed = (
             sum(facts[key] for facts in self.facts.values()) for key in ("total", "held", "removed")
-        )  # type: ignore[literal-required]
+        )
         best = sum(facts["best"] / (1 - facts["error_bound"]) for facts in self.facts.values())
         found = sum(facts["best"] for facts in self.facts.values())
         # What is cut off is less than rounding only if it is so for each matrix.
