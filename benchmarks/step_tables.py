@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 from benchmarks.adapters import CORE, DIAGONAL, FLOOR, LORA
@@ -10,6 +11,15 @@ from benchmarks.markdown import machine, met, table, versions
 OVER_FLOOR = {"MiniLM": 1.15, "BERT-base": 1.06}
 GOAL_TOKENS = 2048
 KEPT_OVER_FLOOR, KEPT_OVER_LORA = 1.07, 0.76
+SMALL_GOALS = {
+    ("tiny", "1x4", "step"): 0.80,
+    ("tiny", "1x4", "inference"): 0.80,
+    ("MiniLM", "1x16", "step"): 0.95,
+    ("MiniLM", "1x16", "inference"): 0.90,
+    ("MiniLM", "8x64", "step"): 0.82,
+    ("MiniLM", "8x64", "inference"): 0.90,
+}
+"""Model, batch and kind → largest share of LoRA's time."""
 
 
 def step_times(precision: str) -> Callable[[dict[str, Any]], str]:
@@ -39,6 +49,33 @@ def step_goals(found: dict[str, Any]) -> str:
     heads = ["", "diagonal / floor", "goal", "", "LoRA / diagonal", "goal 1", "LoRA / core", "goal 1"]
     heads += ["kept / floor", f"goal {KEPT_OVER_FLOOR}", "kept / LoRA's", f"goal {KEPT_OVER_LORA}"]
     return table(heads, [_goal_row(cell) for cell in found["cells"]]) + "\n"
+
+
+def small_steps(found: dict[str, Any]) -> str:
+    """Time over LoRA's of small steps and of inference, and launches of each adapted layer beyond the floor's."""
+    cells = found["cells"]
+    methods = list(dict.fromkeys(row["method"] for cell in cells for row in cell["methods"]))
+    rows = [
+        [method, *(f"{_over_lora(cell, method):.2f} ({_row(cell, method)['launches']:.1f})" for cell in cells)]
+        for method in methods
+    ]
+    rows.append(["the floor", *(f"{1000 * median(_row(cell, FLOOR)['seconds']):.1f} ms" for cell in cells)])
+    rows.append(["goal", *(f"{SMALL_GOALS[_small(cell)]:.2f}" for cell in cells)])
+    for ours in ("diagonal", "core"):
+        goals = (met(_over_lora(cell, ours) <= SMALL_GOALS[_small(cell)]) for cell in cells)
+        rows.append([f"{ours} meets it", *goals])
+    heads = ["", *(f"{cell['size']} {cell['shape'].replace('x', '×')} {cell['kind']}" for cell in cells)]
+    note = f"Medians of {found['settings']['repeats']} rounds. {machine(found)} {versions(found, 'peft')}"
+    return f"{table(heads, rows)}\n\n{note}\n"
+
+
+def _small(cell: dict[str, Any]) -> tuple[str, str, str]:
+    return cell["size"], cell["shape"], cell["kind"]
+
+
+def _over_lora(cell: dict[str, Any], method: str) -> float:
+    pairs = zip(_row(cell, method)["seconds"], _row(cell, LORA)["seconds"], strict=True)
+    return median(ours / theirs for ours, theirs in pairs)
 
 
 def loading(found: dict[str, Any]) -> str:

@@ -111,6 +111,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step_goals": ("steps", step_tables.step_goals),
     "step_times_gpu": ("steps_gpu", step_tables.step_times("bfloat16")),
     "step_memory_gpu": ("steps_gpu", step_tables.step_memory),
+    "small_steps": ("small_steps", step_tables.small_steps),
     "loading": ("loading", step_tables.loading),
     "learning_rates": ("learning_rates", step_tables.learning_rates),
     "hostile": ("hostile", fault_tables.hostile),

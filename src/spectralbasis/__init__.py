@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         calibrate,
         curvature_basis,
         gradient_coverage,
+        keep_weights,
         parameter_groups,
     )
 
@@ -69,6 +70,7 @@ __all__ = [
     "export_merged",
     "extract",
     "gradient_coverage",
+    "keep_weights",
     "linalg",
     "open_checkpoint",
     "parameter_groups",
@@ -102,6 +104,7 @@ _HOMES = {
         "calibrate",
         "curvature_basis",
         "gradient_coverage",
+        "keep_weights",
         "parameter_groups",
     ),
 }

@@ -17,7 +17,7 @@ def output(route: Route, W, b, C, X):
     """`W x + b` and the update, as the route has it; C is diagonal."""
 
     def update(source):
-        Z = source @ route.A.T
+        Z = source @ route.A
         return ((Z if route.offset is None else Z - route.offset) * C) @ route.B
 
     if route.on_input:
@@ -33,7 +33,7 @@ def test_routes_agree(shape):
     b, C, X = (torch.randn(size, dtype=torch.float64) for size in (len(W), 5, (7, W.shape[1])))
     route = cheapest_route(W, U, V, b)
     assert (route.on_input, route.from_output) == (shape == "tall", shape == "wide")
-    assert max(route.A.shape[1], route.B.shape[1]) == (min(W.shape) if "square" not in shape else max(W.shape))
+    assert max(route.A.shape[0], route.B.shape[1]) == (min(W.shape) if "square" not in shape else max(W.shape))
     torch.testing.assert_close(output(route, W, b, C, X), X @ (W + (U * C) @ V.T).T + b)
 
 
@@ -51,5 +51,5 @@ def test_other_directions_take_the_plain_route(shape, why):
     route = cheapest_route(W, U, V, None)
     assert not route.on_input
     assert not route.from_output
-    assert torch.equal(route.A, V.T)
+    assert torch.equal(route.A, V)
     assert torch.equal(route.B, U.T)

@@ -37,22 +37,58 @@ def linear(**changes):
 
 
 @pytest.mark.parametrize("basis", ["pretrained", "random", "minor"])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_singular_vectors_of_the_weight_are_known_as_such(basis, autocast, calls):
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        linear(basis=basis)(torch.randn(MANY, 10))
+def test_singular_vectors_of_the_weight_are_known_as_such(basis, calls):
+    layer = linear(basis=basis)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(MANY, 10))
     assert calls == [("LinearUpdate", basis != "random")]
+    assert (layer.factors("default").singular_values(layer.weight, 10) is not None) == (basis != "random")
 
 
-def test_a_changed_weight_has_other_singular_vectors(calls):
-    layer = linear()
-    x = torch.randn(MANY, 10)
-    layer(x)
-    with torch.no_grad():
-        layer.base_layer.weight += torch.randn_like(layer.base_layer.weight)
-    found = layer(x)
-    assert [singular for _, singular in calls] == [True, False]
-    torch.testing.assert_close(found, x @ (layer.weight + layer.get_delta_weight("default")).T + layer.base_layer.bias)
+@pytest.mark.parametrize("through_data", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("shape", [(10, 20), (20, 10)])
+def test_a_changed_weight_has_other_singular_vectors(shape, autocast, through_data):
+    """A tall and a wide layer, in which the update is computed by way of the weight."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(*shape))
+    config = SpectralConfig(target_modules=["0"], leading=4, init_weights=False)
+    layer = get_peft_model(base, config).base_model.model[0]
+    x = torch.randn(MANY, shape[0])
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = layer(x).float()
+        expected = x @ (layer.weight + layer.get_delta_weight("default")).T + layer.base_layer.bias
+        tolerance = 0.05 if autocast else 1e-4
+        torch.testing.assert_close(found, expected, atol=tolerance * float(expected.detach().abs().max()), rtol=0)
+        with torch.no_grad():
+            weight = layer.weight.data if through_data else layer.weight
+            weight += torch.randn_like(weight)
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (12, 30), (30, 12)])
+@pytest.mark.parametrize("coefficients", ["diagonal", "core"])
+def test_second_derivatives_and_trained_biases_are_those_of_the_dense_weight(coefficients, shape):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(*shape))
+    config = SpectralConfig(target_modules=["0"], leading=4, coefficients=coefficients, init_weights=False)
+    layer = get_peft_model(base, config).base_model.model[0].double()
+    layer.stored("default").data = layer.stored("default").data.double()
+    layer.base_layer.bias.requires_grad_(True)
+    x = torch.randn(3, shape[0], dtype=torch.float64, requires_grad=True)
+    leaves = (x, layer.stored("default"), layer.base_layer.bias)
+
+    def dense(x):
+        C, U, V, form = layer.terms("default")
+        return nn.functional.linear(
+            x, layer.weight + U @ (torch.diag(C) if form == "diagonal" else C) @ V.T, layer.bias
+        )
+
+    found = []
+    for function in (layer, dense):
+        first = torch.autograd.grad(function(x).pow(3).sum(), leaves, create_graph=True)
+        found.append([*first, *torch.autograd.grad(sum(one.square().sum() for one in first), leaves)])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("coefficients", ["diagonal", "core"])

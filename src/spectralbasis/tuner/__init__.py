@@ -10,6 +10,7 @@ from spectralbasis.peft_import import register
 from spectralbasis.tuner import reading  # noqa: F401  makes spectral adapters readable as checkpoints
 from spectralbasis.tuner.calibration import calibrate, curvature_basis, gradient_coverage, parameter_groups
 from spectralbasis.tuner.config import SpectralConfig
+from spectralbasis.tuner.kept import keep_weights
 from spectralbasis.tuner.layer import Convolution, Embedding, Linear, SpectralLayer
 from spectralbasis.tuner.model import SpectralModel
 from spectralbasis.tuner.parameters import ParamWrapper
@@ -31,6 +32,7 @@ __all__ = [
     "calibrate",
     "curvature_basis",
     "gradient_coverage",
+    "keep_weights",
     "parameter_groups",
 ]
 

@@ -1,12 +1,15 @@
-"""`base(x) + x ΔWᵀ` with `ΔW = U C Vᵀ`, in the order with the fewest multiplications (`cheapest`).
+"""`base(x) + x ΔWᵀ` with `ΔW = U C Vᵀ`, in the order that takes the least time (`cheapest_step`).
 
-The functions keep only `x V` (tokens × k) for the backward pass, and return it as a second output: this way
-`setup_context` may save it (`torch.func` needs that), and second derivatives are right. A `Route` is for a C that
-differs between rows.
+A `Route` computes it by plain operations, which keep `x V` (tokens × k) and nothing else for the backward pass. The two
+functions are for what plain operations cannot do: they form `W + U C Vᵀ` without keeping it, and they multiply in other
+dtypes than those of W and C. They keep `x V` too, and return it as a second output: this way `setup_context` may save
+it (`torch.func` needs that), and second derivatives are right.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +21,8 @@ from spectralbasis.tuner.factors import FORMS
 
 _WORTHWHILE = 2
 """How many times longer one side of W is, for another route than *factored* to pay: it copies, or subtracts."""
+_FORMED_PAYS = 0.57
+"""Share of the multiplications of plain operations at which `LinearUpdate` takes less time; measured on a CPU."""
 
 
 class _Function(torch.autograd.Function):
@@ -29,6 +34,13 @@ class _Function(torch.autograd.Function):
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+
+def run(function: type[_Function], *args: Any, gradients: bool) -> Any:
+    """The outputs of a function below; only its forward pass where no gradients are needed."""
+    if gradients or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return function.forward(*args)
 
 
 class FactoredUpdate(_Function):
@@ -109,7 +121,7 @@ class LinearUpdate(_Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         flat = x.reshape(-1, x.shape[-1])
         update = _Update(W, C, directions, inverse, form, x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             y, Z = _forward(flat, bias if bias is None else bias.to(x.dtype), update)
         kept = x.new_empty(0) if x.dtype == W.dtype else update.multiplied()
         return _reshaped(y, (*x.shape[:-1], W.shape[0])), Z, kept
@@ -143,6 +155,10 @@ class LinearUpdate(_Function):
         if grad_x is not None:
             grad_x = grad_x.reshape(ctx.x_shape)
         return grad_x, None, grad_bias, grad_C, None, None, None
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class _Update:
@@ -249,6 +265,40 @@ def cheapest(tokens: int, outputs: int, inputs: int, *, singular: bool, formed: 
     return best
 
 
+@lru_cache(maxsize=4096)
+def cheapest_step(tokens: int, outputs: int, inputs: int, *, singular: bool) -> str:
+    """The way that takes the least time for a pass and its backward pass: that of a route, or "formed".
+
+    Plain operations take fewer launches and less Python than `LinearUpdate`, so that it has to save many
+    multiplications. Only by it can the backward pass take another way than the forward pass.
+
+    Args:
+        tokens: rows of the input.
+        outputs: m.
+        inputs: n.
+        singular: whether U and V are singular vectors of W.
+    """
+    ways = {"factored": 2 * tokens * (inputs + outputs)}
+    if singular:
+        ways |= {"input": 4 * tokens * inputs, "output": 4 * tokens * outputs}
+    best = min(ways, key=lambda way: ways[way])
+    passes = ((outputs, inputs), (inputs, outputs))
+    if sum(_cost(tokens, *pair, singular=singular) for pair in passes) < _FORMED_PAYS * ways[best]:
+        return "formed"
+    return best
+
+
+def _cost(tokens: int, outputs: int, inputs: int, *, singular: bool) -> int:
+    """Multiplications of one pass by `cheapest`, over k."""
+    cost = {
+        "factored": tokens * (inputs + outputs),
+        "formed": (tokens + outputs) * inputs,
+        "input": 2 * tokens * inputs,
+        "output": 2 * tokens * outputs,
+    }
+    return cost[cheapest(tokens, outputs, inputs, singular=singular)]
+
+
 @dataclass(frozen=True)
 class Route:
     """Adds `C (A s - offset)`, expanded by B, to something: k numbers a token in between.
@@ -258,7 +308,7 @@ class Route:
     from the *output*. That costs `2 k min(m, n)` a token, the plain way `k (m + n)`.
 
     Attributes:
-        A: (k, size of the source), the source being x, or y where `from_output`.
+        A: (size of the source, k), the source being x, or y where `from_output`.
         B: (k, size of the target), the target being y, or x where `on_input`.
         offset: (k,), or None for 0.
         from_output: whether the source is the layer's output.
@@ -280,16 +330,58 @@ class Route:
             C: (rows, *shape of the form).
             form: a key of `FORMS`.
         """
-        Z = source.reshape(len(C), -1, source.shape[-1]) @ self.A.to(target.dtype).T
+        Z = source.reshape(len(C), -1, source.shape[-1]) @ self.A.to(target.dtype)
         if self.offset is not None:
             Z -= self.offset.to(target.dtype)
         update = FORMS[form].multiply(Z, C.to(target.dtype)).flatten(0, 1)
         target.view(-1, target.shape[-1]).addmm_(update, self.B.to(target.dtype))
         return target
 
+    def linear(self, x: Tensor, W: Tensor, bias: Tensor | None, C: Tensor) -> Tensor:
+        """`x (W + U C Vᵀ)ᵀ + bias` by operations that autograd knows; all tensors have one dtype.
+
+        Args:
+            x: (tokens, n).
+            W: (m, n), frozen.
+            bias: (m,) or None; the route's own `offset` is not used.
+            C: (k,) or (k, k), the same for all tokens.
+        """
+        if self.on_input:
+            return linear(torch.addmm(x, _times(x @ self.A, C), self.B), W, bias)
+        y = linear(x, W, bias)
+        if not self.from_output:
+            Z = x @ self.A
+        elif bias is None:
+            Z = y @ self.A
+        else:
+            Z = torch.addmm(bias @ self.A, y, self.A, beta=-1)
+        return y.addmm_(_times(Z, C), self.B)
+
+
+def _times(Z: Tensor, C: Tensor) -> Tensor:
+    """`Z Cᵀ`; C of shape (k,) is a diagonal."""
+    return Z * C if C.ndim == 1 else Z @ C.t()
+
+
+def make_route(way: str, U: Tensor, V: Tensor, S: Tensor | None, unit: Tensor | None = None) -> Route:
+    """The route of a way that `cheapest_step` names, other than "formed".
+
+    Args:
+        way: "factored", "input" or "output".
+        U: (m, k).
+        V: (n, k).
+        S: σ (k,) for "input" and "output", where U and V are singular vectors of W.
+        unit: what C is multiplied by, (k,) for a diagonal or a number; None is 1.
+    """
+    if way == "factored" or S is None:
+        return Route(V if unit is None else V * unit, U.T)
+    if way == "input":
+        return Route(V if unit is None else V * unit, (V / S).T.contiguous(), on_input=True)
+    return Route(U / S if unit is None else U * (unit / S), U.T, from_output=True)
+
 
 def cheapest_route(W: Tensor, U: Tensor, V: Tensor, bias: Tensor | None) -> Route:
-    """The route for a layer `W x + b`.
+    """The route for a layer `W x + b` that only runs inference, its tensors contiguous.
 
     Args:
         W: (m, n).
@@ -299,13 +391,9 @@ def cheapest_route(W: Tensor, U: Tensor, V: Tensor, bias: Tensor | None) -> Rout
     """
     m, n = W.shape
     S = values_of_singular_vectors(W, U, V) if max(m, n) >= _WORTHWHILE * min(m, n) else None
-    way = cheapest(1, m, n, singular=S is not None, formed=False)
-    if S is None or way == "factored":
-        return Route(V.T.contiguous(), U.T.contiguous())
-    if way == "input":
-        return Route(V.T.contiguous(), (V / S).T.contiguous(), on_input=True)
-    A = (U / S).T.contiguous()
-    return Route(A, U.T.contiguous(), offset=None if bias is None else A @ bias, from_output=True)
+    route = make_route(cheapest(1, m, n, singular=S is not None, formed=False), U, V, S)
+    offset = bias @ route.A if route.from_output and bias is not None else None
+    return replace(route, A=route.A.contiguous(), B=route.B.contiguous(), offset=offset)
 
 
 def _split(directions: Tensor, outputs: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ sparse coefficients are some entries of a core. *Factors* are U and V, and `dire
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from math import prod
+from math import gcd, prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -211,6 +211,47 @@ def numbers(coefficients: str, k: int, bandwidth: int = 1) -> int:
     return k if coefficients == "diagonal" else k * k
 
 
+class Snapshot:
+    """What a frozen weight is now, to tell later whether it is still that.
+
+    Its address and its version are compared, and on a CPU also entries of each row and column: a write through `.data`
+    or NumPy, as a merge of another adapter makes it, changes no version. Only one that misses all of these entries is
+    not found.
+
+    Args:
+        weight: contiguous, and no inference tensor, which has no version.
+    """
+
+    __slots__ = ("entries", "pointer", "sample", "shape", "version", "weight")
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.pointer = weight.data_ptr()
+        self.version = weight._version
+        self.shape = weight.shape
+        rows, columns = weight.numel() // max(weight.shape[-1], 1), weight.shape[-1]
+        step = sampling_step(rows, columns)
+        # A view, which keeps the memory: no other tensor can get its address.
+        self.entries = weight.detach().as_strided((-(-weight.numel() // step),), (step,))
+        self.sample = self.entries.clone() if weight.device.type == "cpu" else None
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether this is the same weight, unchanged."""
+        return (
+            weight is self.weight
+            and weight._version == self.version
+            and weight.data_ptr() == self.pointer
+            and weight.shape == self.shape
+            and weight.is_contiguous()
+            and (self.sample is None or torch.equal(self.entries, self.sample))
+        )
+
+
+def sampling_step(rows: int, columns: int) -> int:
+    """The largest step through the entries of a contiguous matrix that meets each row and each column."""
+    return next((step for step in range(min(rows, columns), 1, -1) if gcd(step, columns) == 1), 1)
+
+
 class Factors(nn.Module):
     """U (m, k) and V (n, k), columns orthonormal: one buffer that moves with the model and is never saved.
 
@@ -230,7 +271,8 @@ class Factors(nn.Module):
         self.register_buffer("directions", torch.cat((U, V)), persistent=False)
         self.outputs = len(U)
         self.source = source
-        self._inverse: tuple[tuple[Any, ...], Tensor | None] | None = None
+        self._singular: dict[int, tuple[Snapshot, Tensor | None]] = {}
+        self._inverse: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         draws = np.random.Generator(np.random.Philox(1))
         self._left_probe = _uniform(draws, PROBES, U.shape[0]) @ U.double().cpu()
         self._right_probe = _uniform(draws, PROBES, V.shape[0]) @ V.double().cpu()
@@ -260,22 +302,44 @@ class Factors(nn.Module):
         left = FORMS[form].left_factor(self._left_probe[:, :k], R)
         return [round(value, 6) for value in (left * self._right_probe[:, :k]).sum(1).tolist()]
 
-    def inverse_values(self, W: Tensor, k: int, dtype: torch.dtype) -> Tensor | None:
-        """1/σ (k,), if the first k columns of U and V are singular vectors of `W`, else None; found once for a weight.
+    def singular_values(self, W: Tensor, k: int) -> Tensor | None:
+        """σ (k,), if the first k columns of U and V are singular vectors of `W`, else None; found once for a weight.
 
         Args:
-            W: a weight, (m, n).
+            W: a weight, (m, n). None too for one that cannot be told from a changed one later, see `Snapshot`.
             k: number of directions.
-            dtype: of the result.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or W.is_meta or W.is_inference() or not W.is_contiguous():
             return None
-        version = None if W.is_inference() else W._version
-        state = (W.data_ptr(), version, W.dtype, W.device, k, dtype)
-        if self._inverse is None or self._inverse[0] != state:
-            S = values_of_singular_vectors(W.detach(), *self.first(k))
-            self._inverse = state, None if S is None else S.reciprocal().to(dtype)
-        return self._inverse[1]
+        found = self._singular.get(k)
+        if found is None or not found[0].holds(W):
+            with torch.inference_mode(False), torch.no_grad():  # a tensor of inference mode could not be trained with
+                state = Snapshot(W)
+                found = self._singular[k] = state, values_of_singular_vectors(W.detach(), *self.first(k))
+        return found[1]
+
+    def inverse_values(self, W: Tensor, k: int, dtype: torch.dtype) -> Tensor | None:
+        """1/σ (k,) in this dtype; see `singular_values`."""
+        S = self.singular_values(W, k)
+        if S is None:
+            return None
+        found = self._inverse.get((k, dtype))
+        if found is None or found[0] is not S:
+            with torch.inference_mode(False), torch.no_grad():
+                found = self._inverse[k, dtype] = S, S.reciprocal().to(dtype)
+        return found[1]
+
+    def forget(self) -> None:
+        """Find singular values anew when they are next asked for."""
+        self._singular.clear()
+        self._inverse.clear()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "Factors":
+        self.forget()
+        return super()._apply(fn, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_singular": {}, "_inverse": {}}
 
     def extra_repr(self) -> str:
         return f"k={self.k}, source={self.source!r}"

@@ -6,7 +6,7 @@ convolution. In an `Embedding`, a row of `W + U C Vᵀ` is the row of W plus the
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -16,13 +16,22 @@ from peft.utils.quantization_utils import (
     resolve_quantization_backend,
 )
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from spectralbasis.errors import InputError
 from spectralbasis.printable import warn
-from spectralbasis.tuner.autograd import FactoredUpdate, LinearUpdate
+from spectralbasis.tuner.autograd import (
+    FactoredUpdate,
+    LinearUpdate,
+    Route,
+    cheapest_step,
+    make_route,
+    run,
+)
 from spectralbasis.tuner.factors import FORMS, Factors, Parametrisation
+from spectralbasis.tuner.kept import KeptWeights
 
 
 def backend_of(layer: nn.Module, model: nn.Module | None = None) -> QuantizationBackend | None:
@@ -236,6 +245,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             init_weights: start from C = 0, at which the output is exactly that of the base.
             inference_mode: leave the coefficients frozen.
         """
+        self.forget()
         self.spectral_factors[adapter_name] = factors
         self.spectral_parametrisations[adapter_name] = parametrisation
         self.spectral_coefficients[adapter_name] = Coefficients(parametrisation.shape)
@@ -334,6 +344,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             merged = merged + self.get_delta_weight(name)
             if safe_merge and not bool(torch.isfinite(merged.to(original.dtype)).all()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        self.forget()
         self._put(merged.to(original.dtype).contiguous())
         self.merged_adapters.extend(names)
 
@@ -342,12 +353,25 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         if not self.merged or self._original is None:
             warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        self.forget()
         if isinstance(self._original, tuple):
             self.base_layer = self._original[0].to(self.parameter.device)
         else:
             self.parameter.data = self._original.to(self.parameter)
         self._original = None
         self.merged_adapters.clear()
+
+    def forget(self) -> None:
+        """Drop what calls keep for later calls; it is found again when it is next needed."""
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; see PEFT."""
+        self.forget()
+        super().delete_adapter(adapter_name)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self.forget()
+        return super()._apply(*args, **kwargs)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's `convert_to_lora` knows such a layer: it takes linear layers alone."""
@@ -401,6 +425,8 @@ class Linear(SpectralLayer):
         options: see `SpectralLayer`.
     """
 
+    _plain: "dict[str, _PlainUpdate]"
+
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, fan_in_fan_out: bool | None = None, **options: Any
     ) -> None:
@@ -410,6 +436,16 @@ class Linear(SpectralLayer):
             kind = type(self.get_base_layer()).__name__
             warn(f"fan_in_fan_out={fan_in_fan_out} does not hold for {kind}; using {self.fan_in_fan_out}", stacklevel=2)
 
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the update of each active adapter, or of each row's adapter."""
+        special = adapter_names is not None or args or kwargs or self._disable_adapters or self.merged_adapters
+        if not special and not torch.compiler.is_compiling():
+            plain = self._find_plain()
+            output = None if plain is None else plain(x, training=self.training)
+            if output is not None:
+                return output
+        return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
+
     def adapted_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus `x ΔWᵀ` of the adapters `active`."""
         x = _autocast(x) if active else x
@@ -418,12 +454,27 @@ class Linear(SpectralLayer):
             C, form = self.coefficients(active[0])
             factors = self.factors(active[0])
             inverse = factors.inverse_values(base.weight, len(C), x.dtype)
-            return LinearUpdate.apply(x, base.weight, base.bias, C, factors.stacked(len(C)), inverse, form)[0]
+            operands = (x, base.weight, base.bias, C, factors.stacked(len(C)), inverse, form)
+            return run(LinearUpdate, *operands, gradients=_needs_gradient(x, base.bias, C))[0]
         output = self.base_layer(x, *args, **kwargs)
         for name in active:
             C, form = self.coefficients(name)
-            output, _ = FactoredUpdate.apply(output, x, C, self.factors(name).stacked(len(C)), form)
+            operands = (output, x, C, self.factors(name).stacked(len(C)), form)
+            output = run(FactoredUpdate, *operands, gradients=_needs_gradient(output, x, C))[0]
         return output
+
+    def forget(self) -> None:
+        """Drop what calls keep for later calls; it is found again when it is next needed."""
+        self._plain = {}
+        for factors in self.spectral_factors.values():
+            cast(Factors, factors).forget()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, in which no weights are kept, or evaluation mode."""
+        if mode:
+            for plain in self._plain.values():
+                plain.kept.clear()
+        return super().train(mode)
 
     def project(self, x: Tensor, U: Tensor, V: Tensor) -> Tensor:
         """`x V`."""
@@ -444,10 +495,164 @@ class Linear(SpectralLayer):
         round a small ΔW away where it is formed.
         """
         base = self.base_layer
-        if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter or base.weight.requires_grad:
-            return False
-        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base)
-        return not hooked and base.weight.dtype in (torch.float32, torch.float64) and x.is_floating_point()
+        return _is_bare(base) and _is_frozen(base.weight) and x.is_floating_point()
+
+    def _find_plain(self) -> "_PlainUpdate | None":
+        """What the active adapter needs for a call of a plain base layer, or None where another way is taken."""
+        active, modules = self._active_adapter, self._modules
+        base = modules["base_layer"]
+        if not _is_bare(base) or (not isinstance(active, str) and len(active) != 1):
+            return None
+        name = active if isinstance(active, str) else active[0]
+        plain = self._plain.get(name)
+        if plain is not None and plain.is_current(modules):
+            return plain
+        if name not in self.spectral_coefficients or not _PlainUpdate.fits(name, modules):
+            return None
+        plain = self._plain[name] = _PlainUpdate(name, modules)
+        return plain
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_plain": {}}
+
+
+class _PlainUpdate:
+    """What a plain linear layer needs of its base and of one adapter at each call, found once.
+
+    Args:
+        name: of the adapter.
+        modules: of the layer.
+    """
+
+    def __init__(self, name: str, modules: dict[str, Any]) -> None:
+        self.name = name
+        self.base: nn.Linear = modules["base_layer"]
+        self.coefficients, self.factors, self.parametrisation = self.parts = _parts(name, modules)
+        self.directions, self.unit = self.factors.directions, self.parametrisation.unit
+        self.versions = self._versions()
+        self.device = self.directions.device.type
+        unit = self.unit
+        whole = unit is None or unit.ndim == 0 or self.parametrisation.form == "diagonal"
+        self.direct = self.parametrisation.positions is None and whole
+        """Whether C is the stored numbers but for its unit, which the routes have."""
+        self.route_unit = unit if self.direct and unit is not None and bool((unit != 1).any()) else None
+        self.U, self.V = self.factors.first(self.parametrisation.k)
+        self.S: Tensor | None = None
+        self.routes: dict[str, Route] = {}
+        self.kept = KeptWeights()
+
+    @staticmethod
+    def fits(name: str, modules: dict[str, Any]) -> bool:
+        """Whether an adapter and its base are of the kind that this is for."""
+        W = modules["base_layer"]._parameters.get("weight")
+        coefficients, factors, parametrisation = _parts(name, modules)
+        kinds = (type(coefficients), type(factors), type(parametrisation)) == (Coefficients, Factors, Parametrisation)
+        tensors = [W, *(one for one in (factors.directions, parametrisation.unit) if one is not None)]
+        return kinds and _is_frozen(W) and not any(one.is_inference() or one.is_meta for one in tensors)
+
+    def is_current(self, modules: dict[str, Any]) -> bool:
+        """Whether the layer has the same modules, in the same place and dtype."""
+        return (
+            modules["base_layer"] is self.base
+            and _parts(self.name, modules) == self.parts
+            and self.factors._buffers["directions"] is self.directions
+            and self.parametrisation._buffers["unit"] is self.unit
+            and self._versions() == self.versions
+        )
+
+    def _versions(self) -> tuple[int, int]:
+        return self.directions._version, 0 if self.unit is None else self.unit._version
+
+    def __call__(self, x: Tensor, *, training: bool) -> Tensor | None:
+        """The layer's output; None where tensors, autocast or transforms ask for another way.
+
+        Args:
+            x: (..., n).
+            training: whether the layer is in training mode, in which no weights are kept.
+        """
+        parameters = self.base._parameters
+        W, bias, c = parameters.get("weight"), parameters.get("bias"), self.coefficients._parameters.get("weight")
+        if W is None or c is None or not (type(x) in _USUAL and type(c) in _USUAL and _is_frozen(W)):
+            return None
+        if W.shape[1] != x.shape[-1] or torch._C._are_functorch_transforms_active():
+            return None
+        dtype, autocast = x.dtype, torch.is_autocast_enabled(self.device)
+        if autocast and dtype is not torch.float64:
+            dtype = torch.get_autocast_dtype(self.device)
+        usual = dtype is W.dtype is c.dtype is self.directions.dtype
+        # Not where gradients are on but not needed: a loaded adapter gives the very bits of the one that was trained.
+        if not (training or torch.is_grad_enabled()) and (usual or autocast):
+            weight = self.kept.get(dtype, W, (c,), dtype, lambda: self._formed(W, c, dtype))
+            if weight is not None:
+                return linear(x, weight, bias)
+        if autocast or not usual:
+            return None
+        flat = x.reshape(-1, x.shape[-1])
+        route = self._route(len(flat), W)
+        if route is None:
+            return None
+        output = route.linear(flat, W, bias, c if self.direct else self.parametrisation(c))
+        return output if x.ndim == 2 else output.view(*x.shape[:-1], W.shape[0])
+
+    def _route(self, tokens: int, W: Tensor) -> Route | None:
+        """The route for this many tokens; None where W is better formed."""
+        way = cheapest_step(tokens, *W.shape, singular=True)
+        if way in ("input", "output"):
+            S = self.factors.singular_values(W, self.parametrisation.k)
+            if S is None:
+                way = cheapest_step(tokens, *W.shape, singular=False)
+            elif S is not self.S:
+                self.S = S
+                self.routes.clear()
+        if way == "formed":
+            return None
+        route = self.routes.get(way)
+        if route is None:
+            with torch.inference_mode(False), torch.no_grad():  # a tensor of inference mode could not be trained with
+                route = self.routes[way] = make_route(way, self.U, self.V, self.S, self.route_unit)
+        return route
+
+    def _formed(self, W: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
+        """`W + U C Vᵀ`, rounded once."""
+        with torch.autocast(self.device, enabled=False):
+            update = FORMS[self.parametrisation.form].left_factor(self.U, self.parametrisation(c).to(self.U.dtype))
+            return torch.addmm(W, update, self.V.T).to(dtype)
+
+
+_USUAL = (Tensor, nn.Parameter)
+
+
+def _parts(name: str, modules: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Coefficients, factors and parametrisation of an adapter that a layer has or had."""
+    return (
+        modules["spectral_coefficients"]._modules.get(name),
+        modules["spectral_factors"]._modules.get(name),
+        modules["spectral_parametrisations"]._modules.get(name),
+    )
+
+
+def _is_frozen(weight: Any) -> bool:
+    """Whether this is a parameter of 32 bits or more, and not trained."""
+    return type(weight) is nn.Parameter and not weight.requires_grad and weight.dtype in (torch.float32, torch.float64)
+
+
+def _is_bare(base: nn.Module) -> bool:
+    """Whether a layer is an `nn.Linear` that no hook changes."""
+    if type(base) is not nn.Linear or _has_any_global_hook():
+        return False
+    state = vars(base)
+    hooked = (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    )
+    return not hooked
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
 
 
 def _autocast(x: Tensor) -> Tensor:
