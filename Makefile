@@ -31,10 +31,11 @@ test-all: test test-slow test-compat fuzz
 fuzz: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.hostile --minutes $(MINUTES) --keep no
 
-# What depends most on the versions of other libraries, slow tests too, and the methods that need the package adapters.
+# What depends most on the versions of other libraries, and all tests of the methods that need the package adapters.
 test-compat: .venv-compat/installed
-	OMP_NUM_THREADS=1 $(COMPAT)/python $(PYTEST) -m '' \
-	    tests/checkpoints tests/coefficients tests/tuner tests/training/test_baselines.py tests/report tests/test_cli.py
+	OMP_NUM_THREADS=1 $(COMPAT)/python $(PYTEST) \
+	    tests/checkpoints tests/coefficients tests/tuner tests/report tests/test_cli.py tests/test_import.py
+	OMP_NUM_THREADS=1 $(COMPAT)/python $(PYTEST) -m '' tests/training/test_baselines.py
 
 # PEFT's own tests on spectral adapters.
 test-peft: .venv/installed-dev

@@ -10,7 +10,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 import spectralbasis as sb
+from spectralbasis.checkpoints import open_checkpoint
 from spectralbasis.comparison import measuring
+from spectralbasis.comparison.pairing import Pairing
 from tests.comparison.pairs import layered, random_updates
 from tests.matrices import power_law, with_spectrum
 from tests.models import tiny
@@ -367,3 +369,13 @@ def test_an_adapter_that_fits_its_base_in_part_is_refused_unless_asked_for(tmp_p
     summary = sb.compare(tmp_path / "base", [tmp_path / "adapter"], null=None, partial=True).summary()
     assert summary["matrices"] == 4
     assert "adapted, but absent" in summary["skipped"]["layers.2.mlp.up_proj"]
+
+
+def test_reasons_name_the_checkpoint_where_there_are_several():
+    base = open_checkpoint({"a.weight": torch.eye(3), "b.weight": torch.eye(3)})
+    alone, two = Pairing(base, {"one": base}), Pairing(base, {"one": base, "two": base})
+    for pairing in (alone, two):
+        pairing.fail("one", "a", "it holds NaN")
+    assert alone.skipped == {"a": "it holds NaN"}
+    assert two.skipped == {"a [one]": "it holds NaN"}
+    assert alone.failed == two.failed == {"one": {"a": "it holds NaN"}}

@@ -9,7 +9,7 @@ from scipy import stats
 
 from spectralbasis.comparison import statistics
 from spectralbasis.comparison.sharing import sharing_findings
-from spectralbasis.comparison.statistics import hierarchical_interval, pair_interval, permutation_test
+from spectralbasis.comparison.statistics import arrangements, hierarchical_interval, pair_interval, permutation_test
 
 
 def symmetric(size, seed=0):
@@ -129,3 +129,22 @@ def test_pairs_with_a_checkpoint_in_common_are_no_independent_evidence():
 def test_one_pair_is_judged_by_its_layers():
     effects = pd.DataFrame({"tuned": 0, "tuned_a": "a", "tuned_b": "b", "layer": range(8), "effect": np.arange(8.0)})
     assert pair_interval(effects, 0) == hierarchical_interval(effects, 0)
+
+
+def test_sampled_arrangements_begin_with_the_given_one_and_keep_every_label(monkeypatch):
+    monkeypatch.setattr(statistics, "MOST_ENUMERATED", 10)
+    given = list("aabbbcd")
+    orders, exact = arrangements(given, seed=0)
+    assert not exact
+    assert orders[0].tolist() == given
+    assert {tuple(sorted(order)) for order in orders.tolist()} == {tuple(given)}
+    assert len({tuple(order) for order in orders.tolist()}) > 300  # of the 420 that there are
+    assert np.array_equal(orders, arrangements(given, seed=0)[0])
+    assert not np.array_equal(orders, arrangements(given, seed=1)[0])
+
+
+def test_as_many_arrangements_as_may_be_enumerated_are(monkeypatch):
+    monkeypatch.setattr(statistics, "MOST_ENUMERATED", 12)
+    orders, exact = arrangements(list("aabc"), seed=0)
+    assert exact
+    assert {tuple(order) for order in orders.tolist()} == set(itertools.permutations("aabc"))

@@ -8,10 +8,14 @@ import pytest
 from scipy import stats
 
 from spectralbasis.comparison.statistics import (
+    against_haar,
     against_null,
+    against_unrelated,
     bootstrap_means,
     find,
     hierarchical_interval,
+    jackknife_error,
+    pair_interval,
     with_q_values,
 )
 
@@ -123,3 +127,74 @@ def test_the_full_number_of_each_matrix_is_one_family():
     table = pd.DataFrame([{**rows, "matrix": name, "k": k, "p_value": 0.01 * k} for name, k in (("A", 3), ("B", 5))])
     expected = stats.false_discovery_control([0.03, 0.05])
     assert with_q_values(table)["q_value"].tolist() == pytest.approx(list(expected))
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.02, 0.2, 0.7, 1.0])
+def test_one_direction_has_the_exact_law_of_a_haar_random_one(overlap):
+    law = stats.beta(0.5, 6.5)
+    fit = against_haar(overlap, 14, 1)
+    assert (fit.null_mean, fit.null_std) == pytest.approx((law.mean(), law.std()))
+    assert fit.z == pytest.approx((overlap - law.mean()) / law.std())
+    assert fit.p_value == pytest.approx(2 * min(law.cdf(overlap), law.sf(overlap)))
+
+
+def test_p_values_against_haar_are_uniform_for_haar_random_subspaces():
+    rng = np.random.default_rng(0)
+    frames = np.linalg.qr(rng.normal(size=(4000, 9, 3)))[0]
+    overlaps = np.square(frames[:, :3]).sum((1, 2)) / 3
+    fits = [against_haar(overlap, 9, 3) for overlap in overlaps]
+    assert np.mean(overlaps) == pytest.approx(fits[0].null_mean, rel=0.02)
+    assert np.std(overlaps) == pytest.approx(fits[0].null_std, rel=0.05)
+    assert stats.kstest([fit.p_value for fit in fits], "uniform").pvalue > 0.01
+
+
+@pytest.mark.parametrize("outside", [-1e-9, 1 + 1e-9])
+def test_an_overlap_that_rounding_puts_out_of_range_has_a_p_value(outside):
+    assert against_haar(outside, 14, 2).p_value == pytest.approx(0, abs=1e-9)
+
+
+def test_all_directions_overlap_whatever_they_are():
+    fit = against_haar(1.0, 5, 5)
+    assert (fit.null_mean, fit.null_std) == (1.0, 0.0)
+    assert math.isnan(fit.z)
+    assert math.isnan(fit.p_value)
+
+
+@pytest.mark.parametrize(
+    ("cosine", "z", "p_value"), [(0.4, 4.0, 1 / 16), (-0.4, -4.0, 1 / 16), (0.05, 0.5, 1), (0, 0, 1)]
+)
+def test_unrelated_updates_have_a_cosine_of_zero_with_chebyshevs_bound(cosine, z, p_value):
+    fit = against_unrelated(cosine, (20, 5))
+    assert (fit.null_mean, fit.null_std, fit.z, fit.p_value) == pytest.approx((0, 0.1, z, p_value))
+
+
+@pytest.mark.parametrize("size", [2, 3, 12])
+def test_the_jackknife_error_of_a_mean_is_its_standard_error(size):
+    values = np.random.default_rng(size).normal(size=size)
+    without_each = [np.delete(values, i).mean() for i in range(size)]
+    assert jackknife_error(without_each) == pytest.approx(stats.sem(values))
+
+
+@pytest.mark.parametrize("values", [[], [1.0]])
+def test_the_jackknife_needs_two_units(values):
+    assert math.isnan(jackknife_error(values))
+
+
+def test_pairs_of_one_odd_checkpoint_are_not_independent_evidence():
+    """One of four checkpoints is odd, so half of the six pairs are: the error is that of the checkpoints' jackknife."""
+    names = "abcd"
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    odd = {"d": 1.0}
+    effects = pd.DataFrame(
+        [
+            {"tuned": a + b, "tuned_a": a, "tuned_b": b, "layer": layer, "effect": odd.get(a, 0) + odd.get(b, 0)}
+            for a, b in pairs
+            for layer in range(3)
+        ]
+    )
+    found = pair_interval(effects, seed=0)
+    without = [np.mean([odd.get(a, 0) + odd.get(b, 0) for a, b in pairs if x not in (a, b)]) for x in names]
+    error = math.sqrt(3 / 4 * np.square(np.array(without) - np.mean(without)).sum())
+    reach = stats.t.ppf(0.975, 3) * error
+    assert (found.estimate, found.low, found.high) == pytest.approx((0.5, 0.5 - reach, 0.5 + reach))
+    assert found.p_value == pytest.approx(2 * stats.t.sf(0.5 / error, 3))

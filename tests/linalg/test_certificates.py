@@ -1,5 +1,7 @@
 """Perturbation bounds hold where they can be checked against the truth."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -96,3 +98,28 @@ def test_singular_vectors_have_their_values_and_other_directions_none():
     assert values_of_singular_vectors(W, U[:, :2], orthonormal(30, 2, 5)) is None
     assert values_of_singular_vectors(W.bfloat16(), U[:, :2].bfloat16(), V[:, :2].bfloat16()) is None
     assert values_of_singular_vectors(torch.zeros(40, 30).double(), U[:, :2], V[:, :2]) is None
+
+
+@pytest.mark.parametrize("rows", [2, 3, 7])
+def test_the_ritz_bound_is_that_of_its_formula(rows):
+    """Residuals of size 0.1 in orthogonal directions: outside is at most 1 + 0.2, there and back over a gap of 2."""
+    R = 0.1 * torch.eye(max(rows, 3), 3, dtype=torch.float64)[:rows]
+    distance = 5 - 1.2 - 0.1**2 / 2
+    found = ritz_error_bound(torch.tensor([5.0, 3.0, 1.0], dtype=torch.float64), R, 1)
+    assert found == pytest.approx(0.1 / distance * math.hypot(1, 0.1 / 2))
+
+
+def test_residuals_of_the_size_of_the_gaps_leave_the_ritz_bound_at_one():
+    S = torch.tensor([5.0, 3.0, 1.0], dtype=torch.float64)
+    assert ritz_error_bound(S, 0.99 * torch.eye(3, dtype=torch.float64), 1) < 1
+    assert ritz_error_bound(S, 1.0 * torch.eye(3, dtype=torch.float64), 1) == 1
+
+
+def test_one_wrong_vector_among_right_ones_has_no_values():
+    W = torch.diag(torch.tensor([3.0, 2.0, 1.0]).double())
+    E = torch.eye(3, dtype=torch.float64)
+    slightly = E.clone()  # the second and the third direction turned by a thousandth
+    slightly[1:, 1:] = torch.tensor([[math.cos(1e-3), -math.sin(1e-3)], [math.sin(1e-3), math.cos(1e-3)]])
+    assert values_of_singular_vectors(W, E, E) is not None
+    assert values_of_singular_vectors(W, E, slightly) is None
+    assert values_of_singular_vectors(W, slightly, E) is None

@@ -12,6 +12,7 @@ from spectralbasis.linalg import (
     assigned_cosines,
     cross_cosines,
     haar_overlap,
+    haar_overlap_std,
     matched_cosines,
     overlaps_by_k,
     principal_angles,
@@ -89,3 +90,16 @@ def test_random_subspaces_overlap_by_k_over_m():
 def test_frames_of_different_shape_are_refused():
     with pytest.raises(ValueError, match=r"\(5, 2\) and \(5, 3\)"):
         subspace_overlap(orthonormal(5, 2), orthonormal(5, 3))
+
+
+@pytest.mark.parametrize(("m", "k"), [(2, 1), (5, 2), (8, 7), (30, 10)])
+def test_the_spread_of_haar_random_overlaps_is_that_of_draws(m, k):
+    rng = np.random.default_rng(0)
+    frames = np.linalg.qr(rng.normal(size=(4000, m, k)))[0]
+    overlaps = np.square(frames[:, :k]).sum((1, 2)) / k
+    assert haar_overlap_std(m, k) == pytest.approx(overlaps.std(), rel=0.06)
+
+
+@pytest.mark.parametrize("m", [1, 2, 9])
+def test_subspaces_that_are_everything_overlap_without_spread(m):
+    assert (haar_overlap(m, m), haar_overlap_std(m, m)) == (1, 0)
