@@ -20,7 +20,7 @@ COMMAND = "from spectralbasis.cli import main; main()"
 TO_THE_FIRST_MATRIX = f"""
 import os
 from spectralbasis.comparison import distributing
-distributing.measure_matrix = lambda *_, **__: os._exit(0)
+distributing.perform_task = lambda task: os._exit(0)
 {COMMAND}
 """
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -60,11 +60,11 @@ def test_comparing_imports_what_it_needs_later_when_it_needs_it(tmp_path):
 import sys, spectralbasis as sb
 from spectralbasis.comparison import distributing
 
-def measured(tasks, executor):
+def performed(task):
     print([name for name in ("transformers", "peft", "pandas", "scipy.optimize", "scipy.stats") if name in sys.modules])
     sys.exit()
 
-distributing.measured = measured
+distributing.perform_task = performed
 import torch
 sb.compare({"dense.weight": torch.eye(4)}, [{"dense.weight": torch.ones(4, 4)}])
 """

@@ -251,8 +251,9 @@ def _parts(name: str, shape: tuple[int, ...], model_type: str) -> dict[str, tupl
     if not is_expert_stack(short, shape):
         return {short: (name, shape)}
     first = expert_name(short, 0)
-    parts = split_fused(short, *shape[1:], {"model_type": model_type}) or {}
-    of_parts = {f"{first}.{part}": ("", (rows.count, shape[2])) for part, rows in parts.items()}
+    _, height, width = shape
+    parts = split_fused(short, height, width, {"model_type": model_type}) or {}
+    of_parts = {f"{first}.{part}": ("", (rows.count, width)) for part, rows in parts.items()}
     return {first: ("", shape[1:]), **of_parts}
 
 

@@ -58,7 +58,7 @@ def keep_weights(limit: int | str | None = DEFAULT_LIMIT, *, accelerators: bool 
         >>> sb.keep_weights()
     """
     global _limit, _accelerators
-    size = 0 if limit in (None, 0, "0") else parse_size(limit)  # type: ignore[arg-type]
+    size = 0 if limit in (None, 0, "0") else parse_size(limit)
     with _lock:
         _limit, _accelerators = size, accelerators
         for entry in list(_entries):

@@ -454,8 +454,8 @@ class Linear(SpectralLayer):
             C, form = self.coefficients(active[0])
             factors = self.factors(active[0])
             inverse = factors.inverse_values(base.weight, len(C), x.dtype)
-            operands = (x, base.weight, base.bias, C, factors.stacked(len(C)), inverse, form)
-            return run(LinearUpdate, *operands, gradients=_needs_gradient(x, base.bias, C))[0]
+            whole = (x, base.weight, base.bias, C, factors.stacked(len(C)), inverse, form)
+            return run(LinearUpdate, *whole, gradients=_needs_gradient(x, base.bias, C))[0]
         output = self.base_layer(x, *args, **kwargs)
         for name in active:
             C, form = self.coefficients(name)
@@ -636,7 +636,7 @@ def _is_frozen(weight: Any) -> bool:
     return type(weight) is nn.Parameter and not weight.requires_grad and weight.dtype in (torch.float32, torch.float64)
 
 
-def _is_bare(base: nn.Module) -> bool:
+def _is_bare(base: nn.Module | None) -> bool:
     """Whether a layer is an `nn.Linear` that no hook changes."""
     if type(base) is not nn.Linear or _has_any_global_hook():
         return False
