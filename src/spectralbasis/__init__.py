@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     )
     from spectralbasis.coefficients.similarity import similarity
     from spectralbasis.comparison import Comparison, compare, plan_comparison
-    from spectralbasis.training import evaluate, tune
+    from spectralbasis.training import evaluate, predict, predict_file, tune
     from spectralbasis.tuner import (
         SpectralConfig,
         SpectralDriftCallback,
@@ -75,6 +75,8 @@ __all__ = [
     "open_checkpoint",
     "parameter_groups",
     "plan_comparison",
+    "predict",
+    "predict_file",
     "similarity",
     "tune",
 ]
@@ -96,7 +98,7 @@ _HOMES = {
         "similarity",
     ),
     "comparison": ("Comparison", "compare", "plan_comparison"),
-    "training": ("evaluate", "tune"),
+    "training": ("evaluate", "predict", "predict_file", "tune"),
     "tuner": (
         "SpectralConfig",
         "SpectralDriftCallback",

@@ -49,6 +49,17 @@ def _show_printable() -> None:
     warnings.formatwarning = lambda *args, **kwargs: printable(plain(*args, **kwargs), lines=True)
 
 
+def _show_notes() -> None:
+    """Write what the package says of its work, such as how a table is read, to stderr."""
+    notes = logging.getLogger("spectralbasis")
+    if not notes.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        notes.addHandler(handler)
+        notes.setLevel(logging.INFO)
+        notes.propagate = False
+
+
 def _without(words: str) -> Callable[[logging.LogRecord], bool]:
     """A filter that drops the log records that hold these words."""
     return lambda record: words not in record.getMessage()
@@ -64,6 +75,7 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     _show_printable()
+    _show_notes()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started this process
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115

@@ -274,6 +274,15 @@ def scores_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
+def predictions_table(result: Mapping[str, Any]) -> Table:
+    """What was predicted, and into which file."""
+    table = _facts(f"{result['adapter'] or result['model']} on {result['input']} → {result['output']}")
+    table.add_row("rows", f"{result['rows']:,}")
+    table.add_row("time", duration(result["seconds"]))
+    table.add_row("columns", in_markup(", ".join(result["columns"])))
+    return table
+
+
 def _add_scores(table: Table, result: Mapping[str, Any]) -> None:
     for name, value in result["metrics"].items():
         table.add_row(f"[bold]{in_markup(name)}[/]" if name == result["metric"] else in_markup(name), f"{value:.4f}")

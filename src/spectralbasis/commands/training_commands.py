@@ -24,7 +24,25 @@ from spectralbasis.printable import printable
 from spectralbasis.training.known_tasks import tasks_in_words
 from spectralbasis.training.methods import methods_in_words, owners
 
-Task = Annotated[str, typer.Option(metavar="NAME", help=f"Name of a task: {tasks_in_words()}.")]
+Task = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help=f"Name of a task, instead of your data: {tasks_in_words()}. Default: none."),
+]
+Kind = Annotated[
+    str | None,
+    typer.Option(
+        metavar="classification|regression|language|instructions|images",
+        help="What the table is for. Default: by its columns; labels that are numbers are a regression.",
+    ),
+]
+Text = Annotated[
+    list[str] | None,
+    typer.Option(metavar="COLUMN", help="Column of text; give it twice for pairs. Default: found by name."),
+]
+Label = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of labels. Default: found by name.")]
+MaxLength = Annotated[
+    int | None, typer.Option(help="Texts are cut after this many tokens. Default: that of the tuning.")
+]
 
 
 def quickstart(
@@ -45,11 +63,26 @@ def quickstart(
 
 def tune(
     model: Model,
-    task: Task,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder to write the adapter, or the whole model, to.")
     ],
+    task: Task = None,
     data: Data = None,
+    train: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|DIR|HUB_ID",
+            help="Your data: CSV, TSV, JSON lines, Parquet or text, a saved data set, a folder with one folder of "
+            "pictures for each class, or a data set of the hub. Default: none.",
+        ),
+    ] = None,
+    validation: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|DIR|HUB_ID", help="Rows to score on. Default: a tenth of the rows is held out."),
+    ] = None,
+    kind: Kind = None,
+    text: Text = None,
+    label: Label = None,
     method: Annotated[
         str, typer.Option(metavar="NAME", help=f"Method of training: {methods_in_words()}.")
     ] = "spectral",
@@ -114,7 +147,10 @@ def tune(
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the training examples. Default: 3.")] = None,
     batch_size: Annotated[int, typer.Option(help="Examples in each step.")] = 32,
-    max_length: Annotated[int, typer.Option(help="Texts are cut after this many tokens.")] = 64,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Texts are cut after this many tokens. Default: 64; running text and instructions 256."),
+    ] = None,
     learning_rate: Annotated[
         float | None,
         typer.Option(help="Learning rate in the backbone. Default: the method's, such as 0.03 (spectral)."),
@@ -129,23 +165,51 @@ def tune(
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Train under bfloat16 autocast, where the hardware supports it.")
     ] = False,
+    gradient_accumulation: Annotated[
+        int, typer.Option(help="Parts in which each batch goes through the model, to save memory.")
+    ] = 1,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations again, to save memory.")
+    ] = False,
+    packing: Annotated[
+        bool, typer.Option("--packing", help="Put several texts into one sequence (running text and instructions).")
+    ] = False,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after this many of ten validations in a row without a better score, and keep the best. Default: "
+            "train to the end."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tune a model to a task, score it on held-out data, and save it (an adapter of a few kilobytes by default).
+    """Tune a model to your data or to a named task, score it on held-out rows, and save an adapter of a few kilobytes.
 
-    Needs the extra `tune`: `pip install 'spectralbasis[tune]'`.
+    Needs the extra `tune`: `pip install 'spectralbasis[tune]'`. What the columns mean is found and said; `--kind`,
+    `--text` and `--label` set it. A training of over a minute that was killed goes on with the same command.
+
+    Example: `spectralbasis tune minilm --train reviews.csv -o adapter`
+
+    Example: `spectralbasis tune minilm --train pairs.tsv --text question --text answer --label fits -o adapter`
+
+    Example: `spectralbasis tune path/to/llama --train chats.jsonl --validation more.jsonl --packing -o adapter`
 
     Example: `spectralbasis tune minilm --task RTE --data path/to/glue -o adapter --budget 0.002 --coefficients core`
     """
     require_extra("tune", "the command tune")
     from spectralbasis.training import tune as run
 
-    with stopped_by_hand("nothing was written: run the same command again to start over"):
+    with stopped_by_hand("nothing was written: run the same command again"):
         result = run(
             model,
             task=task,
             data=data,
+            train=train,
+            validation=validation,
+            kind=kind,
+            text=text or (),
+            label=label,
             output=output,
             method=method,
             coefficients=coefficients,
@@ -169,6 +233,10 @@ def tune(
             seed=seed,
             train_examples=train_examples,
             bf16=bf16,
+            gradient_accumulation=gradient_accumulation,
+            gradient_checkpointing=gradient_checkpointing,
+            packing=packing,
+            patience=patience,
             overwrite=overwrite,
             progress=shows_progress(),
         )
@@ -177,24 +245,102 @@ def tune(
 
 def evaluate(
     model: Model,
-    task: Task,
     adapter: Annotated[
         Path | None, typer.Argument(help="Adapter folder over the model. Default: none.", callback=existing_folder)
     ] = None,
+    task: Task = None,
     data: Data = None,
+    test: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|DIR|HUB_ID", help="Your data with labels, as for `tune --train`. Default: none."),
+    ] = None,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="Score only the rows that `tune` held out of this table.")
+    ] = False,
+    kind: Kind = None,
+    text: Text = None,
+    label: Label = None,
+    max_length: MaxLength = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a tuned model, or a model with an adapter, on a task's held-out data.
+    """Score a tuned model, or a model with an adapter, on your data or on a task's held-out data.
 
     Needs the extra `tune`: `pip install 'spectralbasis[tune]'`.
+
+    Example: `spectralbasis evaluate minilm adapter --test test.csv`
 
     Example: `spectralbasis evaluate minilm adapter --task RTE --data path/to/glue`
     """
     require_extra("tune", "the command evaluate")
     from spectralbasis.training import evaluate as run
 
-    result = run(model, adapter, task=task, data=data, progress=shows_progress())
+    result = run(
+        model,
+        adapter,
+        task=task,
+        data=data,
+        test=test,
+        held_out=held_out,
+        kind=kind,
+        text=text or (),
+        label=label,
+        max_length=max_length,
+        progress=shows_progress(),
+    )
     tables.show_result(result.to_dict(), tables.scores_table, as_json)
+
+
+def predict(
+    model: Model,
+    adapter_and_input: Annotated[
+        list[str],
+        typer.Argument(metavar="[ADAPTER] INPUT", help="Adapter folder over the model, and the rows to predict."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="File to write: .csv, .tsv, .jsonl or .parquet. Default: stdout."
+        ),
+    ] = None,
+    text: Text = None,
+    max_length: MaxLength = None,
+    batch_size: Annotated[int, typer.Option(help="Rows at once.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that are written at most, where text is predicted.")] = 64,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Predict each row of a table: a label with probabilities, a value or a text, beside the columns of the table.
+
+    Needs the extra `tune`: `pip install 'spectralbasis[tune]'`. A table of any length takes constant memory, and the
+    file gets its name when it is complete.
+
+    Example: `spectralbasis predict minilm adapter new.csv -o predicted.csv`
+
+    Example: `spectralbasis predict path/to/tuned-model new.jsonl -o predicted.parquet`
+    """
+    require_extra("tune", "the command predict")
+    from spectralbasis.training.predicting import predict_file as run
+
+    if len(adapter_and_input) > 2:
+        raise typer.BadParameter(f"expected MODEL [ADAPTER] INPUT, got {len(adapter_and_input) + 1} names")
+    if as_json and output is None:
+        raise typer.BadParameter("--json describes the file that -o names; name one")
+    *adapter, source = adapter_and_input
+    with stopped_by_hand("nothing was written: run the same command again"):
+        result = run(
+            model,
+            adapter[0] if adapter else None,
+            source,
+            output,
+            text=text or (),
+            max_length=max_length,
+            batch_size=batch_size,
+            new_tokens=new_tokens,
+            overwrite=overwrite,
+            progress=shows_progress(),
+        )
+    if output is not None:
+        tables.show_result(result.to_dict(), tables.predictions_table, as_json)
 
 
 def study(

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from spectralbasis.training.methods import METHODS, Method, MethodOptions, register_method
     from spectralbasis.training.models import LoadedModel, load_model, resolve_source
     from spectralbasis.training.outcomes import EvaluateResult, ParameterCounts, TuneResult, write_tuning_table
+    from spectralbasis.training.own_tasks import task_from_table
+    from spectralbasis.training.predicting import PredictResult, predict, predict_file
     from spectralbasis.training.tasks import Task
     from spectralbasis.training.tuning import tune
 
@@ -22,14 +24,18 @@ __all__ = [
     "Method",
     "MethodOptions",
     "ParameterCounts",
+    "PredictResult",
     "Task",
     "TuneResult",
     "evaluate",
     "load_model",
     "load_task",
+    "predict",
+    "predict_file",
     "register_method",
     "register_task",
     "resolve_source",
+    "task_from_table",
     "task_names",
     "tune",
     "write_tuning_table",
@@ -41,6 +47,8 @@ _HOMES = {
     "methods": ("METHODS", "Method", "MethodOptions", "register_method"),
     "models": ("LoadedModel", "load_model", "resolve_source"),
     "outcomes": ("EvaluateResult", "ParameterCounts", "TuneResult", "write_tuning_table"),
+    "own_tasks": ("task_from_table",),
+    "predicting": ("PredictResult", "predict", "predict_file"),
     "tasks": ("Task",),
     "tuning": ("tune",),
 }

@@ -20,7 +20,17 @@ from transformers.image_processing_base import ImageProcessingMixin
 from spectralbasis.errors import InputError
 from spectralbasis.printable import shortened
 from spectralbasis.training.folder_checks import reading
-from spectralbasis.training.tasks import IMAGE, LABEL, MASK_SEED, SIGNALS, TEXT, Task
+from spectralbasis.training.tasks import (
+    COMPLETION,
+    IMAGE,
+    LABEL,
+    MASK_SEED,
+    MESSAGES,
+    PROMPT,
+    SIGNALS,
+    TEXT,
+    Task,
+)
 
 SHARE = 0.15
 """Of a passage's tokens that are hidden."""
@@ -70,6 +80,170 @@ class MaskingCollator:
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files."""
         self.tokenizer.save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class CausalCollator:
+    """Tokenizes running text, or instructions with their answers, to predict each next token.
+
+    `labels` holds the tokens that are learned: all of running text, and of instructions those of the answers; -100
+    elsewhere. Messages are written out by the tokenizer's chat template, and so are a prompt and its completion where
+    there is one. The end-of-text token follows a completion without a template, and is learned with it.
+
+    Args:
+        tokenizer: of the model.
+        max_length: tokens at which rows are cut.
+        packing: rows share a sequence, each with positions from 0; models of transformers let none of them see another.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    packing: bool = False
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        pairs = [self.tokens(row) for row in rows]
+        for ids, labels in pairs:
+            if all(label == IGNORED for label in labels[1 : self.max_length]):
+                raise InputError(
+                    f"a row of {len(ids)} tokens has none to learn within max_length={self.max_length}: its answer "
+                    f"begins later, or it is empty; pass a larger max_length (--max-length)"
+                )
+        pairs = [(ids[: self.max_length], labels[: self.max_length]) for ids, labels in pairs]
+        bins = [[number] for number in range(len(pairs))]
+        if self.packing:
+            bins = _bins([len(ids) for ids, _ in pairs], self.max_length)
+        longest = max(sum(len(pairs[number][0]) for number in one) for one in bins)
+        padding = self.tokenizer.pad_token_id
+        batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "positions": []}
+        for one in bins:
+            ids = [token for number in one for token in pairs[number][0]]
+            # The first token of a row has nothing before it that it could be predicted from.
+            labels = [label for number in one for label in (IGNORED, *pairs[number][1][1:])]
+            positions = [place for number in one for place in range(len(pairs[number][0]))]
+            rest = longest - len(ids)
+            batch["input_ids"].append(ids + [padding] * rest)
+            batch["labels"].append(labels + [IGNORED] * rest)
+            batch["positions"].append(positions + list(range(rest)))
+        tensors = {name: torch.tensor(values) for name, values in batch.items()}
+        positions_of = tensors.pop("positions")
+        if self.packing:
+            return {**tensors, "position_ids": positions_of}
+        lengths = torch.tensor([len(ids) for ids, _ in pairs])
+        return {**tensors, "attention_mask": (torch.arange(longest)[None] < lengths[:, None]).long()}
+
+    def tokens(self, row: Row) -> tuple[list[int], list[int]]:
+        """The whole row as tokens, and which of them are learned."""
+        if TEXT in row:
+            ids = self.tokenizer(row[TEXT], verbose=False)["input_ids"]
+            return ids, list(ids)
+        ids, labels = [], []
+        templated = self._templated(row)
+        for text, learned in self.segments(row):
+            own = self._ids(text, special=not ids and not templated)
+            ids += own
+            labels += own if learned else [IGNORED] * len(own)
+        if not templated and self.tokenizer.eos_token_id is not None:
+            ids.append(self.tokenizer.eos_token_id)
+            labels.append(self.tokenizer.eos_token_id)
+        return ids, labels
+
+    def segments(self, row: Row) -> list[tuple[str, bool]]:
+        """The text of a row in parts, each with whether it is learned.
+
+        Raises:
+            InputError: the chat template does not write a conversation as the beginning of a longer one.
+        """
+        if not self._templated(row):
+            return [(row[PROMPT], False), (row[COMPLETION], True)]
+        messages = self.messages(row)
+        parts: list[tuple[str, bool]] = []
+        written = ""
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            for upto, prompted in ((messages[:number], True), (messages[: number + 1], False)):
+                text = self.written(upto, prompted)
+                if not text.startswith(written):
+                    raise InputError(
+                        "the tokenizer's chat template does not write the beginning of a conversation alike when it "
+                        "goes on, so its answers cannot be told from its prompts; give one question and answer a row"
+                    )
+                parts.append((text[len(written) :], not prompted))
+                written = text
+        return [part for part in parts if part[0]]
+
+    def prompt(self, row: Row) -> list[int]:
+        """The tokens after which the model goes on: a text, a prompt, or messages up to the last answer."""
+        if TEXT not in row and self._templated(row):
+            messages = self.messages({COMPLETION: [], **row})
+            asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+            return self._ids(self.written(asked, True), special=False)
+        return self._ids(str(row.get(TEXT, row.get(PROMPT))), special=True)
+
+    def _ids(self, text: str, *, special: bool) -> list[int]:
+        """Tokens of a text that goes on: without the token of its end, which some tokenizers add."""
+        ids = list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+        return ids[:-1] if special and ids and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def messages(self, row: Row) -> list[dict[str, str]]:
+        """The conversation of a row, also where it is a prompt and its completion."""
+        if MESSAGES in row:
+            return list(row[MESSAGES])
+        return [
+            *(row[PROMPT] if isinstance(row[PROMPT], list) else [{"role": "user", "content": row[PROMPT]}]),
+            *(
+                row[COMPLETION]
+                if isinstance(row[COMPLETION], list)
+                else [{"role": "assistant", "content": row[COMPLETION]}]
+            ),
+        ]
+
+    def _templated(self, row: Row) -> bool:
+        if MESSAGES in row or isinstance(row.get(PROMPT), list):
+            if not self.tokenizer.chat_template:
+                raise InputError(
+                    "the tokenizer has no chat template, so messages cannot be written out; give the columns prompt "
+                    "and completion, or set chat_template in its folder"
+                )
+            return True
+        return bool(self.tokenizer.chat_template)
+
+    def written(self, messages: Sequence[Mapping[str, str]], prompted: bool) -> str:
+        """A conversation as text; `prompted` ends it where an answer begins.
+
+        Raises:
+            InputError: the template does not know a role or a sequence of roles.
+        """
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [dict(message) for message in messages], tokenize=False, add_generation_prompt=prompted
+                )
+            )
+        except Exception as error:  # templates raise what they like
+            raise InputError(
+                f"the tokenizer's chat template cannot write the messages {shortened(repr(messages), 120)}: "
+                f"{shortened(str(error))}; correct the messages"
+            ) from error
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files."""
+        self.tokenizer.save_pretrained(folder)
+
+
+def _bins(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Numbers of rows that fit into one sequence together, the longest first (first fit decreasing)."""
+    bins: list[list[int]] = []
+    free: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda one: -lengths[one]):
+        at = next((at for at, left in enumerate(free) if left >= lengths[number]), None)
+        if at is None:
+            bins.append([])
+            free.append(room)
+            at = len(bins) - 1
+        bins[at].append(number)
+        free[at] -= lengths[number]
+    return bins
 
 
 @dataclass(frozen=True)
@@ -155,7 +329,7 @@ class SignalCollator:
         """Nothing: signals come in the units that models read."""
 
 
-Collator = TextCollator | MaskingCollator | ImageCollator | SignalCollator
+Collator = TextCollator | MaskingCollator | CausalCollator | ImageCollator | SignalCollator
 
 
 def _pixels(image: Any) -> Tensor:
@@ -203,6 +377,8 @@ def load_collator(folder: Path, config: PretrainedConfig, task: Task, max_length
         raise InputError(f"max_length={max_length} for {folder}, which reads up to {longest} tokens; {advice}")
     if task.kind == "masked_language":
         return MaskingCollator(tokenizer, max_length)
+    if task.kind in ("causal_language", "instructions"):
+        return CausalCollator(tokenizer, max_length)
     dtype = torch.float32 if task.kind == "regression" else torch.long
     vocabulary = getattr(config, "vocab_size", None)
     return TextCollator(tokenizer, task.inputs, max_length, dtype, vocabulary if isinstance(vocabulary, int) else None)

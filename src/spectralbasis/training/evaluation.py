@@ -1,12 +1,14 @@
 """Score a model on the evaluation split of a task, and open a tuned model for it."""
 
+import logging
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from numpy.typing import NDArray
@@ -17,46 +19,82 @@ from torch.nn import functional
 from spectralbasis.errors import InputError, SpectralBasisError
 from spectralbasis.extras import require_extra
 from spectralbasis.printable import track
-from spectralbasis.training.collators import IGNORED, Collator, MaskingCollator
-from spectralbasis.training.folder_checks import adapter_config, described
+from spectralbasis.records import read_record
+from spectralbasis.training.collators import (
+    IGNORED,
+    CausalCollator,
+    Collator,
+    MaskingCollator,
+    TextCollator,
+    load_tokenizer,
+)
+from spectralbasis.training.folder_checks import CONFIG, adapter_config, described
 from spectralbasis.training.known_tasks import load_task
 from spectralbasis.training.methods import METHODS, MethodOptions, Setup
-from spectralbasis.training.models import LoadedModel, load_model, try_out
+from spectralbasis.training.models import (
+    LoadedModel,
+    checked_folder,
+    load_model,
+    resolve_source,
+    try_out,
+    writes_text,
+)
 from spectralbasis.training.outcomes import (
     TRAINED_FILE,
+    TUNING_FILE,
     EvaluateResult,
+    StoredTuning,
     copy_tensors,
     read_tensors,
     stored,
     trained_parameters,
 )
-from spectralbasis.training.tasks import LIKELIHOOD_METRICS, Task, batches, score
+from spectralbasis.training.own_tasks import Wanted, find_layout, scored_task, token_cutter
+from spectralbasis.training.table_files import Table, open_tables
+from spectralbasis.training.tasks import LANGUAGE_KINDS, LIKELIHOOD_METRICS, Layout, Task, batches, score
 from spectralbasis.tuner.calibration import in_modules  # importing the tuner makes PEFT know its method
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+LOGGER = logging.getLogger(__name__)
 BATCH_SIZE = 64
+TOKEN_BATCH = 8
+"""Rows at once where each of their tokens gets as many numbers as the vocabulary has tokens."""
 MAX_LENGTH = 64
 """Tokens at which texts are cut, where nothing else is asked for."""
+TEXT_LENGTH = 256
+"""The same for running text and instructions, where the model reads as many."""
+SAMPLE = 1000
+"""Texts of which the length is looked at."""
 
 
 def evaluate(
     model: str | Path,
     adapter: str | Path | None = None,
     *,
-    task: Task | str,
+    task: Task | str | None = None,
     data: str | Path | None = None,
+    test: str | Path | None = None,
+    held_out: bool = False,
+    kind: str | None = None,
+    text: str | Sequence[str] = (),
+    label: str | None = None,
     max_length: int | None = None,
     progress: bool = True,
 ) -> EvaluateResult:
-    """Score a tuned model, or a base model with an adapter, on the task's evaluation split, in float32.
+    """Score a tuned model, or a base model with an adapter, on a task's evaluation split or on a table, in float32.
 
     Args:
         model: a folder, a hub id or `minilm`; a fully tuned model, or the base of the adapter.
         adapter: folder of an adapter that `tune` or PEFT wrote; None scores the model's own head.
-        task: a name that `task_names` gives, or a task of your own.
+        task: a name that `task_names` gives, or a task of your own; not together with `test`.
         data: folder or file of the task's data; see `load_task`.
+        test: a table of yours, or hub id of a data set; labels that the model does not know are refused.
+        held_out: score only those rows that `tune` held out of this table.
+        kind: what the table is for; None takes that of the tuning, as for the next two.
+        text: columns of text in the table.
+        label: column of labels in the table.
         max_length: tokens at which texts are cut; None takes that of the tuning.
         progress: draw a bar on stderr.
 
@@ -80,10 +118,20 @@ def evaluate(
     """
     require_extra("tune", "spectralbasis.evaluate")
     started = time.perf_counter()
-    chosen = load_task(task, data) if isinstance(task, str) else task
+    if (task is None) == (test is None):
+        raise InputError("neither a task nor test data were given; give one" if task is None else "both a task and "
+                         "test data were given; give one of them")  # fmt: skip
     tuned = Path(adapter or model)
     record = stored(tuned)
     length = record.get("settings", {}).get("max_length", MAX_LENGTH) if max_length is None else max_length
+    if test is not None:
+        layout = layout_of(model, record, Wanted(kind, (text,) if isinstance(text, str) else tuple(text), label), test)
+        cutting = reading_of_text(model, length) if layout.kind in ("language", "instructions") else {}
+        chosen = scored_task(test, layout, held_out=held_out, **cutting)
+        for sentence in chosen.notes:
+            LOGGER.info(sentence)
+    else:
+        chosen = load_task(task, data) if isinstance(task, str) else cast(Task, task)
     loaded = load_model(model, chosen, head="fresh" if adapter else "stored", max_length=length)
     scored = attach_adapter(loaded, tuned) if adapter else loaded.model
     metrics = score_task(scored, chosen, loaded.collator, progress=progress)
@@ -98,6 +146,85 @@ def evaluate(
         examples=len(chosen.evaluation),
         seconds=time.perf_counter() - started,
     )
+
+
+def layout_of(
+    model: str | Path, record: StoredTuning, wanted: Wanted, table: str | Path | Table, *, labelled: bool = True
+) -> Layout:
+    """How a table is read for a model: as the record of its tuning says, with the changes that are wanted.
+
+    Raises:
+        InputError: there is no such record, and neither the table nor the model tells what its columns and classes are.
+    """
+    if "layout" in record:
+        kept = Layout(**record["layout"])
+        if wanted.kind not in (None, kept.kind):
+            raise InputError(f"the model was tuned for {kept.kind}, not for {wanted.kind}; leave out the kind")
+        return replace(kept, text=wanted.text or kept.text, label=wanted.label or kept.label)
+    opened = table if isinstance(table, Table) else next(iter(open_tables(table).values()))
+    found = find_layout(opened, wanted, labelled=labelled)
+    if found.kind in ("language", "instructions"):
+        return found
+    config = checked_folder(resolve_source(model)) / CONFIG
+    names = read_record(config, dict[str, Any]).get("id2label")
+    if isinstance(names, dict) and len(names) > 1 and found.kind in ("", "classification", "images"):
+        ordered = tuple(str(names[key]) for key in sorted(names, key=lambda key: (len(key), key)))
+        return replace(found, kind=found.kind or "classification", label_names=ordered)
+    raise InputError(
+        f"nothing says which labels {model} has: there is no {TUNING_FILE} of a tuning on a table, and no id2label "
+        "with two or more classes in config.json; give a model or an adapter that tune --train wrote"
+    )
+
+
+def reading_of_text(model: str | Path, length: int | None) -> dict[str, Any]:
+    """How running text is read for a model: whether each next token is predicted, and what cuts texts into pieces.
+
+    The tokenizer is read when the first text is cut: a model of pictures has none.
+    """
+    folder = checked_folder(resolve_source(model))
+
+    @lru_cache(maxsize=1)
+    def cutter() -> Callable[[str], list[str]]:
+        return token_cutter(load_tokenizer(folder), length_for(model, "causal_language", length))
+
+    return {"causal": writes_text(model), "cut": lambda text: cutter()(text)}
+
+
+def length_for(model: str | Path, kind: str, length: int | None) -> int:
+    """The tokens at which texts are cut: those asked for, else 64, or 256 where tokens are predicted.
+
+    The model's own limit holds where nothing is asked for.
+    """
+    if length is not None:
+        return length
+    if kind not in LANGUAGE_KINDS or kind == "masked_language":
+        return MAX_LENGTH
+    folder = checked_folder(resolve_source(model))
+    config = read_record(folder / CONFIG, dict[str, Any])
+    limits = [config.get(name) for name in ("max_position_embeddings", "n_positions")]
+    return min([TEXT_LENGTH, *(limit for limit in limits if isinstance(limit, int) and limit > 1)])
+
+
+def cut_texts(loaded: LoadedModel) -> list[str]:
+    """What share of the training texts is cut, by a sample, as a sentence; nothing where none is."""
+    collator, rows = loaded.collator, loaded.task.train
+    if not isinstance(collator, TextCollator | CausalCollator) or loaded.task.kind == "causal_language":
+        return []
+    sample = rows.select(range(0, len(rows), max(1, len(rows) // SAMPLE)))
+    longest, over = 0, 0
+    for (row,) in batches(sample, 1):
+        if isinstance(collator, CausalCollator):
+            tokens = len(collator.tokens(row)[0])
+        else:
+            texts = [row[column] for column in collator.columns]
+            tokens = len(collator.tokenizer(*texts, verbose=False)["input_ids"])
+        longest, over = max(longest, tokens), over + (tokens > collator.max_length)
+    if not over:
+        return []
+    return [
+        f"About {over / len(sample):.0%} of the texts are longer than {collator.max_length} tokens (the longest of "
+        f"{len(sample)} has {longest:,}) and are cut there; pass --max-length to read more."
+    ]
 
 
 def attach_adapter(loaded: LoadedModel, adapter: Path) -> nn.Module:
@@ -143,8 +270,8 @@ def attach_adapter(loaded: LoadedModel, adapter: Path) -> nn.Module:
 
 def score_task(model: nn.Module, task: Task, collator: Collator, *, progress: bool) -> dict[str, float]:
     """The task's metrics of the model's predictions on the evaluation split."""
-    if isinstance(collator, MaskingCollator):
-        return masked_token_scores(model, task.evaluation, collator, progress=progress)
+    if isinstance(collator, MaskingCollator | CausalCollator):
+        return token_scores(model, task.evaluation, collator, progress=progress)
     outputs, references = predict(model, task.evaluation, collator, progress=progress)
     predictions = outputs[:, 0] if task.kind == "regression" else outputs.argmax(1)
     return score(predictions, references, task.metrics)
@@ -161,16 +288,19 @@ def predict(
 
 
 @torch.inference_mode()
-def masked_token_scores(
-    model: nn.Module, examples: "Dataset", collator: MaskingCollator, *, progress: bool = False
+def token_scores(
+    model: nn.Module, examples: "Dataset", collator: MaskingCollator | CausalCollator, *, progress: bool = False
 ) -> dict[str, float]:
-    """How the model predicts the hidden tokens of all examples.
+    """How the model predicts the hidden tokens, or each next token, of all examples.
 
-    `log_likelihood` is the mean over hidden tokens of log p(token), in nats: at most 0, and larger is better.
+    `log_likelihood` is the mean over predicted tokens of log p(token), in nats: at most 0, and larger is better.
     `perplexity` is exp(-log_likelihood), and `accuracy` the share of tokens that the model predicts as the likeliest.
     """
     total, hits, tokens = 0.0, 0, 0
-    for outputs, labels in _outputs(model, examples, collator, progress):
+    causal = isinstance(collator, CausalCollator)
+    for outputs, labels in _outputs(model, examples, collator, progress, TOKEN_BATCH if causal else BATCH_SIZE):
+        if causal:  # a position predicts the token after it
+            outputs, labels = outputs[:, :-1], labels[:, 1:]
         hidden = labels != IGNORED
         logits, wanted = outputs[hidden].float(), labels[hidden]
         total -= float(functional.cross_entropy(logits, wanted, reduction="sum"))
@@ -181,13 +311,13 @@ def masked_token_scores(
 
 
 def _outputs(
-    model: nn.Module, examples: "Dataset", collator: Collator, progress: bool
+    model: nn.Module, examples: "Dataset", collator: Collator, progress: bool, size: int = BATCH_SIZE
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The logits and the labels of one batch after another."""
     model.eval()
     device = next(model.parameters()).device
-    total = math.ceil(len(examples) / BATCH_SIZE)
-    for rows in track(batches(examples, BATCH_SIZE), "evaluating", total=total, enabled=progress):
+    total = math.ceil(len(examples) / size)
+    for rows in track(batches(examples, size), "evaluating", total=total, enabled=progress):
         batch = {name: tensor.to(device) for name, tensor in collator(rows).items()}
         labels = batch.pop("labels")
         yield model(**batch).logits, labels

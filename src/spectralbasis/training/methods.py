@@ -203,9 +203,9 @@ def subspace(setup: Setup) -> "nn.Module":
 
 def everywhere(loaded: "LoadedModel") -> dict[str, Any]:
     """PEFT's settings for an adapter on every linear layer of the backbone, and a head trained and saved beside it."""
-    classifies_text = loaded.task.modality == "text" and loaded.task.kind != "masked_language"
+    task, kinds = loaded.task, {"causal_language": "CAUSAL_LM", "instructions": "CAUSAL_LM", "masked_language": None}
     return {
-        "task_type": "SEQ_CLS" if classifies_text else None,
+        "task_type": kinds.get(task.kind, "SEQ_CLS") if task.modality == "text" else None,
         "target_modules": "all-linear",
         "modules_to_save": list(loaded.head) or None,
     }

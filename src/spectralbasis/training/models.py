@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -24,7 +25,7 @@ from spectralbasis.locations import installed_folder, is_hub_id
 from spectralbasis.training.collators import Collator, MaskingCollator, load_collator
 from spectralbasis.training.folder_checks import CONFIG, check_model_folder, check_size, reading
 from spectralbasis.training.limu_bert import AutoModelForSignalClassification
-from spectralbasis.training.tasks import Task, batches
+from spectralbasis.training.tasks import LANGUAGE_KINDS, Task, batches
 from spectralbasis.tuner.calibration import in_modules
 
 AUTO_MODELS = {
@@ -32,6 +33,17 @@ AUTO_MODELS = {
     "image": AutoModelForImageClassification,
     "signal": AutoModelForSignalClassification,
 }
+
+
+LANGUAGE_MODELS = {
+    "masked_language": AutoModelForMaskedLM,
+    "causal_language": AutoModelForCausalLM,
+    "instructions": AutoModelForCausalLM,
+}
+WORK = {
+    "masked_language": "fill in masked words", "causal_language": "write text", "instructions": "write answers",
+}  # fmt: skip
+"""Kind of a task → what a model must be able to do for it."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ class LoadedModel:
         model: in float32.
         collator: turns the task's rows into the model's inputs.
         head: names of the modules that no pretraining shaped: those beside the backbone, and a pooler whose weights
-            the checkpoint lacks. Empty where a checkpoint comes with what fills in masked words.
+            the checkpoint lacks. Empty where a checkpoint comes with what predicts tokens.
     """
 
     source: str
@@ -73,7 +85,7 @@ def load_model(
         source: a model folder, a hub id, or `minilm` for the model of the extra `minilm`.
         task: what the head is for.
         head: "fresh" draws the head from the seed alone, even where the checkpoint has one; "stored" takes the
-            checkpoint's. The part that fills in masked words is drawn only where the checkpoint lacks it.
+            checkpoint's. The part that predicts tokens is drawn only where the checkpoint lacks it.
         seed: of a fresh head, from 0.
         max_length: tokens at which texts are cut.
 
@@ -95,8 +107,9 @@ def load_model(
     with quiet_transformers():
         with reading(place, "model"):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **_labels_of(task))
-        if type(config) not in auto_model_of(task)._model_mapping:
-            work = "fill in masked words" if task.kind == "masked_language" else f"classify {task.modality}s"
+        causal = auto_model_of(task) is AutoModelForCausalLM
+        if type(config) not in auto_model_of(task)._model_mapping or (causal and not _writes(config)):
+            work = WORK.get(task.kind, f"classify {task.modality}s")
             raise InputError(
                 f"{place} is a {config.model_type} model, which cannot {work}; the task {task.name} needs a model "
                 "that can"
@@ -110,7 +123,7 @@ def load_model(
             model, unusable = _load_weights(place, folder, config, task)
             beside = _beside_backbone(model)
             poolers = _poolers(place, model, [name for name in unusable if not in_modules(name, beside)])
-            if task.kind == "masked_language" and not unusable:
+            if task.kind in LANGUAGE_KINDS and not unusable:
                 beside = ()
             if head == "stored" and unusable:
                 raise InputError(
@@ -167,11 +180,32 @@ def checked_folder(place: str) -> Path:
 
 def auto_model_of(task: Task) -> Any:
     """The class of transformers, or in its manner, that opens models for the task."""
-    return AutoModelForMaskedLM if task.kind == "masked_language" else AUTO_MODELS[task.modality]
+    return LANGUAGE_MODELS.get(task.kind) or AUTO_MODELS[task.modality]
+
+
+def writes_text(source: str | Path) -> bool:
+    """Whether a model predicts each next token: its config names such an architecture, or it cannot fill in masks.
+
+    Raises:
+        InputError: `resolve_source` or `checked_folder` refuses it.
+    """
+    place = resolve_source(source)
+    folder = checked_folder(place)
+    with quiet_transformers(), reading(place, "model"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return _writes(config)
+
+
+def _writes(config: PretrainedConfig) -> bool:
+    names = config.architectures or []
+    if any(name.endswith(("ForMaskedLM", "ForCausalLM", "LMHeadModel")) for name in names):
+        return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    masked, causal = AutoModelForMaskedLM._model_mapping, AutoModelForCausalLM._model_mapping
+    return type(config) not in masked and type(config) in causal
 
 
 def _labels_of(task: Task) -> dict[str, Any]:
-    if task.kind == "masked_language":
+    if task.kind in LANGUAGE_KINDS:
         return {}
     return {
         "id2label": dict(enumerate(task.label_names)),

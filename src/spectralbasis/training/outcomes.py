@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -17,8 +17,9 @@ from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path
 from spectralbasis.locations import installed_folder
 from spectralbasis.printable import in_code, in_markdown, printable
-from spectralbasis.records import Finite, Positive, read_record
+from spectralbasis.records import Count, Finite, Positive, read_record
 from spectralbasis.training.models import LoadedModel, auto_model_of
+from spectralbasis.training.tasks import Layout
 from spectralbasis.tuner.calibration import in_modules
 
 TUNING_FILE = "tuning.json"
@@ -122,6 +123,8 @@ class TuneResult:
         versions: of Python and the libraries.
         precision: of the products in training, "float32" or "bf16".
         selection_metrics: on the task's selection split; None where it has none.
+        layout: what the columns of the user's table mean; None for other tasks.
+        notes: sentences on how the user's table was read.
     """
 
     output: Path
@@ -143,6 +146,8 @@ class TuneResult:
     versions: Mapping[str, str]
     precision: str = "float32"
     selection_metrics: Mapping[str, float] | None = None
+    layout: Layout | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def selection_score(self) -> float | None:
@@ -165,9 +170,15 @@ class TuneResult:
         selection = {}
         if self.selection_metrics is not None:
             selection = {"selection_score": self.selection_score, "selection_metrics": dict(self.selection_metrics)}
+        own: dict[str, Any] = {}
+        if self.layout is not None:
+            own = {"layout": asdict(self.layout), "notes": list(self.notes)}
+            if self.layout.kind in ("classification", "images"):
+                own["id2label"] = {str(number): name for number, name in enumerate(self.layout.label_names)}
         return {
             **self.row(),
             **selection,
+            **own,
             "output": str(self.output),
             "model": self.model,
             "metrics": dict(self.metrics),
@@ -247,11 +258,24 @@ class StoredSettings(TypedDict, total=False):
     sources: tuple[str, ...]
 
 
+class StoredLayout(TypedDict):
+    """What `Layout` holds."""
+
+    kind: Literal["classification", "regression", "language", "instructions", "images"]
+    text: tuple[str, ...]
+    label: str | None
+    label_names: tuple[str, ...]
+    held_out: dict[str, Count]
+    center: Finite
+    scale: Finite
+
+
 class StoredTuning(TypedDict, total=False):
     """What is read back of the `tuning.json` that `tune` leaves in its output folder, see `TuneResult.to_dict`."""
 
     method: str
     settings: StoredSettings
+    layout: StoredLayout
 
 
 def stored(folder: Path) -> StoredTuning:
@@ -264,6 +288,8 @@ def stored(folder: Path) -> StoredTuning:
     return read_record(file, StoredTuning, "restore it, or tune again") if file.exists() else {}
 
 
+_SHOWN = 50
+"""Up to so many names of classes stand in a card's code."""
 CARD = """\
 ---
 library_name: peft
@@ -305,7 +331,14 @@ model = PeftModel.from_pretrained(base, ".")
 
 
 def write_card(
-    folder: Path, result: TuneResult, loaded: LoadedModel, *, data: str | Path | None, named: bool, asks: str = ""
+    folder: Path,
+    result: TuneResult,
+    loaded: LoadedModel,
+    *,
+    data: str | Path | None,
+    named: bool,
+    asks: str = "",
+    own: tuple[str | Path, bool] | None = None,
 ) -> None:
     """Write `README.md` for the adapter in `folder`, in place of PEFT's template; its commands run as printed.
 
@@ -316,18 +349,28 @@ def write_card(
         data: folder of the task's data, as it was given.
         named: whether the command line knows the task by its name.
         asks: what the task asks, in a few words.
+        own: the user's table that holds the scored rows, and whether `tune` held them out of it.
     """
     auto_model = auto_model_of(loaded.task)
     module = auto_model.__module__ if auto_model.__module__.startswith("spectralbasis") else "transformers"
     model = result.model if installed_folder(result.model) else _whole_path(result.model)
-    if named:
+    if own is not None:
+        table, held_out = own
+        command = ["spectralbasis", "evaluate", model, ".", "--test", _whole_path(str(table), folder=False)]
+        command += ["--held-out"] if held_out else []
+        scoring = f"```\n{' '.join(shlex.quote(printable(word)) for word in command)}\n```"
+    elif named:
         command = ["spectralbasis", "evaluate", model, ".", "--task", result.task]
         command += [] if data is None else ["--data", str(Path(data).absolute())]
         scoring = f"```\n{' '.join(shlex.quote(printable(word)) for word in command)}\n```"
     else:
         scoring = f'```python\nimport spectralbasis\n\nspectralbasis.evaluate({json.dumps(model)}, ".", task=task)\n```'
         scoring += "\n\nwhere `task` is the `spectralbasis.training.Task` that it was tuned to."
-    labels = f", num_labels={loaded.task.num_labels}, ignore_mismatched_sizes=True"
+    names = loaded.task.label_names
+    labels = f", num_labels={len(names)}, ignore_mismatched_sizes=True"
+    if loaded.task.layout is not None and loaded.task.kind == "classification" and len(names) <= _SHOWN:
+        shown = ", ".join(f"{number}: {json.dumps(name)}" for number, name in enumerate(names))
+        labels = f", id2label={{{shown}}}, ignore_mismatched_sizes=True"
     card = CARD.format(
         **{**result.settings, **vars(result)},
         title=in_markdown(f"{result.method}, {result.coefficients}" if result.coefficients else result.method),
@@ -352,6 +395,7 @@ def write_card(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _whole_path(model: str) -> str:
-    """A folder on this machine by its whole path; a hub id as it is."""
-    return str(Path(model).absolute()) if Path(model).is_dir() else model
+def _whole_path(model: str, *, folder: bool = True) -> str:
+    """A folder, or a file too, on this machine by its whole path; a hub id as it is."""
+    path = Path(model)
+    return str(path.absolute()) if path.is_dir() or (not folder and path.exists()) else model

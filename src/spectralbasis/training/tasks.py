@@ -3,8 +3,8 @@
 The libraries of the extra `tune` are imported on use: `--help` and a plain installation read this module too.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -23,8 +23,39 @@ LABEL = "label"
 MASK_SEED = "mask_seed"
 """Column of the seed that decides which tokens of a row are masked; rows without it are masked anew each time."""
 
+PAIRED = "paired_text"
+"""Column of the second text of a pair, in tasks that are made of a user's table."""
+MESSAGES, PROMPT, COMPLETION = "messages", "prompt", "completion"
+LANGUAGE_KINDS = ("masked_language", "causal_language", "instructions")
+"""Kinds of tasks that predict tokens: hidden ones, the next one, or those of answers."""
+
+Kind = Literal["classification", "regression", "masked_language", "causal_language", "instructions"]
 Examples = tuple[ArrayLike, ArrayLike]
 Values = NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the columns of a user's table mean; `tuning.json` keeps it, so that other tables are read alike.
+
+    Args:
+        kind: `classification`, `regression`, `language`, `instructions` or `images`.
+        text: columns that are read: one or two of text, one of images, or those of instructions.
+        label: column of the labels, None where there is none.
+        label_names: words for the classes, in the order of the model's outputs.
+        held_out: rows held out of the training table by the seed, of how many: `seed`, `rows`, `of`; empty where the
+            held-out rows were given.
+        center: of a regression's labels: the model predicts (label - center) / scale.
+        scale: of a regression's labels, above 0.
+    """
+
+    kind: str
+    text: tuple[str, ...]
+    label: str | None = None
+    label_names: tuple[str, ...] = ()
+    held_out: Mapping[str, int] = field(default_factory=dict)
+    center: float = 0.0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -34,17 +65,20 @@ class Task:
     Args:
         name: in tables and messages.
         modality: what the model reads.
-        kind: `classification`, `regression` or `masked_language`.
+        kind: `classification`, `regression`, `masked_language`, `causal_language` or `instructions`.
         inputs: columns that the model reads: one or two of text; one of images (channels, height, width), floats in
             [0, 1] or uint8 in [0, 255]; or one of signals (time, channels).
-        label_names: of the classes, one name for a regression, none for masked tokens. The column `label` holds class
-            numbers, or floats for a regression.
+        label_names: of the classes, one name for a regression, none where tokens are predicted. The column `label`
+            holds class numbers, or floats for a regression.
         train: examples to train on.
         evaluation: held-out examples whose scores are reported.
         metrics: names in `METRICS`.
         headline: the one metric of `metrics` that tables quote.
         evaluation_split: what tables call the held-out examples.
         selection: further held-out examples, to choose settings by.
+        layout: of the user's table that the task was made of.
+        identity: changes when the data do; empty where that is not known.
+        notes: sentences on how the data were read.
 
     Examples:
         >>> import numpy as np
@@ -56,7 +90,7 @@ class Task:
 
     name: str
     modality: Literal["text", "image", "signal"]
-    kind: Literal["classification", "regression", "masked_language"]
+    kind: Kind
     inputs: tuple[str, ...]
     label_names: tuple[str, ...]
     train: "Dataset"
@@ -65,10 +99,13 @@ class Task:
     headline: str = "accuracy"
     evaluation_split: str = "evaluation"
     selection: "Dataset | None" = None
+    layout: Layout | None = None
+    identity: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def num_labels(self) -> int:
-        """Number of outputs of the model's head: the classes, 1 for a regression, 0 for masked tokens."""
+        """Number of outputs of the model's head: the classes, 1 for a regression, 0 where tokens are predicted."""
         return len(self.label_names)
 
     @classmethod
@@ -105,6 +142,41 @@ class Task:
             evaluation=image_dataset(f"{name}, evaluation examples", *evaluation, names),
             evaluation_split=evaluation_split,
         )
+
+    @classmethod
+    def from_texts(
+        cls,
+        name: str,
+        train: tuple[Sequence[str], Sequence[str]],
+        evaluation: tuple[Sequence[str], Sequence[str]],
+        *,
+        evaluation_split: str = "evaluation",
+    ) -> "Task":
+        """A classification of texts in memory.
+
+        Args:
+            name: of the task.
+            train: texts and the names of their classes, to train on.
+            evaluation: the same to score on.
+            evaluation_split: what tables call the examples to score on.
+
+        Raises:
+            InputError: there is not one label for each text, or a label to score is not among those to train on.
+        """
+        from datasets import ClassLabel, Dataset, Features, Value
+
+        names = tuple(sorted(set(train[1])))
+        parts = []
+        for texts, labels in (train, evaluation):
+            if len(texts) != len(labels) or not len(texts):
+                raise InputError(f"{name}: {len(texts)} texts and {len(labels)} labels; give one label for each text")
+            unknown = set(labels) - set(names)
+            if unknown:
+                raise InputError(f"{name}: no text to train on has the label {min(unknown)!r}, which is to be scored")
+            features = Features({TEXT: Value("string"), LABEL: ClassLabel(names=list(names))})
+            found = {TEXT: list(texts), LABEL: [names.index(label) for label in labels]}
+            parts.append(Dataset.from_dict(found, features=features))
+        return cls(name, "text", "classification", (TEXT,), names, *parts, evaluation_split=evaluation_split)
 
     def subsample(self, examples: int, seed: int) -> "Task":
         """The same task with `examples` of its training examples, drawn without replacement by the seed.
@@ -217,6 +289,13 @@ def f1(predictions: Values, references: Values) -> float:
     return float(f1_score(references, predictions, zero_division=0))
 
 
+def macro_f1(predictions: Values, references: Values) -> float:
+    """Mean over the classes of the harmonic mean of precision and recall, in [0, 1]: each class weighs the same."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(references, predictions, average="macro", zero_division=0))
+
+
 def matthews(predictions: Values, references: Values) -> float:
     """Matthews correlation of two classes, in [-1, 1]; 0 where the predictions are all the same."""
     from sklearn.metrics import matthews_corrcoef
@@ -244,16 +323,22 @@ def _correlation(measure: Callable[..., tuple[float, float]], predictions: Value
     return float(measure(predictions, references)[0])
 
 
+def r2(predictions: Values, references: Values) -> float:
+    """Share of the labels' variance that predictions explain, at most 1; 0 for the constant mean of the labels."""
+    spread = float(np.sum((references - references.mean()) ** 2))
+    return 1 - float(np.sum((references - predictions) ** 2)) / spread if spread else 0.0
+
+
 def pearson_spearman(predictions: Values, references: Values) -> float:
     """Mean of the linear and the rank correlation: the figure that GLUE quotes for STS-B."""
     return (pearson(predictions, references) + spearman(predictions, references)) / 2
 
 
 METRICS: dict[str, Callable[[Values, Values], float]] = {
-    metric.__name__: metric for metric in (accuracy, f1, matthews, pearson, spearman, pearson_spearman)
+    metric.__name__: metric for metric in (accuracy, f1, macro_f1, matthews, pearson, spearman, pearson_spearman, r2)
 }
 LIKELIHOOD_METRICS = ("log_likelihood", "perplexity", "accuracy")
-"""Metrics of masked tokens; see `evaluation.masked_token_scores`."""
+"""Metrics of tokens; see `evaluation.token_scores`."""
 
 
 def score(predictions: Values, references: Values, metrics: Iterable[str]) -> dict[str, float]:

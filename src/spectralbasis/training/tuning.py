@@ -1,10 +1,14 @@
-"""Tune a model to a task with one method, score it, and write both to a folder."""
+"""Tune a model to a task or a user's table with one method, score it, and write both to a folder."""
 
 import json
+import logging
+import shutil
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
@@ -12,15 +16,15 @@ from transformers import TrainerCallback, set_seed
 
 from spectralbasis.errors import InputError
 from spectralbasis.extras import require_extra
-from spectralbasis.files import atomic_folder, check_output
+from spectralbasis.files import atomic_folder, cache_folder, check_output, checksum
 from spectralbasis.linalg import Leading
 from spectralbasis.printable import shortened
 from spectralbasis.records import read_record
-from spectralbasis.training.evaluation import MAX_LENGTH, score_task
+from spectralbasis.training.evaluation import MAX_LENGTH, cut_texts, length_for, reading_of_text, score_task
 from spectralbasis.training.fitting import TrainingSettings, fit
 from spectralbasis.training.known_tasks import BUILT_IN, load_task, record_of
 from spectralbasis.training.methods import DEFAULT_SCALING, Method, MethodOptions, Setup, find_method
-from spectralbasis.training.models import LoadedModel, load_model
+from spectralbasis.training.models import LoadedModel, checked_folder, load_model, resolve_source
 from spectralbasis.training.outcomes import (
     TUNING_FILE,
     ParameterCounts,
@@ -33,11 +37,16 @@ from spectralbasis.training.outcomes import (
     write_card,
     write_json,
 )
+from spectralbasis.training.own_tasks import Wanted, own_record
+from spectralbasis.training.table_files import identity_of
 from spectralbasis.training.tasks import Task
 from spectralbasis.tuner.calibration import in_modules
 from spectralbasis.tuner.config import BASIS_FILE
 from spectralbasis.version import library_versions
 
+LOGGER = logging.getLogger(__name__)
+KEPT_FOR = 30 * 24 * 3600.0
+"""Seconds for which the state of a training that was killed is kept."""
 ORIGIN = {"auto_mapping", "base_model_name_or_path", "basis", "peft_version", "revision", "runtime_config", "task_type"}
 PLACES = {"exclude_modules", "inference_mode", "modules_to_save", "target_modules"}
 SIZE = {"bias", "budget", "leading", "rank_pattern", "tolerance"}
@@ -49,8 +58,13 @@ NO_MATTER = ORIGIN | PLACES | SIZE | SCHEDULE
 def tune(
     model: str | Path,
     *,
-    task: Task | str,
+    task: Task | str | None = None,
     data: str | Path | None = None,
+    train: str | Path | None = None,
+    validation: str | Path | None = None,
+    kind: str | None = None,
+    text: str | Sequence[str] = (),
+    label: str | None = None,
     output: str | Path,
     method: str = "spectral",
     coefficients: str = "diagonal",
@@ -68,24 +82,35 @@ def tune(
     steps: int | None = None,
     epochs: float | None = None,
     batch_size: int = 32,
-    max_length: int = MAX_LENGTH,
+    max_length: int | None = None,
     learning_rate: float | None = None,
     head_learning_rate: float | None = None,
     seed: int = 0,
     train_examples: int | None = None,
     bf16: bool = False,
+    gradient_accumulation: int = 1,
+    gradient_checkpointing: bool = False,
+    packing: bool = False,
+    patience: int | None = None,
     progress: bool = True,
     overwrite: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TuneResult:
-    """Tune a model to a task, score it on the task's evaluation split, and write it to the folder `output`.
+    """Tune a model to a task or to a table of yours, score it on held-out rows, and write it to the folder `output`.
 
     The same seed gives the same result on the same machine. The folder appears when all is done, never half-written.
+    A training of more than a minute that was killed goes on where it was when the same call is made again.
 
     Args:
         model: a folder, a hub id, or `minilm`.
-        task: a name that `task_names` gives, or a task of your own.
+        task: a name that `task_names` gives, or a task of your own; not together with `train`.
         data: folder or file of the task's data; see `load_task`.
+        train: a table of yours to train on: a CSV, TSV, JSON lines, Parquet or text file, a folder of them, a data set
+            that `save_to_disk` wrote, a folder with one folder of pictures for each class, or a hub id.
+        validation: rows to score on; None takes the split `validation` of `train`, else holds a tenth of its rows out.
+        kind: `classification`, `regression`, `language`, `instructions` or `images`; None tells it by the columns.
+        text: column of text, or two for pairs; by default found by name.
+        label: column of labels; by default found by name.
         output: folder of the whole model (methods `full` and `head`) or of the adapter (all others), with
             `tuning.json`, which says how it was made, how it scored and what it cost.
         method: a name in `METHODS`.
@@ -105,12 +130,17 @@ def tune(
         steps: optimizer steps, from 1; not together with `epochs`.
         epochs: passes over the training examples, above 0; three where neither is given.
         batch_size: examples in each step, from 1.
-        max_length: tokens at which texts are cut.
+        max_length: tokens at which texts are cut; None is 64, or 256 for running text and instructions.
         learning_rate: of what the method trains in the backbone, above 0; None takes the method's.
         head_learning_rate: of the head, above 0; None takes the method's.
         seed: of the head, the order of examples and dropout, from 0.
         train_examples: use only so many training examples.
         bf16: train under bfloat16 autocast, where that is native.
+        gradient_accumulation: parts in which each batch goes through the model, to save memory.
+        gradient_checkpointing: compute activations again in the backward pass, to save memory.
+        packing: put several texts of a batch into one sequence (running text and instructions alone).
+        patience: stop after so many of ten validations in a row without a better score, and keep the best; None trains
+            to the end.
         progress: draw bars on stderr.
         overwrite: replace what an earlier run left in `output`.
         callbacks: of transformers' Trainer.
@@ -141,12 +171,36 @@ def tune(
         )
     )  # fmt: skip
     rates = chosen.learning_rates(learning_rate, head_learning_rate)
-    settings = TrainingSettings(*rates, steps, epochs, batch_size, max_length, seed, train_examples, bf16)
+    if (task is None) == (train is None):
+        raise InputError(
+            "give either task with the name of a task, or train with your own data (--task, --train); "
+            f"got {'neither' if task is None else 'both'}"
+        )
+    wanted = Wanted(kind, (text,) if isinstance(text, str) else tuple(text), label)
+    if train is None and (wanted != Wanted() or validation is not None):
+        raise InputError("validation, kind, text and label go with train, not with the name of a task; leave them out")
+    asked = TrainingSettings(
+        *rates, steps, epochs, batch_size, max_length or MAX_LENGTH, seed, train_examples, bf16, gradient_accumulation,
+        gradient_checkpointing, packing, patience,
+    )  # fmt: skip
     check_output(Path(output), overwrite=overwrite)
-    known = load_task(task, data) if isinstance(task, str) else task
+    record = record_of(task) if isinstance(task, str) else None
+    if train is not None:
+        read = reading_of_text(model, max_length)
+        record = own_record(train, validation, wanted=wanted, seed=seed, **read)
+        known = record.load(None)
+    else:
+        known = load_task(task, data) if isinstance(task, str) else cast(Task, task)
+    length = length_for(model, known.kind, max_length)
+    settings = replace(asked, max_length=length)
+    for sentence in known.notes:
+        LOGGER.info(sentence)
     if train_examples is not None:
         known = known.subsample(train_examples, seed)
-    loaded = load_model(model, known, seed=seed, max_length=max_length)
+    loaded = load_model(model, known, seed=seed, max_length=length)
+    notes = [*known.notes, *(cut_texts(loaded) if train is not None else ())]
+    for sentence in notes[len(known.notes) :]:
+        LOGGER.info(sentence)
     with atomic_folder(Path(output)) as folder:
         setup = Setup(loaded, options, folder, settings.total_steps(len(known.train)))
         total = sum(parameter.numel() for parameter in loaded.model.parameters())
@@ -154,19 +208,24 @@ def tune(
         prepared = chosen.prepare(setup)
         if start is not None:
             start_from(prepared, loaded, chosen, Path(start))
-        seconds = fit(
+        own_callbacks = chosen.callbacks(prepared)
+        judged = known if known.selection is None else replace(known, evaluation=known.selection)
+        fitted = fit(
             prepared,
             loaded,
             settings,
             description=f"{known.name}, {method}",
             progress=progress,
-            callbacks=[*callbacks, *chosen.callbacks(prepared)],
+            callbacks=[*callbacks, *own_callbacks],
+            score=lambda: score_task(prepared, judged, loaded.collator, progress=False),
+            kept=None
+            if own_callbacks or callbacks
+            else kept_training(model, known, output, asdict(settings), asdict(options), method, start),
         )
         metrics = score_task(prepared, known, loaded.collator, progress=progress)
         selection = None
         if known.selection is not None:
-            halved = replace(known, evaluation=known.selection)
-            selection = score_task(prepared, halved, loaded.collator, progress=progress)
+            selection = score_task(prepared, judged, loaded.collator, progress=progress)
         if isinstance(prepared, PeftModel):
             prepared.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
         elif chosen.writes == "trained":
@@ -185,9 +244,9 @@ def tune(
             evaluation_split=known.evaluation_split,
             parameters=ParameterCounts.of(prepared, loaded.head, total),
             adapter_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.name != BASIS_FILE),
-            steps=setup.steps,
-            seconds=seconds,
-            seconds_per_step=seconds / setup.steps,
+            steps=fitted.steps,
+            seconds=fitted.seconds,
+            seconds_per_step=fitted.seconds / fitted.steps,
             seed=seed,
             settings={
                 **asdict(settings),
@@ -197,13 +256,49 @@ def tune(
             versions=library_versions(),
             precision=settings.precision,
             selection_metrics=selection,
+            layout=known.layout,
+            notes=tuple(notes),
         )
         write_json(folder / TUNING_FILE, result.to_dict())
         if isinstance(prepared, PeftModel):
-            record = record_of(task) if isinstance(task, str) else None
+            own = None
+            if train is not None and known.layout is not None:
+                own = (train if validation is None else validation, bool(known.layout.held_out))
             asks = record.description if record else ""
-            write_card(folder, result, loaded, data=data, named=record in BUILT_IN, asks=asks)
+            write_card(folder, result, loaded, data=data, named=record in BUILT_IN, asks=asks, own=own)
     return result
+
+
+def kept_training(
+    model: str | Path,
+    task: Task,
+    output: str | Path,
+    settings: Mapping[str, Any],
+    options: Mapping[str, Any],
+    method: str,
+    start: str | Path | None,
+) -> Path | None:
+    """Where the state of this very training is kept while it runs; None where its data cannot be told from others.
+
+    The name is a checksum of the model's files, the data, all settings and the output. What is older than a month is
+    removed.
+    """
+    if not task.identity:
+        return None
+    folder = cache_folder() / "training"
+    for old in folder.glob("*"):
+        with suppress(OSError):
+            if time.time() - old.stat().st_mtime > KEPT_FOR:
+                shutil.rmtree(old, ignore_errors=True)
+    files = sorted(file for file in checked_folder(resolve_source(model)).iterdir() if file.is_file())
+    parts = [identity_of(files), task.identity, str(Path(output).absolute()), method, str(start)]
+    parts += [json.dumps(one, sort_keys=True, default=str) for one in (settings, options, library_versions())]
+    place = folder / checksum(*parts)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a cache that cannot be written costs time only
+        return None
+    return place
 
 
 def start_from(model: nn.Module, loaded: LoadedModel, method: Method, folder: Path) -> None:

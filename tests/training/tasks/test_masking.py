@@ -8,7 +8,7 @@ from transformers import BertForMaskedLM
 
 from spectralbasis.errors import InputError
 from spectralbasis.training import evaluate, load_model, tune
-from spectralbasis.training.evaluation import masked_token_scores
+from spectralbasis.training.evaluation import token_scores
 from spectralbasis.training.text_tasks import masked_language_task
 from tests.training.examples import WORDS, save_image_model, save_text_model
 
@@ -75,7 +75,7 @@ def test_a_short_text_has_one_hidden_token_and_an_empty_one_none(source, task):
 
 def test_scores_are_those_of_the_definitions(source, task):
     loaded = load_model(source, task, max_length=16)
-    scores = masked_token_scores(loaded.model, task.evaluation, loaded.collator)
+    scores = token_scores(loaded.model, task.evaluation, loaded.collator)
     logs, hits = [], []
     for row in task.evaluation:
         batch = loaded.collator([row])
@@ -114,7 +114,7 @@ def test_tuning_learns_to_fill_in_and_evaluates_to_the_same(tmp_path, source, ta
     options = {"max_length": 16, "steps": 60, "learning_rate": rate, "progress": False}
     result = tune(base, task=task, output=tmp_path / "tuned", method=method, **options)
     before = load_model(base, task, max_length=16)
-    start = masked_token_scores(before.model, task.evaluation, before.collator)
+    start = token_scores(before.model, task.evaluation, before.collator)
     assert result.metric == "log_likelihood"
     assert result.score > start["log_likelihood"] + 0.2
     places = (tmp_path / "tuned",) if method == "full" else (base, tmp_path / "tuned")
