@@ -52,7 +52,7 @@ def _show_printable() -> None:
 def _show_notes() -> None:
     """Write what the package says of its work, such as how a table is read, to stderr."""
     notes = logging.getLogger("spectralbasis")
-    if not notes.handlers:
+    if not notes.handlers and os.environ.get("RANK", "0") == "0":  # among several processes the first one speaks
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         notes.addHandler(handler)

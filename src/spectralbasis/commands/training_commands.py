@@ -199,6 +199,7 @@ def tune(
     """
     require_extra("tune", "the command tune")
     from spectralbasis.training import tune as run
+    from spectralbasis.training.fitting import is_main_process
 
     with stopped_by_hand("nothing was written: run the same command again"):
         result = run(
@@ -240,7 +241,8 @@ def tune(
             overwrite=overwrite,
             progress=shows_progress(),
         )
-    tables.show_result(result.to_dict(), tables.tuning_table, as_json)
+    if is_main_process():
+        tables.show_result(result.to_dict(), tables.tuning_table, as_json)
 
 
 def evaluate(

@@ -175,6 +175,12 @@ def fit(
     Raises:
         InputError: the loss became infinite or NaN.
     """
+    parts = settings.gradient_accumulation * devices()
+    if settings.batch_size % parts:
+        raise InputError(
+            f"batch_size={settings.batch_size} cannot be divided among {parts} parts ({devices()} devices, "
+            f"gradient_accumulation={settings.gradient_accumulation}); pass a multiple of {parts}"
+        )
     if settings.bf16 and settings.precision != "bf16":
         warn(
             "bf16 was asked for, but this processor would have to emulate it, which is slower; training in float32",
@@ -209,7 +215,7 @@ def fit(
         arguments = TrainingArguments(
             output_dir=str(kept or scratch),
             max_steps=steps,
-            per_device_train_batch_size=max(1, settings.batch_size // settings.gradient_accumulation // devices()),
+            per_device_train_batch_size=settings.batch_size // parts,
             gradient_accumulation_steps=settings.gradient_accumulation,
             seed=settings.seed,
             bf16=settings.precision == "bf16",
@@ -286,11 +292,12 @@ def _checkpoint_activations(loaded: LoadedModel) -> None:
 
 def devices() -> int:
     """Among how many devices a batch is divided: the processes that `accelerate launch` started, or the GPUs."""
-    return int(os.environ.get("WORLD_SIZE", "1")) * max(1, torch.cuda.device_count() if _alone() else 1)
+    return int(os.environ.get("WORLD_SIZE", "1")) * max(1, torch.cuda.device_count() if "RANK" not in os.environ else 1)
 
 
-def _alone() -> bool:
-    return "LOCAL_RANK" not in os.environ
+def is_main_process() -> bool:
+    """Whether this process writes results: the only one, or the first of those that `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from torch import nn
 from spectralbasis.errors import InputError
 from spectralbasis.extras import require_extra
 from spectralbasis.files import atomic_path, check_output_file
+from spectralbasis.locations import check_folders
 from spectralbasis.printable import track
 from spectralbasis.training.collators import CausalCollator
 from spectralbasis.training.data_files import first_line
@@ -196,6 +197,7 @@ def open_predictor(
     for name, value in (("batch_size", batch_size), ("new_tokens", new_tokens)):
         if not 1 <= value <= 1 << 20:
             raise InputError(f"{name} must be from 1 to {1 << 20}, got {value}")
+    check_folders([Path(adapter) if adapter else None])
     tuned = Path(adapter or model)
     record = stored(tuned)
     layout = layout_of(model, record, wanted, table, labelled=False)

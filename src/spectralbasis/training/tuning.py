@@ -3,9 +3,10 @@
 import json
 import logging
 import shutil
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,7 @@ from spectralbasis.linalg import Leading
 from spectralbasis.printable import shortened
 from spectralbasis.records import read_record
 from spectralbasis.training.evaluation import MAX_LENGTH, cut_texts, length_for, reading_of_text, score_task
-from spectralbasis.training.fitting import TrainingSettings, fit
+from spectralbasis.training.fitting import TrainingSettings, fit, is_main_process
 from spectralbasis.training.known_tasks import BUILT_IN, load_task, record_of
 from spectralbasis.training.methods import DEFAULT_SCALING, Method, MethodOptions, Setup, find_method
 from spectralbasis.training.models import LoadedModel, checked_folder, load_model, resolve_source
@@ -201,7 +202,7 @@ def tune(
     notes = [*known.notes, *(cut_texts(loaded) if train is not None else ())]
     for sentence in notes[len(known.notes) :]:
         LOGGER.info(sentence)
-    with atomic_folder(Path(output)) as folder:
+    with atomic_folder(Path(output)) if is_main_process() else scratch_folder() as folder:
         setup = Setup(loaded, options, folder, settings.total_steps(len(known.train)))
         total = sum(parameter.numel() for parameter in loaded.model.parameters())
         set_seed(seed)
@@ -267,6 +268,13 @@ def tune(
             asks = record.description if record else ""
             write_card(folder, result, loaded, data=data, named=record in BUILT_IN, asks=asks, own=own)
     return result
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for what the processes beside the first would write, which is removed."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def kept_training(
