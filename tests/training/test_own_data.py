@@ -146,7 +146,7 @@ def test_pairs_of_texts(tmp_path, model):
         for first, second in (("good", "the film is bad"), ("the film is bad", "good"))
     )
     assert one != other
-    with pytest.raises(InputError, match="has the column 'b' not; its columns are 'a'"):
+    with pytest.raises(InputError, match="has no column 'b'; its columns are 'a'"):
         next(sb.predict(model, tmp_path / "out", [{"a": "good"}]))
 
 

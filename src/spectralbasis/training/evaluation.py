@@ -165,6 +165,8 @@ def layout_of(
     found = find_layout(opened, wanted, labelled=labelled)
     if found.kind in ("language", "instructions"):
         return found
+    if not labelled and found.kind == "" and writes_text(model):
+        return replace(found, kind="language", text=found.text[:1])
     config = checked_folder(resolve_source(model)) / CONFIG
     names = read_record(config, dict[str, Any]).get("id2label")
     if isinstance(names, dict) and len(names) > 1 and found.kind in ("", "classification", "images"):

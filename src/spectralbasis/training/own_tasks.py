@@ -17,6 +17,7 @@ from spectralbasis.printable import shortened
 from spectralbasis.training.data_files import LARGEST, TaskRecord
 from spectralbasis.training.row_values import (
     FEW,
+    alike,
     check_classes,
     check_types,
     class_of,
@@ -24,6 +25,7 @@ from spectralbasis.training.row_values import (
     kind_of_labels,
     ordered_classes,
     target_of,
+    type_of,
 )
 from spectralbasis.training.table_files import Table, open_tables
 from spectralbasis.training.tasks import (
@@ -239,10 +241,14 @@ def find_layout(table: Table, wanted: Wanted, *, labelled: bool = True) -> Layou
     def there(*names: str) -> tuple[str, ...]:
         return tuple(by_name[name] for name in names if name in by_name)
 
-    for column in (*wanted.text, *([wanted.label] if wanted.label else [])):
+    named = (*wanted.text, *([wanted.label] if wanted.label else []))
+    for column in named:
         table.position(column)
+        if named.count(column) > 1:
+            raise InputError(f"the column {column!r} was named twice among text and label; name two different ones")
     kind = wanted.kind
-    conversation = there(MESSAGES) or (there(PROMPT, COMPLETION) if len(there(PROMPT, COMPLETION)) == 2 else ())
+    pair = there(PROMPT, COMPLETION)
+    conversation = there(MESSAGES) or (pair if len(pair) == 2 or not labelled else ())
     if kind is None and not wanted.label and conversation and not wanted.text:
         kind = "instructions"
     if kind == "instructions":
@@ -320,7 +326,9 @@ def _labelled_parts(table: Table, validation: Table | None, layout: Layout, seed
         words = [class_of(table, layout, number, value) for number, value in zip(numbers, values, strict=True)]
         check_types(table, layout, values, numbers)
         layout = replace(layout, kind=kind or "classification", label_names=ordered_classes(set(words)))
+        notes += alike(layout.label_names)
         check_classes(table, layout, words, numbers, split=validation is None)
+    notes += _said_of_lines(table, columns, numbers)
     rows = _dataset(table, layout, columns, values, numbers)
     if validation is not None:
         return _Parts(layout, rows, _labelled_rows(validation, layout, like=table.place), tuple(notes))
@@ -457,7 +465,12 @@ def _documents(table: Table, layout: Layout, cut: Callable[[str], list[str]]) ->
             continue
         if len(names) == 1:
             _check_answered(table, number, layout.text[0], values[0])
-        for name, value in zip(names, values, strict=True):
+        for column, name, value in zip(layout.text, names, values, strict=True):
+            if found[name] and type(value) is not type(found[name][0]):
+                raise InputError(
+                    f"{table.at(number, column)}: found {type_of(value)}, where the rows before have "
+                    f"{type_of(found[name][0])}; give all rows one form"
+                )
             found[name].append(value)
     if not found[names[0]]:
         raise InputError(f"{table.place} has no rows with text; expected at least one")
@@ -503,6 +516,22 @@ def _task(
         identity=identity,
         notes=notes,
     )
+
+
+def _said_of_lines(table: Table, columns: Sequence[list[Any]], numbers: Sequence[int]) -> list[str]:
+    """Which texts span lines: an odd quotation mark makes one text of several rows."""
+    spans = [
+        number
+        for number, *texts in zip(numbers, *columns, strict=True)
+        if any(isinstance(text, str) and "\n" in text for text in texts)
+    ]
+    if not spans or table.unit != "line":
+        return []
+    what = "text spans" if len(spans) == 1 else "texts span"
+    return [
+        f"{len(spans):,} {what} several lines, the first in {table.unit} {spans[0]}; if that is not meant, a quotation "
+        "mark is missing there."
+    ]
 
 
 def _said(table: Table, layout: Layout, causal: bool) -> str:

@@ -37,7 +37,7 @@ def input_of(table: Table, kind: str, number: int, column: str, value: Any) -> A
         raise InputError(f"{table.at(number, column)}: the text is empty; fill it in, or remove the row")
     if not isinstance(value, str):
         raise InputError(
-            f"{table.at(number, column)}: found {shortened(repr(value), 60)}, a {type(value).__name__}, expected text"
+            f"{table.at(number, column)}: found {shortened(repr(value), 60)}, {type_of(value)}, expected text"
         )
     if not value.strip():
         raise InputError(f"{table.at(number, column)}: the text is only blanks; fill it in, or remove the row")
@@ -143,19 +143,21 @@ def _check_there(table: Table, layout: Layout, number: int, value: Any) -> None:
         )
 
 
-def _type(value: Any) -> str:
+def type_of(value: Any) -> str:
+    """What a value is, for people."""
     if isinstance(value, bool):
         return "true or false"
-    return "a text" if isinstance(value, str) else "a number"
+    kinds = {str: "a text", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return kinds.get(type(value), f"a value of type {type(value).__name__}")
 
 
 def check_types(table: Table, layout: Layout, values: Sequence[Any], numbers: Sequence[int]) -> None:
     """Refuse labels of several types: the text "1" and the number 1 may or may not be one class."""
-    first = _type(values[0])
+    first = type_of(values[0])
     for number, value in zip(numbers, values, strict=True):
-        if _type(value) != first:
+        if type_of(value) != first:
             raise InputError(
-                f"{table.at(number, layout.label)}: the label is {shortened(repr(value), 60)}, {_type(value)}, where "
+                f"{table.at(number, layout.label)}: the label is {shortened(repr(value), 60)}, {type_of(value)}, where "
                 f"{table.unit} {numbers[0]} has {first}; give all labels one type"
             )
 
@@ -185,3 +187,19 @@ def check_classes(table: Table, layout: Layout, words: Sequence[str], numbers: S
             "or give --validation"
         )
     warn(f"{message}, which is little to learn from")
+
+
+def alike(names: Sequence[str]) -> list[str]:
+    """A sentence about names of classes that differ in case alone, or write one number in two ways; else nothing.
+
+    Examples:
+        >>> alike(["False", "TRUE", "false"])
+        ["The labels 'False' and 'false' are two classes; write them alike if they are one."]
+    """
+    seen: dict[object, str] = {}
+    for name in names:
+        key = float(name) if is_number(name) else name.casefold()
+        if key in seen:
+            return [f"The labels {seen[key]!r} and {name!r} are two classes; write them alike if they are one."]
+        seen[key] = name
+    return []

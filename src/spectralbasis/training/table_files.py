@@ -39,6 +39,7 @@ LONGEST_FIELD = 1 << 24
 """Characters of one field: a longer one comes of a quotation mark that is not closed."""
 ROWS = 1024
 """Rows that are read from Parquet files and data sets at once."""
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 Rows = Iterator[tuple[int, list[Any]]]
 
 
@@ -75,9 +76,11 @@ class Table:
             InputError: it is not there, or twice.
         """
         if self.columns.count(column) != 1:
-            times = "twice or more, expected it once" if column in self.columns else "not"
+            name = shortened(repr(column))
+            found = f"the column {name} twice or more, expected it once"
             raise InputError(
-                f"{self.place} has the column {shortened(repr(column))} {times}; its columns are {self.named()}"
+                f"{self.place} has {found if column in self.columns else f'no column {name}'}; its columns are "
+                f"{self.named()}"
             )
         return self.columns.index(column)
 
@@ -191,7 +194,7 @@ def _text_rows(file: Path, encoding: str) -> Rows:
 
 
 def _open_separated(file: Path, encoding: str) -> Table:
-    lines = _lines(file, encoding)
+    lines = filter(str.strip, _lines(file, encoding))
     first = next(lines, "")
     told = re.fullmatch(r"sep=(.)\s*", first)  # Excel's own way to say it
     head = next(lines, "") if told else first
@@ -219,8 +222,9 @@ def _open_separated(file: Path, encoding: str) -> Table:
         next(found)
         for number, values in found:
             if len(values) != len(columns):
+                found = "1 column" if len(values) == 1 else f"{len(values)} columns"
                 raise InputError(
-                    f"{file}, line {number} has {len(values)} columns where the header has {len(columns)} "
+                    f"{file}, line {number} has {found} where the header has {len(columns)} "
                     f"({shortened(', '.join(columns))}); put a text that holds {separator!r} or a line break into "
                     "quotation marks, or correct the row"
                 )
@@ -285,6 +289,11 @@ def _open_json(file: Path, encoding: str) -> Table:
             found = parse_json(line, f"{file}, line {number}", "write one JSON object a line")
             if not isinstance(found, dict):
                 raise InputError(f"{file}, line {number} is a {type(found).__name__}, expected a JSON object")
+            if _SURROGATE.search(line) is not None:
+                try:
+                    json.dumps(found, ensure_ascii=False).encode()
+                except UnicodeEncodeError as error:
+                    raise InputError(f"{file}, line {number} holds half a character (\\ud…); remove it") from error
             yield number, found
 
     columns: dict[str, None] = {}

@@ -60,6 +60,7 @@ SAME = {
     "crlf": lambda path: write(path / "t.csv", csv_text(end="\r\n")),
     "semicolons": lambda path: write(path / "t.csv", csv_text(separator=";")),
     "excel": lambda path: write(path / "t.csv", "sep=;\n" + csv_text(separator=";")),
+    "blank lines first": lambda path: write(path / "t.csv", "\n\n" + csv_text(separator=";")),
     "empty rows of Excel": lambda path: write(path / "t.csv", csv_text() + ",\n\n"),
     "tsv with quoted fields": lambda path: write(path / "t.tsv", csv_text(separator="\t")),
     "tsv with quotes as text": lambda path: write(
@@ -92,6 +93,13 @@ def test_a_text_may_hold_line_breaks_and_a_later_row_is_named_by_its_own_line(tm
     rows = [("first\nsecond", "yes"), ("bad", "no"), ("", "no")]
     with pytest.raises(InputError, match=r"t\.csv, line 5, column 'text': the text is empty"):
         task_from_table(write(tmp_path / "t.csv", csv_text(rows)))
+
+
+def test_texts_of_several_lines_and_labels_that_look_alike_are_said(tmp_path):
+    rows = [("first\nsecond", "TRUE"), ("b", "FALSE"), ("c", "True"), ("d", "False")] * 2
+    notes = task_from_table(write(tmp_path / "t.csv", csv_text(rows))).notes
+    assert any("2 texts span several lines, the first in line 2;" in note for note in notes)
+    assert any("'FALSE' and 'False' are two classes" in note for note in notes)
 
 
 def test_the_split_is_seeded_and_stated_and_can_be_scored_again(tmp_path):
@@ -168,7 +176,7 @@ def test_columns_are_found_by_name_or_refused(tmp_path, header, text):
 
 
 BAD = {
-    "missing column": (csv_text(), {"label": "stars"}, r"t\.csv has the column 'stars' not; its columns are 'text', '"),
+    "missing column": (csv_text(), {"label": "stars"}, r"t\.csv has no column 'stars'; its columns are 'text', '"),
     "empty": ("", {}, "is empty"),
     "header only": ("text,label\n", {}, "has a header .* and no rows"),
     "no labels": ("text,more\na,b\n", {"text": "more", "kind": "classification"}, "no column of labels"),
@@ -182,6 +190,7 @@ BAD = {
     "unknown kind": (csv_text(), {"kind": "ranking"}, "unknown kind 'ranking'; the known ones are"),
     "no text left": ("label\na\nb\n", {}, "several columns could hold the text"),
     "words for numbers": (csv_text(), {"kind": "regression"}, r"line 2, column 'label': the label is 'yes', ex"),
+    "same column": (csv_text(), {"text": ("text", "text")}, "the column 'text' was named twice"),
     "NUL": ("text,label\na\0b,yes\n", {}, "line 2 holds the character NUL"),
 }  # fmt: skip
 
@@ -195,12 +204,15 @@ def test_bad_tables_are_refused_with_file_row_and_column(tmp_path, content, opti
 
 BAD_JSON = {
     "mixed labels": ('{"text": "a", "label": "1"}\n{"text": "b", "label": true}', r"line 2.*is True, true or"),
-    "number as text": ('{"text": "a", "label": "x"}\n{"text": 5, "label": "x"}', r"line 2, column 'text': found 5, "),
+    "number as text": ('{"text": "a", "label": "x"}\n{"text": 5, "label": "x"}', r"line 2, column 'text': found 5, a num"),
     "NaN": ('{"text": "a", "label": 1.5}\n{"text": "b", "label": NaN}', r"line 2, column 'label': the label is nan"),
     "no object": ('{"text": "a", "label": "x"}\n[1]', "line 2 is a list, expected a JSON object"),
     "no JSON": ('{"text": "a", "label": "x"}\n{"text', "line 2 is not valid JSON"),
     "a list": ('[{"text": "a", "label": "x"}]', "is one JSON list; write one object a line"),
     "missing value": ('{"text": "a", "label": "x"}\n{"label": "x"}', r"line 2, column 'text': the text is empty"),
+    "half a character": ('{"text": "\\ud800", "label": "x"}', r"line 1 holds half a character"),
+    "forms": ('{"prompt": "a", "completion": "b"}\n{"prompt": [{"role": "user", "content": "c"}], "completion": "d"}',
+              r"line 2, column 'prompt': found a list, where the rows before have a text"),
     "role": ('{"messages": [{"role": "robot", "content": "a"}]}', r"line 1, column 'messages': found the message"),
     "no answer": ('{"messages": [{"role": "user", "content": "a"}]}', "whose last one is the assistant's answer"),
 }  # fmt: skip
@@ -220,9 +232,7 @@ def test_a_label_that_training_lacks_is_refused(tmp_path):
     ):
         task_from_table(train, new)
     other = write(tmp_path / "w.csv", csv_text(header=("words", "label")))
-    with pytest.raises(
-        InputError, match=r"w\.csv has the column 'text' not; .*t\.csv has it, so give the tables the same"
-    ):
+    with pytest.raises(InputError, match=r"w\.csv has no column 'text'; .*t\.csv has it, so give the tables the same"):
         task_from_table(train, other)
 
 
