@@ -204,7 +204,7 @@ def test_bad_tables_are_refused_with_file_row_and_column(tmp_path, content, opti
 
 BAD_JSON = {
     "mixed labels": ('{"text": "a", "label": "1"}\n{"text": "b", "label": true}', r"line 2.*is True, true or"),
-    "number as text": ('{"text": "a", "label": "x"}\n{"text": 5, "label": "x"}', r"line 2, column 'text': found 5, a num"),
+    "number as text": ('{"text": "a", "label": "x"}\n{"text": 5, "label": "x"}', r"line 2, column 'text': found 5, a"),
     "NaN": ('{"text": "a", "label": 1.5}\n{"text": "b", "label": NaN}', r"line 2, column 'label': the label is nan"),
     "no object": ('{"text": "a", "label": "x"}\n[1]', "line 2 is a list, expected a JSON object"),
     "no JSON": ('{"text": "a", "label": "x"}\n{"text', "line 2 is not valid JSON"),
