@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from spectralbasis.errors import InputError, SpectralBasisError
 from spectralbasis.extras import require_extra
+from spectralbasis.locations import check_folders
 from spectralbasis.printable import track
 from spectralbasis.records import read_record
 from spectralbasis.training.collators import (
@@ -121,6 +122,10 @@ def evaluate(
     if (task is None) == (test is None):
         raise InputError("neither a task nor test data were given; give one" if task is None else "both a task and "
                          "test data were given; give one of them")  # fmt: skip
+    if held_out and test is None:
+        raise InputError("held_out goes with test, the table that was tuned on; give it, or leave out held_out")
+    if test is not None:
+        check_folders([Path(adapter) if adapter else None])
     tuned = Path(adapter or model)
     record = stored(tuned)
     length = record.get("settings", {}).get("max_length", MAX_LENGTH) if max_length is None else max_length

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -24,11 +24,11 @@ from transformers import (
     TrainingArguments,
     get_linear_schedule_with_warmup,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from spectralbasis.errors import InputError
 from spectralbasis.execution import native_bf16
 from spectralbasis.printable import track, warn
+from spectralbasis.records import read_json
 from spectralbasis.training.collators import CausalCollator
 from spectralbasis.training.models import LoadedModel
 from spectralbasis.training.outcomes import copy_tensors, read_tensors, save_trained, trained_parameters
@@ -243,20 +243,20 @@ def fit(
             # Classifiers take the mean over a part, whatever they are told of the whole batch: the Trainer must divide.
             trainer.model_accepts_loss_kwargs = False
         trainer.remove_callback(PrinterCallback)
-        start = get_last_checkpoint(str(kept)) if kept is not None and kept.is_dir() else None
+        start = last_complete(kept) if kept is not None else None
         if start is not None:
             LOGGER.info("Training goes on after step %s, where it was stopped.", start.rpartition("-")[2])
         with _without_cache(loaded.model):
             measured = trainer.train(resume_from_checkpoint=start).metrics
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else `model` would go on in bf16
         taken = trainer.state.global_step
+    if kept is not None:
+        shutil.rmtree(kept, ignore_errors=True)
     if not math.isfinite(measured["train_loss"]):
         raise InputError(
             f"training diverged: the loss is {measured['train_loss']}; "
             f"pass a learning rate below {settings.learning_rate:g}"
         )
-    if kept is not None:
-        shutil.rmtree(kept, ignore_errors=True)
     return Fitted(float(measured["train_runtime"]), taken)
 
 
@@ -314,28 +314,28 @@ def packed(model: nn.Module, loaded: LoadedModel) -> CausalCollator:
             f"{loaded.task.kind.replace('_', ' ')} task; leave out packing"
         )
     packing = replace(plain, packing=True)
-    rows = next(batches(loaded.task.train, 2))
-    was_training = model.training
+    was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    packing_two = replace(packing, max_length=2 * plain.max_length)
-    short = [{**row} for row in rows]
-    together, one = packing_two(short), [packing([row]) for row in short]
-    device = next(model.parameters()).device
-    placed = {name: together[name].to(device) for name in ("input_ids", "position_ids")}
-    logits = model(**placed, use_cache=False).logits
-    order = sorted(range(len(one)), key=lambda at: -one[at]["input_ids"].shape[1])
-    at = 0
-    for number in order if len(together["input_ids"]) == 1 else ():
-        ids = one[number]["input_ids"]
-        alone = model(input_ids=ids.to(device), use_cache=False).logits[0].float()
-        there = logits[0, at : at + len(alone)].float()
-        if not torch.allclose(there, alone, atol=1e-2 * float(alone.abs().max())):
-            raise InputError(
-                f"texts that share a sequence see each other in a {type(loaded.model).__name__}; leave out packing"
-            )
-        at += len(alone)
+    rows = [packing([row])["input_ids"][0].to(device) for row in next(batches(loaded.task.train, 2))]
+    places = torch.cat([torch.arange(len(row), device=device) for row in rows])
+    together = model(input_ids=torch.cat(rows)[None], position_ids=places[None], use_cache=False).logits[0].float()
+    alone = torch.cat([model(input_ids=row[None], use_cache=False).logits[0].float() for row in rows])
     model.train(was_training)
+    if not torch.allclose(together, alone, atol=1e-2 * float(alone.abs().max())):
+        raise InputError(
+            f"texts that share a sequence see each other in a {type(loaded.model).__name__}; leave out packing"
+        )
     return packing
+
+
+def last_complete(kept: Path) -> str | None:
+    """The last state of training in a folder that was written to its end, which a list at its end shows."""
+    found = []
+    for folder in kept.glob("checkpoint-*"):
+        with suppress(InputError, ValueError):
+            read_json(folder / "trainer_state.json")
+            found.append((int(folder.name.rpartition("-")[2]), str(folder)))
+    return max(found)[1] if found else None
 
 
 @contextmanager
