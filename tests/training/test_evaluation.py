@@ -10,7 +10,7 @@ from transformers import AutoModelForImageClassification
 
 from spectralbasis.errors import BaseMismatchError, InputError
 from spectralbasis.training import Task, evaluate, load_model, load_task, tune
-from spectralbasis.training.evaluation import predict
+from spectralbasis.training.evaluation import all_outputs
 from tests.training.examples import bright_side_task, save_image_model, save_text_model, write_tsv
 
 SHORT = {"steps": 2, "batch_size": 8, "progress": False}
@@ -79,7 +79,7 @@ def test_predictions_are_the_models_outputs_in_the_order_of_the_examples(tmp_pat
     labels = np.arange(150) % 3
     task = Task.from_arrays("noise", (images, labels), (images, labels))
     loaded = load_model(save_image_model(tmp_path / "model"), task)
-    outputs, references = predict(loaded.model, task.evaluation, loaded.collator)
+    outputs, references = all_outputs(loaded.model, task.evaluation, loaded.collator)
     pixels = torch.tensor(images, dtype=torch.float32)[:, None] * 2 - 1
     with torch.no_grad():
         expected = loaded.model.eval()(pixel_values=pixels).logits.numpy()

@@ -269,7 +269,7 @@ def test_running_text(tmp_path, model, writer, kind):
         assert next(sb.predict(base, tmp_path / "out", ["the film"], new_tokens=3))["text"] == "the film"
     else:
         with pytest.raises(InputError, match="fills in hidden words, which is nothing to predict"):
-            next(sb.predict(base, tmp_path / "out", ["the film"]))
+            sb.predict(base, tmp_path / "out", ["the film"])
 
 
 class Killed(Exception):
@@ -412,7 +412,7 @@ def test_a_model_with_names_of_its_own_predicts_and_one_without_is_refused(tmp_p
     assert sb.evaluate(folder, test=films, max_length=16, progress=False).examples == 60
     assert {row["prediction"] for row in sb.predict(folder, None, films, max_length=16)} <= {"liked", "none", "hated"}
     with pytest.raises(InputError, match="nothing says which labels"):
-        next(sb.predict(model, None, films))
+        sb.predict(model, None, films)
 
 
 def test_long_texts_are_said_to_be_cut(tmp_path, caplog, model):

@@ -279,13 +279,13 @@ def score_task(model: nn.Module, task: Task, collator: Collator, *, progress: bo
     """The task's metrics of the model's predictions on the evaluation split."""
     if isinstance(collator, MaskingCollator | CausalCollator):
         return token_scores(model, task.evaluation, collator, progress=progress)
-    outputs, references = predict(model, task.evaluation, collator, progress=progress)
+    outputs, references = all_outputs(model, task.evaluation, collator, progress=progress)
     predictions = outputs[:, 0] if task.kind == "regression" else outputs.argmax(1)
     return score(predictions, references, task.metrics)
 
 
 @torch.inference_mode()
-def predict(
+def all_outputs(
     model: nn.Module, examples: "Dataset", collator: Collator, *, progress: bool = False
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """The model's outputs of shape (N, labels) for the examples, and their labels of shape (N,)."""

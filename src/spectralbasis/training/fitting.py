@@ -329,7 +329,7 @@ def packed(model: nn.Module, loaded: LoadedModel) -> CausalCollator:
 
 
 def last_complete(kept: Path) -> str | None:
-    """The last state of training in a folder that was written to its end, which a list at its end shows."""
+    """The last state of training in a folder that was written to its end, which its last file shows."""
     found = []
     for folder in kept.glob("checkpoint-*"):
         with suppress(InputError, ValueError):

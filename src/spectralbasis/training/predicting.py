@@ -20,7 +20,7 @@ from spectralbasis.errors import InputError
 from spectralbasis.extras import require_extra
 from spectralbasis.files import atomic_path, check_output_file
 from spectralbasis.locations import check_folders
-from spectralbasis.printable import track
+from spectralbasis.printable import printable, track
 from spectralbasis.training.collators import CausalCollator
 from spectralbasis.training.data_files import first_line
 from spectralbasis.training.evaluation import MAX_LENGTH, attach_adapter, layout_of, length_for
@@ -286,15 +286,14 @@ def predict(
         rows = iter(rows)  # type: ignore[arg-type]
         first = next(rows, None)
         if first is None:
-            return
+            return iter(())
         table = _table_in_memory(first, rows, _columns_of_text(Path(adapter or model)))
     wanted = Wanted(None, (text,) if isinstance(text, str) else tuple(text))
     predictor = open_predictor(
         model, adapter, table, wanted=wanted, max_length=max_length, batch_size=batch_size, new_tokens=new_tokens
     )
     columns = output_columns(table, predictor)
-    for values, predictions in predictor(table):
-        yield dict(zip(columns, [*values, *predictions], strict=True))
+    return (dict(zip(columns, [*values, *predictions], strict=True)) for values, predictions in predictor(table))
 
 
 def _columns_of_text(tuned: Path) -> tuple[str, ...]:
@@ -433,7 +432,7 @@ def _writer(
 ) -> Iterator[_Write]:
     """A function that writes one row; the file gets its name when all are written."""
     if output is None:
-        yield _text_writer(sys.stdout, suffix, columns, table)
+        yield _text_writer(_Shown(sys.stdout) if sys.stdout.isatty() else sys.stdout, suffix, columns, table)
         return
     with atomic_path(Path(output)) as temporary:
         if suffix == ".parquet":
@@ -444,7 +443,18 @@ def _writer(
                 yield _text_writer(file, suffix, columns, table)
 
 
-def _text_writer(file: IO[str], suffix: str, columns: tuple[str, ...], table: Table) -> _Write:
+class _Shown:
+    """A terminal, to which characters that it would act on are written as escapes."""
+
+    def __init__(self, terminal: IO[str]) -> None:
+        self._terminal = terminal
+
+    def write(self, text: str) -> int:
+        """Write a text."""
+        return self._terminal.write(printable(text, lines=True))
+
+
+def _text_writer(file: "IO[str] | _Shown", suffix: str, columns: tuple[str, ...], table: Table) -> _Write:
     if suffix in (".jsonl", ".ndjson", ".json"):
         if len(set(columns)) < len(columns):
             raise InputError(f"{table.place} has a column twice, which JSON cannot hold; write a .csv file")
