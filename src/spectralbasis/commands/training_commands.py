@@ -45,6 +45,13 @@ MaxLength = Annotated[
 ]
 
 
+def _one_of(first: str, one: str | None, second: str, other: str | None) -> None:
+    """Refuse both and neither of two options."""
+    if (one is None) == (other is None):
+        found = "neither was given" if one is None else "both were given"
+        raise typer.BadParameter(f"give {first} with the name of a task, or {second} with your own data; {found}")
+
+
 def quickstart(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write to.")] = Path("quickstart"),
     as_json: AsJson = False,
@@ -197,6 +204,7 @@ def tune(
 
     Example: `spectralbasis tune minilm --task RTE --data path/to/glue -o adapter --budget 0.002 --coefficients core`
     """
+    _one_of("--task", task, "--train", train)
     require_extra("tune", "the command tune")
     from spectralbasis.training import tune as run
     from spectralbasis.training.fitting import is_main_process
@@ -273,6 +281,7 @@ def evaluate(
 
     Example: `spectralbasis evaluate minilm adapter --task RTE --data path/to/glue`
     """
+    _one_of("--task", task, "--test", test)
     require_extra("tune", "the command evaluate")
     from spectralbasis.training import evaluate as run
 
