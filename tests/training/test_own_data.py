@@ -363,12 +363,28 @@ def test_predict_from_the_command_line(tmp_path, model, films):
     run("predict", model, adapter, films, films, code=2)
 
 
+def test_a_row_without_text_has_no_prediction(tmp_path, caplog, model, films):
+    adapter = tmp_path / "adapter"
+    sb.tune(model, train=films, output=adapter, **SHORT)
+    file = write_rows(tmp_path / "new.csv", [*FILMS, (" ", "liked"), ("a bad film", "hated")])
+    with caplog.at_level(logging.INFO, "spectralbasis"):
+        for suffix, empty in ((".csv", ""), (".parquet", None), (".jsonl", None)):
+            out = tmp_path / f"out{suffix}"
+            sb.predict_file(model, adapter, file, out, progress=False)
+            rows = pq.read_table(out).to_pylist() if suffix == ".parquet" else read_rows(out)
+            if suffix == ".jsonl":
+                rows = [json.loads(line) for line in out.read_text().splitlines()]
+            assert [row["prediction"] == empty for row in rows] == [False, False, False, True, False]
+            assert rows[3]["probability_hated"] == empty
+    assert "new.csv, line 5, column 'text': the text is empty; 1 of 5 rows have no text" in caplog.text
+
+
 def test_a_bad_row_leaves_no_predictions(tmp_path, model, films):
     adapter = tmp_path / "adapter"
     sb.tune(model, train=films, output=adapter, **SHORT)
-    bad = write_rows(tmp_path / "bad.csv", [*FILMS * 700, ("", "liked")])
+    bad = write_rows(tmp_path / "bad.csv", [*FILMS * 700, ("a", "b", "c")])
     for name in ("p.csv", "p.parquet", "p.jsonl"):
-        with pytest.raises(InputError, match=r"bad\.csv, line 2102, column 'text': the text is empty"):
+        with pytest.raises(InputError, match=r"bad\.csv, line 2102 has 3 columns where the header has 2"):
             sb.predict_file(model, adapter, bad, tmp_path / name, progress=False)
         assert not (tmp_path / name).exists()
     taken = write_rows(tmp_path / "taken.csv", [("a", "b")], ("text", "prediction"))

@@ -17,6 +17,7 @@ from spectralbasis.printable import shortened
 from spectralbasis.training.data_files import LARGEST, TaskRecord
 from spectralbasis.training.row_values import (
     FEW,
+    Blanks,
     alike,
     check_classes,
     check_types,
@@ -195,9 +196,9 @@ def scored_task(test: str | Path, layout: Layout, *, causal: bool = False, cut: 
     order = ("train", "") if held_out else ("test", "", "validation")
     table = next((tables[one] for one in order if one in tables), None) or only(tables, "test", test)
     if layout.kind in ("language", "instructions"):
-        rows = _documents(table, layout, cut)
+        rows, notes = _documents(table, layout, cut)
     else:
-        rows = _labelled_rows(table, layout)
+        rows, notes = _labelled_rows(table, layout)
     split = table.place
     if held_out:
         drawn = layout.held_out
@@ -210,7 +211,7 @@ def scored_task(test: str | Path, layout: Layout, *, causal: bool = False, cut: 
             )
         _, chosen = _split(rows, layout.kind, drawn["seed"])
         rows, split = rows.select(chosen), f"rows held out of {Path(table.place).name}"
-    return _task(own_name(test), layout, rows, rows, split, causal, table.identity, table.notes)
+    return _task(own_name(test), layout, rows, rows, split, causal, table.identity, (*table.notes, *notes))
 
 
 def own_name(source: str | Path) -> str:
@@ -306,8 +307,8 @@ class _Parts:
 
 def _labelled_parts(table: Table, validation: Table | None, layout: Layout, seed: int) -> _Parts:
     _check_size(table)
-    columns, values, numbers = _read(table, layout)
-    kind, notes = layout.kind or None, []
+    columns, values, numbers, notes = _read(table, layout)
+    kind = layout.kind or None
     if kind in (None, ""):
         kind = kind_of_labels(table, layout, values, numbers)
     if kind == "regression":
@@ -331,18 +332,19 @@ def _labelled_parts(table: Table, validation: Table | None, layout: Layout, seed
     notes += _said_of_lines(table, columns, numbers)
     rows = _dataset(table, layout, columns, values, numbers)
     if validation is not None:
-        return _Parts(layout, rows, _labelled_rows(validation, layout, like=table.place), tuple(notes))
+        scored, more = _labelled_rows(validation, layout, like=table.place)
+        return _Parts(layout, rows, scored, (*notes, *more))
     kept, chosen = _split(rows, layout.kind, seed)
     layout = replace(layout, held_out={"seed": seed, "rows": len(chosen), "of": len(rows)})
     return _Parts(layout, rows.select(kept), rows.select(chosen), tuple(notes))
 
 
-def _labelled_rows(table: Table, layout: Layout, like: str = "") -> "Dataset":
+def _labelled_rows(table: Table, layout: Layout, like: str = "") -> "tuple[Dataset, list[str]]":
     _check_size(table)
     if layout.label is None:
         raise InputError(f"{table.place} is read without labels, so it cannot be scored; name them with --label")
-    columns, values, numbers = _read(table, layout, like)
-    return _dataset(table, layout, columns, values, numbers, like)
+    columns, values, numbers, notes = _read(table, layout, like)
+    return _dataset(table, layout, columns, values, numbers, like), notes
 
 
 def _check_size(table: Table) -> None:
@@ -351,20 +353,24 @@ def _check_size(table: Table) -> None:
         raise InputError(f"{path} has {path.stat().st_size:,} bytes, expected at most {LARGEST:,}; give a part of it")
 
 
-def _read(table: Table, layout: Layout, like: str = "") -> tuple[list[list[Any]], list[Any], list[int]]:
-    """The columns of text, the labels, and the numbers of the rows; texts are checked."""
+def _read(table: Table, layout: Layout, like: str = "") -> tuple[list[list[Any]], list[Any], list[int], list[str]]:
+    """The columns of text, the labels, the numbers of the rows, and sentences; rows without text are left out."""
     positions = [_position(table, column, like) for column in layout.text]
     at_label = _position(table, layout.label or "", like)
     columns: list[list[Any]] = [[] for _ in positions]
-    values, numbers = [], []
+    values, numbers, blanks = [], [], Blanks(table)
     for number, row in table.read():
-        for column, name, position in zip(columns, layout.text, positions, strict=True):
-            column.append(input_of(table, layout.kind, number, name, row[position]))
+        found = [row[position] for position in positions]
+        if blanks.takes(number, layout.text, found):
+            continue
+        for column, name, value in zip(columns, layout.text, found, strict=True):
+            column.append(input_of(table, layout.kind, number, name, value))
         values.append(row[at_label])
         numbers.append(number)
+    notes = blanks.said(len(numbers))
     if not numbers:
         raise InputError(f"{table.place} has no rows; expected at least one")
-    return columns, values, numbers
+    return columns, values, numbers, notes
 
 
 def _position(table: Table, column: str, like: str) -> int:
@@ -440,25 +446,31 @@ def _split(rows: "Dataset", kind: str, seed: int) -> tuple[list[int], list[int]]
 def _language_parts(
     table: Table, validation: Table | None, layout: Layout, seed: int, cut: Callable[[str], list[str]]
 ) -> _Parts:
-    rows = _documents(table, layout, cut)
+    rows, notes = _documents(table, layout, cut)
     if validation is not None:
-        return _Parts(layout, rows, _documents(validation, layout, cut))
+        scored, more = _documents(validation, layout, cut)
+        return _Parts(layout, rows, scored, (*notes, *more))
     kept, chosen = _split(rows, layout.kind, seed)
     layout = replace(layout, held_out={"seed": seed, "rows": len(chosen), "of": len(rows)})
-    return _Parts(layout, rows.select(kept), rows.select(chosen))
+    return _Parts(layout, rows.select(kept), rows.select(chosen), tuple(notes))
 
 
-def _documents(table: Table, layout: Layout, cut: Callable[[str], list[str]]) -> "Dataset":
+def _documents(table: Table, layout: Layout, cut: Callable[[str], list[str]]) -> "tuple[Dataset, list[str]]":
     from datasets import Dataset
 
     _check_size(table)
     positions = [table.position(column) for column in layout.text]
     names = inputs_of(layout)
     found: dict[str, list[Any]] = {name: [] for name in names}
+    blanks, rows = Blanks(table), 0
     for number, row in table.read():
+        values = [row[position] for position in positions]
+        if blanks.takes(number, layout.text, values):
+            continue
+        rows += 1
         values = [
-            input_of(table, layout.kind, number, column, row[position])
-            for column, position in zip(layout.text, positions, strict=True)
+            input_of(table, layout.kind, number, column, value)
+            for column, value in zip(layout.text, values, strict=True)
         ]
         if layout.kind == "language":
             found[TEXT].extend(cut(values[0]))
@@ -472,9 +484,10 @@ def _documents(table: Table, layout: Layout, cut: Callable[[str], list[str]]) ->
                     f"{type_of(found[name][0])}; give all rows one form"
                 )
             found[name].append(value)
+    notes = blanks.said(rows)
     if not found[names[0]]:
         raise InputError(f"{table.place} has no rows with text; expected at least one")
-    return Dataset.from_dict(found)
+    return Dataset.from_dict(found), notes
 
 
 def _check_answered(table: Table, number: int, column: str, value: Any) -> None:
@@ -578,14 +591,21 @@ def _pieces(tokenizer: "PreTrainedTokenizerBase", room: int, text: str) -> list[
     return [text[start:end] for start, end in zip(starts, ends, strict=True) if text[start:end].strip()]
 
 
-def rows_of(table: Table, layout: Layout) -> Iterator[tuple[int, list[Any], dict[str, Any]]]:
-    """Number, values, and the model's inputs of each row of a table whose labels are not known."""
+def rows_of(table: Table, layout: Layout, blanks: Blanks) -> Iterator[tuple[int, list[Any], dict[str, Any] | None]]:
+    """Number, values, and the model's inputs of each row of a table whose labels are not known; None without text."""
     layout = replace(layout, text=layout.text[:1]) if layout.kind == "instructions" else layout
     positions = [table.position(column) for column in layout.text]
     names = inputs_of(layout) if layout.kind != "instructions" else (PROMPT,)
     for number, row in table.read():
-        inputs = {
-            name: input_of(table, layout.kind, number, column, row[position])
-            for name, column, position in zip(names, layout.text, positions, strict=True)
-        }
-        yield number, row, inputs
+        values = [row[position] for position in positions]
+        if blanks.takes(number, layout.text, values):
+            yield number, row, None
+            continue
+        yield (
+            number,
+            row,
+            {
+                name: input_of(table, layout.kind, number, column, value)
+                for name, column, value in zip(names, layout.text, values, strict=True)
+            },
+        )

@@ -27,6 +27,7 @@ from spectralbasis.training.evaluation import MAX_LENGTH, attach_adapter, layout
 from spectralbasis.training.models import LoadedModel, load_model, writes_text
 from spectralbasis.training.outcomes import stored
 from spectralbasis.training.own_tasks import Wanted, inputs_of, only, rows_of
+from spectralbasis.training.row_values import Blanks
 from spectralbasis.training.table_files import Table, open_tables, picture_table, pictures_of
 from spectralbasis.training.tasks import IMAGE, LABEL, LIKELIHOOD_METRICS, Layout, Task
 
@@ -91,19 +92,29 @@ class Predictor:
     def __call__(self, table: Table) -> Iterator[tuple[list[Any], list[Any]]]:
         """The values and the predictions of each row of a table, in its order; a few batches are in memory at a time.
 
+        A row without text has predictions of None.
+
         Raises:
             InputError: a column is absent, or a row cannot be read.
         """
-        rows = rows_of(table, self.layout)
+        blanks, count = Blanks(table), 0
+        rows = rows_of(table, self.layout, blanks)
         while chunk := list(islice(rows, self.batch_size * CHUNK)):
-            order = sorted(range(len(chunk)), key=lambda at: _size(chunk[at][2]))
+            count += len(chunk)
+            inputs = {at: one for at, (_, _, one) in enumerate(chunk) if one is not None}
+            order = sorted(inputs, key=lambda at: _size(inputs[at]))
             found: dict[int, list[Any]] = {}
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
-                predictions = self.predictions([chunk[at][2] for at in batch])
+                predictions = self.predictions([inputs[at] for at in batch])
                 found.update(zip(batch, predictions, strict=True))
             for at, (_, values, _) in enumerate(chunk):
-                yield values, found[at]
+                yield values, found.get(at, [None] * len(self.columns))
+        if blanks.count:
+            LOGGER.info(
+                "%s: the text is empty; %s of %s rows have no text, and no prediction.",
+                blanks.first, f"{blanks.count:,}", f"{count:,}",
+            )  # fmt: skip
 
     @torch.inference_mode()
     def predictions(self, rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
@@ -257,7 +268,7 @@ def predict(
 
     Returns:
         Each row with further columns: `prediction` (a label, a value or a text), and for classes `probability` (of the
-        label, in [0, 1]) and, up to 20 classes, `probability_NAME` of each.
+        label, in [0, 1]) and, up to 20 classes, `probability_NAME` of each. They are None for a row without text.
 
     Raises:
         InputError: the model, the adapter, a column or a row cannot be used, or the extra `tune` is not installed.

@@ -18,30 +18,71 @@ from spectralbasis.training.tasks import Layout
 
 FEW = 20
 """Up to so many different whole numbers may be names of classes."""
+MOST_BLANK = 0.1
+"""Share of the rows that may be without text."""
 _NUMBER = re.compile(r"[-+]?(?:0|[1-9]\d*)?(?:\.\d*)?(?:[eE][-+]?\d+)?")
 _COMMA = re.compile(r"[-+]?\d+,\d+")
 _ROLES = ("system", "user", "assistant", "tool")
 
 
+def is_blank(value: Any) -> bool:
+    """Whether a row has no text: nothing, or only blanks."""
+    return (
+        value is None
+        or (isinstance(value, float) and math.isnan(value))
+        or (isinstance(value, str) and not value.strip())
+    )
+
+
 def input_of(table: Table, kind: str, number: int, column: str, value: Any) -> Any:
-    """What the model reads of a row, checked.
+    """What the model reads of a row, checked; see `is_blank` for what comes before.
 
     Raises:
-        InputError: it is absent, empty, or of another type.
+        InputError: it is of another type.
     """
     if kind == "images":
         return picture(table, number, column, value)
     if kind == "instructions" and not isinstance(value, str):
         return conversation(table, number, column, value)
-    if value is None or (isinstance(value, float) and math.isnan(value)) or value == "":
-        raise InputError(f"{table.at(number, column)}: the text is empty; fill it in, or remove the row")
     if not isinstance(value, str):
         raise InputError(
             f"{table.at(number, column)}: found {shortened(repr(value), 60)}, {type_of(value)}, expected text"
         )
-    if not value.strip():
-        raise InputError(f"{table.at(number, column)}: the text is only blanks; fill it in, or remove the row")
     return value
+
+
+class Blanks:
+    """Counts the rows without text, which are left out: a few are usual in real tables, many are a wrong column."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.count = 0
+        self.first = ""
+
+    def takes(self, number: int, columns: Sequence[str], values: Sequence[Any]) -> bool:
+        """Whether a row lacks the text of one of its columns; it is counted then."""
+        for column, value in zip(columns, values, strict=True):
+            if is_blank(value):
+                self.count += 1
+                self.first = self.first or self.table.at(number, column)
+                return True
+        return False
+
+    def said(self, rows: int) -> list[str]:
+        """The sentence about them, beside so many rows with text; nothing where there are none.
+
+        Raises:
+            InputError: more than a tenth of all rows have no text.
+        """
+        if not self.count:
+            return []
+        if self.count > MOST_BLANK * (rows + self.count):
+            raise InputError(
+                f"{self.first}: the text is empty, as in {self.count:,} of {rows + self.count:,} rows; fill it in, name "
+                "another column with --text, or remove these rows"
+            )
+        left_out = "1 row without text is" if self.count == 1 else f"{self.count:,} rows without text are"
+        return [f"{self.first}: the text is empty; {left_out} left out."]
 
 
 def picture(table: Table, number: int, column: str, value: Any) -> Any:

@@ -91,8 +91,12 @@ def test_every_form_of_a_table_gives_the_same_words(tmp_path, make):
 
 def test_a_text_may_hold_line_breaks_and_a_later_row_is_named_by_its_own_line(tmp_path):
     rows = [("first\nsecond", "yes"), ("bad", "no"), ("", "no")]
-    with pytest.raises(InputError, match=r"t\.csv, line 5, column 'text': the text is empty"):
-        task_from_table(write(tmp_path / "t.csv", csv_text(rows)))
+    file = write(tmp_path / "t.csv", csv_text(rows))
+    with pytest.raises(InputError, match=r"t\.csv, line 5, column 'text': the text is empty, as in 1 of 3 rows"):
+        task_from_table(file)
+    task = task_from_table(write(file, csv_text([*rows, *rows[:2] * 10])))
+    assert len(task.train) + len(task.evaluation) == 22
+    assert task.notes[1].endswith("t.csv, line 5, column 'text': the text is empty; 1 row without text is left out.")
 
 
 def test_texts_of_several_lines_and_labels_that_look_alike_are_said(tmp_path):
@@ -182,7 +186,7 @@ BAD = {
     "no labels": ("text,more\na,b\n", {"text": "more", "kind": "classification"}, "no column of labels"),
     "once": (csv_text([*FILMS, ("x", "rare")]), {}, r"line 22, column 'label': the label 'rare' occurs once"),
     "one class": (csv_text([("a", "x"), ("b", "x")]), {}, "every label in the column 'label' is 'x'"),
-    "blank text": (csv_text([*FILMS, ("  ", "yes")]), {}, r"line 22, column 'text': the text is only blanks"),
+    "blank text": (csv_text([*FILMS, *[("  ", "yes")] * 9]), {}, r"line 22, column 'text': the text is empty, as"),
     "broken quotes": ('text,label\n"open,yes\nb,no\n', {}, "the row that begins in line 2 cannot be read"),
     "inner quotes": ('text,label\na,no\n"say "hi" now",yes\n', {}, "the row that begins in line 3 cannot be read"),
     "ragged": ("text,label\na,b,c\n", {}, "line 2 has 3 columns where the header has 2"),
@@ -209,7 +213,7 @@ BAD_JSON = {
     "no object": ('{"text": "a", "label": "x"}\n[1]', "line 2 is a list, expected a JSON object"),
     "no JSON": ('{"text": "a", "label": "x"}\n{"text', "line 2 is not valid JSON"),
     "a list": ('[{"text": "a", "label": "x"}]', "is one JSON list; write one object a line"),
-    "missing value": ('{"text": "a", "label": "x"}\n{"label": "x"}', r"line 2, column 'text': the text is empty"),
+    "missing value": ('{"text": "a", "label": "x"}\n{"label": "x"}', r"line 2, column 'text': the text is empty, as"),
     "half a character": ('{"text": "\\ud800", "label": "x"}', r"line 1 holds half a character"),
     "forms": ('{"prompt": "a", "completion": "b"}\n{"prompt": [{"role": "user", "content": "c"}], "completion": "d"}',
               r"line 2, column 'prompt': found a list, where the rows before have a text"),
