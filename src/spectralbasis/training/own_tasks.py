@@ -315,8 +315,8 @@ def _labelled_parts(table: Table, validation: Table | None, layout: Layout, seed
         targets = [target_of(table, layout, number, value) for number, value in zip(numbers, values, strict=True)]
         if min(targets) == max(targets):
             raise InputError(f"{table.place}: every label in the column {layout.label!r} is {targets[0]:g}")
-        scaling = {"center": float(np.mean(targets)), "scale": float(np.std(targets))}
-        layout = replace(layout, kind=kind, label_names=(layout.label or "",), **scaling)
+        layout = replace(layout, kind=kind, label_names=(layout.label or "",))
+        layout = replace(layout, center=float(np.mean(targets)), scale=float(np.std(targets)))
         distinct = sorted(set(targets))
         if len(distinct) <= FEW and all(target.is_integer() for target in distinct):
             notes.append(

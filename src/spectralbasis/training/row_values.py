@@ -78,8 +78,8 @@ class Blanks:
             return []
         if self.count > MOST_BLANK * (rows + self.count):
             raise InputError(
-                f"{self.first}: the text is empty, as in {self.count:,} of {rows + self.count:,} rows; fill it in, name "
-                "another column with --text, or remove these rows"
+                f"{self.first}: the text is empty, as in {self.count:,} of {rows + self.count:,} rows; fill it in, "
+                "name another column with --text, or remove these rows"
             )
         left_out = "1 row without text is" if self.count == 1 else f"{self.count:,} rows without text are"
         return [f"{self.first}: the text is empty; {left_out} left out."]

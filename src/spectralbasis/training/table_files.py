@@ -222,9 +222,9 @@ def _open_separated(file: Path, encoding: str) -> Table:
         next(found)
         for number, values in found:
             if len(values) != len(columns):
-                found = "1 column" if len(values) == 1 else f"{len(values)} columns"
+                width = "1 column" if len(values) == 1 else f"{len(values)} columns"
                 raise InputError(
-                    f"{file}, line {number} has {found} where the header has {len(columns)} "
+                    f"{file}, line {number} has {width} where the header has {len(columns)} "
                     f"({shortened(', '.join(columns))}); put a text that holds {separator!r} or a line break into "
                     "quotation marks, or correct the row"
                 )

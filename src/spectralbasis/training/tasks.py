@@ -176,7 +176,16 @@ class Task:
             features = Features({TEXT: Value("string"), LABEL: ClassLabel(names=list(names))})
             found = {TEXT: list(texts), LABEL: [names.index(label) for label in labels]}
             parts.append(Dataset.from_dict(found, features=features))
-        return cls(name, "text", "classification", (TEXT,), names, *parts, evaluation_split=evaluation_split)
+        return cls(
+            name=name,
+            modality="text",
+            kind="classification",
+            inputs=(TEXT,),
+            label_names=names,
+            train=parts[0],
+            evaluation=parts[1],
+            evaluation_split=evaluation_split,
+        )
 
     def subsample(self, examples: int, seed: int) -> "Task":
         """The same task with `examples` of its training examples, drawn without replacement by the seed.
@@ -325,8 +334,9 @@ def _correlation(measure: Callable[..., tuple[float, float]], predictions: Value
 
 def r2(predictions: Values, references: Values) -> float:
     """Share of the labels' variance that predictions explain, at most 1; 0 for the constant mean of the labels."""
-    spread = float(np.sum((references - references.mean()) ** 2))
-    return 1 - float(np.sum((references - predictions) ** 2)) / spread if spread else 0.0
+    labels, found = np.asarray(references, np.float64), np.asarray(predictions, np.float64)
+    spread = float(np.sum((labels - labels.mean()) ** 2))
+    return 1 - float(np.sum((labels - found) ** 2)) / spread if spread else 0.0
 
 
 def pearson_spearman(predictions: Values, references: Values) -> float:
