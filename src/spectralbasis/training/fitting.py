@@ -125,6 +125,8 @@ class TrainingSettings:
 class _Trainer(Trainer):
     """The Trainer of transformers, which saves the trained numbers alone and scores as `evaluate` does."""
 
+    control: TrainerControl
+
     def __init__(self, *args: Any, score: Callable[[], dict[str, float]], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._score = score
@@ -263,7 +265,7 @@ def fit(
 @contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
     """Without the cache of keys and values, which is for writing: with it, packed texts would see each other."""
-    config = model.config
+    config: Any = model.config
     kept = getattr(config, "use_cache", None)
     if kept is not None:
         config.use_cache = False
