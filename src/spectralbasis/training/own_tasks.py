@@ -246,7 +246,9 @@ def find_layout(table: Table, wanted: Wanted, *, labelled: bool = True) -> Layou
     for column in named:
         table.position(column)
         if named.count(column) > 1:
-            raise InputError(f"the column {column!r} was named twice among text and label; name two different ones")
+            raise InputError(
+                f"{table.place}: the column {column!r} was named twice among text and label; name two different ones"
+            )
     kind = wanted.kind
     pair = there(PROMPT, COMPLETION)
     conversation = there(MESSAGES) or (pair if len(pair) == 2 or not labelled else ())
