@@ -30,6 +30,7 @@ RETURNED = {
     "spectralbasis.training.EvaluateResult",
     "spectralbasis.training.LoadedModel",
     "spectralbasis.training.ParameterCounts",
+    "spectralbasis.training.PredictResult",
     "spectralbasis.training.TuneResult",
 }
 """Classes that nobody makes by hand: the function that returns one has the example."""

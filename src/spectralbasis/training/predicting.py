@@ -386,6 +386,24 @@ def predict_file(
     Raises:
         InputError: see `predict`, or the output cannot be written.
         BaseMismatchError: the adapter was trained on another base.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from spectralbasis.training import tune
+        >>> from spectralbasis.training.quickstart import save_untrained
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for number in range(8):
+        ...     place = folder / "pictures" / ("dark", "bright")[number % 2]
+        ...     place.mkdir(parents=True, exist_ok=True)
+        ...     Image.new("L", (8, 8), 255 * (number % 2)).save(place / f"{number}.png")
+        >>> base = save_untrained(folder / "vit")
+        >>> tuned = tune(base, train=folder / "pictures", output=folder / "adapter", leading=4, steps=2, progress=False)
+        >>> file = folder / "predicted.csv"
+        >>> result = predict_file(base, folder / "adapter", folder / "pictures", file, progress=False)
+        >>> result.rows, file.read_text().splitlines()[0]
+        (8, 'file,label,prediction,probability,probability_bright,probability_dark')
     """
     require_extra("tune", "spectralbasis.predict")
     started = time.perf_counter()
