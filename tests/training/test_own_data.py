@@ -98,8 +98,14 @@ def test_a_task_that_can_be_learned_is_learned_from_its_table(tmp_path, model, f
     assert found[0]["text"] == "a bad film"
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
-@pytest.mark.parametrize("source", ["csv", "parquet", "jsonl"])
+@pytest.mark.parametrize(
+    ("source", "suffix"),
+    [
+        ("csv", ".parquet"), ("parquet", ".csv"), ("jsonl", ".tsv"), ("parquet", ".parquet"),
+        *(pytest.param(source, suffix, marks=pytest.mark.slow)
+          for source in ("csv", "parquet", "jsonl") for suffix in (".csv", ".jsonl")),
+    ],
+)  # fmt: skip
 def test_predictions_keep_the_columns_of_every_format(tmp_path, model, films, source, suffix):
     adapter = tmp_path / "adapter"
     if not adapter.exists():
@@ -285,7 +291,7 @@ class KillAfter(TrainerCallback):
             raise Killed
 
 
-@pytest.mark.parametrize("patience", [None, 9])
+@pytest.mark.parametrize("patience", [None, pytest.param(9, marks=pytest.mark.slow)])
 def test_a_killed_training_goes_on_and_ends_as_if_it_had_not_been(
     tmp_path, monkeypatch, caplog, model, films, patience
 ):
@@ -321,6 +327,7 @@ def test_parts_of_a_batch_and_activations_computed_again_change_nothing(tmp_path
         assert all(torch.allclose(found[0][name], other[name], atol=1e-4) for name in other)
 
 
+@pytest.mark.slow
 def test_the_commands_say_what_they_found_and_the_card_scores_the_same(tmp_path, monkeypatch, model, films):
     out = tmp_path / "adapter"
     command = [sys.executable, "-m", "spectralbasis"]
@@ -432,7 +439,7 @@ def test_a_model_with_names_of_its_own_predicts_and_one_without_is_refused(tmp_p
 
 
 def test_long_texts_are_said_to_be_cut(tmp_path, caplog, model):
-    rows = [("good " * 200_000, "liked"), ("bad film", "hated")] * 2
+    rows = [("good " * 2000, "liked"), ("bad film", "hated")] * 2
     file = write_rows(tmp_path / "long.csv", rows)
     tuned = sb.tune(model, train=file, validation=file, output=tmp_path / "out", **SHORT)
-    assert tuned.notes[-1].startswith("About 50% of the texts are longer than 16 tokens (the longest of 4 has 200,002)")
+    assert tuned.notes[-1].startswith("About 50% of the texts are longer than 16 tokens (the longest of 4 has 2,002)")
