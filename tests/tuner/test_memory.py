@@ -43,7 +43,9 @@ def test_each_layer_keeps_tokens_times_k_numbers(coefficients, tokens, autocast)
     itemsize = output.element_size()
     # Under autocast the 16-bit copies of the base weights are kept as well, as they are without an adapter.
     floor = sum(layer.weight.numel() for layer in Pair()) * itemsize if autocast else 0
-    singular_values = 2 * k * 4  # which the factors hold, once for all steps
+    # What the layers hold once for all steps: singular values, and U and V in the unit of C.
+    singular_values = 2 * k * 4
+    copies = 4 * k * sum(layer.in_features + layer.out_features for layer in Pair())
     in_their_unit = 2 * 4 * (k if coefficients == "diagonal" else k * k)
     assert output.requires_grad
-    assert kept <= 2 * tokens * k * itemsize + singular_values + in_their_unit + floor
+    assert kept <= 2 * tokens * k * itemsize + singular_values + in_their_unit + copies + floor
