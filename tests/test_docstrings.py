@@ -22,6 +22,7 @@ MODULES = [
 ]
 RETURNED = {
     "spectralbasis.Combination",
+    "spectralbasis.Extraction",
     "spectralbasis.LoraExport",
     "spectralbasis.MergedExport",
     "spectralbasis.Similarity",

@@ -27,7 +27,7 @@ from spectralbasis.linalg import (
     triplet_residuals,
 )
 from spectralbasis.linalg.row_blocks import MatrixLike, row_slices
-from spectralbasis.linalg.svd import spectrum
+from spectralbasis.linalg.svd import spectrum, with_leading
 from spectralbasis.printable import warn
 from spectralbasis.records import checked, parse_json
 
@@ -252,11 +252,11 @@ def compute_triplets_and_values(
         values = spectrum(W)
         known = _from_cache(W, base_hash, k, tolerance, values)
         if known is not None:
-            return known, values
+            return known, with_leading(values, known.S)
     svd, values = leading_svd_and_values(W, k, tolerance=tolerance)
     triplets = _triplets(svd, base_hash)
     _to_cache(triplets)
-    return triplets, values
+    return triplets, with_leading(values, triplets.S)
 
 
 def fix_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,9 +56,8 @@ def test_every_solver_gives_the_leading_triplets_within_its_bound_or_nothing(
     A = (with_spectrum(rows, 150, SPECTRA[name], seed)[0] * scale).float()
     A = A.T.contiguous() if wide else A
     squared = svd._float32_gram(A.T if wide else A)
-    in_float32 = svd._gram_float32(A, k, tolerance, False)
     candidates = [
-        in_float32 and in_float32[0],
+        svd._gram_float32(A, k, tolerance, False)[0],
         svd._krylov(A, k, tolerance),
         svd._krylov(A, k, tolerance, squared[0]),
     ]
@@ -80,6 +79,17 @@ def test_all_values_beside_the_triplets_give_the_effective_rank(name, k):
         torch.testing.assert_close(values[0], true[0], rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("k", [1, 12, 36, 60, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-9])
+def test_values_are_the_same_to_the_last_bit_whichever_solver_gave_the_triplets(name, k, dtype, tolerance):
+    """A table must not depend on whether the triplets were cached, where the values are found without them."""
+    A = with_spectrum(180, 150, SPECTRA[name])[0].to(dtype)
+    found, values = leading_svd_and_values(A, k, tolerance=tolerance)
+    assert torch.equal(values, svd.with_leading(spectrum(A), found.S))
+
+
 @pytest.mark.parametrize("name", ["low rank", "geometric", "one large"])
 def test_values_that_are_noise_in_float32_are_found_in_float64(name):
     A = with_spectrum(180, 150, SPECTRA[name])[0].float()
@@ -96,9 +106,9 @@ def test_a_direction_that_eigenvectors_lack_is_noticed(monkeypatch, wrong):
         V[:, 3] = V[:, -1] if wrong == "left out" else V[:, 2]
         return squares, V[:, :k]
 
-    assert svd._gram_float32(A, 8, 1e-4, False) is not None
+    assert svd._gram_float32(A, 8, 1e-4, False)[0] is not None
     monkeypatch.setattr(svd, "leading_eigenpairs", lacking)
-    assert svd._gram_float32(A, 8, 1e-4, False) is None
+    assert svd._gram_float32(A, 8, 1e-4, False)[0] is None
 
 
 def test_large_matrices_take_values_and_triplets_from_one_gram_matrix(monkeypatch):

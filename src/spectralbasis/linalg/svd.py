@@ -194,7 +194,7 @@ def low_rank(A: MatrixLike, k: int, *, tolerance: float = 1e-5) -> LowRank:
         >>> import torch
         >>> from spectralbasis.linalg import low_rank
         >>> found = low_rank(torch.diag(torch.tensor([3.0, 2.0, 1.0])), k=2)
-        >>> found.held, found.total, found.error_bound < 1e-12
+        >>> found.held, found.total, found.error_bound <= 1e-12
         (13.0, 14.0, True)
     """
     m, n = _check(A, k)
@@ -259,30 +259,33 @@ def leading_svd_and_values(A: MatrixLike, k: int, *, tolerance: float = 1e-4) ->
     """
     _check(A, k)
     svd, values = _leading(A, k, tolerance, all_values=True)
-    return svd, singular_values(A) if values is None else values
+    return svd, with_leading(spectrum(A) if values is None else values, svd.S)
 
 
 def _leading(A: MatrixLike, k: int, tolerance: float, *, all_values: bool = False) -> tuple[LeadingSVD, Tensor | None]:
     """Triplets by the first solver that certifies them, and all singular values where they come with it.
 
-    Where `all_values` are asked for, a solver that cannot give them accurately does not count.
+    Where `all_values` are asked for, a solver that cannot give them accurately does not count. The values are those of
+    `spectrum` to the last bit, whichever solver certified the triplets.
     """
     m, n = A.shape
     if not isinstance(A, Tensor):
         return _gram(A, k, tolerance, REFINEMENTS)
     A = _numbers(A)
     solver = "dense"
+    values = None
     if gram_pays(m, n, k):
-        found = _gram_float32(A, k, tolerance, all_values)
+        found, values = _gram_float32(A, k, tolerance, all_values)
         if found is not None:
-            return found
-        result, values = _gram(A, k, tolerance)
+            return found, values
+        result, exact = _gram(A, k, tolerance)
+        values = exact if values is None else values
         if result.subspace_error_bound <= tolerance:
             return result, values
         solver = "dense (gram missed the tolerance)"
     U, S, Vh = torch.linalg.svd(A.double(), full_matrices=False)
     residuals = triplet_residuals(A, U[:, :k], S[:k], Vh[:k])
-    return _result(A, U, S, Vh, residuals, _bound(A, S, residuals, k), solver), None
+    return _result(A, U, S, Vh, residuals, _bound(A, S, residuals, k), solver), values
 
 
 def singular_values(A: MatrixLike) -> Tensor:
@@ -318,6 +321,17 @@ def spectrum(A: MatrixLike) -> Tensor:
         if values is not None:
             return values
     return eigenvalues(gram(tall)).clamp_min(0).sqrt()
+
+
+def with_leading(values: Tensor, S: Tensor) -> Tensor:
+    """All singular values, (min(m, n),) float64, with those of triplets, (k,), where the two differ; descending.
+
+    Values in float32 have the error of a Gram matrix, which triplets do not have. Those that agree with the triplets to
+    the last digits of float32 may come from float64, and are left as they are.
+    """
+    S, first = S.to(values), values[: len(S)]
+    same = (first - S).abs() <= torch.finfo(torch.float32).eps * S
+    return torch.cat([torch.where(same, first, S), values[len(S) :]]).cummin(0).values
 
 
 def trailing_vectors(A: Factor, k: int) -> tuple[Tensor, Tensor]:
@@ -430,35 +444,34 @@ def _krylov(A: Factor, k: int, tolerance: float, G: Tensor | None = None) -> Lea
     return None
 
 
-def _gram_float32(A: Tensor, k: int, tolerance: float, all_values: bool) -> tuple[LeadingSVD, Tensor | None] | None:
+def _gram_float32(A: Tensor, k: int, tolerance: float, all_values: bool) -> tuple[LeadingSVD | None, Tensor | None]:
     """Triplets from eigenvectors in float32 and a Rayleigh–Ritz step in float64, and all singular values.
 
-    None where the residuals do not certify them, or values are asked for and float32 is not accurate enough for them.
+    No triplets where the residuals do not certify them, or where values are asked for and float32 is not accurate
+    enough for these, which are then left out too.
     """
     if A.shape[0] < A.shape[1]:
-        other = _gram_float32(A.T, k, tolerance, all_values)
-        return other and (replace(other[0], U=other[0].Vh.T, Vh=other[0].U.T), other[1])
+        found, values = _gram_float32(A.T, k, tolerance, all_values)
+        return found and replace(found, U=found.Vh.T, Vh=found.U.T), values
     m, n = A.shape
     squared = _float32_gram(A)
     if squared is None:
-        return None
+        return None, None
     G, scale = squared
     if all_values and n >= VALUES_SIDE and krylov_pays(m, n, k):
         values = _accurate(eigenvalues(G.clone()), scale)
-        found = None if values is None else _krylov(A, k, tolerance, G)
-        return None if found is None else (found, _with_leading(values, found.S.double()))
+        return None if values is None else _krylov(A, k, tolerance, G), values
     squares, V = leading_eigenpairs(G, min(k + GUARD, n))
     values = _accurate(squares, scale)
     if values is None and all_values:
-        return None
+        return None, None
     U, S, V, R = _rayleigh_ritz(A, V.double())
     # Ritz values are at most the true ones. Where all reach them, no direction was found twice and none is missing.
     reached = (S / scale).square() >= squares[: len(S)].double() - _float32_error(A) * float(squares[0])
     bound = ritz_error_bound(S, R, k) if bool(reached.all()) and len(S) > k else 1.0
     if bound > tolerance:
-        return None
-    found = _result(A, U, S, V.T, torch.linalg.vector_norm(R[:, :k], dim=0), bound, "gram")
-    return found, _with_leading(values, S)
+        return None, values
+    return _result(A, U, S, V.T, torch.linalg.vector_norm(R[:, :k], dim=0), bound, "gram"), values
 
 
 def _float32_gram(A: Tensor) -> tuple[Tensor, float] | None:
@@ -499,11 +512,6 @@ def _accurate(squares: Tensor, scale: float) -> Tensor | None:
     share = noise / float(values.sum())
     unclear = int(torch.count_nonzero(values <= noise))
     return values * scale if unclear * share * (1 - math.log(share)) <= NOISE_SHARE else None
-
-
-def _with_leading(values: Tensor | None, S: Tensor) -> Tensor | None:
-    """The values with the leading ones from triplets in their place, still descending."""
-    return None if values is None else torch.cat([S, values[len(S) :].clamp_max(float(S[-1]))])
 
 
 def _gram(A: Factor, k: int, tolerance: float, refinements: int = 0) -> tuple[LeadingSVD, Tensor]:
