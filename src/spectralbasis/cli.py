@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from spectralbasis.commands import COMMANDS
+from spectralbasis.commands import COMMANDS, GROUPS
 from spectralbasis.commands.training_commands import CLASSES
 from spectralbasis.errors import InputError, SpectralBasisError
 from spectralbasis.printable import printable
@@ -122,3 +122,5 @@ def options(
 
 for command in COMMANDS:
     app.command(**CLASSES.get(command, {}))(command)
+for name, group in GROUPS.items():
+    app.add_typer(group, name=name)

@@ -14,7 +14,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -41,6 +41,7 @@ LOCAL = "local"
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "cannot allocate memory")
 _READY = "ready"
 _SAFE_PATH = "PYTHONSAFEPATH"
+_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -298,7 +299,7 @@ class RayCluster(Executor):
     """
 
     def __init__(self, address: str, *, gpu: bool = False) -> None:
-        self._ray, self._ours = _connect(address)
+        self._ray, self._ours = connect_ray(address)
         self._kind = "GPU" if gpu else "CPU"
         self._options: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if gpu else None, "max_retries": 0}
         self._remote = self._ray.remote(_perform_on_one_thread)
@@ -354,8 +355,17 @@ def _perform_on_one_thread(work: Any, arguments: tuple[Any, ...]) -> Any:
     return perform(work, arguments)
 
 
-def _connect(address: str) -> tuple[Any, bool]:
-    """The Ray module, connected to a cluster, and whether the connection is ours to end; no figures of use are sent."""
+def connect_ray(address: str, **local: Any) -> tuple[Any, bool]:
+    """The Ray module, connected to a cluster, and whether the connection is ours to end; no figures of use are sent.
+
+    Args:
+        address: of the cluster; "auto" for the one that this machine belongs to, "local" for one made here, which
+            listens to this machine alone.
+        local: settings of `ray.init` for a cluster that is made here.
+
+    Raises:
+        InputError: Ray is not installed, or no cluster answers.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -369,16 +379,32 @@ def _connect(address: str) -> tuple[Any, bool]:
             socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER).close()
         except (OSError, ValueError, OverflowError) as error:
             raise _no_cluster(address, error) from error
-    options: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
+    options = {"include_dashboard": False, **local} if address == LOCAL else {}
     job = ray.job_config.JobConfig()
     # Ray extends this list by the working folder, in which its workers would then look for `numpy` and for this package
     # first; it has no setting to leave that out.
     job._py_driver_sys_path = _Importable()
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, job_config=job, **options)
+        with _on_loopback(ray) if address == LOCAL else nullcontext():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, job_config=job, **options)
     except (ConnectionError, ValueError) as error:
         raise _no_cluster(address, error) from error
     return ray, True
+
+
+@contextmanager
+def _on_loopback(ray: Any) -> Iterator[None]:
+    """Ray's processes that start meanwhile listen to this machine alone, as Ray has them do on Windows and macOS."""
+    constants = ray._private.ray_constants
+    before = constants.ENABLE_RAY_CLUSTER, os.environ.get(_CLUSTERS)
+    constants.ENABLE_RAY_CLUSTER, os.environ[_CLUSTERS] = False, "0"
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before[0]
+        os.environ.pop(_CLUSTERS)
+        if before[1] is not None:
+            os.environ[_CLUSTERS] = before[1]
 
 
 class _Importable(list[str]):

@@ -15,6 +15,12 @@ EXTRAS = {
     "gguf": {"gguf": "gguf"},
     "images": {"PIL": "pillow"},
     "diagnostics": {"weightwatcher": "weightwatcher"},
+    "serve": {
+        "prometheus_client": "prometheus_client",
+        "ray": "ray[serve]",
+        "starlette": "starlette",
+        "uvicorn": "uvicorn",
+    },
 }
 """Extra → module → the package that brings it."""
 

@@ -185,7 +185,7 @@ def test_a_file_with_a_turned_bit_is_a_sentence(file):
 
 def test_a_file_of_another_version_or_without_a_checksum_is_refused(file, base):
     content = file.read_bytes()
-    for changes, said in (({"bank": "1"}, "not a bank of version 2"), ({"checksum": None}, "lacks its checksum")):
+    for changes, said in (({"bank": "1"}, "not a bank of version 3"), ({"checksum": None}, "lacks its checksum")):
         file.write_bytes(_rewritten(content, **changes))
         with pytest.raises(sb.InputError, match=said):
             sb.CoefficientBank.open(file, load_base(base))

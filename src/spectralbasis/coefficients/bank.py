@@ -253,22 +253,30 @@ class CoefficientBank:
                 Path(path), self.layout, list(self._slots), self._rows.dtype, lambda file: self._rows.save(slots, file)
             )
 
-    def add(self, task: str, adapter: str | Path | Mapping[str, Tensor]) -> None:
+    def add(self, task: str, adapter: str | Path | Mapping[str, Tensor] | Tensor) -> None:
         """Add a task, or put another in its place.
 
         Args:
             task: its name.
             adapter: folder of a spectral adapter; or tensors as `peft.get_peft_model_state_dict` gives them, which
-                are taken to be trained on this base and basis.
+                are taken to be trained on this base and basis; or a row that `pack` gave.
 
         Raises:
             InputError: the adapter is not of the base, basis, form and heads of this bank.
+        """
+        self._put(task, adapter if isinstance(adapter, Tensor) else self.pack(task, adapter))
+
+    def pack(self, task: str, adapter: str | Path | Mapping[str, Tensor]) -> Tensor:
+        """The row of numbers, (width,), that `add` would enter; another bank of the same file takes it as it is.
+
+        Raises:
+            InputError: as `add`.
         """
         if isinstance(adapter, Mapping):
             stored, others = split_tensors(adapter, self.layout.shapes, task)
         else:
             stored, others = self._read(Path(adapter), task)
-        self._put(task, self.layout.pack(stored, others, task, self._rows.dtype))
+        return self.layout.pack(stored, others, task, self._rows.dtype)
 
     def remove(self, task: str) -> None:
         """Forget a task; the next that is added takes its room.
@@ -312,6 +320,11 @@ class CoefficientBank:
         """Names of all tasks."""
         with self._lock:
             return tuple(self._slots)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which numbers are held."""
+        return self._rows.dtype
 
     @property
     def nbytes(self) -> int:

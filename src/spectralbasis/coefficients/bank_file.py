@@ -23,6 +23,7 @@ from typing_extensions import TypedDict
 
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path, check_replaceable
+from spectralbasis.printable import printable, shortened
 from spectralbasis.records import Count, Finite, Positive, checked, parse_json
 from spectralbasis.tuner.config import Rank, SpectralConfig
 from spectralbasis.tuner.factors import BASES
@@ -141,6 +142,10 @@ class BankLayout:
         """How many outputs each head has in a task's row."""
         return {name: int((self.part(row, name, "bias") != -inf).sum()) for name in self.heads}
 
+    def labels_of_all(self, rows: Tensor) -> dict[str, list[int]]:
+        """Head → how many outputs it has in each of these rows, (rows, width)."""
+        return {name: (self.part(rows, name, "bias") != -inf).sum(-1).tolist() for name in self.heads}
+
 
 def head_shapes(others: Sequence[Mapping[str, Sequence[int]]], labels: int | None = None) -> dict[str, HeadShape]:
     """The heads that can hold those of several tasks.
@@ -231,7 +236,7 @@ def map_rows(path: Path, offset: int, shape: tuple[int, int], dtype: torch.dtype
     return torch.from_numpy(np.memmap(path, np.uint8, "c", offset, (shape[0], columns))).view(dtype)
 
 
-FORMAT = "2"
+FORMAT = "3"
 _BLOCK = 1 << 22
 _ROWS = 256
 _WIDEST = 1 << 32
@@ -248,6 +253,7 @@ class BankConfig(TypedDict):
     """What a bank says of bases and coefficients: fields of `SpectralConfig`, and of its basis no place."""
 
     base_model_name_or_path: str | None
+    task_type: str | None
     coefficients: Literal["diagonal", "core", "band", "sparse"]
     bandwidth: Count
     scaling: Literal["absolute", "relative", "normalized"]
@@ -270,12 +276,14 @@ class BankFile:
         tasks: names, in the order of the rows.
         dtype: of the numbers.
         offset: byte at which they begin.
+        checksum: of all this and of the numbers.
     """
 
     layout: BankLayout
     tasks: tuple[str, ...]
     dtype: torch.dtype
     offset: int
+    checksum: str
 
 
 def write_bank(
@@ -353,9 +361,43 @@ def read_bank(path: Path) -> BankFile:
         twice = next(task for i, task in enumerate(tasks) if task in tasks[:i])
         raise InputError(f"the bank {path} has the task {twice!r} twice, expected each name once; {_AGAIN}")
     layout = _layout(path, metadata, len(tasks), shape)
-    found = BankFile(layout, tuple(tasks), DTYPES[named], offset)
+    found = BankFile(layout, tuple(tasks), DTYPES[named], offset, metadata["checksum"])
     _check_rows(path, found)
     return found
+
+
+LONGEST_NAME = 200
+
+
+def task_name(name: str) -> str:
+    """A name that a task may be given from outside, by a command or a request.
+
+    Raises:
+        InputError: it is empty, too long, or holds what a reader cannot see.
+
+    Examples:
+        >>> task_name("glue/rte")
+        'glue/rte'
+    """
+    if not 1 <= len(name) <= LONGEST_NAME or printable(name) != name or name != name.strip():
+        raise InputError(
+            f"the name {shortened(repr(name), 80)} of a task must have 1 to {LONGEST_NAME} visible characters and no "
+            "space at its ends; give it another"
+        )
+    return name
+
+
+def stored_checksum(path: Path) -> str:
+    """The checksum that a bank's file states, which tells whether it is still the one that was read.
+
+    Raises:
+        InputError: the file cannot be read as a bank.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return str((file.metadata() or {}).get("checksum"))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read as a bank ({error}); {_AGAIN}") from error
 
 
 def _check_metadata(path: Path, metadata: Mapping[str, str], shape: Sequence[int], named: str) -> None:

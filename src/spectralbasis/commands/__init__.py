@@ -2,6 +2,7 @@
 
 from spectralbasis.commands.adapter_commands import combine, doctor, export, extract, report
 from spectralbasis.commands.checkpoint_commands import basis, compare, similarity
+from spectralbasis.commands.serving_commands import bank, serve
 from spectralbasis.commands.training_commands import evaluate, predict, quickstart, study, tune
 
 COMMANDS = (
@@ -12,6 +13,7 @@ COMMANDS = (
     tune,
     evaluate,
     predict,
+    serve,
     similarity,
     study,
     report,
@@ -19,3 +21,6 @@ COMMANDS = (
     export,
     combine,
 )
+
+GROUPS = {"bank": bank}
+"""Name → commands that stand under it."""

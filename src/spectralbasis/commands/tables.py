@@ -131,6 +131,50 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
+ROWS_SHOWN = 50
+
+
+def bank_facts(file: Path) -> dict[str, Any]:
+    """What a bank holds: what its tasks have in common, and of each task the labels of its heads."""
+    from spectralbasis.coefficients.bank_file import map_rows, read_bank
+
+    found = read_bank(file)
+    layout, labels = found.layout, {head: list[int]() for head in found.layout.heads}
+    if found.tasks:
+        rows = map_rows(file, found.offset, (len(found.tasks), layout.width), found.dtype)
+        for start in range(0, len(rows), 4096):
+            for head, counts in layout.labels_of_all(rows[start : start + 4096]).items():
+                labels[head] += counts
+    return {
+        "file": str(file),
+        "bytes": file.stat().st_size,
+        "base": layout.config.base_model_name_or_path,
+        "task_type": layout.config.task_type,
+        "coefficients": layout.config.coefficients,
+        "matrices": len(layout.shapes),
+        "numbers": layout.width,
+        "dtype": str(found.dtype).removeprefix("torch."),
+        "tasks": {task: {head: labels[head][row] for head in labels} for row, task in enumerate(found.tasks)},
+    }
+
+
+def bank_table(facts: Mapping[str, Any]) -> Table:
+    """One line per task with the labels of its heads, the first of many."""
+    tasks = facts["tasks"]
+    size = f"{facts['bytes'] / 1e6:,.1f} MB"
+    table = _table(f"{facts['file']}: {len(tasks):,} tasks of {facts['numbers']:,} numbers, {size}", ["task", "labels"])
+    for task, labels in list(tasks.items())[:ROWS_SHOWN]:
+        table.add_row(
+            in_markup(task), in_markup(", ".join(f"{count} ({head})" for head, count in labels.items()) or "–")
+        )
+    more = f"; {len(tasks) - ROWS_SHOWN:,} more tasks are in the output of --json" if len(tasks) > ROWS_SHOWN else ""
+    table.caption = in_markup(
+        f"{facts['coefficients']} coefficients of {facts['matrices']} matrices of "
+        f"{facts['base'] or 'an unnamed base'}, {facts['dtype']}{more}"
+    )
+    return table
+
+
 def similarity_table(result: Mapping[str, Any]) -> Table:
     """Cosines of every two checkpoints: of their coefficients and of their updates."""
     table = _table(f"{result['matrices']} matrices", ["checkpoint", "checkpoint", "coefficients", "updates"])

@@ -353,6 +353,25 @@ def load_collator(folder: Path, config: PretrainedConfig, task: Task, max_length
         return image_collator(folder, config)
     if task.modality == "signal":
         return SignalCollator()
+    tokenizer, longest = fitted_tokenizer(folder, config)
+    if not 1 <= max_length <= longest:
+        advice = f"pass 1 to {longest}" if longest >= 1 else "correct model_max_length in its tokenizer_config.json"
+        raise InputError(f"max_length={max_length} for {folder}, which reads up to {longest} tokens; {advice}")
+    if task.kind == "masked_language":
+        return MaskingCollator(tokenizer, max_length)
+    if task.kind in ("causal_language", "instructions"):
+        return CausalCollator(tokenizer, max_length)
+    dtype = torch.float32 if task.kind == "regression" else torch.long
+    vocabulary = getattr(config, "vocab_size", None)
+    return TextCollator(tokenizer, task.inputs, max_length, dtype, vocabulary if isinstance(vocabulary, int) else None)
+
+
+def fitted_tokenizer(folder: Path, config: PretrainedConfig) -> tuple[PreTrainedTokenizerBase, int]:
+    """The tokenizer of a model's folder with a padding token, which the config gets too, and the most tokens of a text.
+
+    Raises:
+        InputError: the tokenizer cannot be read, or does not say how it pads or how long texts are.
+    """
     tokenizer = load_tokenizer(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -372,16 +391,7 @@ def load_collator(folder: Path, config: PretrainedConfig, task: Task, max_length
     of_tokenizer, of_model = limits
     known = (of_tokenizer, None if of_model == -1 else of_model, 1e30)  # some configs say -1 for no limit
     longest = int(min(limit for limit in known if limit is not None))
-    if not 1 <= max_length <= longest:
-        advice = f"pass 1 to {longest}" if longest >= 1 else "correct model_max_length in its tokenizer_config.json"
-        raise InputError(f"max_length={max_length} for {folder}, which reads up to {longest} tokens; {advice}")
-    if task.kind == "masked_language":
-        return MaskingCollator(tokenizer, max_length)
-    if task.kind in ("causal_language", "instructions"):
-        return CausalCollator(tokenizer, max_length)
-    dtype = torch.float32 if task.kind == "regression" else torch.long
-    vocabulary = getattr(config, "vocab_size", None)
-    return TextCollator(tokenizer, task.inputs, max_length, dtype, vocabulary if isinstance(vocabulary, int) else None)
+    return tokenizer, longest
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
