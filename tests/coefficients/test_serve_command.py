@@ -144,34 +144,56 @@ def test_nothing_of_it_listens_to_other_machines(server):
     assert open_to_all == []
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_under_load_answers_what_was_taken(folder, right, stop):
+def test_ctrl_c_under_load_answers_what_was_taken(server):
+    """The last test with this server."""
+    process, address = server
     answers = []
-    with serving(folder, "base", "bank.safetensors", "--port", 0) as (process, address):
 
-        def client():
-            while True:
-                try:
-                    answers.append(ask(address, "POST", "/predict", {"task": "t1", "inputs": TEXTS})[0])
-                except (urllib.error.URLError, ConnectionError) as error:
-                    answers.append(str(error))
-                    return
+    def client():
+        while True:
+            try:
+                answers.append(ask(address, "POST", "/predict", {"task": "t1", "inputs": TEXTS})[0])
+            except (urllib.error.URLError, ConnectionError) as error:
+                answers.append(str(error))
+                return
 
-        clients = [threading.Thread(target=client) for _ in range(16)]
-        for one in clients:
-            one.start()
-        while len(answers) < 50:
-            clients[0].join(0.05)
-        children = psutil.Process(process.pid).children(recursive=True)
-        os.killpg(process.pid, stop) if stop == signal.SIGINT else process.send_signal(stop)
-        for one in clients:
-            one.join(60)
-        assert process.wait(60) == 0
-        assert "every request that was taken has its answer" in process.stderr.read()
+    clients = [threading.Thread(target=client) for _ in range(16)]
+    for one in clients:
+        one.start()
+    while len(answers) < 50:
+        clients[0].join(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
+    for one in clients:
+        one.join(60)
+    assert process.wait(60) == 0
+    assert "every request that was taken has its answer" in process.stderr.read()
     # A connection that the server had not taken yet is refused or reset; one that it took is never closed unanswered.
     untaken = ("refused", "reset by peer")
     assert [one for one in answers if one != 200 and not any(words in str(one) for words in untaken)] == []
     assert psutil.wait_procs(children, timeout=30)[1] == []
+
+
+def test_on_a_cluster_replicas_are_on_several_nodes_and_one_may_be_lost(folder, right, monkeypatch):
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    node = {"num_cpus": 1, "object_store_memory": 80_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    try:
+        other = cluster.add_node(**node)
+        options = ("--port", 0, "--replicas", 2, "--adapters", "adapters", "--ray", cluster.address)
+        with serving(folder, "base", "bank.safetensors", *options) as (process, address):
+            assert ask(address, "PUT", "/tasks/new", {"adapter": "t2"})[0] == 201
+            check_many(address, [*right.items(), ("new", right["t2"])] * 8)
+            loss = threading.Timer(0.2, cluster.remove_node, [other, False])
+            loss.start()
+            check_many(address, [*right.items(), ("new", right["t2"])] * 20)
+            loss.join()
+            process.terminate()
+            assert process.wait(60) == 0
+    finally:
+        cluster.shutdown()
 
 
 def test_the_guide_runs(tmp_path, minilm):
@@ -195,10 +217,12 @@ def test_the_guide_runs(tmp_path, minilm):
     arguments = [("0" if one == "8000" else one) for one in first[2:]]
     requests = [line for line in lines if line[0] == "curl"]
     assert len(requests) == 3
-    with serving(tmp_path, *arguments) as (_, address):
+    with serving(tmp_path, *arguments) as (process, address):
         for line in requests:
             url = next(one for one in line if one.startswith("http")).replace("http://127.0.0.1:8000", address)
             method = line[line.index("-X") + 1] if "-X" in line else "POST"
             content = json.loads(line[line.index("-d") + 1]) if "-d" in line else None
             status, said = ask(url, method, "", content)
             assert status in (200, 201), said
+        process.terminate()
+        assert process.wait(60) == 0
