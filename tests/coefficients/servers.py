@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 import spectralbasis as sb
 from spectralbasis.coefficients.bank_file import read_bank
-from spectralbasis.coefficients.replicas import BankReplica, Opened, RayBank, TaskTable
+from spectralbasis.coefficients.ray_bank import RayBank
+from spectralbasis.coefficients.replicas import BankReplica, Opened, TaskTable
 from spectralbasis.training.bank_models import load_served
 from tests.coefficients.folders import load_base, save_adapter, save_base
 

@@ -14,7 +14,8 @@ from starlette.testclient import TestClient
 import spectralbasis as sb
 from spectralbasis.coefficients import serving
 from spectralbasis.coefficients.replicas import Asked, Failed, TaskTable, rows_of
-from spectralbasis.coefficients.serving import BankApplication, Limits, Rows
+from spectralbasis.coefficients.serving import BankApplication, Rows
+from spectralbasis.coefficients.serving_requests import Limits, check_host, read_token
 from spectralbasis.errors import InputError
 from tests.coefficients.folders import load_base, save_adapter
 from tests.coefficients.servers import backend, replica, save_served
@@ -459,17 +460,17 @@ def test_a_bank_that_was_replaced_is_refused_by_a_replica(folder, table):
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1", "example.org", ""])
 def test_other_machines_are_served_with_a_token_only(host):
     with pytest.raises(InputError, match="--token-file"):
-        serving.check_host(host, None)
-    serving.check_host(host, TOKEN)
+        check_host(host, None)
+    check_host(host, TOKEN)
 
 
 @pytest.mark.parametrize("content", [b"", b"short\n", b"two words of a token\n", b"\xc3\xa9" * 20, b"x" * 2000])
 def test_a_file_that_holds_no_token_is_refused(tmp_path, content):
     (tmp_path / "token").write_bytes(content)
     with pytest.raises(InputError, match="must hold one word"):
-        serving.read_token(tmp_path / "token")
+        read_token(tmp_path / "token")
     with pytest.raises(InputError, match="cannot be read"):
-        serving.read_token(tmp_path / "absent")
+        read_token(tmp_path / "absent")
 
 
 @pytest.mark.parametrize(("limit", "value"), [("rows", 0), ("characters", 0), ("waiting", 0), ("waiting", 5)])

@@ -153,7 +153,7 @@ def serve(
     Example: `spectralbasis serve minilm tasks.safetensors --port 8000`
     """
     require_extra("serve", "the command serve")
-    from spectralbasis.coefficients.serving import Limits, check_host, read_token
+    from spectralbasis.coefficients.serving_requests import Limits, check_host, read_token
 
     limits = Limits(max_rows, max_characters, max_waiting, timeout)
     token = None if token_file is None else read_token(token_file)
@@ -206,7 +206,7 @@ def _serve(
     from functools import partial
 
     from spectralbasis.coefficients.bank_file import read_bank
-    from spectralbasis.coefficients.replicas import started
+    from spectralbasis.coefficients.ray_bank import started
     from spectralbasis.coefficients.serving import BankApplication, describe_address, run_until_stopped
     from spectralbasis.training.bank_models import check_served, load_served
 
