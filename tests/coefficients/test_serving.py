@@ -352,7 +352,9 @@ def dying(one):
         async def predict(self, questions, version):
             if self.deaths < 2:
                 self.deaths += 1
-                raise ActorDiedError()
+                error = ActorDiedError()
+                error.actor_id = self.deaths
+                raise error
             return await one.predict(questions, version)
 
         pack = ping = None

@@ -154,16 +154,17 @@ class RayBank:
         from ray.exceptions import RayActorError, RayError, RayTaskError
         from ray.serve.exceptions import RayServeException
 
-        deaths = 0
+        dead: set[Any] = set()
         try:
             async with asyncio.timeout(seconds):
-                while deaths < ATTEMPTS:
+                while len(dead) < ATTEMPTS:
                     try:
                         return await getattr(self._handle, method).remote(*arguments)
                     except RayTaskError:
                         raise
                     except (RayError, RayServeException) as error:
-                        deaths += isinstance(error, RayActorError)
+                        if isinstance(error, RayActorError):  # several times of one, until it is known to be dead
+                            dead.add(error.actor_id)
                         await asyncio.sleep(_SECONDS_BETWEEN_ATTEMPTS)
         except TimeoutError as error:
             raise _none_answered(seconds) from error

@@ -1,4 +1,4 @@
-"""A bank behind HTTP: what a client may send, what it costs at most, and what it is answered.
+"""A bank behind HTTP: its routes, who may use them, what is answered, and a stop that leaves nothing unanswered.
 
 `BankApplication` is an ASGI application over a `Backend`, which computes; `ray_bank.py` has the one on Ray Serve. HTTP
 ends in the process of the command and not in Ray's proxy, so that a request is refused by its size, its token or the
