@@ -72,7 +72,7 @@ def test_a_long_list_says_how_much_it_leaves_out(folder, tmp_path, monkeypatch):
         (["a/adapter_config.json"], "is a file"),
         (["a", "--dtype", "int8"], "--dtype int8 is unknown"),
         (["\x1b=a"], "visible characters"),
-        (["causal", "a"], "does not match|every task|expected|do not have"),
+        (["causal", "a"], "BertModel has nothing there"),
     ],
 )
 def test_what_makes_no_bank_is_refused(folder, tmp_path, monkeypatch, arguments, sentence):

@@ -129,7 +129,7 @@ def test_no_request_is_lost_with_a_replica_and_the_next_one_knows_the_changes(se
         now = {one.pid for one in replicas(process)}
         if len(now) == 2 and now != before:
             break
-        ask(address, "GET", "/health")
+        threading.Event().wait(0.1)
     assert len(now) == 2
     assert now != before
     check_many(address, [*right.items(), ("kept", right["t3"])] * 20)

@@ -87,7 +87,8 @@ class RayBank:
         if self._calls:
             await asyncio.sleep(_SECONDS_TO_GATHER)  # answers bring new requests, which may travel together
         self._gathering = None
-        taken, rows = [], 0
+        taken: list[_Waiting] = []
+        rows = 0
         while self._queue and (not taken or rows + len(self._queue[0].inputs) <= ROWS_OF_A_BATCH):
             waiting = self._queue.popleft()
             if not waiting.answer.done():  # else it waited too long

@@ -72,8 +72,9 @@ class Unavailable(RuntimeError):
 class Backend(Protocol):
     """What computes the answers."""
 
-    tasks: Collection[str]
-    """Names of all tasks."""
+    @property
+    def tasks(self) -> Collection[str]:
+        """Names of all tasks."""
 
     async def predict(self, task: str, inputs: Sequence[Text | Pair], seconds: float) -> Rows:
         """Raises `UnknownTask`, `Unavailable` or, with a sentence, `InputError`."""
@@ -300,14 +301,15 @@ class _Metrics:
     """What `GET /metrics` shows, in the format of Prometheus; tasks are no labels, since there are too many."""
 
     def __init__(self, backend: Backend, waiting: Callable[[], int]) -> None:
-        self._registry = CollectorRegistry()
-        to = {"registry": self._registry}
+        self._registry = registry = CollectorRegistry()
         prefix = "spectralbasis_serve"
-        self._requests = Counter(f"{prefix}_requests", "Requests answered.", ["route", "status"], **to)
-        self._seconds = Histogram(f"{prefix}_request_seconds", "Seconds until a request was answered.", ["route"], **to)
-        self.rows = Counter(f"{prefix}_rows", "Inputs answered.", **to)
-        Gauge(f"{prefix}_tasks", "Tasks.", **to).set_function(lambda: len(backend.tasks))
-        Gauge(f"{prefix}_waiting_rows", "Inputs that wait for an answer.", **to).set_function(waiting)
+        self._requests = Counter(f"{prefix}_requests", "Requests answered.", ["route", "status"], registry=registry)
+        self._seconds = Histogram(
+            f"{prefix}_request_seconds", "Seconds until a request was answered.", ["route"], registry=registry
+        )
+        self.rows = Counter(f"{prefix}_rows", "Inputs answered.", registry=registry)
+        Gauge(f"{prefix}_tasks", "Tasks.", registry=registry).set_function(lambda: len(backend.tasks))
+        Gauge(f"{prefix}_waiting_rows", "Inputs that wait for an answer.", registry=registry).set_function(waiting)
 
     def count(self, route: str, status: int, seconds: float) -> None:
         self._requests.labels(route, str(status)).inc()
