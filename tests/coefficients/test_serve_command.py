@@ -174,22 +174,18 @@ def test_ctrl_c_under_load_answers_what_was_taken(server):
     assert psutil.wait_procs(children, timeout=30)[1] == []
 
 
-def test_on_a_cluster_replicas_are_on_several_nodes_and_one_may_be_lost(folder, right, monkeypatch):
+def test_on_a_cluster_of_two_nodes(folder, right, monkeypatch):
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     node = {"num_cpus": 1, "object_store_memory": 80_000_000}
     cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     try:
-        other = cluster.add_node(**node)
+        cluster.add_node(**node)
         options = ("--port", 0, "--replicas", 2, "--adapters", "adapters", "--ray", cluster.address)
         with serving(folder, "base", "bank.safetensors", *options) as (process, address):
             assert ask(address, "PUT", "/tasks/new", {"adapter": "t2"})[0] == 201
             check_many(address, [*right.items(), ("new", right["t2"])] * 8)
-            loss = threading.Timer(0.2, cluster.remove_node, [other, False])
-            loss.start()
-            check_many(address, [*right.items(), ("new", right["t2"])] * 20)
-            loss.join()
             process.terminate()
             assert process.wait(60) == 0
     finally:

@@ -130,6 +130,7 @@ class BankReplica:
     def __init__(self, opened: Opened, table: Any) -> None:
         from ray import serve
 
+        close_internal_port()
         torch.set_num_threads(opened.threads)
         if stored_checksum(Path(opened.file)) != opened.checksum:
             raise InputError(f"the bank {opened.file} was replaced since the server started; start the server again")
@@ -224,6 +225,22 @@ class BankReplica:
             answers.append(Rows(request.task, logits[start:end], [cut for _, cut in read[start:end]]))
             start = end
         return answers
+
+
+def close_internal_port() -> None:
+    """Keep Ray Serve from opening a port of this replica.
+
+    It would listen on all interfaces and unpickle whatever anybody sends, and only handles that are told to use gRPC
+    need it. Ray has no setting for it; a replica opens it after its constructor.
+
+    Raises:
+        RuntimeError: this release of Ray opens it in another way.
+    """
+    from ray.serve._private import replica
+
+    if not hasattr(replica, "add_port_to_grpc_server"):
+        raise RuntimeError("this release of Ray opens a port in a way that is not known; install ray[serve]==2.60.0")
+    replica.add_port_to_grpc_server = lambda server, address: 0
 
 
 def rows_of(calls: list[list[Asked]]) -> int:
