@@ -93,14 +93,19 @@ def alone(file: str, seconds: str) -> Any:
     draws, known = random.Random(0), texts()
 
     def work() -> dict[str, Any]:
-        rows, started = 0, 0.0
+        rows, started, used = 0, 0.0, 0.0
         while not started or time.perf_counter() - started < float(seconds):
             tasks = [f"task {draws.randrange(len(bank))}" for _ in range(BATCH)]
             tokens = [one for one, _ in reader(draws.choices(known, k=BATCH))]
             bank(**reader.batch(tokens), tasks=tasks).logits.tolist()
             rows += BATCH if started else 0  # the first batch warms up
-            started = started or time.perf_counter()
-        return {"rows_per_second": rows / (time.perf_counter() - started), "tokens": len(tokens[0]["input_ids"])}
+            started, used = (started, used) if started else (time.perf_counter(), time.process_time())
+        taken, processor = time.perf_counter() - started, time.process_time() - used
+        return {
+            "rows_per_second": rows / taken,
+            "processor_seconds_per_row": processor / rows,
+            "tokens": len(tokens[0]["input_ids"]),
+        }
 
     return work
 
@@ -147,23 +152,25 @@ async def connection(port: int) -> AsyncIterator[Any]:
 def served(file: Path, tasks: int, seconds: int) -> dict[str, Any]:
     """Rows a second and times of requests behind HTTP, for each number of rows of a request."""
     started = time.perf_counter()
-    with server(file, "--threads", str(os.cpu_count())) as (_, port):
+    with server(file, "--threads", str(os.cpu_count())) as (process, port):
         ready = time.perf_counter() - started
-        rates = [asyncio.run(load(port, tasks, rows, seconds)) for rows in ROWS_OF_A_REQUEST]
+        rates = [asyncio.run(load(process, port, tasks, rows, seconds)) for rows in ROWS_OF_A_REQUEST]
     return {"seconds_until_ready": ready, "rates": rates}
 
 
-async def load(port: int, tasks: int, rows: int, seconds: float) -> dict[str, Any]:
+async def load(process: int, port: int, tasks: int, rows: int, seconds: float) -> dict[str, Any]:
     """64 clients, each of which sends its next request once the one before is answered."""
     known, begins = texts(), time.perf_counter() + min(5.0, seconds / 2)
-    ends, times = begins + seconds, []
+    ends, times, before, answered = begins + seconds, [], _processor_seconds(process), 0
 
     async def client(draws: random.Random) -> None:
+        nonlocal answered
         async with connection(port) as ask:
             while (started := time.perf_counter()) < ends:
                 question = {"task": f"task {draws.randrange(tasks)}", "inputs": draws.choices(known, k=rows)}
                 status, said = await ask("POST", "/predict", question)
                 assert (status, said.get("task")) == (200, question["task"]), said
+                answered += rows
                 if begins < time.perf_counter() < ends:
                     times.append(time.perf_counter() - started)
 
@@ -172,6 +179,7 @@ async def load(port: int, tasks: int, rows: int, seconds: float) -> dict[str, An
     return {
         "rows_of_a_request": rows,
         "rows_per_second": len(times) * rows / seconds,
+        "processor_seconds_per_row": (_processor_seconds(process) - before) / answered,
         "median_seconds": times[len(times) // 2],
         "seconds_99": times[int(len(times) * 0.99)],
     }
@@ -278,6 +286,13 @@ async def _soak(counted: Soak, process: int, port: int, seconds: float) -> list[
     changers = (changer(f"changed {number}".replace(" ", "-"), random.Random(number)) for number in range(2))
     await asyncio.gather(*clients, *changers, watch())
     return memory
+
+
+def _processor_seconds(process: int) -> float:
+    """What a server and all processes of its replicas and of Ray have computed."""
+    whole = psutil.Process(process)
+    times = [one.cpu_times() for one in (whole, *whole.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
 
 
 def _replicas(process: int) -> list[psutil.Process]:
