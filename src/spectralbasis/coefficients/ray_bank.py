@@ -5,6 +5,7 @@ and fills the table again where Ray had to restart it.
 """
 
 import asyncio
+import logging
 import os
 import secrets
 import time
@@ -241,7 +242,6 @@ def started(
     is_local = ray in (None, LOCAL)
     threads = threads or (max(1, cores() // replicas) if is_local else 1)
     settings = {"num_cpus": max(cores(), replicas * threads), "object_store_memory": 128 << 20}
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     if is_local:  # else other users of this machine could run code as this one, through the ports of Ray
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     module, ours = connect_ray(ray or LOCAL, **settings)
@@ -251,7 +251,10 @@ def started(
     try:
         _check_room(module, replicas, threads)
         table = module.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(TaskTable).remote()
+        notes = logging.getLogger("ray.serve")
+        notes.setLevel(logging.ERROR)
         serve.start(proxy_location="Disabled")
+        notes.setLevel(logging.ERROR)  # which it has set anew
         deployment = serve.deployment(BankReplica, name="bank").options(
             num_replicas=replicas,
             max_ongoing_requests=_ONGOING,
