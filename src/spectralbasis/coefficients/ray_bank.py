@@ -8,6 +8,8 @@ import asyncio
 import logging
 import os
 import secrets
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -245,6 +247,8 @@ def started(
     if is_local:  # else other users of this machine could run code as this one, through the ports of Ray
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     module, ours = connect_ray(ray or LOCAL, **settings)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)  # Ray's own handlers would end this process without what follows
     from ray import serve
 
     name = f"spectralbasis-{secrets.token_hex(4)}"
@@ -267,6 +271,10 @@ def started(
         yield RayBank(handle, table, bank.tasks, replicas)
     finally:
         _end(module, serve, name, ours)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _check_room(module: Any, replicas: int, threads: int) -> None:
