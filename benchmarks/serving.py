@@ -30,10 +30,10 @@ from benchmarks.bank import write_adapter, write_bank_file
 from benchmarks.processes import measure
 from benchmarks.results import earlier, environment, parse_arguments, write
 
-CLIENTS, WORDS, TEXTS = 64, 30, 32
+CLIENTS, WORDS, TEXTS = 64, 30, 16
 ROWS_OF_A_REQUEST = (1, 8)
 BATCH = 128
-CHECKED = 64
+CHECKED = 32
 """Tasks of the soak, whose answers are known: as many adapters of different numbers."""
 CHANGED = 8
 CLOSE = 1e-3
