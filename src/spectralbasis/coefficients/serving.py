@@ -125,6 +125,7 @@ class BankApplication:
     Attributes:
         asgi: the application.
         seconds: how long a request waits for its answer at most.
+        is_stopping: whether answers tell their client to send no more over this connection.
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class BankApplication:
         self._token = token
         self._hosts = frozenset(hosts)
         self._adapters = adapters
+        self.is_stopping = False
         self._waiting = 0
         self._metrics = _Metrics(backend, lambda: self._waiting)
         self.asgi = Starlette(
@@ -167,6 +169,8 @@ class BankApplication:
                     self._check_sender(request)
                 response = await _answered(work, request)
                 status = response.status_code
+                if self.is_stopping:
+                    response.headers["connection"] = "close"
                 return response
             except HTTPException as refused:
                 status = refused.status_code
@@ -344,6 +348,10 @@ def run_until_stopped(application: BankApplication, taken: socket.socket, ready:
             await super().startup(sockets)
             ready()
 
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            application.is_stopping = True
+            super().handle_exit(sig, frame)
+
     config = uvicorn.Config(
         application.asgi,
         http="h11",  # which bounds the size of headers
@@ -360,5 +368,4 @@ def run_until_stopped(application: BankApplication, taken: socket.socket, ready:
     try:
         Server(config).run([taken])
     finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])  # a second SIGTERM does not disturb what follows
