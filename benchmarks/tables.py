@@ -7,6 +7,7 @@ A page marks where a table belongs with `<!-- table NAME: made by python -m benc
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks import bank_tables, fault_tables, performance, scale_tables, step_tables
@@ -87,9 +88,42 @@ def quantization(found: dict[str, Any]) -> str:
     return f"{table(heads, rows)}\n\n{note}\n"
 
 
+def closed_forms(found: dict[str, Any]) -> str:
+    """The null in closed form beside draws, a row for each step of the random bases and of a model's matrices."""
+    rows = []
+    for label, of_model in (("random", False), ("of a model", True)):
+        kind = [row for row in found["rows"] if ("model" in row["base"]) == of_model]
+        for step in sorted({row["step"] for row in kind}):
+            cases = [row for row in kind if row["step"] == step]
+            known = [row for row in cases if row["admitted"]]
+            if not known:
+                rows.append([label, f"{step:g}", f"0 of {len(cases)}", *["–"] * 6])
+                continue
+            means = [row["mean"] for row in known]
+            beyond = sum(abs(row["mean"] - 1) > 0.05 + 2 * row["error"] for row in known)
+            rows.append(
+                [
+                    label,
+                    f"{step:g}",
+                    f"{len(known)} of {len(cases)}",
+                    f"{fmean(means):.3f} ({min(means):.2f} to {max(means):.2f})",
+                    f"{fmean(row['error'] for row in known):.3f}",
+                    f"{beyond}",
+                    f"{fmean(row['std'] for row in known):.2f}",
+                    f"{fmean(row['below_05'] for row in known):.1%}",
+                    f"{fmean(row['below_01'] for row in known):.1%}",
+                ]
+            )
+    heads = ["base", "step", "admitted", "mean / draws", "error of draws", "farther than 5 % and 2 errors"]
+    heads += ["standard deviation / draws", "p < 0.05", "p < 0.01"]
+    note = f"{found['settings']['draws']} draws for each case; left and right vectors count apart. {versions(found)}"
+    return f"{table(heads, rows)}\n\n{note}\n"
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "calibration": ("calibration", calibration),
     "quantization": ("quantization", quantization),
+    "closed_forms": ("closed_forms", closed_forms),
     "solvers_steep": ("leading_triplets", performance.solver_times("steep")),
     "solvers_flat": ("leading_triplets", performance.solver_times("flat")),
     "solver_goals": ("leading_triplets", performance.solver_goals),

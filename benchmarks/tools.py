@@ -10,17 +10,17 @@ K = 64
 
 
 def ours(base: str, tuned: str, draws: str) -> Callable[[], Any]:
-    """`compare` as it stands; the number of matrices is returned."""
+    """`compare` as it stands; the number of matrices is returned. `draws` is a number, or "default"."""
     import torch
 
     import spectralbasis
 
     one = {"layer.0.dense.weight": torch.eye(4)}
     spectralbasis.compare(one, [{name: W + 1 for name, W in one.items()}], leading=1)  # imports what it needs only then
-    null = "scrambled" if int(draws) else None
+    null, number = (None if draws == "0" else "scrambled"), (None if draws in ("0", "default") else int(draws))
 
     def work() -> int:
-        found = spectralbasis.compare(base, [tuned], leading=K, null=null, draws=int(draws) or 5)
+        found = spectralbasis.compare(base, [tuned], leading=K, null=null, draws=number)
         return int(found.table["matrix"].nunique())
 
     return work

@@ -23,6 +23,7 @@ DRAWS = 5
 STEP = 0.03
 RUNS: dict[str, tuple[str, ...]] = {
     "compare, no null": ("ours", "0"),
+    "compare, default null": ("ours", "default"),
     f"compare, {DRAWS} draws": ("ours", str(DRAWS)),
     "script of two full SVDs per matrix": ("script", "0"),
     f"the same script with {DRAWS} draws": ("script", str(DRAWS)),

@@ -17,7 +17,9 @@ from tests.comparison.pairs import layered, random_updates
 from tests.matrices import power_law, with_spectrum
 from tests.models import tiny
 
-CONTRACT = "tuned, matrix, layer, kind, m, n, k, metric, side, index, value, null, null_mean, null_std, z, p_value"
+CONTRACT = (
+    "tuned, matrix, layer, kind, m, n, k, metric, side, index, value, null, null_mean, null_std, z, p_value, null_from"
+)
 SUMMARY = (
     "base, tuned, leading, matrices, skipped, unpaired, stability, coverage, versions, seed, seconds, peak_rss_bytes"
 )

@@ -73,8 +73,8 @@ def changed(tmp_path):
 
 
 def test_another_version_is_refused_unless_it_is_to_be_replaced(changed):
-    path = changed("PRAGMA user_version = 4")
-    with pytest.raises(InputError, match="has format 4, this version reads format 3"):
+    path = changed("PRAGMA user_version = 5")
+    with pytest.raises(InputError, match="has format 5, this version reads format 4"):
         Store(path, SETTINGS, resume=True)
     with Store(path, SETTINGS, resume=False) as store:
         assert store.contents("layer.3") == {}

@@ -150,6 +150,7 @@ def summary(tuned: Sequence[str] = ("rte", "sst2"), *, null: bool = True, **chan
         "leading": 64,
         "null": "scrambled" if null else None,
         "draws": 5 if null else 0,
+        "null_from": {"draws": 6} if null else {},
         "tolerance": 1e-4,
         "seed": 0,
         "matrices": 37,

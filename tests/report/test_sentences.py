@@ -49,7 +49,7 @@ def test_without_a_null_no_claim_is_judged(claim):
     assert "cannot be judged" in text
     assert "chance." not in sentences.reading(lone)
     assert sentences.interval(lone) == "–"
-    assert "No null was drawn" in sentences.headline(lone, lone)
+    assert "There is no null" in sentences.headline(lone, lone)
 
 
 def test_an_effect_without_interval_or_p_makes_no_claim_to_either():

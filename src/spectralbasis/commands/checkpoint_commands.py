@@ -72,7 +72,12 @@ def compare(
     ] = None,
     leading: Leading = "auto",
     null: Annotated[str, typer.Option(help=_NULL_HELP)] = "scrambled",
-    draws: Annotated[int, typer.Option(min=1, help="Draws of the null per matrix.")] = 5,
+    draws: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Draws of the null per matrix. Default: its closed form; 5 draws where that does not hold."
+        ),
+    ] = None,
     label: Annotated[
         list[str] | None,
         typer.Option(

@@ -1,11 +1,11 @@
 """Measure one matrix of the base against its finetuned versions, whole or in row blocks if memory is short.
 
-The base is decomposed once; each finetuned version is measured and compared with draws of a null. The memory need is
-computed from the shape; it decides between whole and row blocks, and sets the number of worker processes.
+The base is decomposed once; each finetuned version is measured and compared with a null, in closed form or by draws.
+The memory need is computed from the shape; it decides between whole and row blocks, and sets the number of workers.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import combinations
@@ -17,10 +17,12 @@ from torch import Tensor
 from spectralbasis.checkpoints import Matrix
 from spectralbasis.checkpoints.matrices import dtype_name
 from spectralbasis.comparison import metrics
-from spectralbasis.comparison.metrics import Key, Measurements, Row, SharedRow, Window
-from spectralbasis.comparison.nulls import SCRAMBLED, Null
+from spectralbasis.comparison.coverage_moments import Key, Moments, UpdateSums
+from spectralbasis.comparison.metrics import Measurements, Row, SharedRow, Window
+from spectralbasis.comparison.nulls import HAAR, SCRAMBLED, Null
+from spectralbasis.comparison.rotations import Rotations, rotations
 from spectralbasis.comparison.sharing import Frames, Pair, shared_rows, update_directions
-from spectralbasis.comparison.statistics import against_null
+from spectralbasis.comparison.statistics import NullFit, against_moments, against_null
 from spectralbasis.errors import InputError
 from spectralbasis.linalg import (
     Leading,
@@ -42,7 +44,11 @@ from spectralbasis.triplets import Triplets, compute_triplets_and_values, matrix
 
 UNCHANGED = "the same in both: finetuning did not change it"
 ROUNDED = "the same in both apart from rounding"
-NullValues = dict[Key, list[float]]
+USUAL_DRAWS = 5
+"""Draws per matrix where the null has no closed form and no number is given."""
+NullFits = dict[Key, tuple[NullFit, str]]
+CLOSED, DRAWN = "closed form", "draws"
+"""What a null's mean and standard deviation come from, as in the column `null_from`."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,8 @@ class Settings:
 
     Attributes:
         leading: number of directions, fraction of min(m, n), "auto", "mp" or "gd".
-        null: what draws come from; None for no draws.
-        draws: draws of the null per matrix.
+        null: what each measurement is compared with; None for nothing.
+        draws: draws of the null per matrix; None for its closed form where that holds, and `USUAL_DRAWS` elsewhere.
         seed: of the draws and of the bootstrap.
         tolerance: largest sine between computed and true leading subspaces.
         device: where matrices are decomposed.
@@ -61,20 +67,28 @@ class Settings:
 
     leading: Leading = "auto"
     null: Null | None = SCRAMBLED
-    draws: int = 5
+    draws: int | None = None
     seed: int = 0
     tolerance: float = 1e-4
     device: str = "cpu"
     trailing: bool = False
 
     def __post_init__(self) -> None:
-        if self.null is not None and self.draws < 1:
-            raise InputError(f"draws must be at least 1, got {self.draws}; pass 2 or more, or null=None for no draws")
+        if self.null is not None and self.draws is not None and self.draws < 1:
+            raise InputError(
+                f"draws must be at least 1, got {self.draws}; pass 2 or more, None for the closed form where it holds, "
+                "or null=None for no null"
+            )
 
     @property
     def null_name(self) -> str:
-        """Name of the null; empty where nothing is drawn."""
+        """Name of the null; empty where there is none."""
         return str(self.null or "")
+
+    @property
+    def most_draws(self) -> int:
+        """Draws of a matrix whose null has no closed form; 0 without a null."""
+        return 0 if self.null is None else USUAL_DRAWS if self.draws is None else self.draws
 
 
 @dataclass(frozen=True)
@@ -230,9 +244,19 @@ class _Work:
         update_cosines = gram_cosines(inner_products([partial(self._update, label) for label in labels]))
         for pair in missing:
             cosine = float(update_cosines[labels.index(pair[0]), labels.index(pair[1])])
+            if not all(self._frames[label].rotations for label in pair):
+                for label in pair:
+                    self._draw(label)
             a, b = (self._frames[label] for label in pair)
             rows = shared_rows(pair, self.task.before, a, b, cosine, self.settings.null_name)
             self.outcome.shared[pair] = self.outcome.shared[pair][0], rows
+
+    def _draw(self, label: str) -> None:
+        """Keep the triplets under draws of the null for a partner that had none, as another one has no closed form."""
+        frames, settings = self._frames[label], self.settings
+        if settings.null is not None and not frames.draws:
+            drawn = _Draws(self.base, self._update(label), settings, frames.content)
+            self._frames[label] = replace(frames, draws=tuple(drawn.triplets()))
 
     def _check_room(self, k: int) -> None:
         """Raise ValueError where not even row blocks fit the budget."""
@@ -240,7 +264,7 @@ class _Work:
         if budget is None or not self.task.in_row_blocks:
             return
         m, n = self.task.before.shape
-        kept = len(partners) * (1 + self.settings.draws) if len(partners) > 1 else 0
+        kept = len(partners) * (1 + self.settings.most_draws) if len(partners) > 1 else 0
         held = self.task.before.held_bytes + max(partner.held_bytes for partner in partners)
         needed = held + row_block_memory(m, n, k, kept=kept, trailing=self.settings.trailing)
         if needed > budget:
@@ -262,16 +286,16 @@ class _Work:
     def _rows(self, label: str, W1: MatrixLike, tuned_hash: str) -> list[Row]:
         """The measurements of one pair as rows of the table, beside their null where they have one."""
         kept = len(self.task.partners) > 1
-        values, null_values, found = measure_pair(self.base, W1, self.settings, tuned_hash, kept)
+        values, fits, found = measure_pair(self.base, W1, self.settings, tuned_hash, kept)
         if found is not None:
             self._frames[label] = found
         matrix = self.task.before
         rows = []
         for (metric, side, k, index), value in values.items():
             row = Row(label, matrix.name, matrix.layer, matrix.kind, *matrix.shape, k, metric, side, index, value)
-            draws = null_values.get((metric, side, k, index))
-            if draws is not None:
-                row = replace(row, null=self.settings.null_name, **asdict(against_null(value, np.array(draws))))
+            if (metric, side, k, index) in fits:
+                fit, source = fits[metric, side, k, index]
+                row = replace(row, null=self.settings.null_name, **asdict(fit), null_from=source)
             rows.append(row)
         return rows
 
@@ -304,8 +328,8 @@ def _row_source(matrix: Matrix, device: str) -> RowSource:
 
 def measure_pair(
     base: Base, W1: MatrixLike, settings: Settings, tuned_hash: str, keep: bool
-) -> tuple[Measurements, NullValues, Frames | None]:
-    """All measurements of one pair, and the null's values of those that have a null.
+) -> tuple[Measurements, NullFits, Frames | None]:
+    """All measurements of one pair, and how those that have a null compare with it.
 
     Args:
         base: the base matrix and what is known of it.
@@ -335,34 +359,113 @@ def measure_pair(
     )
     if base.trailing:
         values |= metrics.trailing(base.trailing, trailing_vectors(W1, k), update)
+    error_bound = triplets.subspace_error_bound + tuned.subspace_error_bound
+    moments: dict[Key, Moments] = {}
+    rotated: Rotations = {}
+    if settings.null is not None and settings.draws is None:
+        moments, rotated = closed_form(
+            settings.null, triplets, base.values, base.trailing, update, update_values, error_bound
+        )
+    fits: NullFits = {key: (against_moments(values[key], *one), CLOSED) for key, one in moments.items()}
     draws: list[LeadingSVD] = []
-    null_values = _null_values(base, update, settings, tuned_hash, draws if keep else None)
+    if settings.null is not None and any(key not in moments for key in values if key[0] in _NULLED):
+        drawn = _Draws(base, update, settings, tuned_hash)
+        for key, found in drawn.values(leading=not rotated, kept=draws if keep else None).items():
+            if key not in fits:
+                fits[key] = against_null(values[key], np.array(found)), DRAWN
     if not keep:
-        return values, null_values, None
+        return values, fits, None
     directions = update_directions(update, update_values, base.norm)
-    kept = Frames(tuned_hash, tuned, tuple(draws), directions, metrics.overlaps(triplets, tuned))
-    return values, null_values, kept
+    overlaps = metrics.overlaps(triplets, tuned)
+    return values, fits, Frames(tuned_hash, tuned, tuple(draws), rotated, directions, overlaps)
 
 
-def _null_values(
-    base: Base, update: MatrixLike, settings: Settings, tuned_hash: str, kept: list[LeadingSVD] | None
-) -> NullValues:
-    """Values of each measurement under the null's draws; the base's triplets under each draw are added to `kept`."""
-    values: NullValues = defaultdict(list)
-    if settings.null is None:
-        return values
-    triplets, k = base.triplets, base.triplets.k
-    for chance in settings.null.draws(update, settings.draws, settings.seed, triplets.base_hash, tuned_hash):
-        W1 = plus(base.W, chance)
-        moved = leading_svd(W1, k, tolerance=settings.tolerance)
-        measured = metrics.coverages(triplets, chance) | metrics.overlaps(triplets, moved)
-        if base.trailing:
-            measured |= metrics.trailing(base.trailing, trailing_vectors(W1, k), chance)
-        for key, value in measured.items():
-            values[key].append(value)
-        if kept is not None:
-            kept.append(moved)
-    return values
+_NULLED = {"subspace_overlap", "trailing_overlap", "trailing_coverage"} | {
+    metric for metric, _ in HAAR.closed_forms if metric.startswith("coverage")
+}
+"""The metrics that are compared with a null."""
+
+
+def closed_form(
+    null: Null,
+    leading: metrics.Factors,
+    base_values: Tensor,
+    window: Window | None,
+    update: MatrixLike,
+    update_values: Tensor,
+    error_bound: float,
+) -> tuple[dict[Key, Moments], Rotations]:
+    """Moments of the measurements for which the null has a closed form, and the rotations where that holds, else none.
+
+    Args:
+        null: which null.
+        leading: the base's leading triplets.
+        base_values: all singular values of the base.
+        window: the base's trailing window, where it is measured.
+        update: ΔW, (m, n), not zero.
+        update_values: its singular values.
+        error_bound: sum of the bounds of the base's and the tuned leading subspaces.
+    """
+    values = update_values.double().cpu().numpy()
+    moments: dict[Key, Moments] = {}
+    if null.coverage is not None:
+        sums = UpdateSums.of(update, values)
+        moments |= metrics.coverage_moments(null.coverage, sums, leading.U, leading.Vh)
+        if window is not None:
+            within = metrics.coverage_moments(null.coverage, sums, window[0], window[1].T)
+            core = {k: one for (metric, _, k, _), one in within.items() if metric == "coverage_core"}
+            moments |= {("trailing_coverage", "both", k, -1): one for k, one in core.items()}
+    if null.energy is None:
+        return moments, {}
+    grid, known = metrics.leading_grid(leading.S.numel()), base_values.double().cpu().numpy()
+    energy = null.energy(values, (update.shape[0], update.shape[1]))
+    rotated = rotations(known, energy, grid, error_bound) or {}
+    for k, sides in rotated.items():
+        for name, side in zip(("left", "right"), sides, strict=True):
+            moments["subspace_overlap", name, k, -1] = side.overlap
+    return moments, rotated
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """The draws of the null for one update, each made when it is asked for."""
+
+    base: Base
+    update: MatrixLike
+    settings: Settings
+    tuned_hash: str
+
+    def values(self, leading: bool, kept: list[LeadingSVD] | None) -> dict[Key, list[float]]:
+        """What is measured under each draw; the leading triplets only where asked, then added to `kept`."""
+        found: dict[Key, list[float]] = defaultdict(list)
+        base = self.base
+        for chance in self._updates():
+            measured = metrics.coverages(base.triplets, chance)
+            if leading:
+                moved = self._moved(chance)
+                measured |= metrics.overlaps(base.triplets, moved)
+                if kept is not None:
+                    kept.append(moved)
+            if base.trailing:
+                window = trailing_vectors(plus(base.W, chance), base.triplets.k)
+                measured |= metrics.trailing(base.trailing, window, chance)
+            for key, value in measured.items():
+                found[key].append(value)
+        return found
+
+    def triplets(self) -> Iterator[LeadingSVD]:
+        """The leading triplets of the base under each draw."""
+        return map(self._moved, self._updates())
+
+    def _updates(self) -> Iterator[MatrixLike]:
+        settings = self.settings
+        assert settings.null is not None
+        return settings.null.draws(
+            self.update, settings.most_draws, settings.seed, self.base.triplets.base_hash, self.tuned_hash
+        )
+
+    def _moved(self, chance: MatrixLike) -> LeadingSVD:
+        return leading_svd(plus(self.base.W, chance), self.base.triplets.k, tolerance=self.settings.tolerance)
 
 
 FLOAT32, FLOAT64 = 4, 8

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from spectralbasis.comparison.coverage_moments import Coverage, Key, Moments, UpdateSums
 from spectralbasis.comparison.nulls import HAAR
 from spectralbasis.linalg import (
     LeadingSVD,
@@ -30,7 +31,6 @@ from spectralbasis.triplets import Triplets
 if TYPE_CHECKING:
     import pandas as pd
 
-Key = tuple[str, str, int, int]
 Measurements = dict[Key, float]
 Factors = LeadingSVD | Triplets
 Window = tuple[Tensor, Tensor]
@@ -73,6 +73,22 @@ def coverage_shares(U: Tensor, Vh: Tensor, update: MatrixLike) -> Measurements:
         | _over_grid("coverage_core", "both", core.square().cumsum(0).cumsum(1).diagonal() / total)
         | _over_grid("coverage_diagonal", "both", core.diagonal().square().cumsum(0) / total)
     )
+
+
+def coverage_moments(coverage: Coverage, sums: UpdateSums, U: Tensor, Vh: Tensor) -> dict[Key, Moments]:
+    """The moments of `coverage_shares` under a null, by the same keys.
+
+    Args:
+        coverage: of the null.
+        sums: of the update.
+        U: (m, k), columns orthonormal.
+        Vh: (k, n), rows orthonormal.
+    """
+    return {
+        (metric, side, k, -1): moments[k - 1]
+        for (metric, side), moments in coverage(sums, U, Vh).items()
+        for k in leading_grid(len(Vh))
+    }
 
 
 def trailing(base: Window, tuned: Window, update: MatrixLike) -> Measurements:
@@ -191,7 +207,17 @@ def _over_grid(metric: str, side: str, by_k: Tensor) -> Measurements:
 
 
 def _cosines(base: Factors, tuned: Factors) -> dict[str, Tensor]:
-    return {"left": cross_cosines(base.U, tuned.U), "right": cross_cosines(base.Vh.T, tuned.Vh.T)}
+    """Of the unit vectors: rounding to float32 leaves norms that differ from 1 by what small updates turn."""
+    left, right = cross_cosines(base.U, tuned.U), cross_cosines(base.Vh.T, tuned.Vh.T)
+    return {
+        "left": left / (_norms(base.U)[:, None] * _norms(tuned.U)),
+        "right": right / (_norms(base.Vh.T)[:, None] * _norms(tuned.Vh.T)),
+    }
+
+
+def _norms(vectors: Tensor) -> Tensor:
+    """Of the columns, (k,), float64."""
+    return vectors.double().norm(dim=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +225,8 @@ class Row:
     """A measurement; the fields are the table's columns in their order.
 
     `k` is the number of leading directions that the row speaks of, `side` is "left", "right" or "both", `index` is the
-    direction (from 0) or -1. The last five are empty where no null was drawn for the measurement.
+    direction (from 0) or -1. The last six are empty where the measurement has no null; `null_from` is "closed form" or
+    "draws".
     """
 
     tuned: str
@@ -218,6 +245,7 @@ class Row:
     null_std: float = math.nan
     z: float = math.nan
     p_value: float = math.nan
+    null_from: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +274,7 @@ class SharedRow:
     p_value: float = math.nan
     base_overlap_a: float = math.nan
     base_overlap_b: float = math.nan
+    null_from: str = ""
 
 
 _VALUES = {kind: attrgetter(*(field.name for field in fields(kind))) for kind in (Row, SharedRow)}

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from spectralbasis.comparison.coverage_moments import Coverage, Floats, Moments, UpdateSums
+    from spectralbasis.comparison.rotations import SelfEnergy
     from spectralbasis.linalg.row_blocks import Rows, RowSource
 
 Update = TypeVar("Update", "Tensor", "RowSource")
@@ -35,6 +37,10 @@ class Null:
             memory budget) and a CPU generator, which is the only source of randomness; None where closed forms replace
             draws. A function of a module, where other processes measure.
         closed_forms: (metric, side) → its mean under the null, from k, m and n; functions of a module, too.
+        coverage: gives the moments of the coverages without draws; see `coverage_moments.Coverage`. None where they are
+            drawn.
+        energy: gives from the singular values of ΔW and its shape the `rotations.SelfEnergy` of a draw, from which
+            the moments of the overlaps follow; None where they are drawn.
     """
 
     name: str
@@ -42,6 +48,8 @@ class Null:
     description: str
     draw: Callable[[Any, "torch.Generator"], Any] | None = None
     closed_forms: Mapping[tuple[str, str], Callable[[Any, Any, Any], Any]] = field(default_factory=dict)
+    coverage: "Coverage | None" = None
+    energy: "Callable[[Floats, tuple[int, int]], SelfEnergy] | None" = None
 
     def __str__(self) -> str:
         return self.name
@@ -172,6 +180,30 @@ def normal_rows(shape: tuple[int, int], generator: "torch.Generator", device: "t
     return row_blocks.RowSource(shape, read, device)
 
 
+def _scrambled_coverage(sums: "UpdateSums", U: "Tensor", Vh: "Tensor") -> "dict[tuple[str, str], list[Moments]]":
+    from spectralbasis.comparison import coverage_moments
+
+    return coverage_moments.scrambled_coverage(sums, U, Vh)
+
+
+def _gaussian_coverage(sums: "UpdateSums", U: "Tensor", Vh: "Tensor") -> "dict[tuple[str, str], list[Moments]]":
+    from spectralbasis.comparison import coverage_moments
+
+    return coverage_moments.gaussian_coverage(sums, U, Vh)
+
+
+def _scrambled_energy(values: "Floats", shape: tuple[int, int]) -> "SelfEnergy":
+    from spectralbasis.comparison import rotations
+
+    return rotations.scrambled_energy(values, shape)
+
+
+def _gaussian_energy(values: "Floats", shape: tuple[int, int]) -> "SelfEnergy":
+    from spectralbasis.comparison import rotations
+
+    return rotations.gaussian_energy(values, shape)
+
+
 def _left_share(k: Any, m: Any, n: Any) -> Any:
     return k / m
 
@@ -193,12 +225,16 @@ SCRAMBLED = Null(
     update="a random update of the same size and spectrum",
     description="W0 + D1 P1 ΔW P2 D2 with random permutations P and signs D",
     draw=scrambled,
+    coverage=_scrambled_coverage,
+    energy=_scrambled_energy,
 )
 GAUSSIAN = Null(
     name="gaussian",
     update="a random update of the same size",
     description="W0 + G with independent normal entries and ‖G‖ = ‖ΔW‖",
     draw=gaussian,
+    coverage=_gaussian_coverage,
+    energy=_gaussian_energy,
 )
 HAAR = Null(
     name="haar",

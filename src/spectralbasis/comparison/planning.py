@@ -51,7 +51,7 @@ def plan_comparison(
     *,
     leading: Leading = "auto",
     null: str | Null | None = "scrambled",
-    draws: int = 5,
+    draws: int | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     partial: bool = False,
@@ -67,8 +67,8 @@ def plan_comparison(
         base: the pretrained checkpoint, as in `compare`; so are the other arguments.
         tuned: one or more finetuned checkpoints.
         leading: number of leading directions, or the rule that sets it.
-        null: what draws come from; None for no draws.
-        draws: draws of the null per matrix.
+        null: what each measurement is compared with; None for no null.
+        draws: draws of the null per matrix; None assumes that its closed form holds in all matrices.
         include: glob patterns of matrix names to measure.
         exclude: glob patterns of matrix names to leave out.
         partial: accept an adapter also where the base lacks some of what it adapts.
@@ -138,8 +138,9 @@ KINDS = {
     "tridiagonal": "reductions of Gram matrices to tridiagonal form; in float32 they count half",
     "dense": "full singular value decompositions in float64",
 }
-PASSES_OF_A_PAIR = 12
-"""How often a float32 matrix is passed through for each partner: finite values, equality, hash, difference, norms."""
+PASSES_OF_A_PAIR = 16
+"""How often a float32 matrix is passed through for each partner: finite values, equality, hash, difference, norms, and
+the sums of the null in closed form."""
 PASSES_OF_A_DRAW = 8
 """The same for each draw of a null: rows, columns, signs, the sum, its check and norm."""
 
@@ -240,7 +241,7 @@ class Group:
 
     @property
     def solver(self) -> str:
-        """The solver that decomposes the base under a draw of the null."""
+        """The solver that decomposes the base under a draw of the null, where it is drawn."""
         m, n = self.shape
         return "krylov" if krylov_pays(m, n, self.k) else "gram" if gram_pays(m, n, self.k) else "dense"
 
@@ -262,7 +263,9 @@ def make_group(
 ) -> Group:
     """Matrices of one shape with so many partners each; `stored_bytes` are those of one with its partners."""
     k = expected_k(settings.leading, shape)
-    draws = settings.draws if settings.null else 0
+    null = settings.null
+    drawn = settings.draws is not None or (null is not None and null.energy is None) or settings.trailing
+    draws = settings.most_draws if drawn else 0
     steps = operations(shape, k, draws=draws, stored_bytes=stored_bytes, partners=partners, trailing=settings.trailing)
     memory = working_memory(*shape, k, trailing=settings.trailing)
     return Group(shape, count, k, steps, PROCESS_MEMORY + min(memory, memory_budget or memory))

@@ -19,9 +19,11 @@ from typing_extensions import TypedDict
 from spectralbasis.checkpoints import Matrix
 from spectralbasis.comparison.metrics import Measurements, SharedRow, leading_grid, overlaps
 from spectralbasis.comparison.nulls import HAAR
+from spectralbasis.comparison.rotations import Rotations, shared_overlap
 from spectralbasis.comparison.statistics import (
     FindingEntry,
     against_haar,
+    against_moments,
     against_null,
     against_unrelated,
     find,
@@ -49,7 +51,8 @@ class Frames:
     Attributes:
         content: hash of the matrix.
         tuned: its leading triplets.
-        draws: those of the base under each draw of the null for this matrix.
+        draws: those of the base under each draw of the null for this matrix; empty where none was needed.
+        rotations: what the null in closed form gives for the base's vectors; empty where it does not hold.
         update: those of ΔW, at most `UPDATE_DIRECTIONS`.
         base_overlaps: subspace overlaps of the base with `tuned`.
     """
@@ -57,6 +60,7 @@ class Frames:
     content: str
     tuned: LeadingSVD
     draws: tuple[LeadingSVD, ...]
+    rotations: Rotations
     update: LeadingSVD
     base_overlaps: Measurements
 
@@ -86,7 +90,7 @@ def shared_rows(pair: Pair, matrix: Matrix, a: Frames, b: Frames, update_cosine:
         a: frames of the first.
         b: frames of the second.
         update_cosine: `⟨ΔW_a, ΔW_b⟩ / (‖ΔW_a‖ ‖ΔW_b‖)`.
-        null: which null `Frames.draws` come from; empty where there are none.
+        null: name of the null; empty where there is none.
     """
     place = (*pair, matrix.name, matrix.layer, matrix.kind, *matrix.shape)
     if a.content != b.content:
@@ -94,11 +98,17 @@ def shared_rows(pair: Pair, matrix: Matrix, a: Frames, b: Frames, update_cosine:
     else:  # equal matrices have equal draws, so each is paired with the other's next one
         paired = list(zip(a.draws, b.draws[1:] + b.draws[:1], strict=True)) if len(a.draws) > 1 else []
     draws = [overlaps(one, other) for one, other in paired]
+    closed = bool(a.rotations and b.rotations)
+    source = "closed form" if closed else "draws" if draws else ""
     rows = []
     for key, value in overlaps(a.tuned, b.tuned).items():
         metric, side, k, _ = key
-        fit = against_null(value, np.array([draw[key] for draw in draws]))
-        row = SharedRow(*place, k, metric, side, value, null if draws else "", **asdict(fit))
+        if closed:
+            number = ("left", "right").index(side)
+            fit = against_moments(value, *shared_overlap(a.rotations[k][number], b.rotations[k][number], k))
+        else:
+            fit = against_null(value, np.array([draw[key] for draw in draws]))
+        row = SharedRow(*place, k, metric, side, value, null if source else "", **asdict(fit), null_from=source)
         rows.append(replace(row, base_overlap_a=a.base_overlaps[key], base_overlap_b=b.base_overlaps[key]))
     whole = asdict(against_unrelated(update_cosine, matrix.shape))
     rows.append(SharedRow(*place, a.tuned.S.numel(), "update_cosine", "both", update_cosine, HAAR.name, **whole))
@@ -195,9 +205,9 @@ def sharing_methods(found: Mapping[str, Any]) -> str:
     counted = {"different tasks": "those of different tasks", "same task": "all, because all have one task"}
     text = (
         f"For every pair of finetuned checkpoints ({len(found['pairs'])} pairs; the mean is over "
-        f"{counted.get(found['over'], 'all')}) the overlap of the leading subspaces was compared with pairs of "
-        "independent draws. The error of the mean excess is the larger one of the hierarchical bootstrap (pairs "
-        "outermost) and the jackknife over checkpoints."
+        f"{counted.get(found['over'], 'all')}) the overlap of the leading subspaces was compared with two "
+        "independent updates under the null. The error of the mean excess is the larger one of the hierarchical "
+        "bootstrap (pairs outermost) and the jackknife over checkpoints."
     )
     test = found["permutation"]
     if test is None:

@@ -54,19 +54,25 @@ def against_null(value: float, draws: Floats) -> NullFit:
     return NullFit(mean, std, (value - mean) / std, float(2 * special.stdtr(draws.size - 1, -abs(t))))
 
 
+def against_moments(share: float, mean: float, std: float) -> NullFit:
+    """A share in [0, 1] compared with a null of known mean and standard deviation.
+
+    The two-sided p-value is that of the Beta law with these two moments.
+    """
+    weight = mean * (1 - mean) / std**2 - 1 if std > 0 else 0.0
+    if not weight > 0:
+        return NullFit(mean, std, math.nan, math.nan)
+    law, inside = (mean * weight, (1 - mean) * weight), min(max(share, 0.0), 1.0)
+    tail = min(special.betainc(*law, inside), special.betaincc(*law, inside))
+    return NullFit(mean, std, (share - mean) / std, float(min(1.0, 2 * tail)))
+
+
 def against_haar(overlap: float, size: int, k: int) -> NullFit:
     """An overlap of two k-dimensional subspaces of a `size`-dimensional space, compared with Haar-random ones.
 
-    Mean and standard deviation are exact; the two-sided p-value is that of the Beta law with these two moments, which
-    is the exact law for k = 1.
+    Mean and standard deviation are exact; the law is that of `against_moments`, which is the exact one for k = 1.
     """
-    mean, std = haar_overlap(size, k), haar_overlap_std(size, k)
-    if std == 0:
-        return NullFit(mean, std, math.nan, math.nan)
-    weight = mean * (1 - mean) / std**2 - 1
-    law, inside = (mean * weight, (1 - mean) * weight), min(max(overlap, 0.0), 1.0)
-    tail = min(special.betainc(*law, inside), special.betaincc(*law, inside))
-    return NullFit(mean, std, (overlap - mean) / std, float(min(1.0, 2 * tail)))
+    return against_moments(overlap, haar_overlap(size, k), haar_overlap_std(size, k))
 
 
 def against_unrelated(cosine: float, shape: tuple[int, int]) -> NullFit:

@@ -20,7 +20,7 @@ from spectralbasis.records import checked, parse_json
 AnyRow = TypeVar("AnyRow", Row, SharedRow)
 STORE = Kind(
     application_id=0x53504343,
-    version=3,
+    version=4,
     tables=(
         "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
         "CREATE TABLE pairs (tuned TEXT NOT NULL, matrix TEXT NOT NULL, content TEXT NOT NULL, rows TEXT NOT NULL,"

@@ -11,8 +11,9 @@ import psutil
 from typing_extensions import TypedDict
 
 from spectralbasis.checkpoints.matching import describe_unpaired, share_text
-from spectralbasis.comparison.measuring import UNCHANGED, Settings
+from spectralbasis.comparison.measuring import DRAWN, UNCHANGED, Settings
 from spectralbasis.comparison.metrics import INTRUDER_COSINE
+from spectralbasis.comparison.nulls import Null
 from spectralbasis.comparison.sharing import (
     RunEntry,
     SharingEntry,
@@ -107,6 +108,7 @@ class Summary(FindingsEntry):
     leading: int | Finite | str
     null: str | None
     draws: Count
+    null_from: dict[str, Count]
     tolerance: Finite
     matrices: Count
     skipped: dict[str, str]
@@ -142,6 +144,7 @@ def summarise(
         tasks: label → task of each, or empty.
         seconds: wall-clock time that the comparison took.
     """
+    sources = null_sources(table)
     tuned = {label: checkpoint.source for label, checkpoint in pairing.tuned.items()}
     per_tuned = {str(label): findings(rows, settings.seed) for label, rows in table.groupby("tuned", sort=False)}
     runs = training_runs(tuned)
@@ -159,7 +162,8 @@ def summarise(
         "tuned_sources": tuned,
         "leading": settings.leading,
         "null": settings.null_name or None,
-        "draws": settings.draws if settings.null else 0,
+        "draws": settings.most_draws if DRAWN in sources else 0,
+        "null_from": {source: sources.count(source) for source in dict.fromkeys(sources)},
         "tolerance": settings.tolerance,
         "matrices": int(table["matrix"].nunique()),
         "skipped": pairing.skipped,
@@ -205,18 +209,45 @@ def methods_paragraph(
         "(2410.21228)."
     )
     if settings.null is None:
-        said.append("No null was drawn, so nothing was tested.")
+        said.append("There was no null, so nothing was tested.")
     else:
         said.append(
-            f"Overlap and coverage were compared with {settings.draws} draws of the {settings.null.name} null "
-            f"({settings.null.description}) for each matrix, seed {settings.seed}; p-values of single matrices are "
-            "Student's t for one further draw, adjusted over matrices by Benjamini–Hochberg (rate "
+            f"{_null(table, settings, settings.null)}, adjusted over matrices by Benjamini–Hochberg (rate "
             f"{FALSE_DISCOVERY_RATE:g}). The mean effect over matrices has a {CONFIDENCE:.0%} interval from a "
             f"hierarchical bootstrap ({RESAMPLES} resamples; matrices within layers within checkpoints) with Student's "
             "t over the outermost groups."
         )
     said.append("Versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ".")
     return " ".join(said)
+
+
+def null_sources(table: "pd.DataFrame") -> list[str]:
+    """What the null of the overlap comes from, "closed form" or "draws", for each matrix of each checkpoint."""
+    overlaps = table[(table["metric"] == "subspace_overlap") & (table["null_from"] != "")]
+    return overlaps.drop_duplicates(["tuned", "matrix"])["null_from"].tolist()
+
+
+def _null(table: "pd.DataFrame", settings: Settings, null: Null) -> str:
+    """What overlap and coverage were compared with, up to the law of the p-values."""
+    sources = null_sources(table)
+    drawn, all_ = sources.count(DRAWN), len(sources)
+    draws = f"{settings.most_draws} draws of the {null.name} null ({null.description}) for each matrix"
+    law = "p-values of single matrices are Student's t for one further draw"
+    if settings.draws is not None or (null.coverage is None and drawn == all_):
+        return f"Overlap and coverage were compared with {draws}, seed {settings.seed}; {law}"
+    beta = "p-values of single matrices are those of the Beta law with the null's mean and standard deviation"
+    coverage = "exact for coverage; " if null.coverage is not None else ""
+    said = (
+        f"Overlap and coverage were compared with the {null.name} null ({null.description}) in closed form: {coverage}"
+    )
+    limit = "for the overlap the limit of large matrices, corrected for pairs of nearly equal singular values"
+    if not drawn:
+        return f"{said}{limit}; {beta}"
+    return (
+        f"{said}{limit}, in {all_ - drawn} of {all_} matrices. In the other {drawn}, where that limit is uncertain, "
+        f"the overlap was compared with {settings.most_draws} draws, seed {settings.seed}; {beta}, and with draws "
+        "those of Student's t for one further draw"
+    )
 
 
 def _leading(table: "pd.DataFrame", settings: Settings) -> str:

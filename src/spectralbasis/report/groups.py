@@ -170,15 +170,13 @@ def explain_sharing(sharing: Sharing) -> list[str]:
     over = _OVER[entry["over"]]
     observed = f"Averaged over {over}, the leading subspaces of two finetuned checkpoints overlap by"
     if not sharing.tested:
-        return [
-            f"{observed} {fixed(entry['value'], 4).text}. No null was drawn, so the share due to chance is unknown."
-        ]
+        return [f"{observed} {fixed(entry['value'], 4).text}. There is no null, so the share due to chance is unknown."]
     sure, p = "", entry["p_value"]
     if entry["ci_low"] is not None and entry["ci_high"] is not None:
         ends = f"{_signed(entry['ci_low'])} to {_signed(entry['ci_high'])}"
         sure = f" (95\u00a0% interval {ends}{'' if p is None else ', ' + p_phrase(p)})"
     said = [
-        f"{observed} {fixed(entry['value'], 4).text}; two independent draws of the null leave "
+        f"{observed} {fixed(entry['value'], 4).text}; two independent updates under the null leave "
         f"{fixed(entry['null_mean'], 4).text}. The excess is {_signed(entry['effect'])}{sure}.",
     ]
     if entry["over"] != "one run":

@@ -1,7 +1,7 @@
 """The text of the page: findings in sentences, table cells, settings, and effects on a common scale."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -117,7 +117,7 @@ def number(value: Any) -> float | None:
 def headline(stability: Finding, coverage: Finding, share: float = 1.0) -> str:
     """The page's first sentence: both verdicts, and their share of the model where that is not all of it."""
     if not (stability.has_null or coverage.has_null):
-        return "No null was drawn, so nothing below can be compared with chance."
+        return "There is no null, so nothing below can be compared with chance."
     link = "and" if stability.verdict == coverage.verdict else "but"
     said = f"{stability.words.headline}, {link} {coverage.words.headline}."
     if share >= 1:
@@ -143,7 +143,7 @@ def explain(finding: Finding, scope: str, step: str = "a random update of the sa
         )
     said = [f"{observed}, averaged over {scope}."]
     if not finding.has_null:
-        return [*said, f"No null was drawn, so the claim cannot be judged: {_UNJUDGED[finding.claim]}."]
+        return [*said, f"There is no null, so the claim cannot be judged: {_UNJUDGED[finding.claim]}."]
     sure = [] if finding.ci_low is None else [f"95{_SPACE}% interval {interval(finding)}"]
     if finding.p_value is not None:
         sure.append(p_phrase(finding.p_value))
@@ -160,7 +160,7 @@ def explain(finding: Finding, scope: str, step: str = "a random update of the sa
 
 def reading(finding: Finding) -> str:
     """One claim in a few words."""
-    return finding.words.reading if finding.has_null else "no null was drawn"
+    return finding.words.reading if finding.has_null else "there is no null"
 
 
 def amount(claim: Claim, value: float | None) -> str:
@@ -328,14 +328,22 @@ def settings(summary: Summary, null: str, matrices: int) -> list[tuple[str, str]
         ("Finetuned", ", ".join(summary["tuned"])),
         ("Matrices", matrices),
         ("Leading directions", leading(summary["leading"])),
-        ("Null", null or "none drawn"),
-        ("Draws per matrix", summary["draws"] if null else None),
+        ("Null", null or "none"),
+        ("Null of the overlap", _null_from(summary["null_from"])),
+        ("Draws per matrix", (summary["draws"] or None) if null else None),
         ("Seed", summary["seed"]),
         ("Time", duration(summary["seconds"])),
         ("Peak memory", size(summary["peak_rss_bytes"])),
         ("Versions", ", ".join(f"{name} {version}" for name, version in summary["versions"].items())),
     ]
     return [(name, str(value)) for name, value in found if value not in (None, "")]
+
+
+def _null_from(counts: Mapping[str, int]) -> str:
+    """In how many matrices the null has a closed form and in how many it was drawn."""
+    return ", ".join(
+        f"{source} in {count} {'matrix' if count == 1 else 'matrices'}" for source, count in counts.items()
+    )
 
 
 def leading(rule: Any) -> str:

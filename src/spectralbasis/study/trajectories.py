@@ -14,11 +14,20 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from spectralbasis.checkpoints import Matrix, logical_matrices, open_checkpoint
 from spectralbasis.comparison import metrics
+from spectralbasis.comparison.measuring import USUAL_DRAWS, closed_form
 from spectralbasis.comparison.metrics import Measurements, Window
 from spectralbasis.comparison.nulls import NULLS
 from spectralbasis.comparison.summary import CEILING
 from spectralbasis.errors import InputError
-from spectralbasis.linalg import Leading, LeadingSVD, leading_svd, resolve_leading, singular_values, trailing_vectors
+from spectralbasis.linalg import (
+    Leading,
+    LeadingSVD,
+    leading_svd,
+    leading_svd_and_values,
+    resolve_leading,
+    singular_values,
+    trailing_vectors,
+)
 from spectralbasis.triplets import matrix_hash
 
 TRAIN_LOSS = "train_loss"
@@ -35,12 +44,14 @@ class Origin:
         W: (m, n), float32, a copy.
         hash: of its content, which fixes the draws.
         leading: its leading triplets.
+        values: all its singular values.
         trailing: its trailing window, where that is measured.
     """
 
     W: Tensor
     hash: str
     leading: LeadingSVD
+    values: Tensor
     trailing: Window | None
 
     @classmethod
@@ -49,7 +60,8 @@ class Origin:
         W = W.float().clone()
         most = max(1, min(W.shape) // 2)
         k = min(leading, most) if isinstance(leading, int) else min(resolve_leading(leading, W), most)
-        return cls(W, matrix_hash(W), leading_svd(W, k), trailing_vectors(W, k) if trailing else None)
+        found, values = leading_svd_and_values(W, k)
+        return cls(W, matrix_hash(W), found, values, trailing_vectors(W, k) if trailing else None)
 
     @property
     def k(self) -> int:
@@ -87,15 +99,39 @@ def measure_update(origin: Origin, W1: Tensor) -> Values:
     )
 
 
-def measure_null(origin: Origin, W1: Tensor, null: str, draws: int, seed: int) -> dict[tuple[str, str], list[float]]:
-    """What draws of a null give for overlap and coverage, leading and trailing; the same draws as `compare` takes."""
+def measure_null(
+    origin: Origin, W1: Tensor, null: str, draws: int | None, seed: int
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """Mean and standard deviation under a null of overlap and coverage, leading and trailing, as `compare` has them.
+
+    Args:
+        origin: the matrix before training.
+        W1: after, (m, n), float32, different from it.
+        null: name of the null.
+        draws: how many; None for the closed form where it holds, and `USUAL_DRAWS` elsewhere.
+        seed: of the draws.
+    """
     update, tuned_hash = W1 - origin.W, matrix_hash(W1)
+    known: dict[tuple[str, str], tuple[float, float]] = {}
+    if draws is None:
+        bound = 2 * origin.leading.subspace_error_bound
+        moments, rotated = closed_form(
+            NULLS[null], origin.leading, origin.values, origin.trailing, update, singular_values(update), bound
+        )
+        known = {(metric, side): one for (metric, side, k, _), one in moments.items() if k == origin.k}
+        if rotated and origin.trailing is None:
+            return known
+        draws = USUAL_DRAWS
     values: dict[tuple[str, str], list[float]] = defaultdict(list)
     for chance in NULLS[null].draws(update, draws, seed, origin.hash, tuned_hash):
         found = _against_base(origin, chance, leading_svd(origin.W + chance, origin.k))
         for key, value in _at_full_k(found, origin.k).items():
             values[key].append(value)
-    return values
+    drawn = {
+        key: (float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else math.nan)
+        for key, found in values.items()
+    }
+    return drawn | known
 
 
 def _against_base(origin: Origin, update: Tensor, tuned: LeadingSVD) -> Measurements:
@@ -117,14 +153,15 @@ class TrajectoryCallback(TrainerCallback):
     """Measures at chosen optimizer steps how far a fully finetuned model's matrices have moved, beside a null.
 
     Matrices that training has not changed by then, embedding tables and task heads are left out. A step costs a
-    decomposition of each matrix and one for each draw; with `trailing` about twice that.
+    decomposition of each matrix and one for each draw of the null; with `trailing` about twice that.
 
     Args:
         base: what the matrices are compared with: a path, a module, a state dict; None is the model as it is when
             training begins. It is decomposed once.
         steps: optimizer steps to measure after, from 1; those beyond the last step are not reached.
         leading: number of leading directions, or a rule, as for `compare`; at most half of a matrix's smaller side.
-        draws: draws of the null for each matrix and step; 0 for none.
+        draws: draws of the null for each matrix and step; 0 for none; None for its closed form where that holds, and 5
+            elsewhere, as for `compare`.
         null: "scrambled" or "gaussian".
         seed: of the draws.
         trailing: measure as many trailing directions too.
@@ -140,16 +177,16 @@ class TrajectoryCallback(TrainerCallback):
         *,
         steps: Sequence[int],
         leading: Leading = 16,
-        draws: int = 3,
+        draws: int | None = None,
         null: str = "scrambled",
         seed: int = 0,
         trailing: bool = False,
     ) -> None:
         if null not in NULLS:
             raise InputError(f"null={null!r} is unknown; pass one of {', '.join(NULLS)}")
-        if draws < 0 or any(step < 1 for step in steps):
+        if (draws is not None and draws < 0) or any(step < 1 for step in steps):
             raise InputError(
-                f"draws must be at least 0 and steps at least 1, got draws={draws} and steps={list(steps)}"
+                f"draws must be at least 0 (or None) and steps at least 1, got draws={draws} and steps={list(steps)}"
             )
         self.base, self.steps, self.leading = base, frozenset(steps), leading
         self.draws, self.null, self.seed, self.trailing = draws, null, seed, trailing
@@ -210,9 +247,7 @@ class TrajectoryCallback(TrainerCallback):
                 continue
             chance = measure_null(origin, W1, self.null, self.draws, self.seed)
             for (metric, side), value in measure_update(origin, W1).items():
-                draws = chance.get((metric, side), [])
-                mean = float(np.mean(draws)) if draws else math.nan
-                std = float(np.std(draws, ddof=1)) if len(draws) > 1 else math.nan
+                mean, std = chance.get((metric, side), (math.nan, math.nan))
                 yield step, name, matrix.layer, matrix.kind, metric, side, value, mean, std
 
 

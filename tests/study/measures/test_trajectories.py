@@ -101,6 +101,21 @@ def test_a_planted_update_in_the_core():
     assert max(chance["coverage_core", "both"]) < 0.3
 
 
+def test_without_draws_the_null_is_that_of_many_draws():
+    W0 = with_spectrum(48, 40, power_law(40))[0]
+    noise = torch.randn(48, 40, generator=torch.Generator().manual_seed(0))
+    W1 = (W0 + 0.03 * W0.norm() * noise / noise.norm()).float()
+    origin = Origin.of(W0, 6, trailing=False)
+    closed, drawn = (measure_null(origin, W1, "scrambled", draws, 0) for draws in (None, 60))
+    assert ("coverage_diagonal", "both") in closed
+    for key, (mean, std) in drawn.items():
+        assert closed[key][0] == pytest.approx(mean, abs=4 * std / 60**0.5)
+        assert closed[key][1] == pytest.approx(std, rel=0.5)
+    trailing = measure_null(Origin.of(W0, 6, trailing=True), W1, "scrambled", None, 0)
+    assert trailing["subspace_overlap", "left"] == closed["subspace_overlap", "left"]
+    assert 0 < trailing["trailing_overlap", "left"][0] < 1
+
+
 def test_small_matrices_get_half_of_their_directions():
     W = with_spectrum(48, 4, power_law(4))[0]
     assert Origin.of(W, 16, trailing=False).k == 2
