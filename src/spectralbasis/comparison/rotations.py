@@ -112,9 +112,9 @@ class Side:
         rotation: mean of `1 − φ`.
         std: its standard deviation.
         squares: sum over pairs of vectors of the squares of their means, over k².
-        inside: share of each of the base's p = min(m, n) vectors in the k leading ones, and last of one of its null
-            space, (p + 1,).
-        multiplicity: how many vectors each of them stands for: ones, and last `m − p` (or `n − p`).
+        inside: mean share of vectors of the base in the k leading ones of the sum, by groups of them: see `_grouped`;
+            last of those of its null space.
+        multiplicity: how many vectors each group has.
     """
 
     rotation: float
@@ -145,13 +145,20 @@ def rotations(base: Floats, energy: SelfEnergy, grid: Sequence[int], error_bound
         base: all singular values of W0, (p,), descending.
         energy: of the random update.
         grid: numbers of directions.
-        error_bound: sum of the bounds on the sine between computed and true leading subspaces of W0 and W1.
+        error_bound: sum of the bounds on the sine between computed and true leading subspaces of W0 and W1, of as many
+            directions as the largest number of the grid.
     """
     found: Rotations = {}
+    last = max(grid)
     for k in grid:
         with np.errstate(all="ignore"):
             sides = _rotation(base, energy, k)
-        if sides is None or min(side.rotation for side in sides) * k < SOLVER_ERROR * error_bound**2:
+        if sides is None:
+            return None
+        # The bound is residuals over the gap at the largest k; at a wider gap it is smaller.
+        narrower = (base[last - 1] - base[last]) / (base[k - 1] - base[k]) if last < len(base) else 1.0
+        error = error_bound * min(1.0, narrower)
+        if min(side.rotation for side in sides) * k < SOLVER_ERROR * error**2:
             return None
         found[k] = sides
     return found
@@ -179,11 +186,22 @@ class _Map(NamedTuple):
     P: Complexes
 
 
-def _map(w: Complexes, squares: Floats, energy: SelfEnergy) -> _Map:
-    (m, n), p = energy.shape, len(squares)
+def _grouped(base: Floats, k: int) -> tuple[Floats, Floats]:
+    """Squared singular values and how many each stands for: those near the first k alone, those far below in groups."""
+    squares, near = base**2, min(2 * k + SINGLE, len(base))
+    if near == len(base):
+        return squares, np.ones(near)
+    starts = np.unique(np.linspace(near, len(base), 2 * SINGLE + 1)[:-1].astype(int))
+    sizes = np.diff(np.append(starts, len(base))).astype(float)
+    means = np.add.reduceat(squares, starts) / sizes
+    return np.append(squares[:near], means), np.append(np.ones(near), sizes)
+
+
+def _map(w: Complexes, squares: Floats, counts: Floats, energy: SelfEnergy) -> _Map:
+    (m, n), p = energy.shape, float(counts.sum())
     apart = w[:, None] - squares
     inverse = 1 / apart
-    total, total_slope = inverse.sum(1), -(inverse**2).sum(1)
+    total, total_slope = inverse @ counts, -(inverse**2) @ counts
     A, B, slope = w * total + (m - p), w * total + (n - p), total + w * total_slope
     P = A * B / (m * n * w)
     K, K_slope, potential = energy(P)
@@ -191,7 +209,7 @@ def _map(w: Complexes, squares: Floats, energy: SelfEnergy) -> _Map:
     u, v = 1 + K / A, 1 + K / B
     u_slope, v_slope = (K_slope - K * slope / A) / A, (K_slope - K * slope / B) / B
     zeta, zeta_slope = w * u * v, u * v + w * (u_slope * v + u * v_slope)
-    count = np.log(apart).sum(1) + (m - p) * np.log(w) - (n - m) * np.log(v) + potential
+    count = np.log(apart) @ counts + (m - p) * np.log(w) - (n - m) * np.log(v) + potential
     return _Map(
         zeta,
         zeta_slope,
@@ -206,8 +224,8 @@ def _map(w: Complexes, squares: Floats, energy: SelfEnergy) -> _Map:
 def _rotation(base: Floats, energy: SelfEnergy, k: int) -> tuple[Side, Side] | None:
     if not 0 < k < len(base) or not base[k - 1] > base[k] > 0 or energy.norm == 0:
         return None
-    squares = base**2
-    cut = _cut(squares, energy, k)
+    squares, counts = _grouped(base, k)
+    cut = _cut(squares, counts, energy, k)
     if cut is None:
         return None
     start, apart = cut
@@ -218,7 +236,7 @@ def _rotation(base: Floats, energy: SelfEnergy, k: int) -> tuple[Side, Side] | N
     heights = np.exp(reach[0] + (reach[1] - reach[0]) * (nodes + 1) / 2)
     weights = weights * (reach[1] - reach[0]) / 2 * heights
     heights, weights = np.append(0.5e-3 * scale, heights), np.append(1e-3 * scale, weights)
-    path = _map(start + 1j * heights, squares, energy)
+    path = _map(start + 1j * heights, squares, counts, energy)
     largest = energy.squares[0] if energy.squares is not None else 0.0
     if not largest * abs(path.P[0]) <= RESONANCE:
         return None
@@ -230,7 +248,7 @@ def _rotation(base: Floats, energy: SelfEnergy, k: int) -> tuple[Side, Side] | N
     sides = []
     for size, factor in ((m, path.left), (n, path.right)):
         inside = before - (factor[:, None] * kernel).sum(0).imag / math.pi
-        side = _side(inside, size, base, energy, k, apart, gain)
+        side = _side(inside, np.append(counts, size - counts.sum()), squares, energy, k, apart, gain)
         if side is None:
             return None
         sides.append(side)
@@ -248,7 +266,7 @@ def _gauss_legendre() -> tuple[Floats, Floats]:
     return nodes, weights
 
 
-def _cut(squares: Floats, energy: SelfEnergy, k: int) -> tuple[complex, bool] | None:
+def _cut(squares: Floats, counts: Floats, energy: SelfEnergy, k: int) -> tuple[complex, bool] | None:
     """Where the contour around the k leading values crosses the real axis of ζ, in w; and whether σ_k stays apart.
 
     Between σ_{k+1}² and σ_k² where ζ grows with w there: no value of the sum lies in between. Else at the point of the
@@ -256,7 +274,7 @@ def _cut(squares: Floats, energy: SelfEnergy, k: int) -> tuple[complex, bool] | 
     """
     low, high = squares[k], squares[k - 1]
     between = low + (high - low) * np.linspace(0.1, 0.9, 9)
-    found = _map(between + 1e-9j * (high - low), squares, energy)
+    found = _map(between + 1e-9j * (high - low), squares, counts, energy)
     open_ = (found.slope.real > 0) & (np.abs(found.potential.imag / math.pi - k) < 1e-3)
     if open_.any():
         return complex(between[np.argmax(np.where(open_, found.slope.real, -1))]), True
@@ -264,7 +282,7 @@ def _cut(squares: Floats, energy: SelfEnergy, k: int) -> tuple[complex, bool] | 
     for height in (1.0, 0.3, 3.0, 0.1, 10.0):
         w = complex((low + high) / 2, height * wide)
         for _ in range(NEWTON_STEPS):
-            at = _map(np.array([w]), squares, energy)
+            at = _map(np.array([w]), squares, counts, energy)
             slope, count_slope = complex(at.slope[0]), complex(at.potential_slope[0])
             error = np.array([at.zeta[0].imag, at.potential[0].imag - math.pi * k])
             slopes = np.array([[slope.imag, slope.real], [count_slope.imag, count_slope.real]])
@@ -279,7 +297,9 @@ def _cut(squares: Floats, energy: SelfEnergy, k: int) -> tuple[complex, bool] | 
     return None
 
 
-def _side(inside: Floats, size: int, base: Floats, energy: SelfEnergy, k: int, apart: bool, gain: float) -> Side | None:
+def _side(
+    inside: Floats, multiplicity: Floats, squares: Floats, energy: SelfEnergy, k: int, apart: bool, gain: float
+) -> Side | None:
     """Mean and standard deviation of the rotation from the mean shares; None where they are uncertain.
 
     The shares are spread over pairs (i ≤ k < j) in the proportions of second-order perturbation, and scaled to the
@@ -292,27 +312,25 @@ def _side(inside: Floats, size: int, base: Floats, energy: SelfEnergy, k: int, a
     values alone do, with the second-order strength times `gain`, which is what an update of low rank adds to it
     (`dK/dP` over its value at P = 0).
     """
-    p = len(base)
-    multiplicity = np.append(np.ones(p), float(size - p))
     counted = multiplicity[k:]
     leaving, entering = np.clip(1 - inside[:k], TINY, 1), np.clip(inside[k:], TINY, 1) * counted
     lost, gained = float((1 - inside[:k]).sum()), float((inside[k:] * counted).sum())
     if not (lost > 0 and abs(lost - gained) <= 0.03 * lost):
         return None
-    i, j = base[:k, None] ** 2, np.append(base[k:], 0.0) ** 2
+    i, j = squares[:k, None], np.append(squares[k:], 0.0)
     bare = energy.norm / math.prod(energy.shape) * (i + j) / (i - j) ** 2
     pairs = bare / (1 + 2 * bare) * counted
     for _ in range(4):
         pairs *= entering / np.maximum(pairs.sum(0), TINY)
         pairs *= (leaving / np.maximum(pairs.sum(1), TINY))[:, None]
     each = pairs / np.maximum(counted, 1)
-    total, squares = (lost + gained) / 2, float((each**2 * counted).sum())
+    total, within = (lost + gained) / 2, float((each**2 * counted).sum())
     table = _pair_table(float(f"{energy.inverse_rank:.1e}"))
     closest = float(each[-1, 0])
     others = bare * np.minimum(counted, 1)
     others[-1, 0] = 0
     isolated = others.max() <= ISOLATED and bare[-1, 0] <= MERGED
-    total += 4 * squares * apart
+    total += 4 * within * apart
     if isolated:
         if bare[-1, 0] * gain * energy.inverse_rank**2 > ONE_DIRECTION:
             return None
@@ -320,7 +338,7 @@ def _side(inside: Floats, size: int, base: Floats, energy: SelfEnergy, k: int, a
         alone = math.exp(strength + np.interp(strength, table.strengths, table.means - table.strengths))
         total += alone - closest - 4 * closest**2 * apart
         each[-1, 0], pairs[-1, 0] = alone, alone
-    elif apart and squares > CLOSE_PAIRS * total:
+    elif apart and within > CLOSE_PAIRS * total:
         return None
     ratios = np.interp(np.log(np.maximum(each, TINY)), table.means, table.ratios)
     first, second = i / (i + j), j / (i + j)
