@@ -18,7 +18,7 @@ def folders(tmp_path_factory):
     random_model(architecture.auto_model, architecture.make_config(), 0).save_pretrained(root / "base")
     tuning = {"steps": 40, "batch_size": 64}
     first = Run("tune", {"task": "digits-parity", "method": "full", "learning_rate": 3e-3, **tuning})
-    second = Run("tune", {"task": "digits", "coefficients": "core", "leading": 8, "learning_rate": 1.0, **tuning})
+    second = Run("tune", {"task": "digits", "coefficients": "core", "leading": 8, "learning_rate": 3.0, **tuning})
     for run, name, model in ((first, "model", "base"), (second, "adapter", "model")):
         (root / name).mkdir()
         tune(run, Site(None, root / name, {"model": root / model}))
