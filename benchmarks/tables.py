@@ -26,10 +26,11 @@ def main() -> None:
 
 
 def filled(place: re.Match[str]) -> str:
-    """The place with its table, or as it is where nothing was measured yet."""
+    """The place with its table, or with a note where nothing was measured yet."""
     start, name, end = place.groups()
     result, make = TABLES[name]
-    return f"{start}\n{make(read(result))}\n{end}" if (FOLDER / f"{result}.json").exists() else place[0]
+    found = make(read(result)) if (FOLDER / f"{result}.json").exists() else "*Not measured yet.*\n"
+    return f"{start}\n{found}\n{end}"
 
 
 def calibration(found: dict[str, Any]) -> str:
