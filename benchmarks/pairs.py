@@ -23,7 +23,7 @@ from benchmarks.whole_pair import updated
 from spectralbasis.checkpoints.opening import installed_folder
 
 NAME = "pairs"
-K, DRAWS = 64, 5
+K = 64
 SHAPES = {
     384: [(384, 384)] * 8 + [(1536, 384), (384, 1536)] * 2,
     768: [(768, 768)] * 4 + [(3072, 768), (768, 3072)],
@@ -32,7 +32,7 @@ SHAPES = {
 }
 """Width → its matrices: whole layers of a transformer where that is quick, else square ones."""
 SPECTRUM_OF = "encoder.layer.2.attention.self.query.weight"
-TOOLS = {"without": ("ours", "0"), "null": ("ours", str(DRAWS)), "script": ("script", "0")}
+TOOLS = {"without": ("ours", "0"), "null": ("ours", "default"), "script": ("script", "0")}
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
                     seconds = measure(f"benchmarks.tools:{name}", str(base), str(tuned), draws)["processor_seconds"]
                     row["seconds"][tool] = min(seconds, row["seconds"].get(tool, seconds))
         done = sorted([one for one in done if one["width"] != width] + [row], key=lambda one: int(one["width"]))
-        write(NAME, {"settings": {"k": K, "draws": DRAWS, "repeats": repeats}, "rows": done, **environment()})
+        write(NAME, {"settings": {"k": K, "repeats": repeats}, "rows": done, **environment()})
         print(row, flush=True)
 
 

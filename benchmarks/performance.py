@@ -108,8 +108,8 @@ def start_up(found: dict[str, Any]) -> str:
 
 def pairs(found: dict[str, Any]) -> str:
     """How many times faster `compare` is than a script, by width."""
-    heads = ["width", "matrices", "compare, no null", f"compare, {found['settings']['draws']} draws", "script"]
-    heads += ["script / compare, no null", "script / compare with its null", "goal", ""]
+    heads = ["width", "matrices", "compare, no null", "compare, default null", "script"]
+    heads += ["script / compare, no null", "script / compare, default null", "goal", ""]
     rows = []
     for row in found["rows"]:
         without, null, script = (row["seconds"].get(tool) for tool in ("without", "null", "script"))

@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BertTokenizerFast
@@ -85,6 +86,8 @@ def test_at_full_rank_base_and_adapter_are_the_finetuned_model(layout, tmp_path)
 
 @pytest.mark.parametrize("case", LEFT_OUT)
 def test_what_peft_cannot_carry_is_listed_and_nothing_is_called_exact(case, tmp_path):
+    if case == "experts" and not transformers.__version__.startswith("5"):
+        pytest.skip("transformers 4 has a linear layer for each expert")
     kind, head, reason = LEFT_OUT[case]
     base, tuned = save_pair(tmp_path, kind, head, head)
     found = sb.extract(base, tuned, tmp_path / "out", rank=64)
