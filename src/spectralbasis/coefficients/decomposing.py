@@ -35,6 +35,7 @@ from spectralbasis.comparison.measuring import (
 from spectralbasis.databases import Kind, is_sealed, opened, seal
 from spectralbasis.errors import InputError
 from spectralbasis.linalg import LowRank, leading_svd, low_rank, singular_values
+from spectralbasis.linalg.approximation import ENERGY_BLOCKS
 from spectralbasis.linalg.row_blocks import (
     MatrixLike,
     RowSource,
@@ -45,7 +46,7 @@ from spectralbasis.linalg.row_blocks import (
     plus,
     transposed_times,
 )
-from spectralbasis.linalg.svd import ENERGY_BLOCKS, gram_pays, krylov_pays
+from spectralbasis.linalg.svd import gram_pays, krylov_pays
 from spectralbasis.records import Count, Finite, checked, parse_json
 from spectralbasis.sizes import format_size
 from spectralbasis.triplets import matrix_hash

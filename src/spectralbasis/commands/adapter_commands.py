@@ -9,11 +9,17 @@ import typer
 from spectralbasis.commands import tables
 from spectralbasis.commands.options import (
     AsJson,
+    Base,
+    Device,
     Exclude,
     Include,
+    MemoryBudget,
     NewFolder,
     Overwrite,
+    Partial,
     Ray,
+    Resume,
+    Workers,
     existing,
     existing_folder,
     shows_progress,
@@ -56,7 +62,7 @@ def export(
 
 
 def extract(
-    base: Annotated[str, typer.Argument(help="The pretrained checkpoint: folder, file or hub id.", callback=existing)],
+    base: Base,
     tuned: Annotated[
         str, typer.Argument(help="The checkpoint, or adapter, that was finetuned from it.", callback=existing)
     ],
@@ -87,22 +93,12 @@ def extract(
     ] = None,
     include: Include = None,
     exclude: Exclude = None,
-    partial: Annotated[
-        bool, typer.Option("--partial", help="Accept an adapter even if the base lacks some of what it adapts.")
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue where an earlier run into the folder stopped.")
-    ] = False,
-    workers: Annotated[int, typer.Option(help="Processes that decompose matrices at the same time.")] = 1,
+    partial: Partial = False,
+    resume: Resume = False,
+    workers: Workers = 1,
     ray: Ray = None,
-    memory_budget: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Memory for each process, such as 8GB; larger matrices are read in row blocks. Default: what is free.",
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="Device that decomposes matrices: cpu or cuda.")] = "cpu",
+    memory_budget: MemoryBudget = None,
+    device: Device = "cpu",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:

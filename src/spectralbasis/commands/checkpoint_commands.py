@@ -9,13 +9,19 @@ import typer
 from spectralbasis.commands import tables
 from spectralbasis.commands.options import (
     AsJson,
+    Base,
+    Device,
     Exclude,
     Include,
     Leading,
+    MemoryBudget,
     Model,
+    Partial,
     Ray,
+    Resume,
     Tolerance,
     Trust,
+    Workers,
     existing,
     shows_progress,
     stopped_by_hand,
@@ -64,7 +70,7 @@ def basis(
 
 
 def compare(
-    base: Annotated[str, typer.Argument(help="The pretrained checkpoint: folder, file or hub id.", callback=existing)],
+    base: Base,
     tuned: Annotated[list[str], typer.Argument(help="Checkpoints or adapters finetuned from it.", callback=existing)],
     output: Annotated[
         Path | None,
@@ -88,26 +94,16 @@ def compare(
     tolerance: Tolerance = 1e-4,
     include: Include = None,
     exclude: Exclude = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue where an earlier run into the folder stopped.")
-    ] = False,
+    resume: Resume = False,
     trust: Trust = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Only print the work, the memory and the expected time; compare nothing.")
     ] = False,
-    workers: Annotated[int, typer.Option(help="Processes that measure matrices at the same time.")] = 1,
+    workers: Workers = 1,
     ray: Ray = None,
-    memory_budget: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Memory for each process, such as 8GB; larger matrices are read in row blocks. Default: what is free.",
-        ),
-    ] = None,
-    partial: Annotated[
-        bool, typer.Option("--partial", help="Accept an adapter even if the base lacks some of what it adapts.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="Device that decomposes matrices: cpu or cuda.")] = "cpu",
+    memory_budget: MemoryBudget = None,
+    partial: Partial = False,
+    device: Device = "cpu",
     trailing: Annotated[bool, typer.Option("--trailing", help="Measure the trailing directions too.")] = False,
     fail_if: Annotated[
         list[str] | None,

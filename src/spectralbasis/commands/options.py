@@ -33,6 +33,7 @@ def existing_folder(given: Path | list[Path] | None) -> Path | list[Path] | None
 
 
 Model = Annotated[str, typer.Argument(help="Folder, file, or hub id of a model.", callback=existing)]
+Base = Annotated[str, typer.Argument(help="The pretrained checkpoint: folder, file or hub id.", callback=existing)]
 Leading = Annotated[
     str,
     typer.Option(
@@ -49,6 +50,19 @@ Include = Annotated[
 Exclude = Annotated[
     list[str] | None, typer.Option(help="Glob of matrix names to leave out; repeatable. Default: none.")
 ]
+Partial = Annotated[
+    bool, typer.Option("--partial", help="Accept an adapter even if the base lacks some of what it adapts.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue where an earlier run into the folder stopped.")]
+Workers = Annotated[int, typer.Option(help="Processes that work on matrices at the same time.")]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory for each process, such as 8GB; larger matrices are read in row blocks. Default: what is free.",
+    ),
+]
+Device = Annotated[str, typer.Option(help="Device that decomposes matrices: cpu or cuda.")]
 Ray = Annotated[
     str | None, typer.Option(metavar="auto|local|ADDRESS", help="Run on a Ray cluster. Default: on this machine.")
 ]

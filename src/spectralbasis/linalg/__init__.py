@@ -1,5 +1,6 @@
 """Spectral numerics: pure functions on tensors."""
 
+from spectralbasis.linalg.approximation import LowRank, low_rank
 from spectralbasis.linalg.certificates import (
     energy_error_bound,
     largest_value_outside,
@@ -22,10 +23,8 @@ from spectralbasis.linalg.subspaces import (
 )
 from spectralbasis.linalg.svd import (
     LeadingSVD,
-    LowRank,
     leading_svd,
     leading_svd_and_values,
-    low_rank,
     singular_values,
     trailing_vectors,
 )

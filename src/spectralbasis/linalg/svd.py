@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from spectralbasis.linalg.certificates import (
-    energy_error_bound,
     ritz_error_bound,
     subspace_error_bound,
     triplet_residuals,
@@ -15,7 +14,6 @@ from spectralbasis.linalg.certificates import (
 from spectralbasis.linalg.row_blocks import (
     Factor,
     MatrixLike,
-    frobenius_norm,
     gram,
     largest_modulus,
     times,
@@ -23,7 +21,6 @@ from spectralbasis.linalg.row_blocks import (
     transposed_times,
 )
 from spectralbasis.linalg.solvers import (
-    BLOCK,
     eigenvalues,
     eigenvector_products,
     leading_eigenpairs,
@@ -59,10 +56,6 @@ SQUARABLE = (1e-6, 1e6)
 """Largest entries of a matrix whose Gram matrix in float32 neither overflows nor loses small numbers."""
 VALUES_SIDE = 1024
 """From this smaller side on, values alone and a Krylov space cost less than one reduction for values and vectors."""
-ENERGY_BLOCKS = 60
-"""Blocks of a Krylov space that `low_rank` tries: of a matrix of noise they cost a third of its Gram matrix."""
-_EXACT = 1e-12
-"""Share of energy that a full decomposition in float64 may be wrong by."""
 KRYLOV_SIDE = 512
 """From this smaller side on, a few hundred products cost less than a Gram matrix and its eigenvectors."""
 
@@ -132,106 +125,9 @@ def leading_svd(A: MatrixLike, k: int, *, tolerance: float = 1e-4) -> LeadingSVD
         >>> svd.subspace_error_bound < 1e-4
         True
     """
-    m, n = _check(A, k)
+    m, n = check_k(A, k)
     found = _krylov(_plain(A), k, tolerance) if krylov_pays(m, n, k) else None
     return found or _leading(A, k, tolerance)[0]
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """The k leading singular triplets of an (m, n) matrix as its best approximation of rank k, with a certificate.
-
-    Attributes:
-        U: (m, k), columns orthonormal.
-        S: (k,), descending, float64.
-        Vh: (k, n), rows orthonormal.
-        total: `‖A‖_F²`, the energy of the matrix.
-        error_bound: largest share of the best possible energy `Σ_{i≤k} σ_i²` that the triplets may miss, in [0, 1].
-        solver: "krylov", "gram" or "dense", as in `LeadingSVD`.
-
-    Examples:
-        >>> import torch
-        >>> from spectralbasis.linalg import low_rank
-        >>> found = low_rank(torch.diag(torch.tensor([3.0, 2.0, 1.0])), k=1)
-        >>> found.U.shape, found.S, found.Vh.shape
-        (torch.Size([3, 1]), tensor([3.], dtype=torch.float64), torch.Size([1, 3]))
-    """
-
-    U: Tensor
-    S: Tensor
-    Vh: Tensor
-    total: float
-    error_bound: float
-    solver: str
-
-    @property
-    def k(self) -> int:
-        """Number of triplets."""
-        return self.S.numel()
-
-    @property
-    def held(self) -> float:
-        """The energy of the approximation, `Σ S_i²`."""
-        return float(self.S.square().sum())
-
-
-def low_rank(A: MatrixLike, k: int, *, tolerance: float = 1e-5) -> LowRank:
-    """The best approximation of rank k of a dense matrix, certified to a share of its energy.
-
-    Much cheaper than `leading_svd` where the spectrum has no gap after σ_k: the subspace of such a matrix is uncertain,
-    but the energy in it is not (`certificates.energy_error_bound`). The solvers are those of `leading_svd`. A full
-    decomposition runs only for small matrices, and for a k of more than a quarter of the smaller side.
-
-    Args:
-        A: the matrix, (m, n), any floating dtype.
-        k: number of triplets, 1 ≤ k ≤ min(m, n).
-        tolerance: the largest share of the best energy that may be missed.
-
-    Raises:
-        ValueError: `A` is not a finite matrix, or k is out of range.
-
-    Examples:
-        >>> import torch
-        >>> from spectralbasis.linalg import low_rank
-        >>> found = low_rank(torch.diag(torch.tensor([3.0, 2.0, 1.0])), k=2)
-        >>> found.held, found.total, found.error_bound <= 1e-12
-        (13.0, 14.0, True)
-    """
-    m, n = _check(A, k)
-    if isinstance(A, Tensor):
-        A = _numbers(A)
-    total = float(frobenius_norm(A).square())
-    if isinstance(A, Tensor) and not (krylov_pays(m, n, k) or gram_pays(m, n, k)):
-        U, S, Vh = torch.linalg.svd(A.double(), full_matrices=False)
-        return _approximation(A, (U[:, :k], S[:k], Vh[:k]), total, _EXACT, "dense")
-
-    def error_bound(S: Tensor, R: Tensor, k: int) -> float:
-        left = max(1 - float(S[:k].square().sum()) / total, 0.0) if total > 0 else 0.0
-        return min(left, energy_error_bound(S, R, k))  # they miss no more than what they leave of the matrix
-
-    tall = A if m >= n else A.T
-    found, solver = None, "krylov"
-    if krylov_pays(m, n, k):
-        V = leading_right_space(tall, k, tolerance, error_bound, most_blocks=ENERGY_BLOCKS)
-        found = None if V is None else _rayleigh_ritz(tall, V.double())
-    if found is None or error_bound(found[1], found[3], k) > tolerance:
-        V = leading_eigenpairs(gram(tall), min(k + BLOCK, min(m, n)))[1]
-        found, solver = _rayleigh_ritz(tall, V), "gram"
-    U, S, V, R = found
-    bound = error_bound(S, R, k)
-    triplets = (U[:, :k], S[:k], V[:, :k].T) if m >= n else (V[:, :k], S[:k], U[:, :k].T)
-    return _approximation(A, triplets, total, bound, solver)
-
-
-def _approximation(
-    A: MatrixLike, triplets: tuple[Tensor, Tensor, Tensor], total: float, bound: float, solver: str
-) -> LowRank:
-    """The triplets in the dtype that they are returned in."""
-    dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
-    U, S, Vh = triplets
-    return LowRank(
-        U.to(dtype), S, Vh.to(dtype), total, bound, solver if isinstance(A, Tensor) else f"{solver} (row blocks)"
-    )
 
 
 def leading_svd_and_values(A: MatrixLike, k: int, *, tolerance: float = 1e-4) -> tuple[LeadingSVD, Tensor]:
@@ -257,7 +153,7 @@ def leading_svd_and_values(A: MatrixLike, k: int, *, tolerance: float = 1e-4) ->
         >>> svd.S, values
         (tensor([3.]), tensor([3., 2., 1.], dtype=torch.float64))
     """
-    _check(A, k)
+    check_k(A, k)
     svd, values = _leading(A, k, tolerance, all_values=True)
     return svd, with_leading(spectrum(A) if values is None else values, svd.S)
 
@@ -271,7 +167,7 @@ def _leading(A: MatrixLike, k: int, tolerance: float, *, all_values: bool = Fals
     m, n = A.shape
     if not isinstance(A, Tensor):
         return _gram(A, k, tolerance, REFINEMENTS)
-    A = _numbers(A)
+    A = plain_numbers(A)
     solver = "dense"
     values = None
     if gram_pays(m, n, k):
@@ -350,7 +246,7 @@ def trailing_vectors(A: Factor, k: int) -> tuple[Tensor, Tensor]:
         >>> V[:, 0].abs()
         tensor([0., 0., 1.], dtype=torch.float64)
     """
-    m, n = _check(A, k)
+    m, n = check_k(A, k)
     if m < n:
         return trailing_vectors(A.T, k)[::-1]
     A = _plain(A)
@@ -403,12 +299,12 @@ def check_matrix(A: Factor) -> None:
         return
     if A.ndim != 2 or A.numel() == 0 or not A.is_floating_point():
         raise ValueError(f"expected a non-empty real matrix (m, n), got {A.dtype} of shape {tuple(A.shape)}")
-    A = _numbers(A)
+    A = plain_numbers(A)
     if not bool(torch.isfinite(A.sum()) or torch.isfinite(A).all()):
         raise ValueError("the matrix holds NaN or infinite values, so it has no singular value decomposition")
 
 
-def _check(A: Factor, k: int) -> tuple[int, int]:
+def check_k(A: Factor, k: int) -> tuple[int, int]:
     check_matrix(A)
     m, n = A.shape
     if not 1 <= k <= min(m, n):
@@ -417,10 +313,10 @@ def _check(A: Factor, k: int) -> tuple[int, int]:
 
 
 def _plain(A: Factor) -> Factor:
-    return _numbers(A) if isinstance(A, Tensor) else A
+    return plain_numbers(A) if isinstance(A, Tensor) else A
 
 
-def _numbers(A: Tensor) -> Tensor:
+def plain_numbers(A: Tensor) -> Tensor:
     """The numbers alone; those of 8 bits as float32, for torch stores them and does not compute with them."""
     return A.detach().float() if A.dtype.itemsize == 1 else A.detach()
 
@@ -436,7 +332,7 @@ def _krylov(A: Factor, k: int, tolerance: float, G: Tensor | None = None) -> Lea
         return None
     V = V.double()
     for _ in range(REFINEMENTS):
-        U, S, V, R = _rayleigh_ritz(A, V)
+        U, S, V, R = rayleigh_ritz(A, V)
         bound = ritz_error_bound(S, R, k)
         if bound <= tolerance:
             return _result(A, U, S, V.T, torch.linalg.vector_norm(R[:, :k], dim=0), bound, "krylov")
@@ -465,7 +361,7 @@ def _gram_float32(A: Tensor, k: int, tolerance: float, all_values: bool) -> tupl
     values = _accurate(squares, scale)
     if values is None and all_values:
         return None, None
-    U, S, V, R = _rayleigh_ritz(A, V.double())
+    U, S, V, R = rayleigh_ritz(A, V.double())
     # Ritz values are at most the true ones. Where all reach them, no direction was found twice and none is missing.
     reached = (S / scale).square() >= squares[: len(S)].double() - _float32_error(A) * float(squares[0])
     bound = ritz_error_bound(S, R, k) if bool(reached.all()) and len(S) > k else 1.0
@@ -534,13 +430,13 @@ def _gram(A: Factor, k: int, tolerance: float, refinements: int = 0) -> tuple[Le
 
 def _projected(A: Factor, V: Tensor, k: int) -> tuple[LeadingSVD, Tensor]:
     """Triplets of a tall A from a space that holds its leading right vectors, and what spans a better one: `Aᵀ U`."""
-    U, S, V, R = _rayleigh_ritz(A, V)
+    U, S, V, R = rayleigh_ritz(A, V)
     residuals = torch.linalg.vector_norm(R[:, :k], dim=0)
     found = _result(A, U, S, V.T, residuals, _bound(A, S, residuals, k), "gram")
     return found, R + V * S
 
 
-def _rayleigh_ritz(A: Factor, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def rayleigh_ritz(A: Factor, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Best triplets of a tall A (m, n) whose right vectors lie in the span of V (n, p), with what `Aᵀ` leaves of them.
 
     Singular values come out to full relative accuracy, which the square roots of eigenvalues do not have.

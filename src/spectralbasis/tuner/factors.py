@@ -211,6 +211,24 @@ def numbers(coefficients: str, k: int, bandwidth: int = 1) -> int:
     return k if coefficients == "diagonal" else k * k
 
 
+class Coefficients(nn.Module):
+    """The numbers that one adapter trains in one layer.
+
+    They are a module's `weight`, as a LoRA factor is, so that their name goes on after the adapter's name
+    (`….spectral_coefficients.default.weight`): other libraries find and copy an adapter by `.default.`.
+
+    Args:
+        shape: of the numbers, which are zero.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape))
+
+    def extra_repr(self) -> str:
+        return "×".join(map(str, self.weight.shape))
+
+
 class Snapshot:
     """What a frozen weight is now, to tell later whether it is still that.
 

@@ -33,10 +33,10 @@ def keep_weights(limit: int | str | None = DEFAULT_LIMIT, *, accelerators: bool 
     """Say how much memory this process may use for weights that hold an adapter; what is kept so far is dropped.
 
     In evaluation mode and under `torch.no_grad` or `torch.inference_mode`, the first call forms `W + U C Vᵀ` of each
-    plain linear layer, and later calls use it until something changes. A layer then takes little more time than
-    without an adapter. The base is not changed. Layers for which there is no more memory multiply with the factors at
-    each call. So do layers whose weights have 16 bits, since a small `U C Vᵀ` would be rounded away there, and
-    processes of a distributed group.
+    plain linear layer, and later calls use it until something changes. They then cost the base's product and the check
+    for changes, which reads entries all over W (docs/performance.md has the times). The base is not changed. Layers for
+    which there is no more memory multiply with the factors at each call. So do layers whose weights have 16 bits, since
+    a small `U C Vᵀ` would be rounded away there, and processes of a distributed group.
 
     A change of C is found by comparing all of its numbers. A change of W is found by its address, its version and some
     entries of each row and column: a write through `.data` or NumPy that misses these entries is not found; call

@@ -16,22 +16,14 @@ from peft.utils.quantization_utils import (
     resolve_quantization_backend,
 )
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from spectralbasis.errors import InputError
 from spectralbasis.printable import warn
-from spectralbasis.tuner.autograd import (
-    FactoredUpdate,
-    LinearUpdate,
-    Route,
-    cheapest_step,
-    make_route,
-    run,
-)
-from spectralbasis.tuner.factors import FORMS, Factors, Parametrisation
-from spectralbasis.tuner.kept import KeptWeights
+from spectralbasis.tuner.autograd import FactoredUpdate, LinearUpdate, run
+from spectralbasis.tuner.factors import FORMS, Coefficients, Factors, Parametrisation
+from spectralbasis.tuner.plain import PlainUpdate, is_bare, is_frozen
 
 
 def backend_of(layer: nn.Module, model: nn.Module | None = None) -> QuantizationBackend | None:
@@ -138,24 +130,6 @@ def add_row_updates(output: Tensor, x: Tensor, layer: "SpectralLayer", adapter_n
 
 START_SCALE = 0.3
 """Standard deviation of the coefficients that `init_weights=False` starts from."""
-
-
-class Coefficients(nn.Module):
-    """The numbers that one adapter trains in one layer.
-
-    They are a module's `weight`, as a LoRA factor is, so that their name goes on after the adapter's name
-    (`….spectral_coefficients.default.weight`): other libraries find and copy an adapter by `.default.`.
-
-    Args:
-        shape: of the numbers, which are zero.
-    """
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(shape))
-
-    def extra_repr(self) -> str:
-        return "×".join(map(str, self.weight.shape))
 
 
 class SpectralLayer(nn.Module, BaseTunerLayer):
@@ -425,7 +399,7 @@ class Linear(SpectralLayer):
         options: see `SpectralLayer`.
     """
 
-    _plain: "dict[str, _PlainUpdate]"
+    _plain: "dict[str, PlainUpdate]"
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, fan_in_fan_out: bool | None = None, **options: Any
@@ -495,160 +469,25 @@ class Linear(SpectralLayer):
         round a small ΔW away where it is formed.
         """
         base = self.base_layer
-        return _is_bare(base) and _is_frozen(base.weight) and x.is_floating_point()
+        return is_bare(base) and is_frozen(base.weight) and x.is_floating_point()
 
-    def _find_plain(self) -> "_PlainUpdate | None":
+    def _find_plain(self) -> "PlainUpdate | None":
         """What the active adapter needs for a call of a plain base layer, or None where another way is taken."""
         active, modules = self._active_adapter, self._modules
         base = modules["base_layer"]
-        if not _is_bare(base) or (not isinstance(active, str) and len(active) != 1):
+        if not is_bare(base) or (not isinstance(active, str) and len(active) != 1):
             return None
         name = active if isinstance(active, str) else active[0]
         plain = self._plain.get(name)
         if plain is not None and plain.is_current(modules):
             return plain
-        if name not in self.spectral_coefficients or not _PlainUpdate.fits(name, modules):
+        if name not in self.spectral_coefficients or not PlainUpdate.fits(name, modules):
             return None
-        plain = self._plain[name] = _PlainUpdate(name, modules)
+        plain = self._plain[name] = PlainUpdate(name, modules)
         return plain
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_plain": {}}
-
-
-class _PlainUpdate:
-    """What a plain linear layer needs of its base and of one adapter at each call, found once.
-
-    Args:
-        name: of the adapter.
-        modules: of the layer.
-    """
-
-    def __init__(self, name: str, modules: dict[str, Any]) -> None:
-        self.name = name
-        self.base: nn.Linear = modules["base_layer"]
-        self.coefficients, self.factors, self.parametrisation = self.parts = _parts(name, modules)
-        self.directions, self.unit = self.factors.directions, self.parametrisation.unit
-        self.versions = self._versions()
-        self.device = self.directions.device.type
-        unit = self.unit
-        whole = unit is None or unit.ndim == 0 or self.parametrisation.form == "diagonal"
-        self.direct = self.parametrisation.positions is None and whole
-        """Whether C is the stored numbers but for its unit, which the routes have."""
-        self.route_unit = unit if self.direct and unit is not None and bool((unit != 1).any()) else None
-        self.U, self.V = self.factors.first(self.parametrisation.k)
-        self.S: Tensor | None = None
-        self.routes: dict[str, Route] = {}
-        self.kept = KeptWeights()
-
-    @staticmethod
-    def fits(name: str, modules: dict[str, Any]) -> bool:
-        """Whether an adapter and its base are of the kind that this is for."""
-        W = modules["base_layer"]._parameters.get("weight")
-        coefficients, factors, parametrisation = _parts(name, modules)
-        kinds = (type(coefficients), type(factors), type(parametrisation)) == (Coefficients, Factors, Parametrisation)
-        tensors = [W, *(one for one in (factors.directions, parametrisation.unit) if one is not None)]
-        return kinds and _is_frozen(W) and not any(one.is_inference() or one.is_meta for one in tensors)
-
-    def is_current(self, modules: dict[str, Any]) -> bool:
-        """Whether the layer has the same modules, in the same place and dtype."""
-        return (
-            modules["base_layer"] is self.base
-            and _parts(self.name, modules) == self.parts
-            and self.factors._buffers["directions"] is self.directions
-            and self.parametrisation._buffers["unit"] is self.unit
-            and self._versions() == self.versions
-        )
-
-    def _versions(self) -> tuple[int, int]:
-        return self.directions._version, 0 if self.unit is None else self.unit._version
-
-    def __call__(self, x: Tensor, *, training: bool) -> Tensor | None:
-        """The layer's output; None where tensors, autocast or transforms ask for another way.
-
-        Args:
-            x: (..., n).
-            training: whether the layer is in training mode, in which no weights are kept.
-        """
-        parameters = self.base._parameters
-        W, bias, c = parameters.get("weight"), parameters.get("bias"), self.coefficients._parameters.get("weight")
-        if W is None or c is None or not (type(x) in _USUAL and type(c) in _USUAL and _is_frozen(W)):
-            return None
-        if W.shape[1] != x.shape[-1] or torch._C._are_functorch_transforms_active():
-            return None
-        dtype, autocast = x.dtype, torch.is_autocast_enabled(self.device)
-        if autocast and dtype is not torch.float64:
-            dtype = torch.get_autocast_dtype(self.device)
-        usual = dtype is W.dtype is c.dtype is self.directions.dtype
-        # Not where gradients are on but not needed: a loaded adapter gives the very bits of the one that was trained.
-        if not (training or torch.is_grad_enabled()) and (usual or autocast):
-            weight = self.kept.get(dtype, W, (c,), dtype, lambda: self._formed(W, c, dtype))
-            if weight is not None:
-                return linear(x, weight, bias)
-        if autocast or not usual:
-            return None
-        flat = x.reshape(-1, x.shape[-1])
-        route = self._route(len(flat), W)
-        if route is None:
-            return None
-        output = route.linear(flat, W, bias, c if self.direct else self.parametrisation(c))
-        return output if x.ndim == 2 else output.view(*x.shape[:-1], W.shape[0])
-
-    def _route(self, tokens: int, W: Tensor) -> Route | None:
-        """The route for this many tokens; None where W is better formed."""
-        way = cheapest_step(tokens, *W.shape, singular=True)
-        if way in ("input", "output"):
-            S = self.factors.singular_values(W, self.parametrisation.k)
-            if S is None:
-                way = cheapest_step(tokens, *W.shape, singular=False)
-            elif S is not self.S:
-                self.S = S
-                self.routes.clear()
-        if way == "formed":
-            return None
-        route = self.routes.get(way)
-        if route is None:
-            with torch.inference_mode(False), torch.no_grad():  # a tensor of inference mode could not be trained with
-                route = self.routes[way] = make_route(way, self.U, self.V, self.S, self.route_unit)
-        return route
-
-    def _formed(self, W: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
-        """`W + U C Vᵀ`, rounded once."""
-        with torch.autocast(self.device, enabled=False):
-            update = FORMS[self.parametrisation.form].left_factor(self.U, self.parametrisation(c).to(self.U.dtype))
-            return torch.addmm(W, update, self.V.T).to(dtype)
-
-
-_USUAL = (Tensor, nn.Parameter)
-
-
-def _parts(name: str, modules: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """Coefficients, factors and parametrisation of an adapter that a layer has or had."""
-    return (
-        modules["spectral_coefficients"]._modules.get(name),
-        modules["spectral_factors"]._modules.get(name),
-        modules["spectral_parametrisations"]._modules.get(name),
-    )
-
-
-def _is_frozen(weight: Any) -> bool:
-    """Whether this is a parameter of 32 bits or more, and not trained."""
-    return type(weight) is nn.Parameter and not weight.requires_grad and weight.dtype in (torch.float32, torch.float64)
-
-
-def _is_bare(base: nn.Module | None) -> bool:
-    """Whether a layer is an `nn.Linear` that no hook changes."""
-    if type(base) is not nn.Linear or _has_any_global_hook():
-        return False
-    state = vars(base)
-    hooked = (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-    )
-    return not hooked
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
