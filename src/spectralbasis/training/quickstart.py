@@ -49,8 +49,6 @@ def quickstart(output: Path | str, progress: bool = True) -> Path:
         base,
         [result.output for result in finetuned],
         leading=16,
-        null="scrambled",
-        draws=5,
         seed=0,
         output=output,
         progress=progress,
