@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from spectralbasis.study.claims import Arm, Contest
+from spectralbasis.study.contests import Arm, Contest
 from spectralbasis.study.runs import Record, Results, Run
 from spectralbasis.study.subjects import Subject
 from tests.study.experiments.planted import conducted

@@ -9,20 +9,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from spectralbasis.comparison.statistics import Interval
-from spectralbasis.study.claims import (
-    COEFFICIENTS,
-    Arm,
-    Claim,
-    Contest,
-    Contrast,
-    Experiment,
-    Findings,
-    as_family,
-    conclude,
-    conclude_equality,
-    conclude_family,
-    scatter_figure,
-)
+from spectralbasis.study.claims import Claim, Experiment, Findings, as_family, conclude, scatter_figure
+from spectralbasis.study.contests import COEFFICIENTS, Arm, Contest, Contrast, conclude_equality, conclude_family
 from spectralbasis.study.estimates import mean_interval, paired_comparison, rank_correlation_with_p
 from spectralbasis.study.runs import Results, Run
 from spectralbasis.study.subjects import MINILM_LONGER, ROBERTA, SMALL_VIT, TINY_VIT, VIT_B16, Subject

@@ -7,13 +7,12 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from spectralbasis.study.claims import (
+from spectralbasis.study.claims import Experiment, Findings
+from spectralbasis.study.contests import (
     COEFFICIENTS,
     Arm,
     Contest,
     Contrast,
-    Experiment,
-    Findings,
     compare_pairs,
     conclude_family,
     differences,

@@ -7,7 +7,8 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from spectralbasis.study.claims import COEFFICIENTS, Claim, Experiment, Findings, as_family, conclude, scatter_figure
+from spectralbasis.study.claims import Claim, Experiment, Findings, as_family, conclude, scatter_figure
+from spectralbasis.study.contests import COEFFICIENTS
 from spectralbasis.study.estimates import paired_comparison
 from spectralbasis.study.runs import Results, Run
 from spectralbasis.study.subjects import ROBERTA, SMALL_VIT, TINY_VIT, VIT_B16, Subject

@@ -11,7 +11,8 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from spectralbasis.comparison.statistics import Interval
-from spectralbasis.study.claims import COEFFICIENTS, Claim, Experiment, Findings, as_family, conclude, scatter_figure
+from spectralbasis.study.claims import Claim, Experiment, Findings, as_family, conclude, scatter_figure
+from spectralbasis.study.contests import COEFFICIENTS
 from spectralbasis.study.estimates import jackknife_interval, mantel_correlation
 from spectralbasis.study.experiments import task_sharing
 from spectralbasis.study.runs import Results, Run
