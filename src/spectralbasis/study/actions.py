@@ -22,13 +22,13 @@ from spectralbasis.study.estimates import power_law_exponents
 from spectralbasis.study.penalty import UpdatePenalty
 from spectralbasis.study.probes import Floats, layer_activations, linear_cka, linear_probe, svcca
 from spectralbasis.study.runs import Action, Outcome, Run, Site
-from spectralbasis.study.starting import halved_task, initialise, model_of
+from spectralbasis.study.starting import halved_task, initialise, model_of, tested_task
 from spectralbasis.study.trajectories import TrajectoryCallback
 from spectralbasis.training.evaluation import attach_adapter, score_task
 from spectralbasis.training.methods import METHODS
 from spectralbasis.training.models import LoadedModel, load_model
 from spectralbasis.training.outcomes import TuneResult
-from spectralbasis.training.tasks import LABEL, batches
+from spectralbasis.training.tasks import LABEL, Task, batches, score
 from spectralbasis.training.tuning import tune as tune_model
 from spectralbasis.tuner.config import BASIS_FILE
 
@@ -198,16 +198,18 @@ def similarity(run: Run, site: Site) -> Outcome:
     return Outcome({"tasks": tasks, "cosines": found.coefficients.to_numpy().tolist()})
 
 
-OWN_SETTINGS = ("model", "task", "measure", "penalty")
+OWN_SETTINGS = ("model", "task", "measure", "penalty", "select_on")
+SPLITS = {"held out": halved_task, "train": tested_task}
+"""On what settings are chosen: half of the held-out examples, or some of the training examples."""
 
 
 def tune(run: Run, site: Site) -> Outcome:
     """Tune, and leave the tuned model or adapter in the folder of the run.
 
     The settings are the keyword arguments of `spectralbasis.training.tune`, with the task by name, `measure`, those of
-    `TrajectoryCallback`, and `penalty`, those of `UpdatePenalty`. The needs may be `model`, instead of the setting;
-    `basis`, whose folder holds a basis file; `start`, an adapter from whose numbers training starts; and `source_0`,
-    `source_1`, … to be fused.
+    `TrajectoryCallback`, `penalty`, those of `UpdatePenalty`, and `select_on`, a key of `SPLITS`. The needs may be
+    `model`, instead of the setting; `basis`, whose folder holds a basis file; `start`, an adapter from whose numbers
+    training starts; and `source_0`, `source_1`, … to be fused.
 
     Returns:
         The scores, counts and costs; the measurements are the trajectory, where one was asked for.
@@ -220,9 +222,10 @@ def tune(run: Run, site: Site) -> Outcome:
     trajectory = None if measure is None else TrajectoryCallback(**{"seed": run.seed, **measure})
     penalties = [UpdatePenalty(**run.settings["penalty"])] if "penalty" in run.settings else []
     model = model_of(run, site)
+    task = SPLITS[run.settings.get("select_on", "held out")](run.settings["task"], site)
     result = tune_model(
         model,
-        task=halved_task(run.settings["task"], site),
+        task=task,
         output=site.folder,
         start=site.needs.get("start"),
         sources=[site.needs[role] for role in sources],
@@ -233,7 +236,17 @@ def tune(run: Run, site: Site) -> Outcome:
     )
     left_out = ("output", "model", "settings", "versions")
     facts = {name: value for name, value in result.to_dict().items() if name not in left_out}
-    return Outcome({**facts, **_distance(model, result)}, None if trajectory is None else trajectory.table())
+    facts |= {**_distance(model, result), **constant_score(task)}
+    return Outcome(facts, None if trajectory is None else trajectory.table())
+
+
+def constant_score(task: Task) -> dict[str, float]:
+    """What the commonest label of the training examples scores, given as the answer to everything; tokens have none."""
+    if task.kind not in ("classification", "regression"):
+        return {}
+    seen, asked = (np.asarray(part.with_format("numpy")[LABEL][:]) for part in (task.train, task.evaluation))
+    answer = np.bincount(seen).argmax() if task.kind == "classification" else seen.mean()
+    return {"constant_score": score(np.full(len(asked), answer), asked, [task.headline])[task.headline]}
 
 
 def _distance(model: str, result: TuneResult) -> dict[str, float]:

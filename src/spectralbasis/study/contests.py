@@ -135,7 +135,7 @@ class Contest:
     Args:
         subject: the model and its tasks.
         arms: what is compared.
-        selection_tasks: on whose selection halves, with the first seed, the learning rates are chosen.
+        selection_tasks: on whose selection examples, with the first seed, the learning rates are chosen.
         seeds: of the runs that count.
     """
 
@@ -151,12 +151,19 @@ class Contest:
 
     def plan(self, results: Results) -> list[Run]:
         """All trials of learning rates, then the runs that count of those arms whose rate is known."""
-        trials = []
-        for arm in self.arms:
-            rates = self.tried_rates(arm, results)
-            if len(rates) > 1:
-                trials += [run for rate in rates for run in self._at(arm, rate)]
+        chosen_by_trial = tuple(arm for arm in self.arms if len(arm.learning_rates) > 1)
+        trials = replace(self, arms=chosen_by_trial).trials(results)
         return trials + [run for _, run in self.counted(results)]
+
+    def trials(self, results: Results) -> list[Run]:
+        """Each arm at each of its rates on the selection tasks, with the first seed."""
+        return [run for arm in self.arms for rate in self.tried_rates(arm, results) for run in self._at(arm, rate)]
+
+    def selection_mean(self, arm: Arm, results: Results) -> float | None:
+        """Mean score on the selection examples at the chosen rate; None until all trials are done."""
+        rate = self.chosen_rate(arm, results)
+        scores = [math.nan if rate is None else _selection_score(run, results) for run in self._at(arm, rate or 0.0)]
+        return None if np.isnan(scores).any() else float(np.mean(scores))
 
     def counted(self, results: Results) -> Iterator[tuple[dict[str, Any], Run]]:
         """The runs at chosen rates, with their labels in tables, one seed of everything after another."""

@@ -25,6 +25,7 @@ from spectralbasis.training.known_tasks import folder_of, load_task
 from spectralbasis.training.limu_bert import AutoModelForSignalClassification, read_released
 from spectralbasis.training.models import checked_folder, quiet_transformers, resolve_source
 from spectralbasis.training.tasks import TEXT, Task
+from spectralbasis.training.text_tasks import GLUE_TASKS, load_glue
 
 SPLIT_SEED = 0
 SPECIAL = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
@@ -40,6 +41,18 @@ def halved_task(name: str, site: Site) -> Task:
     The halves are the same for every run.
     """
     return load_task(name, folder_of(name, site.data)).halved(SPLIT_SEED)
+
+
+def tested_task(name: str, site: Site) -> Task:
+    """A task by its name with all of its test examples to score on, and some training examples to select by.
+
+    GLUE's tasks have their test file where it has labels, else the development set. The parts are the same for every
+    run.
+    """
+    place = folder_of(name, site.data)
+    glue = next((one for one in GLUE_TASKS if one.name == name), None)
+    task = load_task(name, place) if glue is None or place is None else load_glue(glue, place, test=True)
+    return task.held_out_of_train(seed=SPLIT_SEED)
 
 
 def model_of(run: Run, site: Site) -> str:

@@ -196,7 +196,7 @@ def fit(
         head_learning_rate=settings.head_learning_rate,
         head=loaded.head,
     )
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(WARM_UP * steps), steps)
     bar = cast(Generator[int, None, None], track(range(steps), description, total=steps, enabled=progress))
     collator = packed(model, loaded) if settings.packing else loaded.collator

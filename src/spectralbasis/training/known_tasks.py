@@ -1,11 +1,14 @@
 """The tasks with a name: one `TaskRecord` each, the source of help, errors and the places of data sets."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from spectralbasis.errors import InputError
 from spectralbasis.extras import listed_by_group, require_extra
 from spectralbasis.training.data_files import TaskLoader, TaskRecord
 from spectralbasis.training.image_tasks import IMAGE_TASKS
+from spectralbasis.training.own_tasks import Wanted, own_task
 from spectralbasis.training.tasks import Task
 from spectralbasis.training.text_tasks import TEXT_TASKS
 
@@ -15,7 +18,40 @@ def task_key(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")
 
 
-BUILT_IN = (*TEXT_TASKS, *IMAGE_TASKS)
+TABLES = "text_classification"
+"""Folder of the tasks that are CSV files, one folder each."""
+
+
+def load_csv_task(name: str, data: Path | None) -> Task:
+    """A classification of texts from `train.csv` and `test.csv`, with the columns `text` and `label`.
+
+    Raises:
+        InputError: no data were named, a file is missing, or a row cannot be read.
+    """
+    if data is None:
+        raise InputError(f"the task {name} needs --data with the folder that holds {name}/train.csv")
+    places = (data / name, data / TABLES / name, data)
+    folder = next((place for place in places if (place / "train.csv").is_file()), None)
+    if folder is None:
+        raise InputError(f"no {name} in {data}: looked for train.csv in {', '.join(map(str, places))}; pass its folder")
+    wanted = Wanted("classification", ("text",), "label")
+    return replace(own_task(folder / "train.csv", folder / "test.csv", wanted=wanted), name=name)
+
+
+CSV_TASKS = tuple(
+    TaskRecord(name, "CSV files", description, partial(load_csv_task, name), TABLES)
+    for name, description in (
+        ("movie_reviews", "is an opinion of a film good or bad"),
+        ("mpqa", "is a phrase of a news text in favour or against"),
+        ("trec", "what does a question ask for, in six classes"),
+        ("sst5", "how good is an opinion of a film, in five classes"),
+        ("tweets_emotion", "which of four emotions does a tweet show"),
+        ("tweets_irony", "is a tweet ironic"),
+        ("tweets_hate", "is a tweet hateful"),
+        ("tweets_offensive", "is a tweet offensive"),
+    )
+)
+BUILT_IN = (*TEXT_TASKS, *CSV_TASKS, *IMAGE_TASKS)
 TASKS: dict[str, TaskRecord] = {task_key(record.name): record for record in BUILT_IN}
 
 

@@ -224,6 +224,30 @@ class Task:
             evaluation_split=f"{self.evaluation_split}, reporting half",
         )
 
+    def held_out_of_train(self, share: float = 0.1, most: int = 1000, seed: int = 0) -> "Task":
+        """The same task with `selection` taken out of its training examples; all of `evaluation` stays to score on.
+
+        Args:
+            share: of the training examples that is taken, in (0, 1).
+            most: examples that are taken at most.
+            seed: of which ones; each label has its share, to within one example.
+
+        Raises:
+            InputError: there are fewer than two training examples, or the task has a selection split already.
+        """
+        size = len(self.train)
+        if self.selection is not None or size < 2:
+            found = "a selection split already" if self.selection is not None else f"{size} training example"
+            raise InputError(f"{self.name} has {found}; holding some out needs two training examples or more")
+        order = np.random.default_rng(seed).permutation(size)
+        if LABEL in self.train.column_names:
+            labels = np.asarray(self.train.with_format("numpy")[LABEL][:])
+            order = order[np.argsort(labels[order], kind="stable")]
+        count = max(1, min(most, round(share * size)))
+        taken = order[((np.arange(count) + 0.5) * size / count).astype(int)]
+        kept = np.setdiff1d(np.arange(size), taken)
+        return replace(self, train=self.train.select(kept), selection=self.train.select(np.sort(taken)))
+
 
 def image_dataset(what: str, images: ArrayLike, labels: ArrayLike, label_names: Sequence[str]) -> "Dataset":
     """A data set with the columns `image` (channels, height, width) and `label`, over the arrays' own memory.

@@ -27,7 +27,8 @@ class GlueTask:
     """A GLUE task: its inputs, named as on the hub, and the columns of its original files.
 
     `columns` and `label_column` are names in the header, or positions where the file has no header. The file gives a
-    label by its name or by its number; `label_names` are in the order of the numbers on the hub.
+    label by its name or by its number; `label_names` are in the order of the numbers on the hub. `labelled_test_file`
+    is a test file with labels and the same columns, which some copies of the original files have.
     """
 
     name: str
@@ -40,6 +41,7 @@ class GlueTask:
     headline: str = "accuracy"
     kind: Literal["classification", "regression"] = "classification"
     evaluation_file: str = "dev.tsv"
+    labelled_test_file: str = ""
     hub_split: str = "validation"
 
     @property
@@ -71,7 +73,7 @@ GLUE_TASKS = (
     GlueTask("RTE", "does one text follow from another", PAIR, PAIR, "label", ENTAILMENT),
     GlueTask(
         "MRPC", "do two sentences say the same", PAIR, ("#1 String", "#2 String"), "Quality",
-        ("not_equivalent", "equivalent"), ("accuracy", "f1"),
+        ("not_equivalent", "equivalent"), ("accuracy", "f1"), labelled_test_file="msr_paraphrase_test.txt",
     ),
     GlueTask(
         "CoLA", "is a sentence well formed", ("sentence",), (3,), 1, ("unacceptable", "acceptable"),
@@ -82,7 +84,8 @@ GLUE_TASKS = (
         "pearson_spearman", kind="regression",
     ),
     GlueTask(
-        "SST-2", "is an opinion of a film good or bad", ("sentence",), ("sentence",), "label", ("negative", "positive")
+        "SST-2", "is an opinion of a film good or bad", ("sentence",), ("sentence",), "label", ("negative", "positive"),
+        labelled_test_file="test-labeled.tsv",
     ),
     GlueTask(
         "QNLI", "does a sentence answer a question", ("question", "sentence"), ("question", "sentence"), "label",
@@ -103,13 +106,25 @@ GLUE_TASKS = (
 )  # fmt: skip
 
 
-def load_glue(glue: GlueTask, data: Path | None) -> Task:
+def load_glue(glue: GlueTask, data: Path | None, *, test: bool = False) -> Task:
     """Load a GLUE task from its folder of TSV files, or from the hub where `data` is None.
+
+    Args:
+        glue: the task.
+        data: its folder, or the parent.
+        test: score on the test file with labels where the folder has one, else on the development set as usual.
 
     Raises:
         InputError: a file or column is missing, a row cannot be read, or the hub cannot be reached.
     """
-    train, evaluation = _from_hub(glue) if data is None else _from_folder(glue, data)
+    file = glue.evaluation_file
+    if data is None:
+        train, evaluation = _from_hub(glue)
+    else:
+        folder = _folder(glue, data)
+        if test and glue.labelled_test_file and (folder / glue.labelled_test_file).is_file():
+            file = glue.labelled_test_file
+        train, evaluation = _read_split(glue, folder / "train.tsv"), _read_split(glue, folder / file)
     return Task(
         name=glue.name,
         modality="text",
@@ -120,7 +135,7 @@ def load_glue(glue: GlueTask, data: Path | None) -> Task:
         evaluation=evaluation,
         metrics=glue.metrics,
         headline=glue.headline,
-        evaluation_split=glue.hub_split if data is None else Path(glue.evaluation_file).stem,
+        evaluation_split=glue.hub_split if data is None else Path(file).stem,
     )
 
 
@@ -138,8 +153,8 @@ def _from_hub(glue: GlueTask) -> "tuple[Dataset, Dataset]":
     return splits["train"].select_columns(columns), splits[glue.hub_split].select_columns(columns)
 
 
-def _from_folder(glue: GlueTask, data: Path) -> "tuple[Dataset, Dataset]":
-    """From the first of DATA/RTE, DATA/glue/RTE and DATA itself that holds train.tsv, in any case of the names."""
+def _folder(glue: GlueTask, data: Path) -> Path:
+    """The first of DATA/RTE, DATA/glue/RTE and DATA itself that holds train.tsv, in any case of the names."""
 
     def children(folder: Path, name: str) -> list[Path]:
         if not folder.is_dir():
@@ -149,7 +164,7 @@ def _from_folder(glue: GlueTask, data: Path) -> "tuple[Dataset, Dataset]":
     nested = [folder for parent in children(data, "glue") for folder in children(parent, glue.name)]
     for folder in (*children(data, glue.name), *nested, data):
         if (folder / "train.tsv").is_file():
-            return _read_split(glue, folder / "train.tsv"), _read_split(glue, folder / glue.evaluation_file)
+            return folder
     raise InputError(
         f"no {glue.name} in {data}: looked for train.tsv in {data / glue.name}, {data / 'glue' / glue.name} "
         f"and {data}; pass --data with a folder that holds {glue.name}/train.tsv"

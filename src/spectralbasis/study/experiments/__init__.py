@@ -8,6 +8,7 @@ from spectralbasis.study.claims import Experiment
 from spectralbasis.study.experiments import (
     ablation,
     diagnostics,
+    frontier,
     glue,
     reuse,
     scale,
@@ -17,7 +18,7 @@ from spectralbasis.study.experiments import (
     task_similarity,
 )
 
-_MODULES = (stability, task_sharing, scale, scratch, ablation, glue, task_similarity, diagnostics, reuse)
+_MODULES = (stability, task_sharing, scale, scratch, ablation, glue, frontier, task_similarity, diagnostics, reuse)
 EXPERIMENTS: dict[str, Experiment] = {module.EXPERIMENT.name: module.EXPERIMENT for module in _MODULES}
 
 

@@ -1,0 +1,210 @@
+"""How far do few numbers go: recipes chosen on four tasks, and put to thirteen beside full finetuning and LoRA."""
+
+from dataclasses import dataclass, replace
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from spectralbasis.study.claims import Claim, Experiment, Findings, conclude
+from spectralbasis.study.contests import Arm, Contest, compare_pairs, differences
+from spectralbasis.study.experiments.glue import other, spectral
+from spectralbasis.study.runs import Results, Run
+from spectralbasis.study.subjects import MINILM_TASKS, TINY_VIT, Subject
+
+QUESTION = (
+    "Trained on at most 0.2 % of the numbers of a model, do spectral coefficients score as well as full finetuning and "
+    "as LoRA with as many numbers, and with half as many still as well as LoRA, over thirteen tasks?"
+)
+MARGIN = 0.01
+"""Scores this far below still count as no worse; it was fixed before the runs, like the claims and the tasks."""
+PAIRED = ("subject", "task", "seed")
+FULL, LORA = "full", "lora r=1"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which recipes are tried, and where the best are compared.
+
+    Args:
+        subject: the model and all its tasks.
+        references: arms that are compared on all tasks whatever they score: full finetuning and LoRA.
+        recipes: spectral arms with about as many numbers as LoRA; the one with the best mean score on the selection
+            examples of the selection tasks goes on to all tasks.
+        halves: the same with at most half as many numbers.
+        further: arms that follow on all tasks when those before are done, with two seeds.
+        selection_tasks: on which learning rates and recipes are chosen, on examples held out of their training parts.
+        seeds: of the primary arms.
+    """
+
+    subject: Subject
+    references: tuple[Arm, ...]
+    recipes: tuple[Arm, ...]
+    halves: tuple[Arm, ...]
+    further: tuple[Arm, ...] = ()
+    selection_tasks: tuple[str, ...] = ("SST-2", "MRPC", "trec", "tweets_emotion")
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    def trial(self, arms: tuple[Arm, ...]) -> Contest:
+        """The contest on the selection tasks, with the first seed, that chooses rates and recipes."""
+        return Contest(self.subject, arms, self.selection_tasks, self.seeds[:1])
+
+    def primary(self, results: Results) -> Contest:
+        """The references and the chosen recipes, on all tasks, as far as recipes are chosen."""
+        chosen = [arm for group in (self.recipes, self.halves) if (arm := best_arm(self.trial(group), results))]
+        return Contest(self.subject, (*self.references, *chosen), self.selection_tasks, self.seeds)
+
+    def exploration(self, results: Results) -> Contest:
+        """All other arms, on all tasks, with two seeds."""
+        arms = (*self.further, *self.recipes, *self.halves)
+        known = {arm.name for arm in self.primary(results).arms}
+        rest = tuple(arm for arm in arms if arm.name not in known)
+        return Contest(self.subject, rest, self.selection_tasks, self.seeds[:2])
+
+
+REFERENCES = (
+    other("full", (5e-5, 2e-4, 5e-4)),
+    other("lora", (2e-3, 5e-3, 1.5e-2), LORA, rank=1),
+)
+RECIPES = (
+    spectral("band of all", (3e-3, 1e-2, 3e-2), coefficients="band", leading=384),
+    spectral("core k=33", (1e-3, 3e-3, 1e-2), coefficients="core", leading=33),
+)
+"""At width 384 LoRA of rank 1 trains 42,240 numbers in the 37 matrices, a band over all directions 42,550, cores of
+33 directions 40,293."""
+HALVES = (
+    spectral("diagonal of all", (3e-3, 1e-2, 3e-2), coefficients="diagonal", leading=384),
+    spectral("band of 190", (3e-3, 1e-2, 3e-2), coefficients="band", leading=190),
+    spectral("core k=23", (1e-3, 3e-3, 1e-2), coefficients="core", leading=23),
+)
+"""14,208, 21,016 and 19,573 numbers."""
+FURTHER = (
+    other("head", (2e-2, 5e-2, 1e-1)),
+    other("bitfit", (1e-3, 3e-3, 1e-2)),
+    other("lora", (5e-4, 2e-3, 5e-3), "lora r=8", rank=8),
+    other("psoft", (2e-3, 5e-3, 1.5e-2), "psoft core k=33", rank=33),
+)
+TINY = Settings(
+    TINY_VIT,
+    (other("full", (3e-3,)), other("lora", (1e-2,), LORA, rank=1)),
+    (spectral("core k=8", (1e-2, 3e-2), coefficients="core", leading=8),
+     spectral("band of all", (3e-2,), coefficients="band", leading=32)),
+    (spectral("diagonal of all", (3e-2,), coefficients="diagonal", leading=32),),
+    selection_tasks=TINY_VIT.tasks[:1],
+    seeds=(0, 1),
+)  # fmt: skip
+PRESETS = {"quick": TINY, "cpu": Settings(MINILM_TASKS, REFERENCES, RECIPES, HALVES, FURTHER)}
+
+
+def best_arm(contest: Contest, results: Results) -> Arm | None:
+    """The arm whose best rate scores highest on the selection examples; None until all trials are done."""
+    means = {arm.name: contest.selection_mean(arm, results) for arm in contest.arms}
+    if any(mean is None for mean in means.values()):
+        return None
+    return max(contest.arms, key=lambda arm: means[arm.name] or 0.0)
+
+
+def plan(settings: Settings, results: Results) -> list[Run]:
+    """Trials of references and recipes, then the primary arms seed by seed, then what is exploration."""
+    trials = settings.trial((*settings.references, *settings.recipes, *settings.halves)).trials(results)
+    primary = settings.primary(results)
+    return [*trials, *primary.plan(results), *settings.exploration(results).plan(results)]
+
+
+def analyse(settings: Settings, results: Results) -> Findings:
+    """The three primary claims over all tasks, what recipes scored, and scores by task of all arms."""
+    contest = settings.primary(results)
+    primary = contest.scores(results)
+    explored = settings.exploration(results).scores(results)
+    scores = pd.concat([table for table in (primary, explored) if len(table)] or [primary], ignore_index=True)
+    planned = contest.size
+    note = (
+        f"{len(primary)} of {planned} primary runs are finished. Learning rates and recipes were chosen on examples "
+        "held out of the training parts of "
+        f"{', '.join(settings.selection_tasks)}; scores are those of the whole test sets."
+    )
+    tables = {"Recipes on the selection examples": recipes(settings, results)}
+    if scores.empty:
+        return Findings(_claims(settings, results, primary), tables, note=note)
+    at_chance = chance_tasks(scores, results, settings)
+    shown = scores[~scores["task"].isin(at_chance)]
+    tables |= {"Scores": _by_task(shown), "Learning rates": scores[["arm", "learning_rate"]].drop_duplicates()}
+    if at_chance:
+        tables["Tasks on which every arm is at chance"] = _by_task(scores[scores["task"].isin(at_chance)])
+    figures = {"Score against trained numbers": figure(shown)} if len(shown) else {}
+    return Findings(_claims(settings, results, primary[~primary["task"].isin(at_chance)]), tables, figures, note)
+
+
+def _claims(settings: Settings, results: Results, scores: pd.DataFrame) -> list[Claim]:
+    recipe, half = (best_arm(settings.trial(group), results) for group in (settings.recipes, settings.halves))
+    names = [arm.name if arm else "not chosen yet" for arm in (recipe, half)]
+    wanted = (
+        ("not below full finetuning", names[0], FULL,
+         "The best spectral recipe of at most 0.2 % of the numbers scores no more than {margin} below full "
+         "finetuning, averaged over tasks."),
+        ("not below LoRA of equal size", names[0], LORA,
+         "The best spectral recipe scores no more than {margin} below LoRA with as many numbers, averaged over tasks."),
+        ("half the numbers of LoRA", names[1], LORA,
+         "The best spectral recipe with at most half of LoRA's numbers scores no more than {margin} below it, averaged "
+         "over tasks."),
+    )  # fmt: skip
+    claims = []
+    for name, ours, theirs, text in wanted:
+        pairs = differences(scores, "arm", ours, theirs, PAIRED)
+        found = compare_pairs(pairs)
+        shifted = replace(found, low=found.low + MARGIN, high=found.high + MARGIN)
+        claim = conclude(
+            f"{name} ({ours} against {theirs})", text.format(margin=MARGIN), shifted, unit="score", runs=2 * len(pairs),
+            would_change=f"An interval of the difference, over tasks, that lies wholly above or below -{MARGIN}.",
+        )  # fmt: skip
+        claims.append(replace(claim, low=found.low, high=found.high))
+    return claims
+
+
+def recipes(settings: Settings, results: Results) -> pd.DataFrame:
+    """Each arm at each learning rate that was tried: the mean score on the selection examples, and what was trained."""
+    rows = []
+    for group, arms in (("reference", settings.references), ("recipe", settings.recipes), ("half", settings.halves)):
+        contest = settings.trial(arms)
+        for arm in arms:
+            for rate in contest.tried_rates(arm, results):
+                runs = [arm.run(settings.subject, task, rate, settings.seeds[0]) for task in settings.selection_tasks]
+                records = [record for run in runs if (record := results.get(run)) is not None]
+                if len(records) == len(runs):
+                    means = pd.DataFrame([record.result for record in records])
+                    score, numbers = means["selection_score"].mean(), means["parameters_backbone"].mean()
+                    rows.append([group, arm.name, rate, score, numbers, rate == contest.chosen_rate(arm, results)])
+    return pd.DataFrame(rows, columns=["group", "arm", "learning_rate", "selection_score", "backbone", "chosen"])
+
+
+def chance_tasks(scores: pd.DataFrame, results: Results, settings: Settings) -> list[str]:
+    """Tasks on which no arm's mean score is above the best constant answer, by more than a hundredth."""
+    best = scores.groupby(["task", "arm"])["score"].mean().groupby("task").max()
+    constant = {}
+    for labels, run in settings.primary(results).counted(results):
+        record = results.get(run)
+        if record is not None and "constant_score" in record.result:
+            constant[labels["task"]] = float(record.result["constant_score"])
+    return [task for task in settings.subject.tasks if task in best and task in constant
+            and best[task] <= constant[task] + 0.01]  # fmt: skip
+
+
+def _by_task(scores: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds, a column for each task, and the mean of those where an arm has all tasks."""
+    wide = scores.pivot_table(index="arm", columns="task", values="score", sort=False)
+    groups = scores.groupby("arm", sort=False)
+    numbers, seeds = groups["backbone"].mean(), groups["seed"].nunique()
+    return wide.assign(mean=wide.mean(axis=1, skipna=False), backbone=numbers, seeds=seeds).reset_index()
+
+
+def figure(scores: pd.DataFrame) -> go.Figure:
+    """Mean score of the arms that have all tasks against the numbers trained in the backbone."""
+    table = _by_task(scores).dropna(subset=["mean"]).sort_values("mean", ascending=False)
+    drawn = go.Figure()
+    for arm, numbers, mean in zip(table["arm"], table["backbone"], table["mean"], strict=True):
+        drawn.add_scatter(x=[max(numbers, 1)], y=[mean], name=arm, mode="markers", marker={"size": 9})
+    return drawn.update_layout(
+        xaxis={"type": "log", "title": "numbers trained in the backbone"}, yaxis={"title": "mean score over tasks"}
+    )
+
+
+EXPERIMENT = Experiment("frontier", QUESTION, PRESETS, plan, analyse)
