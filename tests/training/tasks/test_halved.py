@@ -1,4 +1,4 @@
-"""A held-out split in two halves: one to choose settings by, one to report on."""
+"""Examples to choose settings by: a half of the held-out ones, or a part of those to train on."""
 
 import json
 
@@ -39,6 +39,27 @@ def test_halves_are_fixed_by_the_seed_and_leave_training_alone():
     assert numbers(first.evaluation) == numbers(same.evaluation) != numbers(other.evaluation)
     assert first.train is task.train
     assert first.evaluation_split != task.evaluation_split
+
+
+@given(st.lists(st.integers(0, 2), min_size=2, max_size=60), st.integers(0, 5))
+def test_a_part_held_out_of_training_is_not_trained_on_and_leaves_all_of_the_rest_to_score_on(labels, seed):
+    task = numbered_task(labels)
+    parted = task.held_out_of_train(0.25, seed=seed)
+    assert sorted(numbers(parted.selection) + numbers(parted.train)) == list(range(len(labels)))
+    assert len(parted.selection) == max(1, round(0.25 * len(labels)))
+    assert parted.evaluation is task.evaluation
+    for label in range(3):
+        taken = sum(row["label"] == label for row in parted.selection)
+        assert abs(taken - 0.25 * labels.count(label)) <= 1.5
+
+
+def test_no_more_is_held_out_of_training_than_was_asked_for():
+    task = numbered_task([0, 1] * 50)
+    assert len(task.held_out_of_train(0.5, most=7).selection) == 7
+    with pytest.raises(InputError, match="has a selection split already"):
+        task.held_out_of_train().held_out_of_train()
+    with pytest.raises(InputError, match="numbered has 1 training example; holding some out needs two"):
+        numbered_task([0]).held_out_of_train()
 
 
 def test_what_cannot_be_halved_is_refused():

@@ -4,6 +4,7 @@ import pytest
 
 from spectralbasis.errors import InputError
 from spectralbasis.training import load_task, task_names
+from spectralbasis.training.text_tasks import GLUE_TASKS, load_glue
 from tests.training.examples import RTE_HEADER, write_sst2, write_tsv
 
 RTE_ROWS = [("0", 'the "film', "is bad", "entailment"), ("1", "a plane", 'takes off"', "not_entailment")]
@@ -65,6 +66,32 @@ def test_mnli_scores_on_the_matched_split(tmp_path):
     task = load_task("mnli", tmp_path)
     assert task.evaluation[0] == {"premise": "a film", "hypothesis": "a plane", "label": 2}
     assert task.evaluation_split == "dev_matched"
+
+
+def test_the_test_file_is_taken_where_it_has_labels(tmp_path):
+    write_sst2(tmp_path)
+    folder = next(tmp_path.rglob("train.tsv")).parent
+    glue = next(one for one in GLUE_TASKS if one.name == "SST-2")
+    usual = load_glue(glue, tmp_path)
+    assert load_glue(glue, tmp_path, test=True).evaluation[:] == usual.evaluation[:]
+    write_tsv(folder / "test-labeled.tsv", [("sentence", "label"), ("a fine film", "1")])
+    tested = load_glue(glue, tmp_path, test=True)
+    assert tested.evaluation[:] == {"sentence": ["a fine film"], "label": [1]}
+    assert (tested.evaluation_split, usual.evaluation_split) == ("test-labeled", "dev")
+    assert load_glue(glue, tmp_path).evaluation[:] == usual.evaluation[:]
+
+
+@pytest.mark.parametrize("place", ["trec", "text_classification/trec", "."])
+def test_a_task_of_csv_files_is_scored_on_its_test_file(tmp_path, place):
+    folder = tmp_path / place
+    folder.mkdir(parents=True, exist_ok=True)
+    with pytest.raises(InputError, match=r"no trec in .*looked for train.csv"):
+        load_task("trec", tmp_path)
+    (folder / "train.csv").write_text('text,label\n"who, then?",person\nwhere?,place\nwho?,person\nhere?,place\n')
+    (folder / "test.csv").write_text("text,label\nwho is it?,person\n")
+    task = load_task("trec", tmp_path)
+    assert (task.name, task.label_names, len(task.train)) == ("trec", ("person", "place"), 4)
+    assert task.evaluation[:]["label"] == [0]
 
 
 @pytest.mark.parametrize("place", ["RTE", "rte", "glue/RTE", "."])
