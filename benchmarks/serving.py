@@ -224,6 +224,7 @@ def soak(file: Path, folder: Path, seconds: float) -> dict[str, Any]:
         "changes": counted.changes,
         "wrong": counted.wrong,
         "not_answered": counted.requests - counted.statuses[200],
+        "statuses": {str(status): count for status, count in sorted(counted.statuses.items())},
         "longest_seconds": counted.longest,
         "memory": memory,
     }
