@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,51 @@ def mean_interval(values: ArrayLike, clusters: ArrayLike | None = None, *, seed:
     if units.size < FEWEST_FLIPS or error == 0:
         return interval
     return Interval(mean, interval.low, interval.high, _sign_flip_p(units, seed))
+
+
+def clustered_interval(values: ArrayLike, *clusters: ArrayLike) -> Interval:
+    """Mean of values that are dependent where they share a cluster of any kind, with its 95 % interval and p-value.
+
+    The variance adds those of the clusters of each kind and takes off those of their intersections (Cameron, Gelbach &
+    Miller, J. Bus. Econ. Stat. 29, 2011), each times `G / (G − 1)` for its G clusters. Where that is not positive, as
+    few clusters can make it, the largest variance of one kind alone counts. The interval is Student's with one degree
+    of freedom less than the kind with the fewest clusters has.
+
+    Args:
+        values: (n,), such as differences by task and cell; NaN is left out.
+        clusters: labels of each kind, (n,) each; a kind with a single cluster is left out, as it cannot tell.
+
+    Returns:
+        NaN for the interval and the p-value where no kind has two clusters.
+
+    Example:
+        >>> clustered_interval([1.0, 2.0, 3.0, 4.0], ["a", "a", "b", "b"], ["x", "y", "x", "y"]).estimate
+        2.5
+    """
+    y = np.asarray(values, dtype=float)
+    known = np.isfinite(y)
+    y = y[known]
+    if y.size == 0:
+        return NO_INTERVAL
+    mean = float(y.mean())
+    kinds = [np.unique(np.asarray(labels)[known].astype(str), return_inverse=True)[1] for labels in clusters]
+    kinds = [labels for labels in kinds if labels.max() > 0]
+    if not kinds:
+        return Interval(mean, math.nan, math.nan, math.nan)
+    alone = [_cluster_variance(y, labels) for labels in kinds]
+    together = sum(
+        (-1) ** (size + 1) * _cluster_variance(y, np.unique(np.stack(some), axis=1, return_inverse=True)[1])
+        for size in range(1, len(kinds) + 1)
+        for some in combinations(kinds, size)
+    )
+    variance = together if together > 0 else max(alone)
+    return student_interval(mean, math.sqrt(variance), min(int(labels.max()) for labels in kinds))
+
+
+def _cluster_variance(y: Floats, labels: NDArray[Any]) -> float:
+    """Of the mean of values that are dependent within clusters alone."""
+    sums = np.bincount(labels.ravel(), y - y.mean())
+    return float(sums.size / (sums.size - 1) * (sums @ sums) / y.size**2)
 
 
 def _sign_flip_p(units: Floats, seed: int) -> float:
@@ -289,6 +334,19 @@ def rank_correlation_with_p(x: ArrayLike, y: ArrayLike, *, seed: int = 0) -> Cor
     known = np.isfinite(x) & np.isfinite(y)
     ranks = stats.rankdata(y[known])
     return _correlation(stats.rankdata(x[known]), ranks, ranks[arrangements(np.arange(ranks.size), seed)[0]])
+
+
+def within(found: Interval, low: float = -1.0, high: float = 1.0) -> Interval:
+    """An interval without what its statistic cannot be, such as a correlation beyond 1."""
+    return Interval(found.estimate, max(found.low, low), min(found.high, high), found.p_value)
+
+
+def rank_correlation(x: ArrayLike, y: ArrayLike) -> float:
+    """Spearman's rank correlation of pairs, (n,) each; those that lack one of the two (NaN) are left out."""
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    known = np.isfinite(x) & np.isfinite(y)
+    ranks = stats.rankdata(y[known])
+    return _correlation(stats.rankdata(x[known]), ranks, ranks[None]).rho
 
 
 def mantel_correlation(x: ArrayLike, y: ArrayLike, *, seed: int = 0) -> Correlation:
