@@ -34,6 +34,7 @@ def analyse(settings: Settings, results: Results) -> Findings:
         name="above zero", text="The best value is above zero.", verdict="supported" if found else "undecided",
         effect=max((record.result["total"] for _, record in found), default=float("nan")), low=0.5, high=3.5,
         p_value=0.01, unit="points", would_change="A value below.", runs=len(found),
+        units=f"{len(found)} <values>", primary=True,
     )  # fmt: skip
     table = pd.DataFrame({"value|": [record.result["total"] for _, record in found], "who": "<b>a|b</b>"})
     return Findings([claim], {"All values": table}, {"Values": go.Figure(go.Scatter(y=[1, 2]))}, "A note.")

@@ -4,13 +4,17 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from spectralbasis.errors import InputError
 from spectralbasis.report import write_study_report
 from spectralbasis.report.study_page import devices_used
+from spectralbasis.study.claims import Findings, conclude
 from spectralbasis.study.conduct import study, time_left
+from spectralbasis.study.estimates import Interval
 from spectralbasis.study.experiments import EXPERIMENTS
+from spectralbasis.study.pages import Part, page
 from spectralbasis.study.runs import DATABASE, Run, Timing
 from tests.study import planted_experiment
 
@@ -67,11 +71,42 @@ def test_pages_hold_names_as_text(tmp_path):
     markdown = (tmp_path / "planted.md").read_text()
     assert "| value\\| | who |" in markdown
     assert "\\<b\\>a\\|b\\</b\\>" in markdown
-    assert "95 % interval +0.5 to +3.5, p = 0.01; 4 runs" in markdown
+    assert "| +2.0 points | +0.50 to +3.5 | 0.01 | 4 \\<values\\> | before the scores were seen |" in markdown
     html = (tmp_path / "index.html").read_text()
     assert "Is the &lt;best&gt; value above zero?" in html
     assert "<b>a|b</b>" not in html
     assert "<task>" not in html
+
+
+def test_a_page_answers_first_and_the_overview_has_every_answer(tmp_path):
+    content = study("planted", preset="quick", output=tmp_path, progress=False)
+    answer = content["experiments"]["planted"]["answer"]
+    assert answer == "Supported: The best value is above zero. (+3.0 points (+0.50 to +3.5); 5 <values>)"
+    page = (tmp_path / "planted.md").read_text().split("\n\n")
+    assert page[:2] == ["# Planted", "Is the \\<best\\> value above zero?"]
+    assert page[2].startswith("**Supported: The best value")
+    assert page[3] == "## Values"
+    assert (
+        page.index("## Values")
+        < page.index("## Claims")
+        < page.index("## How to read it")
+        < page.index("## All values")
+    )
+    row = (tmp_path / "index.md").read_text().split("\n\n")[2].splitlines()[-1]
+    assert row.startswith("| [Planted](planted.md) | Supported: The best value is above zero.")
+    assert row.endswith("| A value below. |")
+    assert "+3.0 points" in (tmp_path / "index.html").read_text()
+
+
+def test_words_are_explained_where_they_are_used():
+    claim = conclude("a", "Updates lie in the core.", Interval(1.0, 0.5, 1.5, 0.01), unit="halvings", would_change="",
+                     runs=2, units="2 tasks")  # fmt: skip
+    part = Part("a", "A", "Q?", 2, 2, {}, 1.0, {}, Findings([claim], {"T": pd.DataFrame({"held": [1.0]})}))
+    shown = page(part, {"command": "study all", "commit": "x"})
+    explained = [line.split("**")[1] for line in shown.splitlines() if line.startswith("- **")]
+    assert explained == ["halvings", "held", "core"]
+    assert "## Exploration" in shown
+    assert "## Claims" not in shown
 
 
 def test_the_page_can_be_written_again(tmp_path):

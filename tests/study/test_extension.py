@@ -69,7 +69,7 @@ def plan(settings, results):
 def analyse(settings, results):
     totals = [record.result["total"] for run in plan(settings, results) if (record := results.get(run))]
     claim = Claim("above zero", "Values are above zero.", "supported", max(totals), math.nan, math.nan, math.nan,
-                  "points", "A value below.", len(totals))  # fmt: skip
+                  "points", "A value below.", len(totals), "2 values")  # fmt: skip
     return Findings([claim])
 
 

@@ -11,6 +11,7 @@ def claim(**changes) -> Claim:
     fields = {
         "name": "a", "text": "A is above B.", "verdict": "supported", "effect": 0.25, "low": 0.125, "high": 0.5,
         "p_value": 0.01, "unit": "accuracy", "would_change": "More seeds.", "runs": 3,
+        "units": "1 task",
     }  # fmt: skip
     return Claim(**fields | changes)
 

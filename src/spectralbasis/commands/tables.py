@@ -256,13 +256,20 @@ def combination_table(result: Mapping[str, Any]) -> Table:
 
 
 def claims_table(content: Mapping[str, Any]) -> Table:
-    """The claims of a study with their verdicts, by experiment."""
-    table = _table(f"study, preset {content['preset']}", ["experiment", "runs", "claim", "effect", "p", "verdict"])
+    """The primary claims of a study with their verdicts, by experiment."""
+    table = _table(f"study, preset {content['preset']}", ["experiment", "runs", "claim", "effect", "units", "verdict"])
     for name, part in content["experiments"].items():
-        runs = f"{part['finished']}/{part['planned']}"
-        for claim in part["claims"] or [{"text": "", "effect": None, "p_value": None, "verdict": ""}]:
-            cells = (_number(claim["effect"], "+.4g"), _number(claim["p_value"], ".2g"), in_markup(claim["verdict"]))
-            table.add_row(in_markup(name), runs, in_markup(claim["text"]), *cells)
+        runs, explored = f"{part['finished']}/{part['planned']}", 0
+        for claim in part["claims"]:
+            if claim["primary"]:
+                shown = (claim["text"], _number(claim["effect"], "+.2g"), claim["units"], claim["verdict"])
+                table.add_row(in_markup(name), runs, *map(in_markup, shown))
+            else:
+                explored += 1
+        if explored:
+            table.add_row(
+                in_markup(name), runs, f"{explored} claims of exploration: see {in_markup(name)}.md", "", "", ""
+            )
     return table
 
 

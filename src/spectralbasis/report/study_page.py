@@ -1,5 +1,6 @@
 """The HTML page of a study: every claim with its verdict, tables and figures."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,14 @@ from spectralbasis.report.results import render_page, script_json, write_page
 
 RESULTS = "results.json"
 FIGURES = "figures.json"
+OVERVIEW = "index.md"
+Stated = Literal["before", "changed", "after"]
+STATED: Mapping[str, str] = {
+    "before": "before the scores were seen",
+    "changed": "before the scores were seen; its error, its family or its examples were changed after",
+    "after": "after the scores were seen",
+}
+"""When a claim was made → in words."""
 
 
 class ClaimEntry(TypedDict):
@@ -28,6 +37,10 @@ class ClaimEntry(TypedDict):
     unit: str
     would_change: str
     runs: Count
+    units: str
+    margin: Finite
+    stated: Stated
+    primary: bool
 
 
 class TableEntry(TypedDict):
@@ -40,7 +53,9 @@ class TableEntry(TypedDict):
 class PartEntry(TypedDict):
     """One experiment in `results.json`."""
 
+    title: str
     question: str
+    answer: str
     planned: Count
     finished: Count
     failed: dict[str, str]
@@ -85,7 +100,13 @@ def write_study_report(directory: Path | str) -> Path:
     numbered = {name: [(f"{name}-{i}", title) for i, title in enumerate(drawn)] for name, drawn in figures.items()}
     payload = {key: figures[name][title] for name, drawn in numbered.items() for key, title in drawn}
     page = render_page(
-        "study_page.html", "study_page.js", (cell, devices_used), payload, results=results, figures=numbered
+        "study_page.html",
+        "study_page.js",
+        (cell, devices_used, two_digits),
+        payload,
+        results=results,
+        figures=numbered,
+        stated=STATED,
     )
     return write_page(folder, page)
 
@@ -99,6 +120,20 @@ def cell(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,d}"
     return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.4g}"
+
+
+def two_digits(value: float) -> str:
+    """A number with its sign and two significant digits, without an exponent; whole from 100 on.
+
+    Example:
+        >>> two_digits(-0.0080123), two_digits(0.5), two_digits(12.3), two_digits(1234.5)
+        ('-0.0080', '+0.50', '+12', '+1,234')
+    """
+    if abs(value) >= 100:
+        return f"{value:+,.0f}"
+    if value == 0:
+        return "0"
+    return f"{value:+.{max(0, 1 - math.floor(math.log10(abs(float(f'{value:.1e}')))))}f}"
 
 
 def devices_used(devices: Mapping[str, int]) -> str:

@@ -15,7 +15,7 @@ from spectralbasis.extras import require_extra
 from spectralbasis.files import claim_files
 from spectralbasis.printable import shortened
 from spectralbasis.report import write_study_report
-from spectralbasis.report.study_page import FIGURES, RESULTS
+from spectralbasis.report.study_page import FIGURES, OVERVIEW, RESULTS
 from spectralbasis.study.claims import Experiment
 from spectralbasis.study.experiments import EXPERIMENTS, find_experiment
 from spectralbasis.study.pages import Part, write_pages
@@ -75,7 +75,7 @@ def study(
         return [run for experiment in chosen for run in experiment.plan(experiment.presets[preset], results)]
 
     pages = (f"{experiment.name}.md" for experiment in chosen)
-    claim_files(Path(output), RESULTS, FIGURES, "index.html", *pages, adopt=trust)
+    claim_files(Path(output), RESULTS, FIGURES, OVERVIEW, "index.html", *pages, adopt=trust)
     with RunStore(Path(output), trust=trust) as store:
         if retry:
             store.forget_errors()
@@ -98,6 +98,7 @@ def _part(experiment: Experiment, settings: Any, store: RunStore) -> Part:
     finished = [record for run in runs if (record := results.get(run)) is not None]
     return Part(
         name=experiment.name,
+        title=experiment.title or experiment.name.capitalize(),
         question=experiment.question,
         planned=len(runs),
         finished=len(finished),

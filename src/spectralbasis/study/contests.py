@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from spectralbasis.comparison.statistics import Interval
-from spectralbasis.study.claims import Claim, as_family, conclude, conclude_equal
+from spectralbasis.report.study_page import Stated
+from spectralbasis.study.claims import Claim, as_family, conclude, conclude_equal, task_units
 from spectralbasis.study.estimates import paired_comparison
 from spectralbasis.study.runs import Results, Run
 from spectralbasis.study.subjects import Subject
@@ -28,6 +29,7 @@ class Contrast:
         better, worse: values of the compared column.
         would_change: what would have to be seen for another verdict.
         margin: how far below still counts as no worse.
+        stated: see `Claim`.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Contrast:
     worse: str
     would_change: str
     margin: float = 0.0
+    stated: Stated = "before"
 
 
 def differences(scores: pd.DataFrame, column: str, better: str, worse: str, by: Sequence[str]) -> pd.DataFrame:
@@ -48,13 +51,23 @@ def differences(scores: pd.DataFrame, column: str, better: str, worse: str, by: 
     return pairs.rename(columns={better: "better", worse: "worse"})
 
 
-def compare_pairs(pairs: pd.DataFrame) -> Interval:
+Compare = Callable[[pd.DataFrame], tuple[Interval, str]]
+"""Pairs of scores, see `differences` → the interval of their mean difference, and what it is over."""
+
+
+def compare_pairs(pairs: pd.DataFrame) -> tuple[Interval, str]:
     """The mean difference; tasks of a subject are the units, since seeds and cells of one task are not independent."""
-    return paired_comparison(pairs["better"], pairs["worse"], pairs["subject"] + " / " + pairs["task"])
+    found = paired_comparison(pairs["better"], pairs["worse"], pairs["subject"] + " / " + pairs["task"])
+    return found, task_units(pairs, "subject")
 
 
 def conclude_family(
-    contrasts: Sequence[Contrast], scores: pd.DataFrame, column: str, by: Sequence[str], unit: str = "score"
+    contrasts: Sequence[Contrast],
+    scores: pd.DataFrame,
+    column: str,
+    by: Sequence[str],
+    unit: str = "score",
+    compare: Compare = compare_pairs,
 ) -> list[Claim]:
     """A claim for each contrast, with Holm's p-values over all of them.
 
@@ -64,6 +77,7 @@ def conclude_family(
         column: whose values are compared.
         by: what pairs have in common.
         unit: of the effects.
+        compare: what the units of the comparison are.
 
     Returns:
         Claims whose p-values are adjusted; those that are not below 0.05 then are undecided, except that a margin is
@@ -72,27 +86,36 @@ def conclude_family(
     claims = []
     for one in contrasts:
         pairs = differences(scores, column, one.better, one.worse, by)
-        found = compare_pairs(pairs)
-        shifted = replace(found, low=found.low + one.margin, high=found.high + one.margin)
-        judged = conclude(one.name, one.text, shifted, unit=unit, would_change=one.would_change, runs=2 * len(pairs))
-        claims.append(replace(judged, low=found.low, high=found.high))
-    return [
-        replace(judged, verdict=claim.verdict) if contrast.margin else judged
-        for contrast, claim, judged in zip(contrasts, claims, as_family(claims), strict=True)
-    ]
+        found, units = compare(pairs)
+        claims.append(
+            conclude(
+                one.name, one.text, found, unit=unit, would_change=one.would_change, runs=2 * len(pairs), units=units,
+                margin=one.margin, stated=one.stated,
+            )
+        )  # fmt: skip
+    return as_family(claims)
 
 
 def conclude_equality(
-    contrasts: Sequence[Contrast], scores: pd.DataFrame, column: str, by: Sequence[str], within: float
+    contrasts: Sequence[Contrast],
+    scores: pd.DataFrame,
+    column: str,
+    by: Sequence[str],
+    within: float,
+    compare: Compare = compare_pairs,
 ) -> list[Claim]:
     """For each contrast, the claim that its arms' mean scores differ by less than `within`; see `conclude_equal`."""
     claims = []
     for one in contrasts:
         pairs = differences(scores, column, one.better, one.worse, by)
-        name = f"{one.better} equals {one.worse}"
-        text = f"The mean scores of `{one.better}` and `{one.worse}` differ by less than {within:g}."
-        found = compare_pairs(pairs)
-        claims.append(conclude_equal(name, text, found, within=within, unit="score", runs=2 * len(pairs)))
+        found, units = compare(pairs)
+        claims.append(
+            conclude_equal(
+                f"{one.better} equals {one.worse}",
+                f"The mean scores of `{one.better}` and `{one.worse}` differ by less than {within:g}.",
+                found, within=within, unit="score", runs=2 * len(pairs), units=units, stated=one.stated,
+            )
+        )  # fmt: skip
     return claims
 
 
@@ -102,7 +125,7 @@ COEFFICIENTS = {"method": "spectral", "scaling": "absolute"}
 FURTHER_RATES = 3
 """How many rates an arm may try beyond its own, as long as the best is the first or the last."""
 COLUMNS = ("subject", "arm", "task", "seed", "learning_rate", "score", "backbone", "head", "model", "seconds_per_step",
-           "precision", "adapter_bytes")  # fmt: skip
+           "precision", "adapter_bytes", "selection_score")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,16 +138,20 @@ class Arm:
         learning_rates: among which it chooses, from small to large; while the best is the first or the last, the next
             of the series is tried too.
         needs: what it needs for a subject and a task, such as a basis.
+        drawn: a setting that takes the seed of the run, such as that of a random basis; one value for all without it.
     """
 
     name: str
     settings: Mapping[str, Any]
     learning_rates: tuple[float, ...]
     needs: Needs = lambda subject, task: {}
+    drawn: str = ""
 
     def run(self, subject: Subject, task: str, learning_rate: float, seed: int) -> Run:
         """One tuning."""
         settings = {**self.settings, "learning_rate": learning_rate}
+        if self.drawn:
+            settings[self.drawn] = seed
         return subject.tune(task, seed, needs=self.needs(subject, task), **settings)
 
 
@@ -233,4 +260,8 @@ def _selection_score(run: Run, results: Results) -> float:
 def _facts(result: Mapping[str, Any]) -> dict[str, Any]:
     named = {"backbone": "parameters_backbone", "head": "parameters_head", "model": "parameters_model"}
     same = ("score", "seconds_per_step", "adapter_bytes", "precision")
-    return {**{name: result[key] for name, key in named.items()}, **{name: result[name] for name in same}}
+    return {
+        **{name: result[key] for name, key in named.items()},
+        **{name: result[name] for name in same},
+        "selection_score": result.get("selection_score", math.nan),
+    }

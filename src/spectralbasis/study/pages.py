@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,17 @@ import plotly.graph_objects as go
 
 from spectralbasis.files import atomic_path
 from spectralbasis.printable import in_code, in_markdown, printable
-from spectralbasis.report.study_page import FIGURES, RESULTS, cell, devices_used, read_figures, read_study
+from spectralbasis.report.study_page import (
+    FIGURES,
+    OVERVIEW,
+    RESULTS,
+    STATED,
+    cell,
+    devices_used,
+    read_figures,
+    read_study,
+    two_digits,
+)
 from spectralbasis.study.claims import Claim, Findings
 from spectralbasis.training.outcomes import write_json
 from spectralbasis.version import library_versions
@@ -28,6 +39,7 @@ class Part:
     """
 
     name: str
+    title: str
     question: str
     planned: int
     finished: int
@@ -39,7 +51,9 @@ class Part:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the figures, as JSON can hold it."""
         return {
+            "title": self.title,
             "question": self.question,
+            "answer": self.findings.answer or answer_of(self.findings.claims),
             "planned": self.planned,
             "finished": self.finished,
             "failed": dict(self.failed),
@@ -73,32 +87,132 @@ def write_pages(folder: Path, preset: str, parts: Sequence[Part]) -> dict[str, A
     for part in parts:
         with atomic_path(folder / f"{part.name}.md") as temporary:
             temporary.write_text(page(part, content), encoding="utf-8")
+    with atomic_path(folder / OVERVIEW) as temporary:
+        temporary.write_text(overview(content), encoding="utf-8")
     write_json(folder / RESULTS, content)
     return content
 
 
+def answer_of(claims: Sequence[Claim]) -> str:
+    """An answer in the words of the first primary claim, for an experiment that gives none."""
+    first = next((claim for claim in claims if claim.primary), None)
+    if first is None:
+        return ""
+    said = f"{first.text} ({{effect}}; {{units}})"
+    return first.tell(f"Supported: {said}", f"Contradicted: {said}", f"Undecided: {said}")
+
+
+def overview(content: Mapping[str, Any]) -> str:
+    """The Markdown page with a row for each experiment of `results.json`: question, answer, what would change it."""
+    rows = ["| question | answer | what would change it |", "| --- | --- | --- |"]
+    for name, part in content["experiments"].items():
+        change = next((claim["would_change"] for claim in part["claims"] if claim["primary"]), "")
+        link = f"[{in_markdown(part['title'])}]({name}.md)"
+        rows.append(f"| {link} | {in_markdown(part['answer'])} | {in_markdown(change)} |")
+    lines = [
+        "# Results of the study",
+        "Each answer is made from the numbers of the experiment's primary claims: the effect, its 95 % interval in "
+        "parentheses, and what the interval is over. A claim is supported or contradicted where the whole interval is "
+        "on one side of zero, or of the margin that it allows, and its p-value, adjusted for the claims that were "
+        "asked together, is below 0.05. Everything else is undecided, which is no evidence that there is no effect.",
+        "\n".join(rows),
+        f"Preset {content['preset']}. Made by {in_code(content['command'])} at commit {content['commit']}.",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
 def page(part: Part, content: Mapping[str, Any]) -> str:
-    """The Markdown page of one experiment."""
-    findings = part.findings
+    """The Markdown page of one experiment: question, answer, figure, claims, and then the details."""
+    findings, facts = part.findings, part.to_dict()
     command = content["command"].replace("study all", f"study {part.name}")
     failures = {"run": list(part.failed), "reason": list(part.failed.values())}
+    primary = [claim for claim in findings.claims if claim.primary]
+    others = [claim for claim in findings.claims if not claim.primary]
+    figures = [
+        f'## {in_markdown(title)}\n\n<div class="figure" data-figure="{html.escape(f"{part.name}/{title}")}"></div>'
+        for title in findings.figures
+    ]
     lines = [
-        f"# {part.name.capitalize()}",
-        part.question,
+        f"# {in_markdown(part.title)}",
+        in_markdown(part.question),
+        f"**{in_markdown(facts['answer'])}**" if facts["answer"] else "",
+        *figures[:1],
+        *(["## Claims", claims_table(primary), *_changes(primary)] if primary else []),
+        *(["## Exploration", EXPLORATION, claims_table(others)] if others else []),
+        *_words(findings),
+        "## How to read it",
+        in_markdown(findings.note),
         f"{part.finished} of {part.planned} runs, {part.seconds / 3600:.1f} hours of computing"
         + in_markdown(devices_used(part.devices))
         + (f", {len(part.failed)} failed" if part.failed else "")
         + f". Made by {in_code(command)} at commit {content['commit']}.",
-        findings.note,
-        *(_claim(claim) for claim in findings.claims),
         *(f"## {in_markdown(title)}\n\n{markdown_table(table)}" for title, table in findings.tables.items()),
-        *(
-            f'## {in_markdown(title)}\n\n<div class="figure" data-figure="{html.escape(f"{part.name}/{title}")}"></div>'
-            for title in findings.figures
-        ),
+        *figures[1:],
         *(["## Runs that failed", markdown_table(pd.DataFrame(failures))] if part.failed else []),
     ]
     return "\n\n".join(line for line in lines if line) + "\n"
+
+
+EXPLORATION = (
+    "These claims suggest what to ask next. They are not what the experiment is about, and establish nothing by "
+    "themselves."
+)
+
+
+def claims_table(claims: Sequence[Claim]) -> str:
+    """Claims as a table in Markdown: verdict, claim, effect, interval, p-value, units, and when they were asked."""
+    rows = [
+        "| verdict | claim | effect | 95 % interval | p, adjusted | units | asked |",
+        "| --- | --- | ---: | ---: | ---: | --- | --- |",
+    ]
+    for claim in claims:
+        interval = f"{two_digits(claim.low)} to {two_digits(claim.high)}" if math.isfinite(claim.low) else "none"
+        effect = f"{two_digits(claim.effect)} {claim.unit}" if math.isfinite(claim.effect) else "none"
+        cells = [
+            f"**{claim.verdict}**", in_markdown(claim.text), in_markdown(effect), interval,
+            f"{claim.p_value:.2g}" if math.isfinite(claim.p_value) else "", in_markdown(claim.units),
+            STATED[claim.stated],
+        ]  # fmt: skip
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _changes(claims: Sequence[Claim]) -> list[str]:
+    """What would change the verdicts, those of equal words together."""
+    changes = dict.fromkeys(claim.would_change for claim in claims)
+    return ["What would change a verdict:", "\n".join(f"- {in_markdown(change)}" for change in changes)]
+
+
+WORDS = {
+    "overlap": "how much of one subspace lies in another of equal dimension: 1 is the same, 0 is none of it",
+    "rotation": "1 − overlap, averaged over matrices and both sides",
+    "null": "what a random update gives that has the size and the singular values of the real one",
+    "scrambled": "an update whose rows, columns and signs are shuffled: as large, with the same singular values",
+    "halvings": "how often the null's rotation was halved: 0 is as much, +1 is half as much, -1 is twice as much",
+    "held": "halvings of the null's rotation, `log2((1 − overlap of the null) / (1 − overlap))`",
+    "coverage": "the share of the update's squared norm that lies in given directions",
+    "core": "all coefficients between the first k left and the first k right singular directions, k × k numbers",
+    "diagonal": "one coefficient for each pair of singular vectors, k numbers",
+    "band": "the diagonal and its neighbours",
+    "leading": "singular directions of the largest singular values of the pretrained weights",
+    "trailing": "singular directions of the smallest singular values",
+    "doublings": "how often chance was doubled: 0 is as much as chance, +1 is twice as much",
+    "curvature": "directions along which the loss of a task changes most, from its gradients",
+    "Spearman": "Spearman's rho, a correlation of ranks, from -1 to +1",
+    "decade": "a factor of ten",
+    "cell": "one kind of coefficients with one number of them, on one model",
+}  # fmt: skip
+"""Words of the field and of the study → what they mean."""
+
+
+def _words(findings: Findings) -> list[str]:
+    """The meaning of those of `WORDS` that the claims, the answer and the tables use."""
+    columns = [str(column) for table in findings.tables.values() for column in table.columns]
+    said = [part for claim in findings.claims for part in (claim.text, claim.unit, claim.units)]
+    text = " ".join([findings.answer, *said, *columns])
+    used = {word: meaning for word, meaning in WORDS.items() if re.search(rf"\b{word}", text, re.IGNORECASE)}
+    listed = "\n".join(f"- **{word}**: {in_markdown(meaning)}." for word, meaning in used.items())
+    return ["## Words on this page", listed] if used else []
 
 
 def markdown_table(table: pd.DataFrame) -> str:
@@ -119,16 +233,6 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return library_versions()["spectralbasis"]
-
-
-def _claim(claim: Claim) -> str:
-    found = f"**{claim.verdict.capitalize()}**: {claim.text}"
-    if not math.isfinite(claim.effect):
-        return f"{found} No finished run measures it."
-    interval = f", 95 % interval {claim.low:+.4g} to {claim.high:+.4g}" if math.isfinite(claim.low) else ""
-    change = f"What would change it: {claim.would_change}"
-    p_value = f", p = {claim.p_value:.2g}" if math.isfinite(claim.p_value) else ""
-    return f"{found} Effect {claim.effect:+.4g} {claim.unit}{interval}{p_value}; {claim.runs} runs. {change}"
 
 
 def _cell(value: Any) -> str:

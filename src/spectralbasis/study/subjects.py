@@ -4,7 +4,7 @@ A lineage is one architecture at several scales of pretraining, with the tasks i
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -127,6 +127,17 @@ TINY_VIT = Subject(
     (3e-4, 3e-3),
 )
 """The smallest that shows something, from built-in data."""
+
+
+CHANCE = {"RTE": 0.527, "MRPC": 0.684, "SST-2": 0.509, "CoLA": 0.0, "STS-B": 0.0}
+"""Task → what the best constant answer scores on its held-out examples; of other tasks it is not known here."""
+LEARNED = 0.05
+"""Scores less than this above `CHANCE` teach nothing: two standard errors of a half of a few hundred examples."""
+
+
+def is_learned(task: Hashable, scores: pd.Series) -> bool:
+    """Whether the median of some scores is beyond chance by `LEARNED`; true where chance is not known."""
+    return bool(task not in CHANCE or scores.median() >= CHANCE[task] + LEARNED)
 
 
 SHIFT, CHANGE = "distribution shift", "task change"

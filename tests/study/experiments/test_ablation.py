@@ -100,6 +100,57 @@ def test_the_rates_of_curvature_and_of_random_directions_are_compared(best, verd
     assert verdicts(ablation.analyse(WHOLE, known))["curvature takes smaller rates"] == verdict
 
 
+def test_cells_in_common_are_no_independent_evidence():
+    """Leading directions win in one cell and lose in the other by as much on every task: tasks alone would be sure."""
+
+    def tuned(run: Run) -> dict[str, float]:
+        if run.action == "gradient_coverage":
+            return {}
+        gain = {"core": 0.03, "diagonal": -0.01}[run.settings["coefficients"]] * (basis_of(run) == "pretrained")
+        return {**FACTS, "score": 0.7 + gain, "selection_score": 0.7}
+
+    findings = ablation.analyse(SETTINGS, conducted(lambda found: ablation.plan(SETTINGS, found), tuned))
+    claim = next(claim for claim in findings.claims if claim.name == "pretrained against random")
+    assert (claim.verdict, claim.units) == ("undecided", "7 tasks × 4 cells (14 means)")
+    assert claim.effect == pytest.approx(0.01)
+    others = findings.tables["Other units for the same differences"].set_index(["difference", "over"])
+    assert others.loc[("pretrained against random", "tasks"), "low"] == pytest.approx(0.01)
+    assert others.loc[("pretrained against random", "cells"), "low"] < 0
+
+
+def test_without_curvature_its_bases_do_not_carry_the_correlation():
+    """Curvature alone holds more and scores less; among the others, what holds more scores more."""
+    coverage = {"curvature": 0.5, "curvature of another task": 0.4, "curvature of several tasks": 0.45,
+                "pretrained": 0.03, "random": 0.02, "minor": 0.01}  # fmt: skip
+    gains = {"curvature": -0.3, "curvature of another task": -0.1, "curvature of several tasks": -0.2,
+             "pretrained": 0.02, "random": 0.01, "minor": 0.0, "scratch": -0.01}  # fmt: skip
+    claims = {claim.name: claim for claim in ablation.analyse(SETTINGS, planted(gains, coverage)).claims}
+    assert claims["gradient coverage predicts scores"].effect < 0.3
+    assert claims["gradient coverage predicts scores, without curvature"].effect > 0.9
+    assert claims["gradient coverage predicts scores, without curvature"].stated == "after"
+
+
+@pytest.mark.parametrize("preset", ["cpu", "paper"])
+def test_each_seed_draws_its_own_random_directions_unless_rows_are_of_one_draw(preset):
+    for part in ablation.PRESETS[preset].parts:
+        contest = part.contest(part.cells[0])
+        for arm in contest.arms:
+            run = arm.run(contest.subject, contest.subject.tasks[0], 0.01, 2)
+            drawn = arm.name == "random" and preset == "paper"
+            assert run.settings.get("basis_seed") == (2 if drawn else None)
+
+
+def test_draws_are_clusters_too():
+    scores = pd.DataFrame(
+        {"subject": "m", "cell": cell, "task": task, "seed": seed, "better": 0.1 * (seed - 1), "worse": 0.0}
+        for cell in ("c", "d") for task in ("a", "b", "e") for seed in (0, 1, 2)
+    )  # fmt: skip
+    (one, units), (several, _) = (ablation.compare_cells(scores, drawn) for drawn in (True, False))
+    assert units == "3 tasks × 2 cells × 3 seeds (18 means)"
+    assert one.high > 0.1
+    assert several.high == pytest.approx(0, abs=1e-12)
+
+
 def test_a_cell_compares_equal_numbers_with_equally_many_rates():
     part = WHOLE.parts[0]
     for cell in part.cells:

@@ -1,5 +1,7 @@
 """Whether the stories agree follows what was planted layer by layer."""
 
+from types import MappingProxyType
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -35,7 +37,7 @@ def trajectory(task, turned):
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def planted(direction, turned=by_depth):
+def planted(direction, turned=by_depth, scores=MappingProxyType({})):
     """Stories that follow what is turned, or go against it."""
 
     def measurements(run):
@@ -56,7 +58,7 @@ def planted(direction, turned=by_depth):
         )
 
     runs = with_needs(diagnostics.plan(SETTINGS, Results({})))
-    return results(runs, lambda run: {"score": 0.5}, measurements)
+    return results(runs, lambda run: {"score": scores.get(run.settings.get("task"), 0.9)}, measurements)
 
 
 @pytest.fixture
@@ -80,6 +82,39 @@ def test_stories(direction, expected, package):
     # Every task turns the same layers: the stories may follow the layers alone.
     assert claims["probe gain follows the task's own rotation"] == 0
     assert found["probe gain follows the task's own rotation"] == "undecided"
+
+
+def test_what_ranks_by_depth_tells_nothing_at_equal_depth(package):
+    package(True)
+    claims = {claim.name: claim for claim in diagnostics.analyse(SETTINGS, planted(1)).claims}
+    assert claims["probe gain follows rotation"].effect == pytest.approx(1)
+    assert np.isnan(claims["probe gain follows rotation at equal depth"].effect)
+    assert claims["probe gain follows rotation at equal depth"].units == "0 tasks"
+
+
+def test_what_follows_rotation_beyond_depth_does_so_at_equal_depth(package):
+    package(True)
+    findings = diagnostics.analyse(SETTINGS, planted(-1, by_task))
+    claims = {claim.name: claim for claim in findings.claims}
+    assert claims["probe gain follows rotation at equal depth"].verdict == "contradicted"
+    assert claims["probe gain follows rotation at equal depth"].primary
+
+
+def test_the_partial_correlation_is_that_of_residuals():
+    x, y, z = np.random.default_rng(0).normal(size=(3, 50))
+    y = y + z
+    residuals = [v - np.polyval(np.polyfit(z, v, 1), z) for v in (x, y)]
+    pairs = [np.corrcoef(a, b)[0, 1] for a, b in ((x, y), (x, z), (y, z))]
+    assert diagnostics.partial_correlation(*pairs) == pytest.approx(np.corrcoef(*residuals)[0, 1])
+    assert np.isnan(diagnostics.partial_correlation(0.5, 0.5, -1.0))
+
+
+def test_models_that_learned_nothing_carry_no_weight(package):
+    package(True)
+    findings = diagnostics.analyse(SETTINGS, planted(1, scores={"SST-2": 0.52}))
+    claims = {claim.name: claim for claim in findings.claims}
+    assert claims["activation change (CKA) follows rotation"].units == "9 tasks of 3 models"
+    assert "MiniLM on SST-2, BERT (novels) on SST-2 learned nothing" in findings.note
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 
 from spectralbasis.study.experiments import glue
@@ -28,7 +29,7 @@ def planted(spectral: float, lora: float, spread: float = 0.0) -> Results:
         level = (spectral if ours else lora) + 0.01 * len(task)
         noise = spread * (1 if task in ("RTE", "CoLA") else -1) * ours
         return {
-            "score": level + noise + 0.001 * run.seed, "selection_score": level, "seconds_per_step": 0.5,
+            "score": level + noise + 0.001 * run.seed, "selection_score": level + noise, "seconds_per_step": 0.5,
             "parameters_backbone": COUNTS.get(method, 0), "parameters_head": 770, "parameters_model": 22_000_000,
             "adapter_bytes": 1000, "precision": PRECISIONS[run.seed],
         }  # fmt: skip
@@ -51,11 +52,38 @@ def test_no_worse_than_lora_with_more_numbers(spectral, lora, spread, verdict):
     own = {name: found for name, found in verdicts(findings).items() if not name.startswith("forgetting")}
     assert set(own.values()) == {verdict}
     claim = findings.claims[0]
-    assert claim.runs == 2 * 5 * 3
+    assert (claim.runs, claim.units, claim.margin) == (2 * 5 * 3, "5 tasks of 1 model", 0.01)
     assert claim.low <= claim.effect <= claim.high
     shown = findings.tables["Against full finetuning"].set_index("arm")
     assert shown.loc["lora r=1", "difference"] == pytest.approx(0)
     assert shown.loc["diagonal", "difference"] == pytest.approx(spectral - lora - spread / 5, abs=1e-9)
+
+
+def test_both_halves_count_where_no_rate_was_chosen():
+    scores = pd.DataFrame(
+        {"task": ["SST-2", "MRPC", "RTE"], "score": [0.5, 0.6, 0.7], "selection_score": [0.9, 0.9, 0.9]}
+    )
+    found = glue.both_halves(scores, {"SST-2", "MRPC"})
+    assert found["score"].tolist() == pytest.approx([0.5, 0.6, 0.8])
+
+
+def test_tasks_at_chance_are_shown_apart():
+    def tuned(run: Run) -> dict[str, object]:
+        if run.action != "tune":
+            return {"before": 0.0, "after": 0.0}
+        score = {"RTE": 0.54, "CoLA": 0.0}.get(run.settings["task"], 0.8)
+        return {**FACTS, "score": score, "selection_score": score}
+
+    findings = glue.analyse(SETTINGS, conducted(lambda known: glue.plan(SETTINGS, known), tuned))
+    assert {"RTE", "CoLA"} & {*findings.tables["Scores"].columns} == set()
+    assert {"RTE", "CoLA"} < {*findings.tables["Scores on tasks at chance"].columns}
+    assert "RTE and CoLA" in findings.note
+    claims = {claim.name: claim for claim in findings.claims}
+    assert claims["diagonal against lora r=1"].units == "5 tasks of 1 model"
+    assert claims["diagonal against lora r=1, on tasks that were learned"].units == "3 tasks of 1 model"
+    assert [claim.name for claim in findings.claims if claim.primary] == [
+        "diagonal against lora r=1", "core k=35 against lora r=8", "core k=35 against lora r=1",
+    ]  # fmt: skip
 
 
 def test_costs_say_what_they_were_measured_in():

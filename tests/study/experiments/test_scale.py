@@ -41,7 +41,7 @@ def planted(rotation, norm, null=0.4):
 
 
 def by_question(findings, view, ending):
-    return {claim.verdict for claim in findings.claims if f", {view}: {ending}" in claim.name}
+    return {claim.verdict for claim in findings.claims if claim.name == f"{ending}, {view}"}
 
 
 def test_directions_that_data_make_more_stable():
@@ -50,7 +50,8 @@ def test_directions_that_data_make_more_stable():
         assert by_question(findings, view, "more data, more stable") == {"supported"}
         assert by_question(findings, view, "more data, more held") == {"supported"}
     assert by_question(findings, STEPS, "more data, farther") <= {"undecided", "contradicted"}
-    assert all(claim.runs == 3 * (5 if "ViT" in claim.name else 4) for claim in findings.claims)
+    assert {claim.runs for claim in findings.claims} == {3 * 2 * (5 + 4)}
+    assert {claim.units for claim in findings.claims} == {"6 units: 2 architectures × 3 seeds"}
 
 
 def test_stability_that_is_no_more_than_shorter_steps():
@@ -68,11 +69,21 @@ def test_directions_that_data_make_less_stable():
 
 def test_the_effect_is_the_slope_per_decade():
     findings = scale.analyse(SETTINGS, planted(lambda n, far: 1 - 0.1 * math.log10(n), lambda n: 1.0))
-    claim = next(claim for claim in findings.claims if claim.name.endswith("at equal steps: more data, more stable"))
+    claim = next(claim for claim in findings.claims if claim.name == "more data, more stable, at equal steps")
     assert claim.effect == pytest.approx(0.1, rel=0.02)
     trends = findings.tables["Trends"]
+    assert (trends["p, Holm"] >= trends["p"]).all()
     assert (trends.query("quantity == 'overlap'")["Jonckheere p"] < 0.05).all()
     assert trends["slope"].notna().all()
+
+
+def test_moves_of_a_seed_are_one_unit():
+    rows = pd.DataFrame(
+        {"lineage": "m", "task": task, "seed": seed, "examples": n, "overlap": (slope + seed) * math.log10(n)}
+        for task, slope in (("a", 1.0), ("b", 2.0)) for seed in (0, 1) for n in (10, 100, 1000)
+    )  # fmt: skip
+    found = scale.pooled_slopes(rows, "overlap")
+    assert found["slope"].tolist() == pytest.approx([1.5, 2.5])
 
 
 def test_part_of_the_runs_and_none():

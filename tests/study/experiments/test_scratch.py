@@ -17,7 +17,7 @@ def labelled():
     return {one.run: one.labels for one in scratch._runs(SETTINGS)}
 
 
-def planted(rotation, speed):
+def planted(rotation, speed, idle=""):
     """Rotation (1 − overlap) by start and distance, and the distance of a step by start."""
     labels = labelled()
 
@@ -37,7 +37,7 @@ def planted(rotation, speed):
             tables.append(trajectory(found, (step,)))
         return pd.concat(tables, ignore_index=True)
 
-    return results(labels, lambda run: {"score": 0.8}, measurements)
+    return results(labels, lambda run: {"score": 0.5 if run.settings["task"] == idle else 0.8}, measurements)
 
 
 def test_pretraining_that_makes_directions_stable():
@@ -65,6 +65,14 @@ def test_learning_the_task_alone_may_do_as_much():
     assert found["pretrained more held than weights learned on the task alone, at equal ‖ΔW‖"] == "contradicted"
 
 
+def test_controls_that_learned_nothing_carry_no_weight():
+    known = planted(lambda start, far: 0.01 if start == scratch.PRETRAINED else 0.1, lambda start: 0.1, idle="SST-2")
+    findings = scratch.analyse(SETTINGS, known)
+    assert {claim.units for claim in findings.claims} == {"4 tasks of 3 models"}
+    assert "BERT (novels) on SST-2 from random weights" in findings.note
+    assert len(findings.tables["Pretrained minus other starts"]) == 6 * 6
+
+
 def test_part_of_the_runs_and_none():
     assert set(verdicts(scratch.analyse(SETTINGS, Results({}))).values()) == {"undecided"}
     known = planted(lambda start, far: 0.1, lambda start: 0.1)
@@ -72,7 +80,7 @@ def test_part_of_the_runs_and_none():
     first = Results({run.key: known.get(run) for run in runs[:2]})
     findings = scratch.analyse(SETTINGS, first)
     assert set(verdicts(findings).values()) == {"undecided"}
-    assert [claim.runs for claim in findings.claims] == [2, 2, 2, 0, 0, 0]
+    assert [claim.runs for claim in findings.claims] == [2, 2, 0, 2, 0, 0]
     assert "2 of 72 trainings" in findings.note
 
 

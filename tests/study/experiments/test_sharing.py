@@ -12,7 +12,7 @@ from tests.study.experiments.planted import results, verdicts
 SETTINGS = task_sharing.PRESETS["cpu"]
 
 
-def planted(same, related, apart, null=0.02, base=0.01, base_null=0.01):
+def planted(same, related, apart, null=0.02, base=0.01, base_null=0.01, update=0.1):
     """Comparisons whose pairs have these distances (1 − overlap), by how their tasks are related."""
 
     def pairs(run):
@@ -31,7 +31,7 @@ def planted(same, related, apart, null=0.02, base=0.01, base_null=0.01):
         return table.assign(
             value=1 - jitter * distance, null_mean=1 - null, base_overlap_a=1 - base, base_overlap_b=1 - base,
             base_null_a=1 - base_null, base_null_b=1 - base_null,
-            update_cosine=0.0, update_overlap=0.1, update_overlap_haar=0.1,
+            update_cosine=0.0, update_overlap=update, update_overlap_haar=0.1,
         )  # fmt: skip
 
     result = {"sharing": {"permutation": {"p_value": 1e-3}}}
@@ -59,6 +59,26 @@ def test_sharing_that_stability_explains_is_no_common_turn():
     }
     assert claims["MiniLM: unrelated tasks share"].effect == pytest.approx(1, abs=0.05)
     assert claims["MiniLM: unrelated tasks turn alike"].effect == pytest.approx(0, abs=0.05)
+
+
+def test_no_interval_exists_where_all_pairs_have_a_task_in_common():
+    claims = {c.name: c for c in task_sharing.analyse(SETTINGS, planted(0.001, 0.004, 0.005)).claims}
+    for model in ("ViT (Fashion-MNIST)", "BERT (novels)"):
+        claim = claims[f"{model}: unrelated tasks share"]
+        assert (claim.verdict, claim.effect > 1, math.isnan(claim.low)) == ("undecided", True, True)
+        assert claim.units.startswith("2 pairs of 3 tasks, and no interval exists")
+    assert claims["MiniLM: unrelated tasks share"].units == "7 pairs of 5 tasks"
+
+
+@pytest.mark.parametrize(("update", "verdict"), [(0.4, "supported"), (0.1, "undecided"), (0.05, "contradicted")])
+def test_updates_that_overlap(update, verdict):
+    findings = task_sharing.analyse(SETTINGS, planted(0.01, 0.01, 0.01, update=update))
+    claim = next(claim for claim in findings.claims if claim.name == task_sharing.UPDATES)
+    assert (claim.verdict, claim.stated) == (verdict, "after")
+    assert claim.effect == pytest.approx(math.log2(update / 0.1), abs=1e-9)
+    assert claim.units == "3 models, 11 pairs of tasks"
+    assert f"{update / 0.1:.1f} to {update / 0.1:.1f} times; more in {11 * (update > 0.1)} of 11 pairs" in claim.text
+    assert claim.primary
 
 
 def test_tasks_that_part():

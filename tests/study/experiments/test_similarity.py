@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from spectralbasis.study.experiments import task_sharing, task_similarity
 from spectralbasis.study.runs import Results, with_needs
@@ -51,6 +52,26 @@ def test_transfer_that_follows_likeness(sign, expected):
     assert sign * claim.effect > 0.7
     assert claim.p_value <= 0.05
     assert claim.runs == 60
+
+
+def test_a_pair_that_makes_the_correlation_is_named():
+    """Of ranks that go against each other, one pair is at the top of both."""
+    rng = np.random.default_rng(0)
+    gains = rng.normal(size=(5, 5))
+    own = task_similarity._by_target(gains)
+    likeness = -own
+    best = tuple(np.argwhere(own == off_diagonal(own)[0].max())[0])
+    likeness[best] = 10.0
+    row = task_similarity._without_each_pair(SUBJECT, "cosine of updates", likeness, gains).iloc[0]
+    assert row["claim"] == "MiniLM: cosine of updates predicts transfer"
+    assert row["rho"] == pytest.approx(stats.spearmanr(*off_diagonal(likeness, own))[0])
+    assert row["lowest"] == pytest.approx(-1)
+    assert row["without the pair"] == f"{TASKS[best[0]]} → {TASKS[best[1]]}"
+    assert row["highest"] > row["rho"]
+
+
+def off_diagonal(*tables):
+    return [table[~np.eye(len(table), dtype=bool)] for table in tables]
 
 
 def test_gains_by_hand():

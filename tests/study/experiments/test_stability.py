@@ -57,6 +57,19 @@ def test_a_slope_over_the_size_of_the_update():
     assert claim.effect == pytest.approx(math.log2(10), abs=0.05)
 
 
+def test_plain_overlaps_are_told_beside_those_of_the_null():
+    findings = stability.analyse(SETTINGS, planted(lambda rate: 0.016, 0.008))
+    claims = {claim.name: claim for claim in findings.claims}
+    plain, chance = claims[stability.PLAIN], claims[f"{stability.PLAIN}, scrambled"]
+    assert (plain.verdict, plain.stated, plain.units) == ("supported", "after", "12 tasks of 4 models")
+    assert plain.effect == pytest.approx(0.1 * 1.01 - 0.016 * 1.01)
+    assert chance.effect == pytest.approx(0.1 - 0.008)
+    assert "12 of 12 tasks" in plain.text
+    assert "more than scrambled updates do" in findings.answer
+    assert "+0.085 overlap" in findings.answer
+    assert [claim.name for claim in findings.claims if claim.primary] == list(stability.PRIMARY)
+
+
 def test_part_of_the_runs_and_none():
     runs = stability.plan(SETTINGS, Results({}))
     assert set(verdicts(stability.analyse(SETTINGS, Results({}))).values()) == {"undecided"}

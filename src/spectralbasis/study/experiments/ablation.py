@@ -1,7 +1,9 @@
 """Does it matter which directions the coefficients live on, at equal numbers of them?"""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,9 +11,28 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from spectralbasis.comparison.statistics import Interval
-from spectralbasis.study.claims import Claim, Experiment, Findings, as_family, conclude, scatter_figure
-from spectralbasis.study.contests import COEFFICIENTS, Arm, Contest, Contrast, conclude_equality, conclude_family
-from spectralbasis.study.estimates import mean_interval, paired_comparison, rank_correlation_with_p
+from spectralbasis.report.study_page import Stated
+from spectralbasis.study.claims import (
+    CHOSEN_AFTER,
+    Claim,
+    Experiment,
+    Findings,
+    as_family,
+    conclude,
+    counted,
+    marked,
+    scatter_figure,
+)
+from spectralbasis.study.contests import (
+    COEFFICIENTS,
+    Arm,
+    Contest,
+    Contrast,
+    conclude_equality,
+    conclude_family,
+    differences,
+)
+from spectralbasis.study.estimates import clustered_interval, mean_interval, paired_comparison, rank_correlation_with_p
 from spectralbasis.study.runs import Results, Run
 from spectralbasis.study.subjects import MINILM_LONGER, ROBERTA, SMALL_VIT, TINY_VIT, VIT_B16, Subject
 
@@ -52,6 +73,7 @@ class Part:
         seeds: see `Contest`.
         head_steps: of training the head alone, before gradients are taken.
         held_out: examples for gradient coverage.
+        one_draw: random bases are one draw for all seeds, as where rows are kept of before each seed had its own.
     """
 
     subject: Subject
@@ -60,6 +82,7 @@ class Part:
     seeds: tuple[int, ...] = (0, 1, 2)
     head_steps: int = 40
     held_out: int = 256
+    one_draw: bool = False
 
     def contest(self, cell: Cell) -> Contest:
         """The arms of one cell, one for each basis."""
@@ -73,7 +96,8 @@ class Part:
     def _arm(self, cell: Cell, basis: str) -> Arm:
         settings = {**COEFFICIENTS, "coefficients": cell.mode, "leading": cell.k}
         if basis in MADE:
-            return Arm(basis, {**settings, "basis": basis}, cell.learning_rates)
+            drawn = "" if basis != "random" or self.one_draw else "basis_seed"
+            return Arm(basis, {**settings, "basis": basis}, cell.learning_rates, drawn=drawn)
         return Arm(basis, settings, cell.learning_rates, lambda subject, task: {"basis": self.basis(basis, task)})
 
     def basis(self, basis: str, task: str) -> Run:
@@ -156,8 +180,8 @@ PRESETS = {
     "quick": Settings((Part(TINY_VIT, TINY_CELLS, TINY_VIT.tasks[:1], (0, 1), head_steps=5, held_out=64),)),
     "cpu": Settings(
         (
-            Part(VIT, VIT_CELLS, ("USPS", "CIFAR-10")),
-            Part(replace(MINILM_LONGER, tasks=("SST-2", "MRPC")), TEXT_CELLS, ("SST-2",)),
+            Part(VIT, VIT_CELLS, ("USPS", "CIFAR-10"), one_draw=True),
+            Part(replace(MINILM_LONGER, tasks=("SST-2", "MRPC")), TEXT_CELLS, ("SST-2",), one_draw=True),
         )
     ),
     "paper": Settings(
@@ -193,7 +217,8 @@ CONTRASTS = tuple(
         f"At equal numbers of coefficients, {of_better} serve better than {of_worse}.",
         better,
         worse,
-        "An interval of the difference, over tasks, that lies wholly on the other side of zero.",
+        "An interval of the difference, over tasks and cells, that lies wholly on the other side of zero.",
+        stated="changed",
     )
     for better, of_better, worse, of_worse in (
         ("pretrained", "the leading singular directions", "random", "random ones"),
@@ -216,12 +241,13 @@ QUANTITIES = {
     "after": "Gradient coverage after full finetuning",
 }
 """Column of `gradient_facts` → title of its table; see the action `gradient_coverage`."""
-PREDICTORS = {
-    "coverage": ("gradient coverage", "that hold more of the task's gradient before training"),
-    "signal": ("signal to noise", "whose coefficients' gradients tell more over their noise before training"),
-    "update": ("update coverage", "that hold more of what full finetuning changes"),
+PREDICTORS: dict[str, tuple[str, str, Stated]] = {
+    "coverage": ("gradient coverage", "that hold more of the task's gradient before training", "changed"),
+    "signal": ("signal to noise", "whose coefficients' gradients tell more over their noise before training", "after"),
+    "update": ("update coverage", "that hold more of what full finetuning changes", "after"),
 }
-"""Quantity → its name, and what it is to have more of it."""
+"""Quantity → its name, what it is to have more of it, and when its claim was stated."""
+PRIMARY = ("pretrained against random", "pretrained equals random", "pretrained against minor")
 
 
 def plan(settings: Settings, results: Results) -> list[Run]:
@@ -245,17 +271,81 @@ def analyse(settings: Settings, results: Results) -> Findings:
     planned = sum(part.contest(cell).size for part, cell in _cells(settings))
     facts = gradient_facts(settings, results)
     both = scores.merge(facts, how="inner", on=["subject", "cell", "task", "arm"])
-    reasons = as_family([*(quantity_predicts(both, quantity) for quantity in PREDICTORS), rates_fall(scores)])
+    reasons = [
+        *(quantity_predicts(both, quantity) for quantity in PREDICTORS),
+        rates_fall(scores),
+        *(quantity_predicts(both, quantity, weights_alone=True) for quantity in ("coverage", "update")),
+    ]
     contrasts = _contrasts(settings)
-    of_weights = [one for one in contrasts if {one.better, one.worse} <= set(MADE)]
-    equal = conclude_equality(of_weights, scores, "arm", PAIRED, EQUAL_WITHIN)
-    claims = [*conclude_family(contrasts, scores, "arm", PAIRED), *equal, *reasons]
-    note = f"{len(scores)} of {planned} runs that count are finished; rates were chosen on other examples than these."
+    of_weights = [replace(one, stated="after") for one in contrasts if {one.better, one.worse} <= set(MADE)]
+    compare = partial(compare_cells, drawn=not any(part.one_draw for part in settings.parts))
+    equal = conclude_equality(of_weights, scores, "arm", PAIRED, EQUAL_WITHIN, compare)
+    family = conclude_family(contrasts, scores, "arm", PAIRED, compare=compare)
+    primary = [name for name in PRIMARY if name in {claim.name for claim in (*family, *equal)}]
+    claims = marked([*family, *equal, *as_family(reasons)], *primary)
+    note = (
+        f"{len(scores)} of {planned} runs that count are finished; rates were chosen on other examples than these. A "
+        "cell is a kind of coefficients with their number. Tasks share cells, and cells share tasks, so that errors "
+        f"are clustered both ways (Cameron, Gelbach & Miller); seeds were averaged first. {CHOSEN_AFTER}"
+    )
+    answer = _answer({claim.name: claim for claim in claims})
     if scores.empty:
-        return Findings(claims, note=note)
-    tables = {"Scores": _by_basis(scores, "score"), "Learning rates": _by_basis(scores, "learning_rate")}
+        return Findings(claims, note=note, answer=answer)
+    tables = {"Other units for the same differences": units_compared(of_weights, scores)}
+    tables |= {"Scores": _by_basis(scores, "score"), "Learning rates": _by_basis(scores, "learning_rate")}
     tables |= {title: _by_basis(facts, quantity) for quantity, title in QUANTITIES.items() if len(facts)}
-    return Findings(claims, tables, {"Scores over the number of coefficients": sweep(scores)}, note)
+    return Findings(claims, tables, {"Scores over the number of coefficients": sweep(scores)}, note, answer)
+
+
+def _answer(claims: Mapping[str, Claim]) -> str:
+    if not set(PRIMARY) <= set(claims):
+        return ""
+    difference = claims[PRIMARY[0]].tell(
+        "At equal numbers of coefficients the leading directions score higher than random ones, by {effect}",
+        "At equal numbers of coefficients the leading directions score lower than random ones, by {effect}",
+        "At equal numbers of coefficients no difference between leading and random directions is seen: {effect}",
+    )
+    equal = claims[PRIMARY[1]]
+    within = equal.tell(
+        f", and their means differ by less than {equal.margin:g}; {{units}}.",
+        f", and their means differ by more than {equal.margin:g}; {{units}}.",
+        f", and whether they differ by less than {equal.margin:g} is undecided; {{units}}.",
+    )
+    return difference + within if math.isfinite(equal.effect) else difference
+
+
+def compare_cells(pairs: pd.DataFrame, drawn: bool = False) -> tuple[Interval, str]:
+    """The mean difference over tasks and cells, which are clustered both ways.
+
+    Args:
+        pairs: with the columns `subject`, `cell`, `task`, `seed`, `better`, `worse`.
+        drawn: whether each seed has a random basis of its own: then seeds are clusters too, else they are averaged.
+    """
+    by = ["subject", "cell", "task", *(["seed"] if drawn else [])]
+    effects = (pairs["better"] - pairs["worse"]).groupby([pairs[name] for name in by]).mean().rename("effect")
+    means = effects.reset_index()
+    kinds = {name: means["subject"] + " / " + means[name] for name in ("task", "cell")}
+    kinds |= {"seed": means["seed"]} if drawn else {}
+    units = " × ".join(counted(labels.nunique(), name) for name, labels in kinds.items())
+    return clustered_interval(means["effect"], *kinds.values()), f"{units} ({counted(len(means), 'mean')})"
+
+
+def units_compared(contrasts: Sequence[Contrast], scores: pd.DataFrame) -> pd.DataFrame:
+    """The intervals that the differences would have over tasks alone, over cells alone, and over both."""
+    rows = []
+    for one in contrasts:
+        pairs = differences(scores, "arm", one.better, one.worse, PAIRED)
+        effect, subject = pairs["better"] - pairs["worse"], pairs["subject"] + " / "
+        ways = {
+            "tasks": mean_interval(effect, subject + pairs["task"]),
+            "cells": mean_interval(effect, subject + pairs["cell"]),
+            "tasks and cells": compare_cells(pairs)[0],
+        }
+        rows += [
+            {"difference": one.name, "over": over, "effect": found.estimate, "low": found.low, "high": found.high}
+            for over, found in ways.items()
+        ]
+    return pd.DataFrame(rows)
 
 
 def _contrasts(settings: Settings) -> list[Contrast]:
@@ -282,23 +372,30 @@ def gradient_facts(settings: Settings, results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["subject", "cell", "task", "arm", *QUANTITIES])
 
 
-def quantity_predicts(both: pd.DataFrame, quantity: str) -> Claim:
-    """The claim that bases which hold more of something score higher, by rank correlation within cells and tasks."""
-    correlations, units = [], []
-    means = both.groupby(["subject", "cell", "task", "arm"], as_index=False)[["score", quantity]].mean().dropna()
-    for (subject, _, task), rows in means.groupby(["subject", "cell", "task"]):
-        if len(rows) > 2 and rows["score"].nunique() > 1:
-            correlations.append(rank_correlation_with_p(rows[quantity], rows["score"]).rho)
-            units.append(f"{subject} / {task}")
-    found = mean_interval(correlations, np.array(units)) if correlations else Interval(*[float("nan")] * 4)
-    name, more = PREDICTORS[quantity]
+def quantity_predicts(both: pd.DataFrame, quantity: str, *, weights_alone: bool = False) -> Claim:
+    """The claim that bases which hold more of something score higher, by rank correlation within cells and tasks.
+
+    With `weights_alone`, bases of curvature are left out: they hold by far the most of the gradient.
+    """
+    rows = []
+    here = both[~both["arm"].isin(CURVATURE)] if weights_alone else both
+    means = here.groupby(["subject", "cell", "task", "arm"], as_index=False)[["score", quantity]].mean().dropna()
+    for (subject, cell, task), one in means.groupby(["subject", "cell", "task"]):
+        if len(one) > 2 and one["score"].nunique() > 1:
+            rho = rank_correlation_with_p(one[quantity], one["score"]).rho
+            rows.append((f"{subject} / {task}", f"{subject} / {cell}", rho))
+    table = pd.DataFrame(rows, columns=["task", "cell", "rho"])
+    name, more, stated = PREDICTORS[quantity]
     return conclude(
-        f"{name} predicts scores",
-        f"Of bases with equally many coefficients, those {more} score higher after it.",
-        found,
+        f"{name} predicts scores" + (", without curvature" if weights_alone else ""),
+        f"Of bases with equally many coefficients{', those of curvature left out' if weights_alone else ''}, those "
+        f"{more} score higher after it.",
+        clustered_interval(table["rho"], table["task"], table["cell"]),
         unit="rank correlation",
-        would_change="A mean rank correlation whose interval over tasks lies wholly below zero, or no longer above.",
-        runs=len(both),
+        would_change="A mean rank correlation whose interval lies wholly on the other side of zero.",
+        runs=len(here),
+        units=f"{counted(table['task'].nunique(), 'task')} × {counted(table['cell'].nunique(), 'cell')}",
+        stated="after" if weights_alone else stated,
     )
 
 
@@ -308,12 +405,13 @@ def rates_fall(scores: pd.DataFrame) -> Claim:
     both = rates.reindex(columns=["random", "curvature"]).dropna()
     return conclude(
         "curvature takes smaller rates",
-        "Coefficients on directions of the task's curvature settle at smaller learning rates than on random directions "
-        "(asked after the scores were seen).",
+        "Coefficients on directions of the task's curvature settle at smaller rates than those on random ones.",
         paired_comparison(np.log10(both["random"]), np.log10(both["curvature"])),
         unit="decades of the rate",
         would_change="An interval over cells that reaches zero.",
         runs=int(scores["arm"].isin(both.columns).sum()),
+        units=counted(len(both), "cell"),
+        stated="after",
     )
 
 
@@ -334,4 +432,6 @@ def sweep(scores: pd.DataFrame) -> go.Figure:
     return scatter_figure(traces, "numbers trained in the backbone", "mean score", log="x")
 
 
-EXPERIMENT = Experiment("ablation", QUESTION, PRESETS, plan, analyse)
+EXPERIMENT = Experiment(
+    "ablation", QUESTION, PRESETS, plan, analyse, "Does it matter which directions the coefficients live on?"
+)

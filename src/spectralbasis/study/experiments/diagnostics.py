@@ -1,6 +1,7 @@
 """Do activations, probes and power laws tell the story that the singular vectors of the weights tell?"""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +9,21 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from spectralbasis.study.claims import Claim, Experiment, Findings, as_family, conclude, scatter_figure
-from spectralbasis.study.estimates import is_available, mean_interval, rank_correlation_with_p
+from spectralbasis.report.study_page import Stated
+from spectralbasis.study.claims import (
+    Claim,
+    Experiment,
+    Findings,
+    as_family,
+    conclude,
+    marked,
+    scatter_figure,
+    task_units,
+)
+from spectralbasis.study.estimates import is_available, mean_interval, rank_correlation_with_p, within
 from spectralbasis.study.experiments import stability
 from spectralbasis.study.runs import Record, Results, Run
+from spectralbasis.study.subjects import is_learned
 from spectralbasis.study.trajectories import summarise_steps
 
 QUESTION = (
@@ -44,7 +56,9 @@ PRESETS = {
 }
 
 RUN = ["model", "task", "seed"]
-OWN, BEYOND = "own", "beyond"
+OWN, BEYOND, DEPTH, LEVEL = "own", "beyond", "at equal depth", "with depth"
+"""Of a story: its correlation with the task's rotation; how much that exceeds those with other tasks' rotations; the
+partial correlation with depth taken off; and the correlation with depth itself."""
 STORIES = {
     "activation change (CKA)": "1 − CKA before and after, against the rotation of the layer's matrices",
     "activation change (SVCCA)": "1 − SVCCA before and after, against the rotation of the layer's matrices",
@@ -99,11 +113,17 @@ def analyse(settings: Settings, results: Results) -> Findings:
     if not layers:
         return Findings(_claims(_correlations(pd.DataFrame(columns=RUN))), note="No run is finished yet.")
     table = pd.concat(layers, ignore_index=True)
+    scores = table.groupby(["model", "task"], sort=False)["score"]
+    idle = [f"{model} on {task}" for (model, task), found in scores if not is_learned(task, found)]
     correlations = _correlations(table)
+    weighed = ~(correlations["model"] + " on " + correlations["task"]).isin(idle)
+    claims = _claims(correlations[weighed])
     numbers = [name for name in table.columns if name not in (*RUN, "layer")]
     return Findings(
-        _claims(correlations),
+        claims,
         {
+            "Rank correlations with rotation at equal depth": _by_task(correlations, DEPTH),
+            "Rank correlations with depth": _by_task(correlations, LEVEL),
             "Layers": table.groupby(["model", "layer"], sort=False)[numbers].mean().reset_index(),
             "Rank correlations over layers": _by_task(correlations, OWN),
             "More than with other tasks' rotation": _by_task(correlations, BEYOND),
@@ -112,9 +132,28 @@ def analyse(settings: Settings, results: Results) -> Findings:
         f"{len(layers)} finished runs. Each correlation is Spearman's, over the layers of one finetuned model; "
         "intervals are Student's t over models and tasks, whose seeds were averaged. A layer's activations also carry "
         "what the layers before it did, so that a trend over depth alone makes some correlation: the rotation of the "
-        "same layers under the model's other tasks, at the same seed, is the control."
+        "same layers under the model's other tasks, at the same seed, is one control, and a partial correlation that "
+        "takes off depth, the number of the layer, is another. It does not exist where a quantity ranks exactly by "
+        "depth, as 1 − CKA often does: what it shows then is depth."
+        + (f" {', '.join(idle)} learned nothing, and carries no weight in the claims." if idle else "")
         + ("" if table["power-law shift"].notna().any() else NO_FITS),
+        _answer(claims),
     )
+
+
+def _answer(claims: Sequence[Claim]) -> str:
+    parts = [
+        claim.tell(
+            f"{quantity} rises with rotation, {{effect}}; {{units}}",
+            f"{quantity} falls with rotation, {{effect}}; {{units}}",
+            f"{quantity} is undecided, {{effect}}; {{units}}",
+        )
+        for claim, quantity in zip(
+            claims, ("activation change by SVCCA", "probe gain", "power-law shift"), strict=False
+        )
+        if math.isfinite(claim.effect)
+    ]
+    return f"At equal depth of layers: {'; '.join(parts)}." if parts else ""
 
 
 def _by_layer(found: Record, tuned: Record, fits: Record | None) -> pd.DataFrame:
@@ -125,6 +164,7 @@ def _by_layer(found: Record, tuned: Record, fits: Record | None) -> pd.DataFrame
     values = found.measurements.groupby(["layer", "metric"])["value"].mean().unstack("metric")
     for name in ("cka", "svcca", "probe_before", "probe_after"):
         table[name] = values.get(name, np.nan)
+    table["score"] = tuned.result["score"]
     table["rotation"] = 1 - table["overlap"]
     table["activation change (CKA)"] = 1 - table["cka"]
     table["activation change (SVCCA)"] = 1 - table["svcca"]
@@ -142,7 +182,7 @@ def _power_law_shift(fits: pd.DataFrame) -> pd.Series:
 
 
 def _correlations(table: pd.DataFrame) -> pd.DataFrame:
-    """Of each run and story, over layers: with its rotation, and how much more than with that of its other tasks."""
+    """Of each run and story, over layers: see `OWN` and the others."""
     rows = []
     for (model, seed), runs in table.groupby(["model", "seed"], sort=False):
         rotations = runs.pivot(index="layer", columns="task", values="rotation")
@@ -151,39 +191,62 @@ def _correlations(table: pd.DataFrame) -> pd.DataFrame:
                 told = layers.set_index("layer")[story].reindex(rotations.index)
                 rhos = pd.Series({other: rank_correlation_with_p(rotations[other], told).rho for other in rotations})
                 beyond = rhos[task] - rhos.drop(task).mean()
-                rows.append(
-                    {"model": model, "task": task, "seed": seed, "story": story, OWN: rhos[task], BEYOND: beyond}
-                )
-    return pd.DataFrame(rows, columns=[*RUN, "story", OWN, BEYOND])
+                level = rank_correlation_with_p(told.index, told).rho
+                turned = rank_correlation_with_p(told.index, rotations[task]).rho
+                partial = partial_correlation(rhos[task], turned, level)
+                found = {OWN: rhos[task], BEYOND: beyond, DEPTH: partial, LEVEL: level}
+                rows.append({"model": model, "task": task, "seed": seed, "story": story, **found})
+    return pd.DataFrame(rows, columns=[*RUN, "story", OWN, BEYOND, DEPTH, LEVEL])
+
+
+def partial_correlation(xy: float, xz: float, yz: float) -> float:
+    """Correlation of x and y with z taken off, from the three of each two; NaN where z tells one of them exactly."""
+    left = (1 - xz**2) * (1 - yz**2)
+    return (xy - xz * yz) / math.sqrt(left) if left > 1e-9 else math.nan
 
 
 def _claims(correlations: pd.DataFrame) -> list[Claim]:
-    return as_family(_claim(correlations, story, column) for column in (OWN, BEYOND) for story in STORIES)
+    """The primary ones ask at equal depth; of activations that is by SVCCA, as 1 − CKA ranks by depth."""
+    claims = as_family(_claim(correlations, story, column) for column in (DEPTH, OWN, BEYOND) for story in STORIES)
+    return marked(claims, *(f"{story} follows rotation at equal depth" for story in list(STORIES)[1:]))
 
 
 def _claim(correlations: pd.DataFrame, story: str, column: str) -> Claim:
     rows = correlations[correlations["story"] == story]
     quantity, about = story.split(" (")[0], STORIES[story]
-    name, text, change = {
+    asked: dict[str, tuple[str, str, str, Stated]] = {
+        DEPTH: (
+            f"{story} follows rotation at equal depth",
+            f"Layers whose leading directions turn more than their depth tells show more {quantity}: {about}, with the "
+            "number of the layer taken off.",
+            "Correlations around zero: then both follow depth.",
+            "after",
+        ),
         OWN: (
             f"{story} follows rotation",
-            f"Layers whose leading directions turn more show more {quantity}: {about}.",
+            f"Layers whose leading directions turn more show more {quantity}: {about}; depth is not taken off.",
             "Correlations around zero, or negative ones: then the two tell different stories.",
+            "changed",
         ),
         BEYOND: (
             f"{story} follows the task's own rotation",
             f"How much a task turns a layer says more of its {quantity} than how much the model's other tasks turn it: "
-            f"{about} (asked after the correlations were seen).",
+            f"{about}.",
             "Other tasks' rotation telling as much: then both follow the layers, such as their depth, not each other.",
+            "after",
         ),
-    }[column]
+    }
+    name, text, change, stated = asked[column]
+    known = rows.dropna(subset=[column])
     return conclude(
         name,
         text,
-        mean_interval(rows[column].astype(float), rows["model"].astype(str) + " / " + rows["task"].astype(str)),
+        within(mean_interval(known[column].astype(float), known["model"] + " / " + known["task"])),
         unit="Spearman's rho over layers",
         would_change=change,
-        runs=int(rows[column].notna().sum()),
+        runs=len(known),
+        units=task_units(known),
+        stated=stated,
     )
 
 
@@ -207,4 +270,6 @@ def _figure(table: pd.DataFrame) -> go.Figure:
     return scatter_figure(traces, rotation, "1 − CKA of activations", log="xy")
 
 
-EXPERIMENT = Experiment("diagnostics", QUESTION, PRESETS, plan, analyse)
+EXPERIMENT = Experiment(
+    "diagnostics", QUESTION, PRESETS, plan, analyse, "Do activations, probes and spectra change where directions turn?"
+)

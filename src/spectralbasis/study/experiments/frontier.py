@@ -1,11 +1,11 @@
 """How far do few numbers go: recipes chosen on four tasks, and put to thirteen beside full finetuning and LoRA."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from spectralbasis.study.claims import Claim, Experiment, Findings, conclude
+from spectralbasis.study.claims import Claim, Experiment, Findings, conclude, marked
 from spectralbasis.study.contests import Arm, Contest, compare_pairs, differences
 from spectralbasis.study.experiments.glue import other, spectral
 from spectralbasis.study.runs import Results, Run
@@ -150,14 +150,14 @@ def _claims(settings: Settings, results: Results, scores: pd.DataFrame) -> list[
     claims = []
     for name, ours, theirs, text in wanted:
         pairs = differences(scores, "arm", ours, theirs, PAIRED)
-        found = compare_pairs(pairs)
-        shifted = replace(found, low=found.low + MARGIN, high=found.high + MARGIN)
+        found, units = compare_pairs(pairs)
         claim = conclude(
-            f"{name} ({ours} against {theirs})", text.format(margin=MARGIN), shifted, unit="score", runs=2 * len(pairs),
+            f"{name} ({ours} against {theirs})", text.format(margin=MARGIN), found, unit="score", runs=2 * len(pairs),
             would_change=f"An interval of the difference, over tasks, that lies wholly above or below -{MARGIN}.",
+            units=units, margin=MARGIN,
         )  # fmt: skip
-        claims.append(replace(claim, low=found.low, high=found.high))
-    return claims
+        claims.append(claim)
+    return marked(claims, *(claim.name for claim in claims))
 
 
 def recipes(settings: Settings, results: Results) -> pd.DataFrame:
@@ -207,4 +207,4 @@ def figure(scores: pd.DataFrame) -> go.Figure:
     )
 
 
-EXPERIMENT = Experiment("frontier", QUESTION, PRESETS, plan, analyse)
+EXPERIMENT = Experiment("frontier", QUESTION, PRESETS, plan, analyse, "How far do few numbers go?")

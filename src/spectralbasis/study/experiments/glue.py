@@ -1,13 +1,15 @@
 """How do spectral coefficients compare with other ways to adapt, at matched numbers of trained parameters?"""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from spectralbasis.study.claims import Experiment, Findings
+from spectralbasis.report.study_page import Stated
+from spectralbasis.study.claims import Claim, Experiment, Findings, marked
 from spectralbasis.study.contests import (
     COEFFICIENTS,
     Arm,
@@ -19,7 +21,17 @@ from spectralbasis.study.contests import (
 )
 from spectralbasis.study.estimates import holm
 from spectralbasis.study.runs import Results, Run
-from spectralbasis.study.subjects import DEBERTA, MINILM_LONGER, ROBERTA, SMALL_BERT, TINY_VIT, VIT_B16, Subject
+from spectralbasis.study.subjects import (
+    DEBERTA,
+    LEARNED,
+    MINILM_LONGER,
+    ROBERTA,
+    SMALL_BERT,
+    TINY_VIT,
+    VIT_B16,
+    Subject,
+    is_learned,
+)
 
 QUESTION = (
     "How well does tuning spectral coefficients do beside other ways to adapt, for the numbers that it trains, and is "
@@ -37,12 +49,14 @@ class Settings:
     Args:
         contests: arms on a subject; what comes later has fewer seeds.
         lean: pairs of a spectral arm and a LoRA arm that trains at least twice as many numbers in the backbone.
+        equal: pairs of a spectral arm and a LoRA arm of about as many.
         forgetting: after each of whose runs the model is asked for masked tokens again.
         remembered: the text that is asked for.
     """
 
     contests: tuple[Contest, ...]
     lean: tuple[tuple[str, str], ...]
+    equal: tuple[tuple[str, str], ...] = ()
     forgetting: Contest | None = None
     remembered: str = "novels"
 
@@ -134,6 +148,7 @@ PRESETS = {
             Contest(MINILM_LONGER, FURTHER_ARMS, ("SST-2",), (0,)),
         ),
         (("diagonal", "lora r=1"), ("core k=35", "lora r=8"), ("sparse", "lora r=8"), ("svft band", "lora r=8")),
+        (("core k=35", "lora r=1"), ("svft band", "lora r=1")),
         Contest(SMALL_BERT, NARROW_ARMS, ("Shakespeare", "SST-2")),
     ),
     "paper": Settings(
@@ -145,6 +160,7 @@ PRESETS = {
             Contest(VIT_B16, LARGE_ARMS, ("CIFAR-100", "SVHN")),
         ),
         (("diagonal", "lora r=1"), ("core k=58", "lora r=8"), ("sparse", "lora r=8"), ("svft band", "lora r=8")),
+        (("core k=58", "lora r=1"),),
         Contest(replace(ROBERTA, tasks=("SST-2", "MRPC")), LARGE_ARMS, ("SST-2", "MRPC")),
         "WikiText-2",
     ),
@@ -171,39 +187,93 @@ def _remembered(settings: Settings, results: Results) -> Iterator[tuple[dict[str
 
 def analyse(settings: Settings, results: Results) -> Findings:
     """Scores by arm and task, paired comparisons with full finetuning and LoRA, and the frontier."""
-    scores = pd.concat([contest.scores(results) for contest in settings.contests], ignore_index=True).infer_objects()
+    found = pd.concat([contest.scores(results) for contest in settings.contests], ignore_index=True).infer_objects()
+    scores = both_halves(found, {task for contest in settings.contests for task in contest.selection_tasks})
     planned = sum(contest.size for contest in settings.contests)
     forgotten = forgetting(settings, results)
-    claims = conclude_family(_contrasts(settings), scores, "arm", PAIRED)
+    lean, equal = _contrasts(settings)
+    learned = [task for task, rows in scores.groupby("task", sort=False) if is_learned(str(task), rows["score"])]
+    claims = conclude_family(lean, scores, "arm", PAIRED) + conclude_family(equal, scores, "arm", PAIRED)
+    primary = [one.name for one in (*lean[:2], *equal[:1])]
+    some = scores[scores["task"].isin(learned)]
+    claims += conclude_family([_on_learned(one) for one in (*lean, *equal)], some, "arm", PAIRED)
     claims += conclude_family(_of_forgetting(settings), forgotten, "arm", PAIRED, unit="nats a token")
-    note = f"{len(scores)} of {planned} runs that count are finished; rates were chosen on other examples than these."
+    claims = marked(claims, *primary)
+    answer = _answer([claim for claim in claims if claim.primary])
+    note = (
+        f"{len(scores)} of {planned} runs that count are finished; rates were chosen on other examples than these. On "
+        "tasks whose selection half chose no rate, a score is the mean of both halves of the held-out examples. Which "
+        "claims are primary was decided after the scores were seen."
+    )
     tables = {} if forgotten.empty else {"Forgetting": _by_arm(forgotten)}
     if scores.empty:
-        return Findings(claims, tables, note=note)
-    tables |= {
-        "Scores": _by_task(scores),
+        return Findings(claims, tables, note=note, answer=answer)
+    rest = scores[~scores["task"].isin(learned)]
+    if len(rest):
+        note += (
+            f" Most arms are at chance on {' and '.join(map(str, rest['task'].unique()))}: the median run scores less "
+            f"than {LEARNED:g} above a constant answer. These tasks are shown apart, and the figure leaves them out."
+        )
+        tables = {"Scores on tasks at chance": _by_task(rest).drop(columns="mean"), **tables}
+    tables = {
+        "Scores": _by_task(some),
+        **tables,
         "Numbers, time and bytes": _costs(scores),
         "Against full finetuning": against(scores, "full"),
         "Against LoRA of rank 1": against(scores, "lora r=1"),
         "Learning rates": scores[["subject", "arm", "learning_rate"]].drop_duplicates(),
     }
-    return Findings(claims, tables, {"Score against trained numbers": frontier(scores)}, note)
+    return Findings(claims, tables, {"Score against trained numbers": frontier(some, scores)}, note, answer)
 
 
-def _contrasts(settings: Settings) -> list[Contrast]:
+def both_halves(scores: pd.DataFrame, selection_tasks: Collection[str]) -> pd.DataFrame:
+    """The scores, with those on tasks where no rate was chosen as means of both halves of the held-out examples."""
+    free = ~scores["task"].isin(selection_tasks)
+    return scores.assign(score=scores["score"].where(~free, (scores["score"] + scores["selection_score"]) / 2))
+
+
+def _contrasts(settings: Settings) -> tuple[list[Contrast], list[Contrast]]:
+    """Against LoRA of at least twice as many numbers, and of about as many."""
     change = f"An interval of the difference, over tasks, that lies wholly above or below -{MARGIN}."
-    return [
-        Contrast(
-            f"{lean} against {rich}",
-            f"Spectral coefficients ({lean}) score no more than {MARGIN} below LoRA ({rich}), which trains at least "
-            "twice as many numbers, averaged over tasks and seeds.",
-            lean,
-            rich,
-            change,
-            MARGIN,
+    kinds: tuple[tuple[tuple[tuple[str, str], ...], str, Stated], ...] = (
+        (settings.lean, "at least twice as many", "changed"),
+        (settings.equal, "about as many", "after"),
+    )
+    lean, equal = (
+        [
+            Contrast(
+                f"{ours} against {lora}",
+                f"Spectral coefficients ({ours}) score no more than {MARGIN} below LoRA ({lora}), which trains {many} "
+                "numbers, averaged over tasks and seeds.",
+                ours,
+                lora,
+                change,
+                MARGIN,
+                stated,
+            )
+            for ours, lora in pairs
+        ]
+        for pairs, many, stated in kinds
+    )
+    return lean, equal
+
+
+def _on_learned(one: Contrast) -> Contrast:
+    name = f"{one.name}, on tasks that were learned"
+    return replace(one, name=name, text=f"On tasks that were learned: {one.text}", stated="after")
+
+
+def _answer(primary: Sequence[Claim]) -> str:
+    parts = [
+        claim.tell(
+            f"{claim.name} is no more than {claim.margin:g} below: {{effect}}",
+            f"{claim.name} is more than {claim.margin:g} below: {{effect}}",
+            f"{claim.name} is undecided: {{effect}}",
         )
-        for lean, rich in settings.lean
+        for claim in primary
+        if math.isfinite(claim.effect)
     ]
+    return f"Over {primary[0].units}, {'; '.join(parts)}." if parts else ""
 
 
 def forgetting(settings: Settings, results: Results) -> pd.DataFrame:
@@ -252,7 +322,7 @@ def against(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
     for arm in [name for name in scores["arm"].unique() if name != reference]:
         pairs = differences(scores, "arm", arm, reference, PAIRED)
         if len(pairs):
-            found = compare_pairs(pairs)
+            found, _ = compare_pairs(pairs)
             rows.append([arm, found.estimate, found.low, found.high, found.p_value, len(pairs)])
     table = pd.DataFrame(rows, columns=["arm", "difference", "low", "high", "p_value", "pairs"])
     return table.assign(p_value=holm(table["p_value"]))
@@ -276,9 +346,9 @@ def _costs(scores: pd.DataFrame) -> pd.DataFrame:
     return means.drop(columns="model")
 
 
-def frontier(scores: pd.DataFrame) -> go.Figure:
-    """Mean score of the arms that have all tasks, best first, against the numbers trained in the backbone."""
-    table = _by_task(scores).merge(_costs(scores), on=["subject", "arm"]).dropna(subset=["mean"])
+def frontier(learned: pd.DataFrame, scores: pd.DataFrame) -> go.Figure:
+    """Mean score on learned tasks of the arms that have them all, best first, against the numbers in the backbone."""
+    table = _by_task(learned).merge(_costs(scores), on=["subject", "arm"]).dropna(subset=["mean"])
     figure = go.Figure()
     for subject, rows in table.sort_values("mean", ascending=False).groupby("subject", sort=False):
         for place, (arm, numbers, mean) in enumerate(zip(rows["arm"], rows["backbone"], rows["mean"], strict=True)):
@@ -289,9 +359,11 @@ def frontier(scores: pd.DataFrame) -> go.Figure:
             )  # fmt: skip
     return figure.update_layout(
         xaxis={"type": "log", "title": "numbers trained in the backbone"},
-        yaxis={"title": "mean score over tasks"},
+        yaxis={"title": "mean score over tasks that were learned"},
         height=560,
     )
 
 
-EXPERIMENT = Experiment("glue", QUESTION, PRESETS, plan, analyse)
+EXPERIMENT = Experiment(
+    "glue", QUESTION, PRESETS, plan, analyse, "How do few coefficients score beside LoRA and other methods?"
+)

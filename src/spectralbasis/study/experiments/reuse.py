@@ -1,13 +1,22 @@
 """Does finetuning that spares the leading core, or keeps to it, leave a model that coefficients tune better?"""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from spectralbasis.study.claims import Claim, Experiment, Findings, as_family, conclude, scatter_figure
+from spectralbasis.study.claims import (
+    Claim,
+    Experiment,
+    Findings,
+    as_family,
+    conclude,
+    counted,
+    marked,
+    scatter_figure,
+)
 from spectralbasis.study.contests import COEFFICIENTS
 from spectralbasis.study.estimates import paired_comparison
 from spectralbasis.study.runs import Results, Run
@@ -102,14 +111,30 @@ def analyse(settings: Settings, results: Results) -> Findings:
     numbers = [SECOND, FIRST, KEPT, "forgotten", "norm", "core share"]
     groups = table.groupby(["model", "way"], sort=False)
     pairs = table.groupby(["model", "first", "second", "way"], sort=False)
+    claims = as_family(_claim(table, contrast) for contrast in CONTRASTS)
+    claims = marked(claims, *(claims[number].name for number in PRIMARY))
     return Findings(
-        as_family(_claim(table, contrast) for contrast in CONTRASTS),
+        claims,
         {
             "Ways of the first finetuning": groups[numbers].mean().assign(runs=groups.size()).reset_index(),
             "Pairs of tasks": pairs[numbers].mean().reset_index(),
         },
         {"Second task and forgetting": _figure(table)} if rows else {},
         _note(settings),
+        _answer(claims),
+    )
+
+
+def _answer(claims: Sequence[Claim]) -> str:
+    holds, keeps = claims[:2]
+    return holds.tell(
+        "A second task is learned better after a first finetuning that holds the core, {effect}",
+        "A second task is learned worse after a first finetuning that holds the core, {effect}",
+        "Whether a first finetuning that holds the core helps a second task is undecided, {effect}",
+    ) + keeps.tell(
+        ", and better after one that keeps to the core, {effect}; {units}.",
+        ", and worse after one that keeps to the core, {effect}; {units}.",
+        "; so is one that keeps to the core, {effect}; {units}.",
     )
 
 
@@ -154,6 +179,11 @@ CONTRASTS = (
 )  # fmt: skip
 
 
+PRIMARY = (0, 1, 3)
+"""Numbers of the primary ones of `CONTRASTS`: a second task after holding the core and after keeping to it, and what is
+forgotten after holding it."""
+
+
 def _claim(table: pd.DataFrame, contrast: _Contrast) -> Claim:
     """Pairs of tasks are the units of a comparison."""
     wide = table.pivot(index=ARM, columns="way", values=contrast.column)
@@ -167,6 +197,7 @@ def _claim(table: pd.DataFrame, contrast: _Contrast) -> Claim:
         unit="score",
         would_change="More pairs of tasks, or another strength of the penalty.",
         runs=2 * len(both),
+        units=f"{counted(len(set(units)), 'ordered pair')} of tasks",
     )
 
 
@@ -189,8 +220,11 @@ def _note(settings: Settings) -> str:
         f"The penalty is the squared norm of a part of the update, with the strengths: {strengths}; the core is that "
         f"of the first {settings.leading} directions. The second task trains coefficients on the singular directions "
         "of the model that the first left. Intervals: Student's t over ordered pairs of tasks, whose seeds were "
-        "averaged; p-values are Holm's over all claims."
+        "averaged; p-values are Holm's over all claims. The rate of the second tuning was raised after first scores "
+        "were seen; which claims are primary was decided after all were."
     )
 
 
-EXPERIMENT = Experiment("reuse", QUESTION, PRESETS, plan, analyse)
+EXPERIMENT = Experiment(
+    "reuse", QUESTION, PRESETS, plan, analyse, "Does sparing the core in a first finetuning help a second one?"
+)

@@ -1,6 +1,6 @@
 """Is it pretraining that makes the leading singular directions stable, or the architecture and the task alone?"""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,17 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from spectralbasis.comparison.statistics import Interval
-from spectralbasis.study.claims import Claim, Experiment, Findings, as_family, conclude, scatter_figure
+from spectralbasis.study.claims import (
+    CHOSEN_AFTER,
+    Claim,
+    Experiment,
+    Findings,
+    as_family,
+    conclude,
+    marked,
+    scatter_figure,
+    task_units,
+)
 from spectralbasis.study.estimates import paired_comparison
 from spectralbasis.study.experiments import scale
 from spectralbasis.study.runs import Results, Run
@@ -26,6 +36,7 @@ from spectralbasis.study.subjects import (
     Lineage,
     at_equal_norm,
     at_last_step,
+    is_learned,
     measured_steps,
 )
 
@@ -124,6 +135,8 @@ QUESTIONS = (
     _Question(LEARNED, STABILITY, True),
     _Question(LEARNED, EXCESS, True),
 )
+PRIMARY = (0, 1, 5)
+"""Numbers of the primary ones of `QUESTIONS`."""
 DOES = {
     STABILITY: ("more stable", "keeps its leading directions better"),
     EXCESS: ("more held", "avoids more of the rotation that a scrambled update would bring"),
@@ -135,13 +148,44 @@ def analyse(settings: Settings, results: Results) -> Findings:
     runs = list(_runs(settings))
     steps, finished = measured_steps(runs, results)
     if not finished:
-        return Findings(as_family(_claim(question, []) for question in QUESTIONS), note="No run is finished yet.")
+        nothing = as_family(_claim(question, []) for question in QUESTIONS)
+        return Findings(nothing, note="No run is finished yet.")
     last = at_last_step(steps, RUN)
     pairs = {question: _pairs(question, steps, last) for question in QUESTIONS}
-    claims = as_family(_claim(question, found) for question, found in pairs.items())
+    idle = _idle(last)
+    weighed = {
+        question: [pair for pair in found if (pair["lineage"], pair["task"], question.other) not in idle]
+        for question, found in pairs.items()
+    }
+    claims = as_family(_claim(question, found) for question, found in weighed.items())
+    claims = marked(claims, *(_name(QUESTIONS[number]) for number in PRIMARY))
     shown = {"Starts": _means(last), "Pretrained minus other starts": _differences(pairs)}
     note = f"{finished} of {len(runs)} trainings are finished. {NOTE}"
-    return Findings(claims, shown, {"Rotation avoided by size of the update": _figure(steps)}, note)
+    if idle:
+        listed = "; ".join(f"{lineage} on {task} from {start}" for lineage, task, start in sorted(idle))
+        note += f" Controls that learned nothing carry no weight in the claims: {listed}."
+    figures = {"Rotation avoided by size of the update": _figure(steps)}
+    return Findings(claims, shown, figures, note, _answer(claims))
+
+
+def _idle(last: pd.DataFrame) -> set[tuple[str, str, str]]:
+    """Lineage, task and start of those that score no better than chance."""
+    groups = last.groupby(["lineage", "task", "start"], sort=False)["score"]
+    return {(str(a), str(b), str(c)) for (a, b, c), scores in groups if not is_learned(b, scores)}
+
+
+def _answer(claims: Sequence[Claim]) -> str:
+    steps, norm = claims[:2]
+    return steps.tell(
+        "At equal steps a pretrained model keeps its leading directions better than random weights do, {effect}",
+        "At equal steps a pretrained model keeps its leading directions worse than random weights do, {effect}",
+        "Whether a pretrained model keeps its leading directions better than random weights do is undecided at equal "
+        "steps, {effect}",
+    ) + norm.tell(
+        ", and better where both have moved equally far, {effect}; {units}.",
+        ", and worse where both have moved equally far, {effect}; {units}.",
+        ", and undecided where both have moved equally far, {effect}; {units}.",
+    )
 
 
 def _pairs(question: _Question, steps: pd.DataFrame, last: pd.DataFrame) -> list[dict[str, Any]]:
@@ -166,15 +210,22 @@ def _difference(pairs: list[dict[str, Any]]) -> Interval:
 
 
 def _claim(question: _Question, pairs: list[dict[str, Any]]) -> Claim:
-    name, does = DOES[question.value]
+    does = DOES[question.value][1]
+    tasks = pd.DataFrame(pairs, columns=["lineage", "task"])
     return conclude(
-        f"pretrained {name} than {question.other}, {question.view}",
+        _name(question),
         f"A pretrained model {does} than the identical architecture with {question.other}, {question.view}.",
         _difference(pairs),
         unit=UNITS[question.value],
         would_change="As much without pretraining: then the architecture and the task alone make for stability.",
         runs=2 * len(pairs),
+        units=task_units(tasks, "lineage"),
+        stated="changed",
     )
+
+
+def _name(question: _Question) -> str:
+    return f"pretrained {DOES[question.value][0]} than {question.other}, {question.view}"
 
 
 def _differences(pairs: Mapping[_Question, list[dict[str, Any]]]) -> pd.DataFrame:
@@ -211,8 +262,8 @@ NOTE = (
     "All starts take as many steps on the same examples; the pretrained model, the random weights and what was learned "
     "on the task alone train at one learning rate, and random weights at a higher one that suits them too. Equal ‖ΔW‖ "
     "is the smaller of the two mean ‖ΔW‖/‖W0‖ of a pair, interpolated along the measured steps. Intervals: Student's t "
-    "over tasks, whose seeds were averaged first."
+    "over tasks, whose seeds were averaged first. " + CHOSEN_AFTER
 )
 
 
-EXPERIMENT = Experiment("scratch", QUESTION, PRESETS, plan, analyse)
+EXPERIMENT = Experiment("scratch", QUESTION, PRESETS, plan, analyse, "Is it pretraining that makes directions stable?")

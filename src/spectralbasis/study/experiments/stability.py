@@ -1,13 +1,24 @@
 """Are the leading singular directions more stable under finetuning than chance, and does the update lie in them?"""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from spectralbasis.comparison.statistics import Interval
-from spectralbasis.study.claims import Claim, Experiment, Findings, as_family, conclude, scatter_figure
+from spectralbasis.report.study_page import two_digits
+from spectralbasis.study.claims import (
+    CHOSEN_AFTER,
+    Claim,
+    Experiment,
+    Findings,
+    as_family,
+    conclude,
+    marked,
+    scatter_figure,
+    task_units,
+)
 from spectralbasis.study.estimates import mean_interval, slope_with_interval
 from spectralbasis.study.runs import Results, Run
 from spectralbasis.study.subjects import LARGE, LIMU_BERT, MINILM, SMALL_BERT, SMALL_VIT, TINY_VIT, LabelledRun, Subject
@@ -77,7 +88,7 @@ def analyse(settings: Settings, results: Results) -> Findings:
     arms = [(arm, record) for arm in _arms(settings) if (record := results.get(arm.run))]
     tables = [record.measurements.assign(**arm.labels) for arm, record in arms if len(record.measurements)]
     if not tables:
-        return Findings(_claims(pd.DataFrame(), 0), note="No run is finished yet.")
+        return Findings(_marked(_claims(pd.DataFrame(), 0)), note="No run is finished yet.")
     rows = pd.concat(tables, ignore_index=True)
     steps = summarise_steps(rows, by=[*RUN, "step"])
     final = steps[steps["step"] == steps.groupby(RUN)["step"].transform("max")]
@@ -89,11 +100,13 @@ def analyse(settings: Settings, results: Results) -> Findings:
         "Kinds of matrices": _means(summarise_steps(last_rows, by=[*RUN, "kind"]), ["model", "kind"]),
         "Steps": _means(steps, ["model", "learning_rate", "step"]),
     }
+    claims = _marked([*_claims(steps, len(tables)), *plain_overlaps(final, len(tables))])
     return Findings(
-        _claims(steps, len(tables)),
+        claims,
         shown,
         {"Rotation avoided by size of the update": _held_figure(steps), "Coverage over chance": _gain_figure(steps)},
         _note(settings, len(tables), steps),
+        _answer(claims),
     )
 
 
@@ -116,6 +129,7 @@ def _claims(steps: pd.DataFrame, runs: int) -> list[Claim]:
     def effect(values: pd.Series, at: pd.DataFrame) -> Interval:
         return mean_interval(values, at["model"] + " / " + at["task"])
 
+    units = task_units(steps)
     if steps.empty:
         nothing = mean_interval([])
         found = dict.fromkeys(("held", "trailing", "unforced", "core", "diagonal", "size"), nothing)
@@ -133,14 +147,14 @@ def _claims(steps: pd.DataFrame, runs: int) -> list[Claim]:
         conclude(
             "leading above scrambled",
             "Finetuning turns the leading directions less than scrambled updates of the same size and spectrum do.",
-            found["held"], unit=HELD, runs=runs,
+            found["held"], unit=HELD, runs=runs, units=units, stated="changed",
             would_change="Rotations like the null's leave it undecided; larger ones contradict it: then "
             "finetuning seeks out the leading directions.",
         ),
         conclude(
             "leading above trailing",
             "The leading directions are spared more than the trailing ones, each against its own null.",
-            found["trailing"], unit=HELD, runs=runs,
+            found["trailing"], unit=HELD, runs=runs, units=units, stated="changed",
             would_change="Leading directions that turn more than trailing ones, each against its null: then dominant "
             "vectors turn while the tail is stable (arXiv 2505.23099).",
         ),
@@ -148,25 +162,25 @@ def _claims(steps: pd.DataFrame, runs: int) -> list[Claim]:
             "stability beyond Wedin's bound",
             "Of the matrices whose leading subspace stays (overlap of at least 0.99), the size of the update alone "
             "forces fewer than half.",
-            found["unforced"], unit="share of the matrices", runs=runs,
+            found["unforced"], unit="share of the matrices", runs=runs, units=units, stated="changed",
             would_change="Steps so small that the bound forces the overlap in most stable matrices.",
         ),
         conclude(
             "core covers the update",
             "The core of the leading directions covers more of the update than of a scrambled one.",
-            found["core"], unit="doublings of chance", runs=runs,
+            found["core"], unit="doublings of chance", runs=runs, units=units, stated="changed",
             would_change="A coverage at or below that of scrambled updates.",
         ),
         conclude(
             "diagonal covers the update",
             "Changes of the leading singular values cover more of the update than of a scrambled one.",
-            found["diagonal"], unit="doublings of chance", runs=runs,
+            found["diagonal"], unit="doublings of chance", runs=runs, units=units, stated="changed",
             would_change="A coverage at or below that of scrambled updates.",
         ),
         conclude(
             "larger steps are held back more",
             "The larger the update, the more its rotation of the leading directions falls short of chance.",
-            found["size"], unit=f"{HELD} per decade of ‖ΔW‖/‖W0‖", runs=runs,
+            found["size"], unit=f"{HELD} per decade of ‖ΔW‖/‖W0‖", runs=runs, units=units, stated="changed",
             would_change="A slope of the other sign: only small steps would spare the leading directions.",
         ),
     ]  # fmt: skip
@@ -179,7 +193,58 @@ def _note(settings: Settings, runs: int, steps: pd.DataFrame) -> str:
         f"{runs} finished runs; updates of {sizes.min():.2g} to {sizes.max():.2g} of the weights' norm. Leading: the "
         f"first {settings.leading} directions, or half of a smaller matrix; null: {settings.draws} scrambled draws for "
         "each matrix and step. Intervals: Student's t over models and tasks, whose learning rates and seeds were "
-        "averaged first."
+        "averaged first. Tasks of one model are alike, so that intervals are about tasks of these models. "
+        + CHOSEN_AFTER
+    )
+
+
+PRIMARY = ("leading above scrambled", "leading above trailing", "core covers the update")
+PLAIN = "plain overlap of leading above trailing"
+
+
+def _marked(claims: Sequence[Claim]) -> list[Claim]:
+    return marked(claims, *PRIMARY)
+
+
+def plain_overlaps(last: pd.DataFrame, runs: int) -> list[Claim]:
+    """What is seen without a null: leading directions overlap more than trailing ones, after random updates too."""
+    units = last["model"] + " / " + last["task"]
+    claims = []
+    for name, of, suffix in ((PLAIN, "finetuning", ""), (f"{PLAIN}, scrambled", "scrambled updates", "_null")):
+        if f"trailing_overlap{suffix}" not in last:
+            continue
+        gap = last[f"overlap{suffix}"] - last[f"trailing_overlap{suffix}"]
+        by_unit = gap.groupby(units).mean()
+        claims.append(
+            conclude(
+                name,
+                f"After {of} the leading directions overlap more with those of the base than the trailing ones do, "
+                f"without a comparison with chance (seen in {(by_unit > 0).sum()} of {len(by_unit)} tasks).",
+                mean_interval(gap, units), unit="overlap", runs=runs, units=task_units(last), stated="after",
+                would_change="Trailing directions that overlap as much.",
+            )
+        )  # fmt: skip
+    return claims
+
+
+def _answer(claims: Sequence[Claim]) -> str:
+    named = {claim.name: claim for claim in claims}
+    answer = named[PRIMARY[0]].tell(
+        "Finetuning turns the leading directions less than scrambled updates do, {effect}; {units}",
+        "Finetuning turns the leading directions more than scrambled updates do, {effect}; {units}",
+        "Whether finetuning turns the leading directions less than scrambled updates is undecided, {effect}; {units}",
+    )
+    if PLAIN not in named:
+        return answer
+    chance = named[f"{PLAIN}, scrambled"].effect
+    return (
+        answer
+        + named[PLAIN].tell(
+            "; in plain overlap they still exceed the trailing ones, {effect}, as they do under scrambled updates",
+            "; in plain overlap they are below the trailing ones, {effect}, and under scrambled updates",
+            "; in plain overlap no difference from the trailing ones is seen, {effect}, and under scrambled updates",
+        )
+        + f" ({two_digits(chance)})."
     )
 
 
@@ -203,4 +268,11 @@ def _gain_figure(steps: pd.DataFrame) -> go.Figure:
     return scatter_figure(traces, "‖ΔW‖ / ‖W0‖", "coverage over that of chance", log="xy")
 
 
-EXPERIMENT = Experiment("stability", QUESTION, PRESETS, plan, analyse)
+EXPERIMENT = Experiment(
+    "stability",
+    QUESTION,
+    PRESETS,
+    plan,
+    analyse,
+    "Do leading directions turn less than by chance?",
+)

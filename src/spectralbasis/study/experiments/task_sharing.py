@@ -1,6 +1,7 @@
 """Do unrelated tasks, finetuned from one base, share their leading singular directions beyond chance?"""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +10,17 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from spectralbasis.comparison.statistics import Interval, pair_interval
-from spectralbasis.study.claims import Claim, Experiment, Findings, as_family, conclude, scatter_figure
+from spectralbasis.study.claims import (
+    CHOSEN_AFTER,
+    Claim,
+    Experiment,
+    Findings,
+    as_family,
+    conclude,
+    counted,
+    marked,
+    scatter_figure,
+)
 from spectralbasis.study.estimates import mean_interval
 from spectralbasis.study.experiments import stability
 from spectralbasis.study.runs import Record, Results, Run
@@ -103,13 +114,20 @@ def analyse(settings: Settings, results: Results) -> Findings:
     found = [(s, rate, record) for s, rate, run in _comparisons(settings) if (record := results.get(run))]
     tables = [_pairs(subject, rate, record) for subject, rate, record in found]
     pairs = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-    claims = as_family(claim for s in settings.finetuning.subjects for claim in _claims(s, pairs, found))
+    subjects = settings.finetuning.subjects
+    claims = as_family(claim for s in subjects for claim in _claims(s, pairs, found))
+    overlap = updates_overlap(pairs, len(found))
+    first = subjects[0].name
+    claims = marked(
+        [*claims, overlap], f"{first}: unrelated tasks share", f"{first}: unrelated tasks turn alike", overlap.name
+    )
     shown = {"Task pairs": _by_task_pair(pairs)} if tables else {}
     return Findings(
         claims,
         {**shown, "Unrelated tasks": _relations(settings.finetuning.subjects)},
         {"Distances between finetuned models": _figure(pairs)} if tables else {},
         _note(settings),
+        _answer(claims),
     )
 
 
@@ -133,29 +151,82 @@ def _claims(subject: Subject, pairs: pd.DataFrame, found: list[tuple[Subject, fl
     here = pairs[pairs["model"] == subject.name] if len(pairs) else pairs
     records = [record for one, _, record in found if one is subject]
     apart = here[here["unrelated"]] if len(here) else here
+    number = len(apart.drop_duplicates(["task_a", "task_b"])) if len(apart) else 0
+    units = f"{counted(number, 'pair')} of {counted(len(_tasks(apart)), 'task')}"
+    alone = ", and no interval exists, as all these pairs have a task in common" if _have_common_task(apart) else ""
     return [
         conclude(
             f"{subject.name}: unrelated tasks share",
             f"Unrelated tasks finetuned from {subject.name} leave their leading directions closer to each other than "
             "independent scrambled updates do.",
-            _over_tasks(apart, "held"), unit=HELD, runs=len(records),
+            _over_tasks(apart, "held"), unit=HELD, runs=len(records), units=units + alone, stated="changed",
             would_change="Pairs as far apart as independent draws, or farther.",
         ),
         conclude(
             f"{subject.name}: unrelated tasks turn alike",
             f"Unrelated tasks turn the leading directions of {subject.name} in part the same way: they are closer to "
             "each other than their own distances from the base make them.",
-            _over_tasks(apart, "common"), unit=HELD, runs=len(records),
+            _over_tasks(apart, "common"), unit=HELD, runs=len(records), units=units + alone, stated="changed",
             would_change="Tasks no closer than models whose overlaps with the base multiply, as those of independent "
             "updates do: then all they share is the base.",
         ),
         conclude(
             f"{subject.name}: seeds share more than tasks",
             f"Finetuned from {subject.name}, seeds of one task share more than different tasks do.",
-            _ceiling(here, records), unit=HELD, runs=len(records),
+            _ceiling(here, records), unit=HELD, runs=len(records), units=counted(len(_tasks(here)), "task"),
             would_change="Different tasks as close as seeds of one: then nothing of a task shows in these directions.",
+            stated="changed",
         ),
     ]  # fmt: skip
+
+
+UPDATES = "updates of unrelated tasks overlap"
+
+
+def updates_overlap(pairs: pd.DataFrame, runs: int) -> Claim:
+    """The claim that the updates of unrelated tasks have more in common than chance; models are the units.
+
+    Pairs of one model share its weights, and most of them a task.
+    """
+    apart = pairs[pairs["unrelated"] & (pairs["task_a"] != pairs["task_b"])] if len(pairs) else pd.DataFrame()
+    seen, found, units = "", mean_interval([]), counted(0, "model")
+    if len(apart):
+        by = ["model", "task_a", "task_b"]
+        means = apart.groupby(by, as_index=False)[["update_overlap", "update_overlap_haar"]].mean()
+        ratios = means["update_overlap"] / means["update_overlap_haar"]
+        seen = f" ({ratios.min():.1f} to {ratios.max():.1f} times; more in {(ratios > 1).sum()} of {len(ratios)} pairs)"
+        found = mean_interval(np.log2(ratios), means["model"])
+        units = f"{counted(means['model'].nunique(), 'model')}, {counted(len(means), 'pair')} of tasks"
+    return conclude(
+        UPDATES,
+        f"The leading directions of two updates to unrelated tasks overlap more than random subspaces do{seen}.",
+        found, unit="doublings of chance", runs=runs, units=units, stated="after",
+        would_change="Overlaps around those of random subspaces, or models in which they are.",
+    )  # fmt: skip
+
+
+def _answer(claims: Sequence[Claim]) -> str:
+    named = {claim.name: claim for claim in claims if claim.primary}
+    overlap = named.pop(UPDATES)
+    shared = next(iter(named.values()))
+    return shared.tell(
+        "Unrelated tasks keep their leading directions closer to each other than chance, {effect}; {units}",
+        "Unrelated tasks leave their leading directions farther apart than chance, {effect}; {units}",
+        "Whether unrelated tasks share leading directions beyond chance is undecided, {effect}; {units}",
+    ) + overlap.tell(
+        "; their updates overlap more than random subspaces do, {effect}; {units}.",
+        "; their updates overlap less than random subspaces do, {effect}; {units}.",
+        "; whether their updates overlap more than random subspaces is undecided, {effect}; {units}.",
+    )
+
+
+def _tasks(pairs: pd.DataFrame) -> list[str]:
+    return [] if pairs.empty else list(pd.unique(pairs[["task_a", "task_b"]].to_numpy().ravel()))
+
+
+def _have_common_task(pairs: pd.DataFrame) -> bool:
+    """Whether one task is in all pairs, so that leaving it out leaves none and no jackknife over tasks exists."""
+    return any(((pairs["task_a"] == task) | (pairs["task_b"] == task)).all() for task in _tasks(pairs))
 
 
 def _over_tasks(pairs: pd.DataFrame, column: str) -> Interval:
@@ -163,6 +234,8 @@ def _over_tasks(pairs: pd.DataFrame, column: str) -> Interval:
     if pairs.empty:
         return mean_interval([])
     means = pairs.groupby(["task_a", "task_b"])[column].mean().rename("effect").reset_index()
+    if _have_common_task(pairs):
+        return Interval(float(means["effect"].mean()), *[math.nan] * 3)
     units = means.assign(tuned_a=means["task_a"], tuned_b=means["task_b"], tuned=range(len(means)), layer=0)
     return pair_interval(units, seed=0)
 
@@ -229,8 +302,9 @@ def _note(settings: Settings) -> str:
     return (
         f"Of each two finetuned models, the subspaces of the first {settings.finetuning.leading} singular directions "
         f"are compared with {settings.draws} pairs of independent scrambled updates, matrix by matrix, left and right. "
-        "Distances are 1 − overlap. Intervals: a jackknife over tasks, whose seeds and learning rates were averaged."
+        "Distances are 1 − overlap. Intervals: a jackknife over tasks, whose seeds and learning rates were averaged; "
+        "where all pairs of a model have one task in common, no jackknife and so no interval exists. " + CHOSEN_AFTER
     )
 
 
-EXPERIMENT = Experiment("sharing", QUESTION, PRESETS, plan, analyse)
+EXPERIMENT = Experiment("sharing", QUESTION, PRESETS, plan, analyse, "Do unrelated tasks share directions?")

@@ -1,7 +1,7 @@
 """Does likeness of two tasks' weights predict that the adapter of one is a good start for the other?"""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,9 +11,19 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from spectralbasis.comparison.statistics import Interval
-from spectralbasis.study.claims import Claim, Experiment, Findings, as_family, conclude, scatter_figure
+from spectralbasis.report.study_page import two_digits
+from spectralbasis.study.claims import (
+    Claim,
+    Experiment,
+    Findings,
+    as_family,
+    conclude,
+    counted,
+    marked,
+    scatter_figure,
+)
 from spectralbasis.study.contests import COEFFICIENTS
-from spectralbasis.study.estimates import jackknife_interval, mantel_correlation
+from spectralbasis.study.estimates import jackknife_interval, mantel_correlation, rank_correlation, within
 from spectralbasis.study.experiments import task_sharing
 from spectralbasis.study.runs import Results, Run
 from spectralbasis.study.subjects import MINILM, MINILM_LONGER, ROBERTA, TINY_VIT, VIT_B16, Subject
@@ -109,6 +119,7 @@ def analyse(settings: Settings, results: Results) -> Findings:
     """For each model the rank correlation of likeness with what a start gains, pairs of tasks permuted by tasks."""
     claims: list[Claim] = []
     tables: list[pd.DataFrame] = []
+    without: list[pd.DataFrame] = []
     for subject, comparison in _comparisons(settings):
         arms = [_arms(settings, subject, seed) for seed in settings.sharing.finetuning.seeds]
         gains = _mean([_gains(subject, one, results) for one in arms], subject)
@@ -120,10 +131,30 @@ def analyse(settings: Settings, results: Results) -> Findings:
         done = sum(results.get(run) is not None for one in arms for run in one.moved.values())
         claims += [_claim(subject, name, found, gains, done) for name, found in likeness.items()]
         tables.append(_table(subject, gains, likeness))
+        without += [_without_each_pair(subject, name, found, gains) for name, found in likeness.items()]
     shown = pd.concat(tables, ignore_index=True)
+    fewer = pd.concat(without, ignore_index=True)
+    claims = marked(as_family(claims), *(claim.name for claim in claims[: len(PREDICTORS)]))
     return Findings(
-        as_family(claims), {"Pairs of tasks": shown}, {"Likeness and gain": _figure(shown)}, _note(settings)
+        claims,
+        {"Correlations without one pair of tasks": fewer, "Pairs of tasks": shown},
+        {"Likeness and gain": _figure(shown)},
+        _note(settings),
+        _answer(claims, fewer),
     )
+
+
+def _answer(claims: Sequence[Claim], fewer: pd.DataFrame) -> str:
+    claim = claims[0]
+    said = claim.tell(
+        "The overlap of leading directions tells which adapter is a good start, {effect}; {units}",
+        "The overlap of leading directions tells the contrary of which adapter is a good start, {effect}; {units}",
+        "Whether overlap tells which adapter is a good start is undecided, {effect}; {units}",
+    )
+    row = fewer[fewer["claim"] == claim.name].iloc[0]
+    if not math.isfinite(row["lowest"]):
+        return said
+    return f"{said}; without one pair of tasks {two_digits(row['lowest'])} to {two_digits(row['highest'])}."
 
 
 def _gains(subject: Subject, arms: _Arms, results: Results) -> Floats | None:
@@ -174,14 +205,39 @@ def _claim(subject: Subject, name: str, likeness: Floats, gains: Floats, runs: i
     found = mantel_correlation(likeness, _by_target(gains))
     interval = jackknife_interval(found.rho, _without_each(likeness, gains))
     return conclude(
-        f"{subject.name}: {name} predicts transfer",
+        _name(subject, name),
         f"Among the tasks of {subject.name}, {PREDICTORS[name]} says how much the adapter of the one helps as a start "
         "for the other.",
-        Interval(found.rho, interval.low, interval.high, found.p_value),
+        within(Interval(found.rho, interval.low, interval.high, found.p_value)),
         unit="Spearman's rho over ordered pairs of tasks",
         would_change="A correlation around zero or below, or one that rests on a single task.",
         runs=runs,
+        units=f"{counted(len(gains), 'task')} ({counted(len(gains) * (len(gains) - 1), 'ordered pair')})",
+        stated="changed",
     )
+
+
+def _without_each_pair(subject: Subject, name: str, likeness: Floats, gains: Floats) -> pd.DataFrame:
+    """The correlation with all ordered pairs of tasks, and the extremes without one of them, a row."""
+    own = _by_target(gains)
+    off = ~np.eye(len(own), dtype=bool)
+    without = {}
+    for i, j in zip(*np.nonzero(off), strict=True):
+        kept = off.copy()
+        kept[i, j] = False
+        without[f"{subject.tasks[i]} → {subject.tasks[j]}"] = rank_correlation(likeness[kept], own[kept])
+    rhos = pd.Series(without)
+    known = rhos.notna().any()
+    row = {
+        "claim": _name(subject, name), "rho": rank_correlation(likeness[off], own[off]),
+        "lowest": rhos.min(), "without the pair": rhos.idxmin() if known else "",
+        "highest": rhos.max(), "without the pair ": rhos.idxmax() if known else "",
+    }  # fmt: skip
+    return pd.DataFrame([row])
+
+
+def _name(subject: Subject, name: str) -> str:
+    return f"{subject.name}: {name} predicts transfer"
 
 
 def _without_each(likeness: Floats, gains: Floats) -> list[float]:
@@ -220,4 +276,6 @@ def _note(settings: Settings) -> str:
     )
 
 
-EXPERIMENT = Experiment("similarity", QUESTION, PRESETS, plan, analyse)
+EXPERIMENT = Experiment(
+    "similarity", QUESTION, PRESETS, plan, analyse, "Does overlap tell which adapter is a good start for another task?"
+)
