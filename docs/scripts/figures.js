@@ -15,6 +15,7 @@
     const { data, layout } = figures[experiment][title.join("/")];
     const colour = getComputedStyle(document.body).color;
     const look = { paper_bgcolor: "transparent", plot_bgcolor: "transparent", font: { color: colour }, margin: { t: 20 } };
+    if (place.clientWidth < 600) look.legend = { orientation: "h", yref: "container", y: 0, yanchor: "bottom" };
     Plotly.newPlot(place, data, { height: 420, ...layout, ...look }, { responsive: true, displaylogo: false });
   };
 

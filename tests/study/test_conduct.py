@@ -71,7 +71,7 @@ def test_pages_hold_names_as_text(tmp_path):
     markdown = (tmp_path / "planted.md").read_text()
     assert "| value\\| | who |" in markdown
     assert "\\<b\\>a\\|b\\</b\\>" in markdown
-    assert "| +2.0 points | +0.50 to +3.5 | 0.01 | 4 \\<values\\> | before the scores were seen |" in markdown
+    assert "| +2.0 (+0.50 to +3.5) points | 0.01 | 4 \\<values\\> |" in markdown
     html = (tmp_path / "index.html").read_text()
     assert "Is the &lt;best&gt; value above zero?" in html
     assert "<b>a|b</b>" not in html

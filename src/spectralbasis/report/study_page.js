@@ -18,6 +18,7 @@
         font: { family: color("--font"), color: color("--ink") },
         margin: { l: 60, r: 20, t: 30, b: 50 },
       });
+      if (element.clientWidth < 600) layout.legend = { orientation: "h", yref: "container", y: 0, yanchor: "bottom" };
       Plotly.react(element, figure.data, layout, { responsive: true, displaylogo: false });
     }
   }

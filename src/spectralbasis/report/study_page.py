@@ -17,11 +17,11 @@ FIGURES = "figures.json"
 OVERVIEW = "index.md"
 Stated = Literal["before", "changed", "after"]
 STATED: Mapping[str, str] = {
-    "before": "before the scores were seen",
-    "changed": "before the scores were seen; its error, its family or its examples were changed after",
-    "after": "after the scores were seen",
+    "before": "",
+    "changed": "asked before the scores were seen; its error, family or examples were changed after",
+    "after": "asked after the scores were seen",
 }
-"""When a claim was made → in words."""
+"""When a claim was made → in words, where it was not wholly before its scores were seen."""
 
 
 class ClaimEntry(TypedDict):

@@ -78,6 +78,8 @@ class Claim:
         interval = "no interval exists"
         if math.isfinite(self.low):
             interval = f"{two_digits(self.low)} to {two_digits(self.high)}"
+            if self.verdict == "undecided" and not self.margin and not self.low <= 0 <= self.high:
+                interval += f", adjusted p = {self.p_value:.2g}"
         return said.format(effect=f"{two_digits(self.effect)} {self.unit} ({interval})", units=self.units)
 
 

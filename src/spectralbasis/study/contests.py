@@ -112,7 +112,7 @@ def conclude_equality(
         claims.append(
             conclude_equal(
                 f"{one.better} equals {one.worse}",
-                f"The mean scores of `{one.better}` and `{one.worse}` differ by less than {within:g}.",
+                f'The mean scores of "{one.better}" and "{one.worse}" differ by less than {within:g}.',
                 found, within=within, unit="score", runs=2 * len(pairs), units=units, stated=one.stated,
             )
         )  # fmt: skip

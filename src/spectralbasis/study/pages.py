@@ -160,20 +160,17 @@ EXPLORATION = (
 
 
 def claims_table(claims: Sequence[Claim]) -> str:
-    """Claims as a table in Markdown: verdict, claim, effect, interval, p-value, units, and when they were asked."""
-    rows = [
-        "| verdict | claim | effect | 95 % interval | p, adjusted | units | asked |",
-        "| --- | --- | ---: | ---: | ---: | --- | --- |",
-    ]
+    """Claims as a table in Markdown: verdict, claim and when it was asked, effect with interval, p-value, units."""
+    rows = ["| verdict | claim | effect (95 % interval) | p, adjusted | units |", "| --- | --- | --- | ---: | --- |"]
     for claim in claims:
-        interval = f"{two_digits(claim.low)} to {two_digits(claim.high)}" if math.isfinite(claim.low) else "none"
-        effect = f"{two_digits(claim.effect)} {claim.unit}" if math.isfinite(claim.effect) else "none"
-        cells = [
-            f"**{claim.verdict}**", in_markdown(claim.text), in_markdown(effect), interval,
-            f"{claim.p_value:.2g}" if math.isfinite(claim.p_value) else "", in_markdown(claim.units),
-            STATED[claim.stated],
-        ]  # fmt: skip
-        rows.append(f"| {' | '.join(cells)} |")
+        interval = f" ({two_digits(claim.low)} to {two_digits(claim.high)})" if math.isfinite(claim.low) else ""
+        effect = f"{two_digits(claim.effect)}{interval} {claim.unit}" if math.isfinite(claim.effect) else "none"
+        asked = f" *({STATED[claim.stated]})*" if STATED[claim.stated] else ""
+        p_value = f"{claim.p_value:.2g}" if math.isfinite(claim.p_value) else ""
+        shown = (effect, p_value, claim.units)
+        rows.append(
+            f"| **{claim.verdict}** | {in_markdown(claim.text)}{asked} | {' | '.join(map(in_markdown, shown))} |"
+        )
     return "\n".join(rows)
 
 

@@ -118,6 +118,13 @@ def test_cells_in_common_are_no_independent_evidence():
     assert others.loc[("pretrained against random", "cells"), "low"] < 0
 
 
+def test_the_figure_has_a_point_for_each_cell_and_task():
+    findings = ablation.analyse(SETTINGS, planted({"pretrained": 0.04}, {}))
+    first = next(iter(findings.figures.values()))
+    assert sum(len(trace.x) for trace in first.data) == 2 * 5 + 2 * 2
+    assert {round(x, 9) for trace in first.data for x in trace.x} == {0.04}
+
+
 def test_without_curvature_its_bases_do_not_carry_the_correlation():
     """Curvature alone holds more and scores less; among the others, what holds more scores more."""
     coverage = {"curvature": 0.5, "curvature of another task": 0.4, "curvature of several tasks": 0.45,

@@ -93,3 +93,8 @@ def test_the_sentence_is_that_of_the_verdict():
     assert lonely.tell(*said) == "perhaps, +0.50 score (no interval exists)"
     nothing = conclude("a", "A.", Interval(*[math.nan] * 4), unit="score", would_change="", runs=0, units="0 tasks")
     assert nothing.tell(*said) == "No finished run answers this yet."
+
+
+def test_an_interval_beside_zero_that_is_undecided_says_why():
+    (claim, *_) = as_family([above("a", 0.1, 0.2), above("b", 0.1, 0.2)])
+    assert claim.tell("", "", "perhaps, {effect}") == "perhaps, +0.15 score (+0.10 to +0.20, adjusted p = 0.6)"

@@ -294,7 +294,11 @@ def analyse(settings: Settings, results: Results) -> Findings:
     tables = {"Other units for the same differences": units_compared(of_weights, scores)}
     tables |= {"Scores": _by_basis(scores, "score"), "Learning rates": _by_basis(scores, "learning_rate")}
     tables |= {title: _by_basis(facts, quantity) for quantity, title in QUANTITIES.items() if len(facts)}
-    return Findings(claims, tables, {"Scores over the number of coefficients": sweep(scores)}, note, answer)
+    figures = {
+        "Leading minus random directions, by cell and task": cell_differences(scores),
+        "Scores over the number of coefficients": sweep(scores),
+    }
+    return Findings(claims, tables, figures, note, answer)
 
 
 def _answer(claims: Mapping[str, Claim]) -> str:
@@ -307,9 +311,9 @@ def _answer(claims: Mapping[str, Claim]) -> str:
     )
     equal = claims[PRIMARY[1]]
     within = equal.tell(
-        f", and their means differ by less than {equal.margin:g}; {{units}}.",
-        f", and their means differ by more than {equal.margin:g}; {{units}}.",
-        f", and whether they differ by less than {equal.margin:g} is undecided; {{units}}.",
+        f", and their means differ by less than {equal.margin:g}; over {{units}}.",
+        f", and their means differ by more than {equal.margin:g}; over {{units}}.",
+        f", and whether they differ by less than {equal.margin:g} is undecided; over {{units}}.",
     )
     return difference + within if math.isfinite(equal.effect) else difference
 
@@ -419,6 +423,19 @@ def _by_basis(table: pd.DataFrame, value: str) -> pd.DataFrame:
     """Means over tasks and seeds: a row for each cell, a column for each basis."""
     wide = table.pivot_table(index=["subject", "cell"], columns="arm", values=value, sort=False)
     return wide.reset_index().rename_axis(columns=None)
+
+
+def cell_differences(scores: pd.DataFrame) -> go.Figure:
+    """Score on leading minus random directions, a point for each cell and task, means over seeds."""
+    pairs = differences(scores, "arm", "pretrained", "random", PAIRED)
+    effects = (pairs["better"] - pairs["worse"]).groupby([pairs[name] for name in PAIRED[:3]], sort=False).mean()
+    means = effects.rename("effect").reset_index()
+    traces = (
+        {"x": rows["effect"], "y": rows["subject"] + ", " + rows["cell"], "name": str(task), "marker": {"size": 8}}
+        for task, rows in means.groupby("task", sort=False)
+    )
+    figure = scatter_figure(traces, "score on leading minus score on random directions", "")
+    return figure.update_layout(yaxis={"automargin": True})
 
 
 def sweep(scores: pd.DataFrame) -> go.Figure:

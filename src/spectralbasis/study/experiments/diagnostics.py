@@ -144,9 +144,9 @@ def analyse(settings: Settings, results: Results) -> Findings:
 def _answer(claims: Sequence[Claim]) -> str:
     parts = [
         claim.tell(
-            f"{quantity} rises with rotation, {{effect}}; {{units}}",
-            f"{quantity} falls with rotation, {{effect}}; {{units}}",
-            f"{quantity} is undecided, {{effect}}; {{units}}",
+            f"{quantity} rises with rotation, {{effect}} over {{units}}",
+            f"{quantity} falls with rotation, {{effect}} over {{units}}",
+            f"{quantity} is undecided, {{effect}} over {{units}}",
         )
         for claim, quantity in zip(
             claims, ("activation change by SVCCA", "probe gain", "power-law shift"), strict=False

@@ -132,9 +132,9 @@ def _answer(claims: Sequence[Claim]) -> str:
         "A second task is learned worse after a first finetuning that holds the core, {effect}",
         "Whether a first finetuning that holds the core helps a second task is undecided, {effect}",
     ) + keeps.tell(
-        ", and better after one that keeps to the core, {effect}; {units}.",
-        ", and worse after one that keeps to the core, {effect}; {units}.",
-        "; so is one that keeps to the core, {effect}; {units}.",
+        ", and better after one that keeps to the core, {effect} over {units}.",
+        ", and worse after one that keeps to the core, {effect} over {units}.",
+        "; so is one that keeps to the core, {effect} over {units}.",
     )
 
 

@@ -172,9 +172,9 @@ def _answer(claims: Sequence[Claim]) -> str:
         "With more diverse data the overlap falls at equal steps, {effect}",
         "Whether more diverse data changes the overlap at equal steps is undecided, {effect}",
     ) + held.tell(
-        ", and the rotation avoided grows too, {effect}; {units}.",
-        ", and less of the null's rotation is avoided, {effect}; {units}.",
-        ", and beside the null no trend is seen, {effect}; {units}.",
+        ", and the rotation avoided grows too, {effect} over {units}.",
+        ", and less of the null's rotation is avoided, {effect} over {units}.",
+        ", and beside the null no trend is seen, {effect} over {units}.",
     )
 
 

@@ -182,9 +182,9 @@ def _answer(claims: Sequence[Claim]) -> str:
         "Whether a pretrained model keeps its leading directions better than random weights do is undecided at equal "
         "steps, {effect}",
     ) + norm.tell(
-        ", and better where both have moved equally far, {effect}; {units}.",
-        ", and worse where both have moved equally far, {effect}; {units}.",
-        ", and undecided where both have moved equally far, {effect}; {units}.",
+        ", and better where both have moved equally far, {effect}; both over {units}.",
+        ", and worse where both have moved equally far, {effect}; both over {units}.",
+        ", as it is where both have moved equally far, {effect}; both over {units}.",
     )
 
 

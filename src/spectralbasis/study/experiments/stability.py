@@ -230,9 +230,9 @@ def plain_overlaps(last: pd.DataFrame, runs: int) -> list[Claim]:
 def _answer(claims: Sequence[Claim]) -> str:
     named = {claim.name: claim for claim in claims}
     answer = named[PRIMARY[0]].tell(
-        "Finetuning turns the leading directions less than scrambled updates do, {effect}; {units}",
-        "Finetuning turns the leading directions more than scrambled updates do, {effect}; {units}",
-        "Whether finetuning turns the leading directions less than scrambled updates is undecided, {effect}; {units}",
+        "Finetuning turns the leading directions less than scrambled updates do: {effect} over {units}",
+        "Finetuning turns the leading directions more than scrambled updates do: {effect} over {units}",
+        "Whether finetuning turns the leading directions less than scrambled ones is undecided: {effect} over {units}",
     )
     if PLAIN not in named:
         return answer

@@ -210,13 +210,13 @@ def _answer(claims: Sequence[Claim]) -> str:
     overlap = named.pop(UPDATES)
     shared = next(iter(named.values()))
     return shared.tell(
-        "Unrelated tasks keep their leading directions closer to each other than chance, {effect}; {units}",
-        "Unrelated tasks leave their leading directions farther apart than chance, {effect}; {units}",
-        "Whether unrelated tasks share leading directions beyond chance is undecided, {effect}; {units}",
+        "Unrelated tasks keep their leading directions closer to each other than chance, {effect} over {units}",
+        "Unrelated tasks leave their leading directions farther apart than chance, {effect} over {units}",
+        "Whether unrelated tasks share leading directions beyond chance is undecided: {effect} over {units}",
     ) + overlap.tell(
-        "; their updates overlap more than random subspaces do, {effect}; {units}.",
-        "; their updates overlap less than random subspaces do, {effect}; {units}.",
-        "; whether their updates overlap more than random subspaces is undecided, {effect}; {units}.",
+        "; their updates overlap more than random subspaces do, {effect} over {units}.",
+        "; their updates overlap less than random subspaces do, {effect} over {units}.",
+        "; whether their updates overlap more than random subspaces is undecided: {effect} over {units}.",
     )
 
 

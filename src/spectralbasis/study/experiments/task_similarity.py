@@ -147,9 +147,9 @@ def analyse(settings: Settings, results: Results) -> Findings:
 def _answer(claims: Sequence[Claim], fewer: pd.DataFrame) -> str:
     claim = claims[0]
     said = claim.tell(
-        "The overlap of leading directions tells which adapter is a good start, {effect}; {units}",
-        "The overlap of leading directions tells the contrary of which adapter is a good start, {effect}; {units}",
-        "Whether overlap tells which adapter is a good start is undecided, {effect}; {units}",
+        "The overlap of leading directions tells which adapter is a good start, {effect} over {units}",
+        "The overlap of leading directions tells the contrary of which adapter is a good start, {effect} over {units}",
+        "Whether overlap tells which adapter is a good start is undecided, {effect} over {units}",
     )
     row = fewer[fewer["claim"] == claim.name].iloc[0]
     if not math.isfinite(row["lowest"]):
