@@ -139,7 +139,7 @@ def scatter_figure(traces: Iterable[Mapping[str, Any]], x: str, y: str, *, log: 
     figure = go.Figure()
     for trace in traces:
         figure.add_scatter(**{"mode": "markers", **trace})
-    axes = {f"{axis}axis": {"title": title} for axis, title in (("x", x), ("y", y))}
+    axes = {f"{axis}axis": {"title": title, "automargin": True} for axis, title in (("x", x), ("y", y))}
     for axis in log:
         axes[f"{axis}axis"]["type"] = "log"
     return figure.update_layout(**axes)

@@ -186,7 +186,7 @@ WORDS = {
     "null": "what a random update gives that has the size and the singular values of the real one",
     "scrambled": "an update whose rows, columns and signs are shuffled: as large, with the same singular values",
     "halvings": "how often the null's rotation was halved: 0 is as much, +1 is half as much, -1 is twice as much",
-    "held": "halvings of the null's rotation, `log2((1 − overlap of the null) / (1 − overlap))`",
+    "held": "halvings of the null's rotation, log2((1 − overlap of the null) / (1 − overlap))",
     "coverage": "the share of the update's squared norm that lies in given directions",
     "core": "all coefficients between the first k left and the first k right singular directions, k × k numbers",
     "diagonal": "one coefficient for each pair of singular vectors, k numbers",

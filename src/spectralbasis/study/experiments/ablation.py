@@ -431,11 +431,15 @@ def cell_differences(scores: pd.DataFrame) -> go.Figure:
     effects = (pairs["better"] - pairs["worse"]).groupby([pairs[name] for name in PAIRED[:3]], sort=False).mean()
     means = effects.rename("effect").reset_index()
     traces = (
-        {"x": rows["effect"], "y": rows["subject"] + ", " + rows["cell"], "name": str(task), "marker": {"size": 8}}
+        {
+            "x": rows["effect"],
+            "y": rows["subject"].str.split().str[0] + ", " + rows["cell"],
+            "name": str(task),
+            "marker": {"size": 8},
+        }
         for task, rows in means.groupby("task", sort=False)
     )
-    figure = scatter_figure(traces, "score on leading minus score on random directions", "")
-    return figure.update_layout(yaxis={"automargin": True})
+    return scatter_figure(traces, "score on leading minus random directions", "")
 
 
 def sweep(scores: pd.DataFrame) -> go.Figure:
