@@ -82,6 +82,8 @@ def memory(found: dict[str, Any]) -> str:
 
 def serving(found: dict[str, Any]) -> str:
     """Rows a second behind HTTP beside the bank's own."""
+    if not {"bank", "served"} <= found.keys():
+        return ""
     settings, own = found["settings"], found["bank"]["rows_per_second"]
     heads = ["", "rows a second", "share of the bank", f"goal {SERVED}", "median time", "99 % within"]
     rows = [["the bank in a process", f"{own:.0f}", "1.00", "", "", ""]]
@@ -101,6 +103,8 @@ def serving(found: dict[str, Any]) -> str:
 
 def soak(found: dict[str, Any]) -> str:
     """What a long run with changes and a killed replica counted."""
+    if "soak" not in found:
+        return ""
     run = found["soak"]
     steady = run["memory"][len(run["memory"]) // 2 :]
     heads = ["", "counted"]

@@ -29,7 +29,8 @@ def filled(place: re.Match[str]) -> str:
     """The place with its table, or with a note where nothing was measured yet."""
     start, name, end = place.groups()
     result, make = TABLES[name]
-    found = make(read(result)) if (FOLDER / f"{result}.json").exists() else "*Not measured yet.*\n"
+    found = make(read(result)) if (FOLDER / f"{result}.json").exists() else ""
+    found = found or "*Not measured yet.*\n"
     return f"{start}\n{found}\n{end}"
 
 
@@ -165,7 +166,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "faults_memory": ("faults", fault_tables.faults("memory")),
     "faults_clock": ("faults", fault_tables.faults("clock")),
 }
-"""Name of a table → the benchmark that it shows, and what makes it."""
+"""Name of a table → the benchmark that it shows, and what makes it: an empty text where its part was not measured."""
 
 
 if __name__ == "__main__":

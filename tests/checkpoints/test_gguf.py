@@ -12,10 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, GemmaConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from spectralbasis import SpectralBasis, compare
+from spectralbasis import SpectralBasis, compare, extract
 from spectralbasis.checkpoints import logical_matrices, match_matrices, open_checkpoint
 from spectralbasis.checkpoints.gguf_names import ARCHITECTURES
 from spectralbasis.errors import InputError
@@ -123,7 +124,8 @@ def test_the_header_is_read_as_the_package_reads_it(llama, tmp_path):
     checkpoint = open_checkpoint(tmp_path / "model.gguf")
     assert checkpoint.config == {
         "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 256, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 50,
+        "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 50, "architectures": ["LlamaForCausalLM"],
+        "tie_word_embeddings": False,
     }  # fmt: skip
     assert len(reader.tensors) == len(checkpoint.names())
     for stored, name in zip(reader.tensors, checkpoint.names(), strict=True):
@@ -140,6 +142,31 @@ def test_compare_and_basis_take_a_file(llama, tmp_path):
     assert (summary["matrices"], summary["unpaired"]) == (14, [])
     basis = SpectralBasis.compute(tmp_path / "tuned.gguf", leading=4)
     assert "layers.0.self_attn.q_proj" in basis
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tied"),
+    [("llama", False), ("llama", True), ("gpt2", True), ("gpt_neox", False), ("phi3", False), ("bert", False)],
+)
+def test_an_adapter_turns_one_file_into_the_other(model_type, tied, tmp_path):
+    sizes = {"n_embd": 64, "n_inner": 64} if model_type == "gpt2" else {"hidden_size": 64, "intermediate_size": 64}
+    head = "" if model_type == "bert" else "causal"
+    model = model_of(model_type, head, tie_word_embeddings=tied, **sizes)
+    files = {kind: tmp_path / f"{kind}.gguf" for kind in ("Q8_0", "Q4_0")}
+    for kind, path in files.items():
+        write(model, path, kind)
+    result = extract(files["Q8_0"], files["Q4_0"], tmp_path / "adapter", rank=64)
+    assert (result.left_out, result.energy) == ({}, pytest.approx(1.0))
+    before, after = map(open_checkpoint, files.values())
+    missing, unexpected = model.load_state_dict({name: before.read(name) for name in before.names()}, strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"] if tied else [], [])
+    model.tie_weights()
+    model = PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload()
+    state = {name: W for name, W in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+    assert state.keys() == set(after.names())
+    assert any(not torch.equal(before.read(name), after.read(name)) for name in state)
+    for name, W in state.items():
+        torch.testing.assert_close(W, after.read(name), rtol=0, atol=1e-5 * float(W.abs().max()))
 
 
 def test_an_architecture_whose_order_is_not_known_keeps_its_names(llama, tmp_path, monkeypatch):

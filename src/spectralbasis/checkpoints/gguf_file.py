@@ -100,7 +100,7 @@ class GGUFFile(Checkpoint):
 
     def __init__(self, path: Path, source: str, header: Header) -> None:
         self.path, self.source = path, source
-        self.config: dict[str, Any] = config_of(header.facts)
+        self.config: dict[str, Any] = config_of(header.facts, header.tensors)
         places = find_places({name: one.shape for name, one in header.tensors.items()}, header.facts)
         self._tensors = {place.name: (header.tensors[name], place) for name, place in places.items()}
 

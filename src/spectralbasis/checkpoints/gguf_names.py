@@ -8,7 +8,7 @@ that they have in the file, so that two files of one architecture can still be c
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -142,16 +142,28 @@ _BLOCK = re.compile(r"blk\.(\d{1,9})\.(.+)")
 _TOKENS = "tokenizer.ggml.tokens"
 
 
-def config_of(facts: Facts) -> dict[str, Any]:
-    """What the metadata say of the model, as `config.json` has it; {} for an architecture that is not in the table."""
+def config_of(facts: Facts, tensors: Collection[str]) -> dict[str, Any]:
+    """What a file says of the model, as `config.json` has it; {} for an architecture that is not in the table.
+
+    A causal model without an output layer among its `tensors` is one whose output layer is its embedding table.
+    """
     model_type = _model_type(facts)
     if not model_type:
         return {}
     name = facts["general.architecture"]
     found = {size: facts.get(f"{name}.{key}") for key, sizes in _SIZES.items() for size in sizes}
     found["vocab_size"] = found["vocab_size"] or facts.get(_TOKENS)
-    known = {size: value for size, value in found.items() if type(value) is int and value > 0}
+    known: dict[str, Any] = {size: value for size, value in found.items() if type(value) is int and value > 0}
+    if (head := _head(model_type)) and ARCHITECTURES[name].causal:
+        known |= {"architectures": [head], "tie_word_embeddings": "output.weight" not in tensors}
     return {"model_type": model_type, **known}
+
+
+def _head(model_type: str) -> str | None:
+    """Transformers' class of an architecture that writes text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
 
 
 def _model_type(facts: Facts) -> str:
@@ -232,9 +244,7 @@ class _Names:
 
 def _model(model_type: str, blocks: int, causal: bool) -> nn.Module | None:
     """Transformers' model of an architecture, with one expert at most, for its names alone."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    head = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) if causal else None
+    head = _head(model_type) if causal else None
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     config = {"model_type": model_type, "num_hidden_layers": blocks, "num_experts": 1, "num_local_experts": 1, **tokens}
     return model_of({**config, "architectures": [head]} if head else config)

@@ -47,6 +47,9 @@ Include = Annotated[
     list[str] | None,
     typer.Option(help="Glob of matrix names to take; repeatable. Default: all but embeddings and heads."),
 ]
+IncludeAll = Annotated[
+    list[str] | None, typer.Option("--include", help="Glob of names to take; repeatable. Default: everything.")
+]
 Exclude = Annotated[
     list[str] | None, typer.Option(help="Glob of matrix names to leave out; repeatable. Default: none.")
 ]

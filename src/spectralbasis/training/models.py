@@ -67,7 +67,8 @@ class LoadedModel:
 
     def save(self, folder: Path) -> None:
         """Write the model, and its tokenizer or image settings, as a folder that `load_model` opens."""
-        self.model.save_pretrained(folder, safe_serialization=True)
+        with quiet_transformers():
+            self.model.save_pretrained(folder, safe_serialization=True)
         self.collator.save(folder)
 
 
@@ -272,7 +273,7 @@ def try_out(model: nn.Module, task: Task, collator: Collator, place: str | Path)
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' notes and bars while a model loads: which weights are new is known and handled here."""
+    """Silence transformers' notes and bars while a model loads or is saved: which weights are new is handled here."""
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -13,6 +13,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import spectralbasis as sb
 from spectralbasis.report import write_report
 from spectralbasis.training import tune, write_tuning_table
+from spectralbasis.training.models import quiet_transformers
 
 TASKS = ("digits-parity", "digits-larger-than-four", "digits-rotated")
 
@@ -72,5 +73,6 @@ def save_untrained(folder: Path) -> Path:
         image_size=8, patch_size=2, num_channels=1, hidden_size=64, intermediate_size=128,
         num_hidden_layers=4, num_attention_heads=4,
     )  # fmt: skip
-    ViTForImageClassification(config).save_pretrained(folder)
+    with quiet_transformers():
+        ViTForImageClassification(config).save_pretrained(folder)
     return folder
