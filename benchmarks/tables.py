@@ -90,6 +90,29 @@ def quantization(found: dict[str, Any]) -> str:
     return f"{table(heads, rows)}\n\n{note}\n"
 
 
+def instructions(found: dict[str, Any]) -> str:
+    """A row for the untrained model, and one for each method."""
+    settings = found["settings"]
+    rows = [
+        [
+            row["method"],
+            f"{row['parameters']:,}",
+            f"{row['exact']:.0%}",
+            f"{-row['log_likelihood']:.4f}",
+            f"`{row['answers'][0][2]}`",
+        ]
+        for row in found["rows"]
+    ]
+    asked, wanted, _ = found["rows"][0]["answers"][0]
+    note = (
+        f"stories260K (260,032 parameters); {settings['train']} questions, {settings['steps']} steps, "
+        f'{settings["test"]} questions about sentences that were not trained on. The first is "{asked}" ({wanted}). '
+        f"{versions(found, 'transformers', 'peft')}"
+    )
+    heads = ["method", "trained numbers", "exact answers", "loss of a token", "first answer"]
+    return f"{table(heads, rows)}\n\n{note}\n"
+
+
 def closed_forms(found: dict[str, Any]) -> str:
     """The null in closed form beside draws, a row for each step of the random bases and of a model's matrices."""
     rows = []
@@ -126,6 +149,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "calibration": ("calibration", calibration),
     "quantization": ("quantization", quantization),
     "closed_forms": ("closed_forms", closed_forms),
+    "instructions": ("instructions", instructions),
     "solvers_steep": ("leading_triplets", performance.solver_times("steep")),
     "solvers_flat": ("leading_triplets", performance.solver_times("flat")),
     "solver_goals": ("leading_triplets", performance.solver_goals),

@@ -25,7 +25,7 @@ from spectralbasis.errors import InputError
 from spectralbasis.training import fitting
 from spectralbasis.training.collators import IGNORED, CausalCollator
 from tests.models import tiny
-from tests.training.examples import WORDS, save_image_model, save_text_model
+from tests.training.examples import save_image_model, save_text_model
 
 SHORT: dict[str, Any] = {"steps": 3, "batch_size": 8, "max_length": 16, "progress": False, "leading": 4}
 FILMS = [("the film is very good", "liked"), ("a bad film", "hated"), ("a plane takes off", "none")]
@@ -175,27 +175,6 @@ def test_pictures_in_folders(tmp_path):
     assert all(row["prediction"] == row["label"] == row["file"].split("/")[0] for row in rows)
     loose = tmp_path / "pictures" / "dark"
     assert {row["prediction"] for row in sb.predict(tmp_path / "out", None, loose)} == {"dark"}
-
-
-@pytest.fixture
-def writer(tmp_path):
-    """A Llama of two layers with a tokenizer of a few words, which ends texts with </s>."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    words = ["<unk>", "<s>", "</s>", "<pad>", "ask", "answer", "yes", "no", "maybe", *WORDS]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
-    torch.manual_seed(0)
-    folder = tmp_path / "llama"
-    tiny("llama", "causal", max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=3).save_pretrained(
-        folder
-    )
-    fast.save_pretrained(folder)
-    return folder
 
 
 TEMPLATE = (

@@ -241,8 +241,9 @@ def fit(
             callbacks=[*callbacks, _Ticks(bar), *([_Keeps()] if kept is not None else [])],
             score=score or dict,
         )
-        if settings.gradient_accumulation > 1 and not isinstance(collator, CausalCollator):
-            # Classifiers take the mean over a part, whatever they are told of the whole batch: the Trainer must divide.
+        if parts > 1 and not isinstance(collator, CausalCollator):
+            # Classifiers take the mean over a part, whatever they are told of the whole batch: the Trainer must divide,
+            # and must not multiply by the number of processes.
             trainer.model_accepts_loss_kwargs = False
         trainer.remove_callback(PrinterCallback)
         start = last_complete(kept) if kept is not None else None

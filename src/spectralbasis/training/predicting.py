@@ -119,7 +119,8 @@ class Predictor:
     @torch.inference_mode()
     def predictions(self, rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
         """The values of `columns` for each of some rows."""
-        self.model.eval()
+        if self.model.training:
+            self.model.eval()
         device = next(self.model.parameters()).device
         if isinstance(self.loaded.collator, CausalCollator):
             return [[text] for text in self._written(rows, self.loaded.collator, device)]

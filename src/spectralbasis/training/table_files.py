@@ -39,6 +39,7 @@ LONGEST_FIELD = 1 << 24
 """Characters of one field: a longer one comes of a quotation mark that is not closed."""
 ROWS = 1024
 """Rows that are read from Parquet files and data sets at once."""
+_CONFIG = re.compile(r"\w[\w.-]*")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 Rows = Iterator[tuple[int, list[Any]]]
 
@@ -99,7 +100,8 @@ def open_tables(source: str | Path) -> dict[str, Table]:
     Args:
         source: a CSV, TSV, JSON lines, Parquet or text file; a folder with files such as train.csv and test.csv; a
             data set that `save_to_disk` wrote or that lies as the hub has it; a folder of pictures, one folder for each
-            class; or the hub id of a data set, which is downloaded.
+            class; or the hub id of a data set, which is downloaded. Where a folder or id holds several data sets, the
+            name of one follows after a colon.
 
     Raises:
         InputError: there is nothing of this kind, or it cannot be read.
@@ -112,6 +114,9 @@ def open_tables(source: str | Path) -> dict[str, Table]:
         return _open_folder(path)
     if path.exists():
         raise InputError(f"{source} is neither a file nor a folder; give a table, such as train.csv")
+    place, _, config = str(source).rpartition(":")  # `place` is empty where there is no colon
+    if place and _CONFIG.fullmatch(config) and (Path(place).is_dir() or is_hub_id(place)):
+        return _load_dataset(place, config)
     if not is_hub_id(str(source)) or str(source).lower().endswith(KNOWN):
         raise InputError(f"the data {source} do not exist; give a file, a folder or the hub id of a data set")
     return _load_dataset(str(source))
@@ -414,17 +419,33 @@ def _saved_dataset(folder: Path) -> dict[str, Table]:
     return _tables_of(str(folder), found)
 
 
-def _load_dataset(place: str) -> dict[str, Table]:
+def _load_dataset(place: str, config: str | None = None) -> dict[str, Table]:
     import datasets
 
     try:
-        found = datasets.load_dataset(place)
+        found = datasets.load_dataset(place, config)
     except Exception as error:  # of all kinds
+        names = _configs(place)
+        if len(names) > 1 and config not in names:
+            shown = shortened(", ".join(names))
+            raise InputError(
+                f"{place} holds {len(names)} data sets ({shown}); name one after a colon: {place}:{names[0]}"
+            ) from error
         raise InputError(
             f"{place} cannot be read as a data set ({first_line(error)}); give a folder with train.csv, pictures in "
             "one folder for each class, a saved data set, or a hub id while online"
         ) from error
-    return _tables_of(place, found)
+    return _tables_of(place if config is None else f"{place}:{config}", found)
+
+
+def _configs(place: str) -> list[str]:
+    """The names of the data sets that a folder or a hub id holds; none where that cannot be found out."""
+    import datasets
+
+    try:
+        return list(datasets.get_dataset_config_names(place))
+    except Exception:  # of all kinds: the reason is said where the data set is loaded
+        return []
 
 
 def _tables_of(place: str, found: Any) -> dict[str, Table]:

@@ -317,3 +317,23 @@ def test_what_writes_a_number(value, expected):
 def test_rows_are_read_one_after_another(tmp_path):
     rows = open_tables(write(tmp_path / "t.csv", csv_text([*FILMS, ("a", "b", "c")])))[""].read()
     assert next(rows) == (2, ["good film", "yes"])
+
+
+def test_one_of_several_data_sets_in_a_folder_is_named_after_a_colon(tmp_path):
+    for name in ("films", "books"):
+        (tmp_path / name).mkdir()
+        for split, rows in (("train", 20), ("test", 4)):
+            lines = "".join(f"{name} {number},{('bad', 'good')[number % 2]}\n" for number in range(rows))
+            (tmp_path / name / f"{split}.csv").write_text("text,label\n" + lines)
+    files = "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train.csv\n"
+        f"  - split: test\n    path: {name}/test.csv\n"
+        for name in ("films", "books")
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
+    tables = open_tables(f"{tmp_path}:books")
+    assert {split: len(list(table.read())) for split, table in tables.items()} == {"train": 20, "test": 4}
+    assert next(tables["test"].read())[1] == ["books 0", "bad"]
+    for place in (tmp_path, f"{tmp_path}:film"):
+        with pytest.raises(InputError, match=r"holds 2 data sets \(films, books\); name one after a colon: .*:films"):
+            open_tables(place)
