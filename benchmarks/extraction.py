@@ -4,7 +4,8 @@ Run with `python -m benchmarks.extraction`: writes a base and a finetuned matrix
 extracts a LoRA of each rank, each in a process of its own: `extract`, a script of `torch.linalg.svd`, and the
 decomposition of `mergekit-extract-lora`, for which mergekit must be installed (`--mergekit no` leaves it out). What the
 extraction of a small matrix takes is the floor of memory. The updates are *finetuned* (256 directions that fall as
-i^-0.7, and noise) and *noise* (no direction stands out). A part (`--updates noise --ranks 64`) replaces its own.
+i^-0.7, and noise), *small* (the same, a fifth as large) and *noise* (no direction stands
+out). A part (`--updates noise --ranks 64`) replaces its own.
 """
 
 import os
@@ -27,7 +28,7 @@ Work = Callable[[], dict[str, float]]
 
 
 def main() -> None:
-    arguments = parse_arguments(__doc__, side=4096, updates="finetuned,noise", ranks="16,64", mergekit="yes")
+    arguments = parse_arguments(__doc__, side=4096, updates="finetuned,small,noise", ranks="16,64", mergekit="yes")
     found = earlier(NAME) or {"rows": [], **environment()}
     found["side"] = arguments.side
     with tempfile.TemporaryDirectory() as folder:
@@ -61,15 +62,15 @@ def run(tool: str, folder: Path, update: str, side: int, rank: int) -> dict[str,
 
 
 def write_pair(files: list[Path], update: str, side: int) -> None:
-    """A base of normal numbers, and the sum of it and an update of 5 % of its norm, in bfloat16."""
+    """A base of normal numbers, and the sum of it and an update of 5 % of its norm, or 1 %, in bfloat16."""
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(side, side, generator=generator) / side**0.5
     delta = torch.randn(side, side, generator=generator) / side**0.5
-    if update == "finetuned":
+    if update in ("finetuned", "small"):
         count = min(256, side // 2)
         U, V = (torch.linalg.qr(torch.randn(side, count, generator=generator))[0] for _ in range(2))
         delta = 0.1 * delta + 4 * (U * torch.arange(1, count + 1).float().pow(-0.7)) @ V.T
-    delta *= 0.05 * W.norm() / delta.norm()
+    delta *= (0.01 if update == "small" else 0.05) * W.norm() / delta.norm()
     for file, one in zip(files, (W, W + delta), strict=True):
         save_file({TENSOR: one.bfloat16()}, file)
 
