@@ -3,6 +3,7 @@
 What is wrong with a row is said with its file, line and column, before anything is trained.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -138,6 +139,7 @@ def own_task(
     notes.append(_said(table, layout, causal))
     notes.extend(parts.notes)
     notes.append(_said_of_split(table, table_of_validation, layout, len(rows), len(held_out)))
+    notes += _said_of_classes(layout, held_out)
     identity = table.identity and f"{table.identity} {table_of_validation.identity if table_of_validation else ''}"
     return _task(name, layout, rows, held_out, split, causal, identity, tuple(notes))
 
@@ -211,7 +213,8 @@ def scored_task(test: str | Path, layout: Layout, *, causal: bool = False, cut: 
             )
         _, chosen = _split(rows, layout.kind, drawn["seed"])
         rows, split = rows.select(chosen), f"rows held out of {Path(table.place).name}"
-    return _task(own_name(test), layout, rows, rows, split, causal, table.identity, (*table.notes, *notes))
+    notes = [*table.notes, *notes, *_said_of_classes(layout, rows)]
+    return _task(own_name(test), layout, rows, rows, split, causal, table.identity, tuple(notes))
 
 
 def own_name(source: str | Path) -> str:
@@ -576,6 +579,15 @@ def _said_of_split(table: Table, validation: Table | None, layout: Layout, train
         f"{held_out:,} of {train + held_out:,} examples are held out at random (seed {layout.held_out['seed']})"
         f"{shares} and scored; give --validation to choose them."
     )
+
+
+def _said_of_classes(layout: Layout, scored: "Dataset") -> list[str]:
+    """How many of the scored rows have the commonest label, beside which an accuracy is to be read."""
+    if layout.kind not in ("classification", "images"):
+        return []
+    ((label, count),) = Counter(scored[LABEL]).most_common(1)
+    name = shortened(repr(layout.label_names[label]), 60)
+    return [f"The commonest label, {name}, is that of {count / len(scored):.0%} of the scored rows."]
 
 
 def token_cutter(tokenizer: "PreTrainedTokenizerBase", length: int) -> Callable[[str], list[str]]:

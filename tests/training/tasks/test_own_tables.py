@@ -113,7 +113,7 @@ def test_the_split_is_seeded_and_stated_and_can_be_scored_again(tmp_path):
     assert (
         sorted(first.evaluation["label"]) == sorted(other.evaluation["label"]) == [n for n in range(4) for _ in "12345"]
     )
-    assert "20 of 200 examples are held out at random (seed 3), with each class in both parts," in first.notes[-1]
+    assert "20 of 200 examples are held out at random (seed 3), with each class in both parts," in first.notes[-2]
     scored = scored_task(file, first.layout, held_out=True)
     assert scored.evaluation["text"][:] == first.evaluation["text"][:]
     write(file, csv_text(FILMS * 11))
@@ -337,3 +337,11 @@ def test_one_of_several_data_sets_in_a_folder_is_named_after_a_colon(tmp_path):
     for place in (tmp_path, f"{tmp_path}:film"):
         with pytest.raises(InputError, match=r"holds 2 data sets \(films, books\); name one after a colon: .*:films"):
             open_tables(place)
+
+
+def test_the_share_of_the_commonest_label_is_said(tmp_path):
+    rows = [(f"film {number}", "no" if number % 4 else "yes") for number in range(8)]
+    file = write(tmp_path / "t.csv", csv_text(rows))
+    task = task_from_table(file, file)
+    said = "The commonest label, 'no', is that of 75% of the scored rows."
+    assert (task.notes[-1], scored_task(file, task.layout).notes[-1]) == (said, said)
