@@ -93,6 +93,7 @@ def test_a_task_that_can_be_learned_is_learned_from_its_table(tmp_path, model, f
     )  # fmt: skip
     assert tuned.score == 1
     assert tuned.steps < 140  # of seven steps in each of twenty epochs
+    assert f"Training stopped after step {tuned.steps} of 140, since accuracy was not better in 4" in tuned.notes[-1]
     found = list(sb.predict(tmp_path / "out", None, ["a bad film", "the film is very good"]))
     assert [row["prediction"] for row in found] == ["hated", "liked"]
     assert found[0]["text"] == "a bad film"

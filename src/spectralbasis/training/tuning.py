@@ -223,6 +223,12 @@ def tune(
             if own_callbacks or callbacks
             else kept_training(model, known, output, asdict(settings), asdict(options), method, start),
         )
+        if patience is not None and fitted.steps < (planned := settings.total_steps(len(known.train))):
+            notes.append(
+                f"Training stopped after step {fitted.steps} of {planned}, since {known.headline} was not better in "
+                f"{patience} validations in a row; the best numbers are kept."
+            )
+            LOGGER.info(notes[-1])
         metrics = score_task(prepared, known, loaded.collator, progress=progress)
         selection = None
         if known.selection is not None:
