@@ -9,7 +9,7 @@ import spectralbasis
 ROOT = Path(spectralbasis.__file__).parent
 FLOORS = (
     {"version", "errors", "printable", "sizes", "records", "files", "databases", "execution", "working_folder",
-     "peft_import", "doctor", "extras", "locations"},
+     "peft_import", "doctor", "extras", "locations", "kinds"},
     {"linalg"}, {"checkpoints"}, {"triplets", "basis"}, {"comparison", "tuner"}, {"coefficients"}, {"report"},
     {"training"}, {"study"}, {"commands"}, {"cli"},
 )  # fmt: skip

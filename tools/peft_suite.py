@@ -32,7 +32,7 @@ from peft import PeftConfig
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from spectralbasis import SpectralConfig
-from spectralbasis.tuner.factors import FORMS
+from spectralbasis.kinds import KINDS
 
 ROOT = Path(__file__).parents[1]
 FILES = ("test_custom_models.py", "test_decoder_models.py", "test_target_parameters.py")
@@ -194,7 +194,7 @@ _run = _Run()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--coefficients`: the kind that every adapter has; the default is that of SpectralConfig."""
-    parser.addoption("--coefficients", default=_run.coefficients, choices=[*FORMS, "band"])
+    parser.addoption("--coefficients", default=_run.coefficients, choices=[name for name in KINDS if name != "sparse"])
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -210,7 +210,7 @@ def test_an_adapter_is_read_over_a_folder_whose_names_are_not_those_of_modules(a
 
 @pytest.mark.skipif(not FIVE, reason="transformers 4 keeps experts as layers of their own, or adapts no stacks")
 @pytest.mark.parametrize(
-    "coefficients", ["core", *(pytest.param(one, marks=pytest.mark.slow) for one in ("diagonal", "band"))]
+    "coefficients", ["core", *(pytest.param(one, marks=pytest.mark.slow) for one in ("diagonal", "band", "rotation"))]
 )
 @pytest.mark.parametrize(
     "architecture", ["MixtralForCausalLM", "Qwen3MoeForCausalLM", "GptOssForCausalLM", "GraniteMoeForCausalLM"]

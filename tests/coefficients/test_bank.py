@@ -15,6 +15,8 @@ KINDS = {
     "diagonal": ("bert", "classifier", {}),
     "core": ("bert", "classifier", {"coefficients": "core"}),
     "band": ("bert", "classifier", {"coefficients": "band", "bandwidth": 2}),
+    "block": ("bert", "classifier", {"coefficients": "block", "block_size": 3}),
+    "rotation": ("bert", "classifier", {"coefficients": "rotation", "block_size": 3}),
     "relative": ("bert", "classifier", {"scaling": "relative"}),
     "several ranks": ("bert", "classifier", {"rank_pattern": {"query": 3, "output.dense": 9}}),
     "random": ("bert", "classifier", {"basis": "random"}),

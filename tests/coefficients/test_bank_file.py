@@ -63,7 +63,9 @@ def test_an_opened_bank_is_the_one_that_was_saved(base, adapters, tmp_path, dtyp
     assert torch.equal(logits(opened, ["b", "a"]), logits(kept, ["b", "a"]))
 
 
-@pytest.mark.parametrize("config", [{"coefficients": "band"}, {"coefficients": "core", "scaling": "relative"}])
+@pytest.mark.parametrize(
+    "config", [{"coefficients": "band"}, {"coefficients": "rotation"}, {"coefficients": "core", "scaling": "relative"}]
+)
 def test_the_record_of_every_kind_is_in_the_file(base, tmp_path, config):
     save_adapter(tmp_path / "one", base, **config)
     kept = sb.CoefficientBank.from_adapters(load_base(base), {"one": tmp_path / "one"})
@@ -185,7 +187,7 @@ def test_a_file_with_a_turned_bit_is_a_sentence(file):
 
 def test_a_file_of_another_version_or_without_a_checksum_is_refused(file, base):
     content = file.read_bytes()
-    for changes, said in (({"bank": "1"}, "not a bank of version 3"), ({"checksum": None}, "lacks its checksum")):
+    for changes, said in (({"bank": "1"}, "not a bank of version 4"), ({"checksum": None}, "lacks its checksum")):
         file.write_bytes(_rewritten(content, **changes))
         with pytest.raises(sb.InputError, match=said):
             sb.CoefficientBank.open(file, load_base(base))

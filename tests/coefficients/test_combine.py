@@ -18,6 +18,8 @@ CASES = [
     ({}, "sum", None, (1, 1)),
     (CORE, "sum", (2, -0.5), (2, -0.5)),
     ({"coefficients": "band"}, "mean", None, (0.5, 0.5)),
+    ({"coefficients": "block", "block_size": 3}, "mean", None, (0.5, 0.5)),
+    ({"coefficients": "rotation", "block_size": 3}, "sum", (0.5, -2), (0.5, -2)),
     ({"scaling": "relative"}, "mean", (3, 1), (0.75, 0.25)),
     ({**CORE, "scaling": "relative"}, "difference", None, (1, -1)),
 ]
@@ -51,7 +53,8 @@ def test_updates_are_combined_exactly(adapter, base, tmp_path, config, method, w
     found = sb.combine(folders, weights, output=tmp_path / "out", method=method)
     one, two, combined = (updates(folder, base) for folder in (*folders, tmp_path / "out"))
     assert found.matrices == len(combined) == len(one)
-    assert found.coefficients == config.get("coefficients", "diagonal")
+    kind = config.get("coefficients", "diagonal")
+    assert found.coefficients == ("core" if kind == "rotation" else kind)
     for name, update in combined.items():
         assert float(update.norm()) > 0
         torch.testing.assert_close(update, factors[0] * one[name] + factors[1] * two[name], rtol=0, atol=1e-5)
@@ -62,6 +65,8 @@ def test_adapters_that_store_their_coefficients_differently_give_a_full_core(ada
         adapter("a", 1, coefficients="band"),
         adapter("b", 2, coefficients="core", scaling="normalized"),
         adapter("c", 3, coefficients="band", bandwidth=3),
+        adapter("d", 4, coefficients="block"),
+        adapter("e", 5, coefficients="rotation", scaling="relative"),
     ]
     assert sb.combine(folders, output=tmp_path / "out").coefficients == "core"
     found = [updates(folder, base) for folder in (*folders, tmp_path / "out")]

@@ -121,7 +121,18 @@ def test_truncation_says_how_much_is_lost(tmp_path, coefficients):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["embedding, core", "convolutions, core", "conv1d, band", "mlp, pattern"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "embedding, core",
+        "convolutions, core",
+        "conv1d, band",
+        "mlp, pattern",
+        "mlp, block",
+        "mlp, rotation",
+        "conv1d, rotation",
+    ],
+)
 @pytest.mark.parametrize("rank", [None, 1])
 def test_every_kind_of_layer(tmp_path, name, rank):
     case = TUNER_CASES[name]

@@ -40,7 +40,7 @@ def adapter(base, tmp_path):
     return save
 
 
-@pytest.mark.parametrize("coefficients", ["diagonal", "core", "band"])
+@pytest.mark.parametrize("coefficients", ["diagonal", "core", "band", "block", "rotation"])
 def test_coefficients_and_updates_have_the_same_cosines(adapter, coefficients):
     folders = [adapter(f"a{seed}", seed, coefficients=coefficients) for seed in range(3)]
     found = sb.similarity(folders)

@@ -133,6 +133,10 @@ CASES = {
     "mlp, band": Case(
         MLP, _X, {"target_modules": ["lin0", "lin1"], "coefficients": "band", "bandwidth": 2, "scaling": "normalized"}
     ),
+    "mlp, block": Case(MLP, _X, {"target_modules": ["lin0", "lin1"], "coefficients": "block", "block_size": 4}),
+    "mlp, rotation": Case(
+        MLP, _X, {"target_modules": ["lin0", "lin1"], "coefficients": "rotation", "block_size": 3, "leading": 5}
+    ),
     "deep mlp": Case(DeepMLP, _X, {"target_modules": ["lin0", "lin1"], "leading": "mp"}),
     "conv1d": Case(EmbeddingConv1D, _IDS, {"target_modules": ["conv1d"]}),
     "conv1d, band": Case(
@@ -141,6 +145,17 @@ CASES = {
     "conv1d, core": Case(EmbeddingConv1D, _IDS, {"target_modules": ["conv1d", "lin0"], "coefficients": "core"}),
     "embedding": Case(EmbeddingConv1D, _IDS, {"target_modules": ["emb"]}),
     "embedding, core": Case(EmbeddingConv1D, _IDS, {"target_modules": ["emb", "lin0"], "coefficients": "core"}),
+    "conv1d, rotation": Case(
+        EmbeddingConv1D, _IDS, {"target_modules": ["conv1d", "emb"], "coefficients": "rotation", "scaling": "relative"}
+    ),
+    "convolutions, block": Case(
+        Convolutions, _X, {"target_modules": ["conv1d", "conv2d", "conv3d"], "coefficients": "block", "block_size": 2}
+    ),
+    "convolutions, rotation": Case(
+        Convolutions,
+        _X,
+        {"target_modules": ["conv1d", "conv2d"], "coefficients": "rotation", "basis": "minor", "scaling": "absolute"},
+    ),
     "convolutions": Case(Convolutions, _X, {"target_modules": ["conv1d", "conv2d", "conv3d"], "leading": 4}),
     "convolutions, core": Case(Convolutions, _X, {"target_modules": ".*conv2d|lin0", "coefficients": "core"}),
     "bert": Case(

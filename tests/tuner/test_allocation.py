@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 
 from spectralbasis.errors import InputError
-from spectralbasis.tuner.factors import numbers
+from spectralbasis.kinds import KINDS
 from spectralbasis.tuner.preparation import allocate_budget, allocate_leading
 from tests.tuner.cases import CASES
 
@@ -20,17 +20,17 @@ def weights(shapes):
     return {f"layer.{i}": torch.empty(shape) for i, shape in enumerate(shapes)}
 
 
-@given(SHAPES, st.sampled_from(["diagonal", "core", "band"]), st.floats(0.001, 1))
-def test_a_budget_is_kept_and_one_direction_more_would_break_it(shapes, form, budget):
+@given(SHAPES, st.sampled_from(sorted(KINDS)), st.integers(1, 9), st.floats(0.001, 1))
+def test_a_budget_is_kept_and_one_direction_more_would_break_it(shapes, form, size, budget):
     total, W = 4000, weights(shapes)
-    spend = {k: sum(numbers(form, min(k, *shape)) for shape in shapes) for k in range(1, 42)}
+    spend = {k: sum(KINDS[form].numbers(min(k, *shape), size) for shape in shapes) for k in range(1, 42)}
     allowed = int(budget * total)
     if spend[1] > allowed:
         with pytest.raises(InputError, match="pass budget>="):
-            allocate_budget(budget, total, W, {}, form)
+            allocate_budget(budget, total, W, {}, form, size)
         return
     best = max(k for k, price in spend.items() if price <= allowed)
-    assert allocate_budget(budget, total, W, {}, form) == {n: min(best, *w.shape) for n, w in W.items()}
+    assert allocate_budget(budget, total, W, {}, form, size) == {n: min(best, *w.shape) for n, w in W.items()}
 
 
 def test_the_budget_that_the_error_names_is_enough():
@@ -82,7 +82,16 @@ def test_an_adapter_with_a_lowered_k_is_saved_and_loaded(tmp_path):
     assert torch.equal(case.output(loaded), case.output(model))
 
 
-@pytest.mark.parametrize(("coefficients", "trained"), [("diagonal", 10 + 6), ("core", 10**2 + 6**2), ("band", 28 + 16)])
+@pytest.mark.parametrize(
+    ("coefficients", "trained"),
+    [
+        ("diagonal", 10 + 6),
+        ("core", 10**2 + 6**2),
+        ("band", 28 + 16),
+        ("block", 8**2 + 2**2 + 6**2),
+        ("rotation", 10 + 28 + 1 + 6 + 15),
+    ],
+)
 def test_a_model_reports_what_it_trains(coefficients, trained):
     model = CASES["mlp, both layers"].adapted(coefficients=coefficients)
     model.add_adapter("other", CASES["mlp"].settings(leading=2))

@@ -18,6 +18,8 @@ from spectralbasis.tuner import SpectralConfig
         ({"bias": "lora_only"}, "bias='lora_only' is unknown; choose from 'none', 'all', 'spectral_only'"),
         ({"leading": 4, "budget": 0.1}, "leading=4 and budget=0.1 both set k; pass one of them"),
         ({"coefficients": "band", "bandwidth": -1}, "bandwidth must be a whole number of at least 0, got -1"),
+        ({"coefficients": "block", "block_size": 0}, "block_size must be a whole number of at least 1, got 0"),
+        ({"coefficients": "rotation", "basis": "random"}, "turn singular vectors, which basis='random' has none of"),
         ({"coefficients": "band", "bandwidth": 1.5}, "bandwidth must be a whole number of at least 0, got 1.5"),
         ({"leading": 0}, "leading=0"),
         ({"leading": 1.5}, "leading=1.5"),

@@ -7,7 +7,7 @@ from torch.nn.functional import linear
 
 from spectralbasis.tuner import autograd
 from spectralbasis.tuner.autograd import FactoredUpdate, LinearUpdate, cheapest
-from spectralbasis.tuner.factors import FORMS
+from spectralbasis.tuner.forms import FORMS
 
 M, N, K = 5, 7, 3
 

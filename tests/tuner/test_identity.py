@@ -31,7 +31,20 @@ def test_the_start_is_exact_in_inference_beside_a_base_that_is_not_frozen(case, 
         assert torch.equal(case.output(model), case.output(base))
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp, both layers", "mlp, band", "conv1d, band", "embedding", "convolutions"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp",
+        "mlp, both layers",
+        "mlp, band",
+        "conv1d, band",
+        "mlp, block",
+        "mlp, rotation",
+        "conv1d, rotation",
+        "embedding",
+        "convolutions",
+    ],
+)
 @pytest.mark.parametrize("dtypes", [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)])
 def test_a_model_in_one_half_precision_runs_under_autocast_to_the_other(name, dtypes):
     """Coefficients and all; torch's own layer norms would not."""

@@ -67,7 +67,7 @@ def test_a_changed_weight_has_other_singular_vectors(shape, autocast, through_da
 
 
 @pytest.mark.parametrize("shape", [(12, 12), (12, 30), (30, 12)])
-@pytest.mark.parametrize("coefficients", ["diagonal", "core"])
+@pytest.mark.parametrize("coefficients", ["diagonal", "core", "block", "rotation"])
 def test_second_derivatives_and_trained_biases_are_those_of_the_dense_weight(coefficients, shape):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(*shape))
@@ -91,7 +91,7 @@ def test_second_derivatives_and_trained_biases_are_those_of_the_dense_weight(coe
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("coefficients", ["diagonal", "core"])
+@pytest.mark.parametrize("coefficients", ["diagonal", "core", "block", "rotation"])
 @pytest.mark.parametrize("tokens", [2, 12, 15, 40])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_all_ways_agree(coefficients, tokens, autocast, monkeypatch):

@@ -66,7 +66,7 @@ def test_the_start_is_the_base(kind):
     assert torch.equal(adapted(kind, init_weights=True)(IDS).logits, base(kind)(IDS).logits)
 
 
-@pytest.mark.parametrize("coefficients", ["diagonal", "core"])
+@pytest.mark.parametrize("coefficients", ["diagonal", "core", "rotation"])
 def test_output_and_gradients_are_those_of_the_changed_parameters(kind, coefficients):
     model = adapted(kind, coefficients=coefficients)
     plain, changed, leaves = base(kind), {}, []

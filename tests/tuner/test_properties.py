@@ -16,18 +16,24 @@ from spectralbasis.tuner import SpectralConfig
 QUICK = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
+KINDS = ("diagonal", "core", "band", "block", "rotation")
+
+
 @st.composite
-def problems(draw, coefficients=("diagonal", "core", "band"), dtypes=(torch.float32, torch.bfloat16, torch.float16)):
+def problems(draw, coefficients=KINDS, dtypes=(torch.float32, torch.bfloat16, torch.float16)):
     """A linear layer, a config for it, and an input."""
     n, m = draw(st.integers(1, 24)), draw(st.integers(1, 24))
     torch.manual_seed(draw(st.integers(0, 2**31)))
     layer = nn.Linear(n, m, bias=draw(st.booleans()))
     layer.weight.data *= draw(st.sampled_from([1e-3, 1.0, 100.0]))
+    kind = draw(st.sampled_from(coefficients))
+    bases = ["pretrained", "minor"] if kind == "rotation" else ["pretrained", "random", "minor"]
     config = SpectralConfig(
         target_modules=["0"],
-        coefficients=draw(st.sampled_from(coefficients)),
+        coefficients=kind,
+        block_size=draw(st.integers(1, 9)),
         scaling=draw(st.sampled_from(["absolute", "relative", "normalized"])),
-        basis=draw(st.sampled_from(["pretrained", "random", "minor"])),
+        basis=draw(st.sampled_from(bases)),
         leading=draw(st.integers(1, min(m, n))),
         init_weights=draw(st.booleans()),
     )

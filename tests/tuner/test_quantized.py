@@ -146,8 +146,9 @@ def test_the_start_is_the_quantized_base(quantize):
     assert torch.equal(adapted(quantize(), init_weights=True)(X), quantize()(X))
 
 
-def test_gradients_reach_the_coefficients_and_the_input(quantize):
-    model = adapted(quantize())
+@pytest.mark.parametrize("coefficients", ["core", "rotation"])
+def test_gradients_reach_the_coefficients_and_the_input(quantize, coefficients):
+    model = adapted(quantize(), coefficients=coefficients)
     x = X.clone().requires_grad_()
     model(x).square().sum().backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -171,9 +172,10 @@ def test_a_merged_weight_is_quantized_again_and_comes_back_bit_by_bit(quantize):
     assert torch.equal(model(X), before)
 
 
+@pytest.mark.parametrize("coefficients", ["core", "rotation"])
 @torch.no_grad()
-def test_merged_and_unloaded(quantize):
-    model = adapted(quantize())
+def test_merged_and_unloaded(quantize, coefficients):
+    model = adapted(quantize(), coefficients=coefficients)
     kind = type(model.base_model.model.lin0.base_layer)
     before = model(X)
     unloaded = model.merge_and_unload()
@@ -210,9 +212,12 @@ def test_inference_before_loading_leads_to_no_other_basis(quantize, tmp_path):
 
 
 @pytest.mark.parametrize("make", [*QUANTIZED.values(), lambda: replaced(SealedBits)], ids=[*QUANTIZED, "sealed"])
+@pytest.mark.parametrize("coefficients", ["core", "rotation"])
 @torch.no_grad()
-def test_with_the_original_s_basis_file_an_adapter_moves_between_quantized_and_dense(make, basis_file, tmp_path):
-    model = adapted(make(), basis=basis_file)
+def test_with_the_original_s_basis_file_an_adapter_moves_between_quantized_and_dense(
+    make, coefficients, basis_file, tmp_path
+):
+    model = adapted(make(), basis=basis_file, coefficients=coefficients)
     config = model.peft_config["default"]
     assert config.base_hashes == {name: matrix_hash(getattr(dense(), name).weight) for name in ("lin0", "lin1")}
     update = model.base_model.model.lin0.get_delta_weight("default")

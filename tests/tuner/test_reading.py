@@ -159,7 +159,7 @@ def test_more_directions_than_the_base_has(tmp_path):
 FIELDS = ("basis", "basis_seed", "tolerance", "coefficients", "leading", "budget", "rank_pattern", "base_hashes",
           "ranks", "probes", "bandwidth", "scaling", "scales", "entries",
           "target_modules", "bias", "peft_version", "revision", "unknown")  # fmt: skip
-WORDS = ["lin0", "minor", "core", "band", "sparse", "relative"]
+WORDS = ["lin0", "minor", "core", "band", "sparse", "block", "rotation", "relative"]
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.sampled_from(WORDS),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["lin0", ""]), inner, max_size=2),

@@ -18,21 +18,24 @@ def layer(model):
     return model.base_model.model.lin0
 
 
-@pytest.mark.parametrize("coefficients", ["diagonal", "core", "band"])
+@pytest.mark.parametrize("coefficients", ["diagonal", "core", "band", "block"])
 def test_relative_coefficients_count_in_singular_values(coefficients):
-    model = CASE.adapted(coefficients=coefficients, scaling="relative", leading=4, init_weights=True)
+    model = CASE.adapted(coefficients=coefficients, scaling="relative", leading=4, block_size=3, init_weights=True)
     layer(model).stored("default").data.fill_(0.5)
     U, S, Vh = torch.linalg.svd(layer(model).weight.double().detach())
     C = U[:, :4].T @ layer(model).get_delta_weight("default").double() @ Vh[:4].T
-    bound = {"diagonal": 0, "core": 4, "band": 1}[coefficients]
-    expected = 0.5 * torch.outer(S[:4], S[:4]).sqrt().tril(bound).triu(-bound)
+    kept = {"diagonal": torch.eye(4), "core": torch.ones(4, 4), "band": torch.ones(4, 4).tril(1).triu(-1)}
+    kept["block"] = torch.block_diag(torch.ones(3, 3), torch.ones(1, 1))
+    expected = 0.5 * torch.outer(S[:4], S[:4]).sqrt() * kept[coefficients]
     torch.testing.assert_close(C.abs(), expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("coefficients", ["diagonal", "core", "band"])
+@pytest.mark.parametrize("coefficients", ["diagonal", "core", "band", "block"])
 @pytest.mark.parametrize("leading", [3, 6])
 def test_normalized_coefficients_of_one_size_change_each_output_direction_by_as_much(coefficients, leading):
-    model = CASE.adapted(coefficients=coefficients, leading=leading, scaling="normalized", init_weights=True)
+    model = CASE.adapted(
+        coefficients=coefficients, leading=leading, block_size=4, scaling="normalized", init_weights=True
+    )
     layer(model).stored("default").data.fill_(0.5)
     mean_square_of_a_row = layer(model).get_delta_weight("default").square().sum() / leading
     torch.testing.assert_close(mean_square_of_a_row, torch.tensor(0.25))

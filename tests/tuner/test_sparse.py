@@ -11,7 +11,7 @@ from spectralbasis.checkpoints import open_checkpoint
 from spectralbasis.errors import BaseMismatchError, InputError
 from spectralbasis.tuner import SpectralConfig, SpectralLayer
 from spectralbasis.tuner.calibration import calibrate, pick_entries
-from spectralbasis.tuner.factors import unpack_positions
+from spectralbasis.tuner.forms import unpack_positions
 from tests.tuner.cases import CASES
 
 BERT, GPT2, MLP = CASES["bert"], CASES["gpt2"], CASES["mlp, both layers"]

@@ -17,7 +17,7 @@ def gradients(model, output):
     return torch.autograd.grad(output.square().sum(), list(trained(model).values()))
 
 
-@pytest.mark.parametrize("name", ["llama", "convolutions", "embedding, core"])
+@pytest.mark.parametrize("name", ["llama", "convolutions", "embedding, core", "mlp, block", "mlp, rotation"])
 def test_traced_by_autograd_too(name):
     case = CASES[name]
     model = case.adapted(task_type=None)
@@ -48,7 +48,10 @@ def test_compiled_before_and_after_a_change_of_adapter():
         assert torch.equal(case.output(compiled), case.base_output())
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp, both layers", "conv1d, core", "convolutions", "embedding", "llama"])
+@pytest.mark.parametrize(
+    "name",
+    ["mlp", "mlp, both layers", "conv1d, core", "convolutions", "embedding", "llama", "mlp, block", "mlp, rotation"],
+)
 def test_per_example_gradients(name):
     case = CASES[name]
     model = case.adapted(task_type=None)

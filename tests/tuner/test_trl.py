@@ -26,6 +26,7 @@ CONFIGS = {
     "LoRA": LoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS, r=4),
     "diagonal": SpectralConfig(task_type="CAUSAL_LM", target_modules=TARGETS, leading=4),
     "core": SpectralConfig(task_type="CAUSAL_LM", target_modules=TARGETS, coefficients="core", leading=4),
+    "rotation": SpectralConfig(task_type="CAUSAL_LM", target_modules=TARGETS, coefficients="rotation"),
     "band": SpectralConfig(task_type="CAUSAL_LM", target_modules=[*TARGETS, "embed_tokens"], coefficients="band"),
 }
 EXAMPLES = [

@@ -37,7 +37,7 @@ from spectralbasis.coefficients.spectral_adapters import (
 from spectralbasis.errors import InputError
 from spectralbasis.tuner.autograd import Route, cheapest_route
 from spectralbasis.tuner.config import SpectralConfig
-from spectralbasis.tuner.factors import Parametrisation
+from spectralbasis.tuner.forms import Parametrisation
 from spectralbasis.tuner.preparation import align_record, find_targets, prepare
 
 

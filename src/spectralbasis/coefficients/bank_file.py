@@ -23,6 +23,7 @@ from typing_extensions import TypedDict
 
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path, check_replaceable
+from spectralbasis.kinds import KindName
 from spectralbasis.printable import printable, shortened
 from spectralbasis.records import Count, Finite, Positive, checked, parse_json
 from spectralbasis.tuner.config import Rank, SpectralConfig
@@ -236,7 +237,7 @@ def map_rows(path: Path, offset: int, shape: tuple[int, int], dtype: torch.dtype
     return torch.from_numpy(np.memmap(path, np.uint8, "c", offset, (shape[0], columns))).view(dtype)
 
 
-FORMAT = "3"
+FORMAT = "4"
 _BLOCK = 1 << 22
 _ROWS = 256
 _WIDEST = 1 << 32
@@ -254,8 +255,9 @@ class BankConfig(TypedDict):
 
     base_model_name_or_path: str | None
     task_type: str | None
-    coefficients: Literal["diagonal", "core", "band", "sparse"]
+    coefficients: KindName
     bandwidth: Count
+    block_size: Positive
     scaling: Literal["absolute", "relative", "normalized"]
     basis: Literal["pretrained", "minor", "random", "file"]
     basis_seed: Count
@@ -265,6 +267,7 @@ class BankConfig(TypedDict):
     probes: dict[str, list[Finite]]
     scales: dict[str, list[Finite]] | None
     entries: dict[str, str] | None
+    singular_values: dict[str, list[Finite]] | None
 
 
 @dataclass(frozen=True)

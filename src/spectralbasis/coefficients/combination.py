@@ -26,6 +26,7 @@ from spectralbasis.coefficients.spectral_adapters import (
 )
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_folder, check_output
+from spectralbasis.kinds import KINDS
 from spectralbasis.records import read_record
 from spectralbasis.tuner.config import BASIS_FILE, place_basis
 from spectralbasis.tuner.factors import BASES
@@ -72,8 +73,8 @@ def combine(
     """Add, average, subtract or merge spectral adapters of one base and basis; needs neither the base nor the basis.
 
     The arithmetic is on C, so it is exactly that of the updates `U C Vᵀ` (for "ties", in the coordinates of the
-    basis). Where the adapters store C differently, as sparse ones of different entries do, the result is a full core or
-    diagonal.
+    basis). Where the adapters store C differently, as sparse ones of different entries do, or where C is not linear in
+    the numbers, as that of a rotation, the result is a full core or diagonal.
 
     Examples:
         >>> import copy, tempfile
@@ -110,8 +111,10 @@ def combine(
     combined = _combined(read, given, method, density)
     if not all(bool(torch.isfinite(tensor).all()) for tensor in (*combined.values(), *others.values())):
         raise InputError(f"with weights={given.tolist()} the sum is too large for float32; pass smaller weights")
-    alike = not any(difference_of_numbers(read[0].config, other.config) for other in read[1:])
     config = read[0].config
+    alike = KINDS[config.coefficients].linear and not any(
+        difference_of_numbers(config, other.config) for other in read[1:]
+    )
     stored = (
         {name: config.parametrisation(config.matrix(name)).inverse(C) for name, C in combined.items()}
         if alike
@@ -119,6 +122,7 @@ def combine(
     )
     # What a config says when all of C is stored as it is.
     plain = {"coefficients": form_of(config), "scaling": "absolute", "scales": None, "entries": None}
+    plain |= {"singular_values": None}
     changes = {} if alike else plain
     with atomic_folder(Path(output)) as folder:
         _write(folder, read[0], stored, others)
@@ -150,7 +154,7 @@ def _check_alike(adapters: Sequence[SpectralAdapter]) -> None:
 
 def _combined(adapters: Sequence[SpectralAdapter], weights: Tensor, method: str, density: float) -> dict[str, Tensor]:
     """C of the result by matrix, float32."""
-    trained = torch.tensor([sum(numbers.numel() for numbers in one.stored.values()) for one in adapters])
+    trained = torch.tensor([one.entries for one in adapters])
     make = find_method(method, density, trained)
     coefficients = [one.coefficients() for one in adapters]
     X = torch.stack([torch.cat([one[name].double().flatten() for name in coefficients[0]]) for one in coefficients])
@@ -274,7 +278,7 @@ def find_method(name: str, density: float, trained: Tensor) -> Method:
     Args:
         name: one of `METHODS`.
         density: of "ties", the fraction of each task's numbers that is kept.
-        trained: how many numbers each task trains, (tasks,).
+        trained: how many entries of C each task trains, (tasks,).
 
     Raises:
         InputError: the name or the density is none.

@@ -13,10 +13,10 @@ from spectralbasis.checkpoints.adapters import ADAPTER_CONFIG, AdapterCheckpoint
 from spectralbasis.checkpoints.opening import Source, open_tensors
 from spectralbasis.checkpoints.weight_files import inside
 from spectralbasis.errors import InputError
+from spectralbasis.kinds import KINDS
 from spectralbasis.peft_import import METHOD
 from spectralbasis.records import read_record
 from spectralbasis.tuner.config import SpectralConfig, read_config, same_weights
-from spectralbasis.tuner.factors import FORMS
 from spectralbasis.tuner.layer import COEFFICIENTS_OF
 from spectralbasis.tuner.preparation import PROBE_TOLERANCE
 from spectralbasis.tuner.reading import check_layers_alone, lacking
@@ -39,6 +39,14 @@ class SpectralAdapter:
     names: tuple[str, ...]
     stored: dict[str, Tensor]
     others: dict[str, Tensor]
+
+    @property
+    def entries(self) -> int:
+        """How many entries of C it trains, over all matrices."""
+        count = KINDS[self.config.coefficients].entries
+        if count is None:
+            return sum(numbers.numel() for numbers in self.stored.values())
+        return sum(count(self.config.matrix(name).k, self.config.size) for name in self.stored)
 
     def coefficients(self) -> dict[str, Tensor]:
         """Matrix name → C of `ΔW = U C Vᵀ`, (k,) where it is diagonal, else (k, k), in float32 or wider."""
@@ -178,9 +186,9 @@ def difference(a: SpectralConfig, b: SpectralConfig) -> str:
 
 def difference_of_numbers(a: SpectralConfig, b: SpectralConfig) -> str:
     """Why equal stored numbers do not mean equal C where both adapt a matrix; empty where they do."""
-    for field in ("coefficients", "scaling", "bandwidth"):
+    for field in ("coefficients", "scaling", *filter(None, (KINDS[a.coefficients].option,))):
         ours, theirs = getattr(a, field), getattr(b, field)
-        if ours != theirs and (field != "bandwidth" or a.coefficients == "band"):
+        if ours != theirs:
             return f"one has {field}={ours!r}, the other {theirs!r}"
     for field in ("ranks", "entries"):
         ours, theirs = getattr(a, field) or {}, getattr(b, field) or {}
@@ -192,7 +200,7 @@ def difference_of_numbers(a: SpectralConfig, b: SpectralConfig) -> str:
 
 def form_of(config: SpectralConfig) -> str:
     """The form of C, which is that of a core where C is not diagonal."""
-    return config.coefficients if config.coefficients in FORMS else "core"
+    return KINDS[config.coefficients].form
 
 
 def _basis(config: SpectralConfig) -> str:

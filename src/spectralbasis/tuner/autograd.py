@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from spectralbasis.linalg import values_of_singular_vectors
-from spectralbasis.tuner.factors import FORMS
+from spectralbasis.tuner.forms import FORMS
 
 _WORTHWHILE = 2
 """How many times longer one side of W is, for another route than *factored* to pay: it copies, or subtracts."""

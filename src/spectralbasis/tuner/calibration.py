@@ -24,7 +24,8 @@ from spectralbasis.linalg import Leading, leading_svd, parse_leading, resolve_le
 from spectralbasis.linalg.certificates import triplet_residuals
 from spectralbasis.triplets import DEFAULT_TOLERANCE, Triplets, fix_signs, matrix_hash
 from spectralbasis.tuner.config import RECORD, SpectralConfig
-from spectralbasis.tuner.factors import directions_of, pack_positions
+from spectralbasis.tuner.factors import directions_of
+from spectralbasis.tuner.forms import pack_positions
 from spectralbasis.tuner.preparation import (
     DEFAULT_LEADING,
     Target,

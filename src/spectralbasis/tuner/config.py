@@ -22,23 +22,14 @@ from spectralbasis.basis import SpectralBasis
 from spectralbasis.checkpoints.weight_files import inside
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path
+from spectralbasis.kinds import COEFFICIENTS, KINDS, KindName
 from spectralbasis.linalg import Leading, parse_leading
 from spectralbasis.peft_import import METHOD
 from spectralbasis.printable import warn
 from spectralbasis.records import Count, Finite, Positive, checked, read_json
 from spectralbasis.triplets import DEFAULT_TOLERANCE, check_tolerance
-from spectralbasis.tuner.factors import (
-    BASES,
-    COEFFICIENTS,
-    DEFAULT_SCALING,
-    FORMS,
-    PROBES,
-    SCALINGS,
-    Parametrisation,
-    numbers,
-    parametrisation,
-    unpack_positions,
-)
+from spectralbasis.tuner.factors import BASES, DEFAULT_SCALING, PROBES, SCALINGS
+from spectralbasis.tuner.forms import FORMS, Parametrisation, parametrisation, unpack_positions
 
 BIASES = ("none", "all", "spectral_only")
 BASIS_FILE = "basis.safetensors"
@@ -70,6 +61,7 @@ class MatrixRecord(NamedTuple):
         probes: numbers that depend on the directions, see `Factors.probe`.
         scales: the σ of a scaling other than "absolute", k of them or one.
         entries: of sparse coefficients, which entries are trained, see `pack_positions`.
+        values: of a rotation, the singular values of the directions.
     """
 
     base_hash: str
@@ -77,9 +69,10 @@ class MatrixRecord(NamedTuple):
     probes: list[float]
     scales: list[float] | None = None
     entries: str | None = None
+    values: list[float] | None = None
 
 
-RECORD = ("base_hashes", "ranks", "probes", "scales", "entries")
+RECORD = ("base_hashes", "ranks", "probes", "scales", "entries", "singular_values")
 """The fields of `SpectralConfig` that hold those of `MatrixRecord`, in this order, by matrix name."""
 
 
@@ -99,8 +92,9 @@ class AdapterRecord(TypedDict, total=False):
     modules_to_save: list[str] | None
     bias: str
     fan_in_fan_out: bool | None
-    coefficients: Literal["diagonal", "core", "band", "sparse"]
+    coefficients: KindName
     bandwidth: Count
+    block_size: Positive
     scaling: Literal["absolute", "relative", "normalized", ""]
     leading: int | Finite | str | None
     budget: Finite | None
@@ -114,6 +108,7 @@ class AdapterRecord(TypedDict, total=False):
     probes: dict[str, list[Finite]] | None
     scales: dict[str, list[Finite]] | None
     entries: dict[str, str] | None
+    singular_values: dict[str, list[Finite]] | None
 
 
 def same_weights(ours: Mapping[str, str], theirs: Mapping[str, str]) -> dict[str, str]:
@@ -165,14 +160,17 @@ class SpectralConfig(PeftConfig):
         bias: which biases of the base are trained: "none", "all" or "spectral_only" (those of adapted layers).
         fan_in_fan_out: None lets each layer say whether it stores its weight as (in, out), as Conv1D does; a value
             that contradicts the layer is overruled with a warning.
-        coefficients: "diagonal" (k numbers a matrix), "core" (k×k), "band" (the entries of a core near its diagonal) or
-            "sparse" (those entries of all cores that `calibrate` picks).
+        coefficients: "diagonal" (k numbers a matrix), "core" (k×k), "band" (the entries of a core near its diagonal),
+            "sparse" (those entries of all cores that `calibrate` picks), "block" (square blocks on the diagonal of a
+            core) or "rotation" (`C = (Σ + diag c) R − Σ`: the singular values, and a rotation within each block).
         bandwidth: of a band, the largest |i − j| of a trained entry.
+        block_size: of "block" and "rotation", the size of a block; the last one is smaller where k is no multiple.
         scaling: in which unit the trained numbers c count. "absolute": `C = c`; "relative" to the singular values:
             `C_ij = c_ij √(σ_i σ_j)` with `σ_i = |u_iᵀ W v_i|`; "normalized" by the fan-in: `C = c / √f`, where f
             trained numbers meet in one left direction, so that numbers of one size change what a layer puts out in each
-            direction by as much, whatever the mode and k. Empty takes "normalized", or "absolute" for an adapter that
-            was stored before there were units.
+            direction by as much, whatever the mode and k. The angles of a rotation are radians, and if "normalized"
+            such a share of one that they change C by as much as c does; see `forms.Rotation`. Empty takes "normalized",
+            or "absolute" for an adapter that was stored before there were units.
         leading: k as a number, a fraction of min(m, n), "mp" or "gd"; None, without a budget, is 64 at most. Where
             min(m, n) is smaller than a number, k is that, with a warning.
         budget: instead of `leading`, the fraction of the model's parameters to train; it chooses one k for all. Beside
@@ -184,12 +182,13 @@ class SpectralConfig(PeftConfig):
         tolerance: largest sine between computed and true singular subspaces.
         init_weights: False starts from random coefficients instead of zero, which is for tests.
         base_hashes: matrix name → hash of the weight that the adapter was made on. The record of an adapter is this and
-            the four fields below. A model sets it; a config that is built with it, as one read from an adapter folder
+            the five fields below. A model sets it; a config that is built with it, as one read from an adapter folder
             is, fits that base alone.
         ranks: matrix name → k.
         probes: matrix name → numbers that depend on the directions, see `Factors.probe`.
         scales: matrix name → the σ of a scaling other than "absolute", k of them or one.
         entries: matrix name → which entries are trained, see `pack_positions`; set by `calibrate`.
+        singular_values: matrix name → Σ of a rotation, k of them.
 
     Raises:
         InputError: a value is none of those above, or both `leading` and `budget` are given.
@@ -205,6 +204,7 @@ class SpectralConfig(PeftConfig):
     fan_in_fan_out: bool | None = None
     coefficients: str = "diagonal"
     bandwidth: int = 1
+    block_size: int = 8
     scaling: str = ""
     leading: Leading | None = None
     budget: float | None = None
@@ -218,6 +218,7 @@ class SpectralConfig(PeftConfig):
     probes: dict[str, list[float]] | None = None
     scales: dict[str, list[float]] | None = None
     entries: dict[str, str] | None = None
+    singular_values: dict[str, list[float]] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -239,6 +240,12 @@ class SpectralConfig(PeftConfig):
     def bound(self) -> bool:
         """Whether there is a record, so that the config fits one base alone."""
         return self.base_hashes is not None
+
+    @property
+    def size(self) -> int:
+        """The value of the option that the kind of coefficients has; 1 where it has none."""
+        option = KINDS[self.coefficients].option
+        return getattr(self, option) if option else 1
 
     @property
     def record(self) -> dict[str, MatrixRecord]:
@@ -270,9 +277,10 @@ class SpectralConfig(PeftConfig):
         return parametrisation(
             self.coefficients,
             matrix.k,
-            bandwidth=self.bandwidth,
+            size=self.size,
             positions=unpack_positions(matrix.entries, matrix.k) if matrix.entries else None,
             scales=matrix.scales,
+            values=matrix.values,
         )
 
     def stored_shape(self, matrix: MatrixRecord) -> tuple[int, ...]:
@@ -281,7 +289,7 @@ class SpectralConfig(PeftConfig):
             return FORMS[self.coefficients].shape(matrix.k)
         if matrix.entries:
             return (len(matrix.entries.split()),)
-        return (numbers(self.coefficients, matrix.k, self.bandwidth),)
+        return (KINDS[self.coefficients].numbers(matrix.k, self.size),)
 
     @classmethod
     def from_pretrained(
@@ -339,6 +347,11 @@ class SpectralConfig(PeftConfig):
             value = getattr(self, name)
             if value not in choices:
                 raise InputError(f"{name}={value!r} is unknown; choose from {', '.join(map(repr, choices))}")
+        if self.basis == "random" and KINDS[self.coefficients].singular:
+            raise InputError(
+                f"coefficients={self.coefficients!r} turn singular vectors, which basis='random' has none of; pass "
+                "basis='pretrained' or 'minor', or coefficients='block'"
+            )
 
     def _check_size(self) -> None:
         if self.leading is not None and self.budget is not None and self.coefficients != "sparse":
@@ -349,6 +362,8 @@ class SpectralConfig(PeftConfig):
             raise InputError(f"budget must be above 0 and at most 1, got {self.budget!r}; pass a number such as 0.002")
         if not isinstance(self.bandwidth, int) or self.bandwidth < 0:
             raise InputError(f"bandwidth must be a whole number of at least 0, got {self.bandwidth!r}")
+        if not isinstance(self.block_size, int) or self.block_size < 1:
+            raise InputError(f"block_size must be a whole number of at least 1, got {self.block_size!r}")
         for pattern, k in self.rank_pattern.items():
             if not isinstance(k, int) or k < 1:
                 raise InputError(f"rank_pattern {pattern!r} must be a whole number of at least 1, got {k!r}")
@@ -373,6 +388,7 @@ class SpectralConfig(PeftConfig):
         needed = {"base_hashes", "ranks", "probes"}
         needed |= {"scales"} if self.scaling != "absolute" else set()
         needed |= {"entries"} if self.coefficients == "sparse" else set()
+        needed |= {"singular_values"} if KINDS[self.coefficients].singular else set()
         names = given["ranks"].keys() if isinstance(self.ranks, dict) else set()
         if (
             given.keys() != needed
@@ -381,7 +397,7 @@ class SpectralConfig(PeftConfig):
         ):
             raise InputError(
                 f"base_hashes, ranks and probes do not hold a hash, a k of 1 or more and {PROBES} numbers for each "
-                f"matrix, or scales and entries do not hold what scaling={self.scaling!r} and "
+                f"matrix, or scales, entries and singular_values do not hold what scaling={self.scaling!r} and "
                 f"coefficients={self.coefficients!r} need; restore adapter_config.json, or pass none of them"
             )
         for name, text in (self.entries or {}).items():
@@ -395,6 +411,7 @@ class SpectralConfig(PeftConfig):
             and _is_numbers(matrix.probes, PROBES)
             and (matrix.scales is None or _is_numbers(matrix.scales, matrix.k if self.scaling == "relative" else 1))
             and (matrix.entries is None or isinstance(matrix.entries, str))
+            and (matrix.values is None or _is_numbers(matrix.values, matrix.k))
         )
 
 

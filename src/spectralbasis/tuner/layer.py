@@ -22,7 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from spectralbasis.errors import InputError
 from spectralbasis.printable import warn
 from spectralbasis.tuner.autograd import FactoredUpdate, LinearUpdate, run
-from spectralbasis.tuner.factors import FORMS, Coefficients, Factors, Parametrisation
+from spectralbasis.tuner.factors import Factors
+from spectralbasis.tuner.forms import FORMS, Coefficients, Parametrisation
 from spectralbasis.tuner.plain import PlainUpdate, is_bare, is_frozen
 
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from spectralbasis.checkpoints import matrix_name
 from spectralbasis.checkpoints.names import conversions_of, same_names
 from spectralbasis.errors import InputError
+from spectralbasis.kinds import KINDS
 from spectralbasis.records import excludes
 from spectralbasis.tuner.config import MatrixRecord, SpectralConfig
-from spectralbasis.tuner.factors import pack_positions, unpack_positions
+from spectralbasis.tuner.forms import pack_positions, unpack_positions
 from spectralbasis.tuner.layer import (
     COEFFICIENTS_OF,
     Convolution,
@@ -31,12 +32,15 @@ from spectralbasis.tuner.parameters import ParamWrapper, Row
 from spectralbasis.tuner.preparation import Allocation, Plan, plan_adapter
 from spectralbasis.tuner.targets import DEFAULT_TARGETS, count_parameters, is_targeted
 
-ALIKE = ("coefficients", "bandwidth", "scaling", "basis", "basis_seed")
+ALIKE = ("coefficients", "bandwidth", "block_size", "scaling", "basis", "basis_seed")
 """Settings that adapters must share for their coefficients to be added."""
 
 
 def combined_config(configs: Sequence[SpectralConfig], names: Sequence[str]) -> SpectralConfig:
-    """The config of a weighted sum of adapters of one base: the first one's; of sparse ones, the union of entries.
+    """The config of a weighted sum of adapters of one base.
+
+    It is the first one's; of sparse ones, with the union of entries; of ones whose C is not linear in the numbers, that
+    of a core.
 
     Args:
         configs: complete ones, as a model holds them.
@@ -58,6 +62,9 @@ def combined_config(configs: Sequence[SpectralConfig], names: Sequence[str]) -> 
     if differing or not alike:
         field = (*differing, "ranks")[0]
         raise InputError(f"adapters {', '.join(names)} differ in {field}, so their coefficients cannot be added")
+    if not KINDS[first.coefficients].linear:
+        cores = {name: one._replace(scales=None, values=None) for name, one in first.record.items()}
+        return first.with_record(cores, coefficients="core", scaling="absolute", inference_mode=True)
     if first.coefficients != "sparse":
         return replace(first).changed(inference_mode=True)
     record: dict[str, MatrixRecord] = {}

@@ -17,7 +17,8 @@ from spectralbasis.checkpoints import matrix_name
 from spectralbasis.checkpoints.fused import Rows, split_fused
 from spectralbasis.checkpoints.names import expert_name
 from spectralbasis.errors import InputError
-from spectralbasis.tuner.factors import Factors, Parametrisation
+from spectralbasis.tuner.factors import Factors
+from spectralbasis.tuner.forms import Parametrisation
 from spectralbasis.tuner.layer import SpectralLayer, dense_update
 
 
@@ -165,9 +166,14 @@ class ParamWrapper(SpectralLayer):
         return self._update(adapter_name)
 
     def set_weighted(self, adapter_name: str, adapters: Sequence[str], weights: Sequence[float]) -> None:
-        """Set the numbers of an adapter to the weighted sum of those of others, which have the same entries."""
-        terms = [w * self.stored(name).detach() for name, w in zip(adapters, weights, strict=True)]
-        self.stored(adapter_name).data = sum(terms[1:], terms[0])
+        """Set the numbers of an adapter so that its C are the weighted sums of those of others."""
+        rows = [cast(Row, self.spectral_parametrisations[name])(self.stored(name).detach()) for name in adapters]
+        sums = [
+            sum((w * C for w, C in zip(weights[1:], Cs[1:], strict=True)), weights[0] * Cs[0])
+            for Cs in zip(*rows, strict=True)
+        ]
+        stored = self.stored(adapter_name)
+        stored.data = cast(Row, self.spectral_parametrisations[adapter_name]).inverse(sums).to(stored.dtype)
 
     def check_rows(self, x: Tensor, adapter_names: list[str]) -> None:
         """Raise ValueError: there are no rows to have adapters."""
@@ -256,3 +262,7 @@ class Row(nn.Module):
         """C of each matrix."""
         parts = zip(self.matrices, stored.split(self.sizes), strict=True)
         return [one(part.reshape(one.shape)) for one, part in parts]
+
+    def inverse(self, Cs: Sequence[Tensor]) -> Tensor:
+        """The stored numbers of the C of each matrix."""
+        return torch.cat([one.inverse(C).flatten() for one, C in zip(self.matrices, Cs, strict=True)])

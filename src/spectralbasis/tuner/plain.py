@@ -12,7 +12,8 @@ from torch.nn.functional import linear
 from torch.nn.modules.module import _has_any_global_hook
 
 from spectralbasis.tuner.autograd import Route, cheapest_step, make_route
-from spectralbasis.tuner.factors import FORMS, Coefficients, Factors, Parametrisation
+from spectralbasis.tuner.factors import Factors
+from spectralbasis.tuner.forms import FORMS, Coefficients, Parametrisation
 from spectralbasis.tuner.kept import KeptWeights
 
 
@@ -32,8 +33,7 @@ class PlainUpdate:
         self.versions = self._versions()
         self.device = self.directions.device.type
         unit = self.unit
-        whole = unit is None or unit.ndim == 0 or self.parametrisation.form == "diagonal"
-        self.direct = self.parametrisation.positions is None and whole
+        self.direct = self.parametrisation.direct
         """Whether C is the stored numbers but for its unit, which the routes have."""
         self.route_unit = unit if self.direct and unit is not None and bool((unit != 1).any()) else None
         self.U, self.V = self.factors.first(self.parametrisation.k)
@@ -46,7 +46,8 @@ class PlainUpdate:
         """Whether an adapter and its base are of the kind that this is for."""
         W = modules["base_layer"]._parameters.get("weight")
         coefficients, factors, parametrisation = _parts(name, modules)
-        kinds = (type(coefficients), type(factors), type(parametrisation)) == (Coefficients, Factors, Parametrisation)
+        kinds = (type(coefficients), type(factors)) == (Coefficients, Factors)
+        kinds = kinds and isinstance(parametrisation, Parametrisation)
         tensors = [W, *(one for one in (factors.directions, parametrisation.unit) if one is not None)]
         return kinds and is_frozen(W) and not any(one.is_inference() or one.is_meta for one in tensors)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from spectralbasis.basis import SpectralBasis
 from spectralbasis.checkpoints.names import conversions_of, same_names
 from spectralbasis.errors import BaseMismatchError, InputError
+from spectralbasis.kinds import KINDS
 from spectralbasis.linalg import Leading, resolve_leading
 from spectralbasis.printable import warn
 from spectralbasis.records import pattern_of
@@ -29,12 +30,12 @@ from spectralbasis.tuner.factors import (
     BASES,
     Directions,
     Factors,
-    Parametrisation,
     directions_of,
     names_in_basis,
-    numbers,
+    singular_values_in,
     source_of,
 )
+from spectralbasis.tuner.forms import Parametrisation
 from spectralbasis.tuner.layer import SpectralLayer, backend_of, check_dense, dequantized, to_matrix
 from spectralbasis.tuner.parameters import ParamWrapper, Slice, held_parameters, is_transposed, slices
 from spectralbasis.tuner.targets import (
@@ -327,7 +328,8 @@ def prepare(
         held = (factors for factors in target.held if factors.source == source and factors.k >= one.k)
         factors = next(held, None) or Factors(*_decompose(directions, target, one.k), source)
         if not config.bound:
-            one = one._replace(scales=_scales(config, target.W, factors, one.k))
+            values = _singular_values(config, target, factors, one.k)
+            one = one._replace(scales=_scales(config, target.W, factors, one.k), values=values)
         preparation = Preparation(config.parametrisation(one), factors)
         probes = factors.probe(preparation.parametrisation.form, one.k)
         if config.bound:
@@ -391,10 +393,33 @@ def _scales(config: SpectralConfig, W: Tensor, factors: Factors, k: int) -> list
     if config.scaling == "absolute":
         return None
     if config.scaling == "normalized":
-        return normalized_scale(numbers(config.coefficients, k, config.bandwidth) / k)
+        return normalized_scale(KINDS[config.coefficients].fan_in(k, config.size))
     W = W.float()
     U, V = (factor.to(W) for factor in factors.first(k))
-    return [float(f"{value:.7g}") for value in (U * (W @ V)).sum(0).abs().tolist()]
+    return _recorded((U * (W @ V)).sum(0).abs())
+
+
+def _recorded(values: Tensor) -> list[float]:
+    return [float(f"{value:.7g}") for value in values.tolist()]
+
+
+def _singular_values(config: SpectralConfig, target: Target, factors: Factors, k: int) -> list[float] | None:
+    """Σ of the directions, for kinds of coefficients that need it; rounded as scales are.
+
+    Raises:
+        InputError: the directions are no singular vectors of the weight, so they have no Σ.
+    """
+    if not KINDS[config.coefficients].singular:
+        return None
+    U, V = factors.first(k)
+    S = singular_values_in(config.basis, target.name_in_basis, target.W, U, V, target.hash)
+    if S is None:
+        raise InputError(
+            f"coefficients={config.coefficients!r} turn singular vectors, but the directions of {target.name} are no "
+            f"singular vectors of this weight (basis={config.basis!r}); pass basis='pretrained' or 'minor', a basis "
+            "file of these very weights, or coefficients='block'"
+        )
+    return _recorded(S)
 
 
 def normalized_scale(fan_in: float) -> list[float]:
@@ -440,7 +465,7 @@ def resolve_ranks(config: SpectralConfig, targets: Sequence[Target], total: int)
         )
     if config.budget is None:
         return allocate_leading(config.leading, weights, fixed)
-    return allocate_budget(config.budget, total, weights, fixed, config.coefficients, config.bandwidth)
+    return allocate_budget(config.budget, total, weights, fixed, config.coefficients, config.size)
 
 
 def _pattern_of(target: Target, patterns: Mapping[str, int]) -> str | None:
@@ -473,7 +498,7 @@ def allocate_budget(
     weights: Mapping[str, Tensor],
     fixed: Mapping[str, int],
     coefficients: str,
-    bandwidth: int = 1,
+    size: int = 1,
 ) -> dict[str, int]:
     """The largest k, one for all matrices (min(m, n) where that is smaller), that trains at most `budget * total`.
 
@@ -483,18 +508,19 @@ def allocate_budget(
         weights: matrix name → W, (m, n).
         fixed: matrix name → k, of the matrices whose k is settled already; they are paid first. Where min(m, n) is
             smaller, k is that, with one warning.
-        coefficients: "diagonal", "core" or "band".
-        bandwidth: of a band.
+        coefficients: name of a kind, one of `KINDS`.
+        size: value of the kind's option, such as the bandwidth of a band.
 
     Raises:
         InputError: the budget does not pay for k = 1.
     """
     fixed = _lowered(fixed, weights)
     sides = {name: min(W.shape) for name, W in weights.items() if name not in fixed}
-    settled = sum(numbers(coefficients, k, bandwidth) for k in fixed.values())
+    numbers = KINDS[coefficients].numbers
+    settled = sum(numbers(k, size) for k in fixed.values())
 
     def price(k: int) -> int:
-        return settled + sum(numbers(coefficients, min(k, side), bandwidth) for side in sides.values())
+        return settled + sum(numbers(min(k, side), size) for side in sides.values())
 
     allowed = math.floor(budget * total)
     if price(1) > allowed:

@@ -17,7 +17,8 @@ from spectralbasis.errors import InputError
 from spectralbasis.peft_import import METHOD
 from spectralbasis.triplets import matrix_hash
 from spectralbasis.tuner.config import SpectralConfig, read_config
-from spectralbasis.tuner.factors import FORMS, names_in_basis
+from spectralbasis.tuner.factors import names_in_basis
+from spectralbasis.tuner.forms import FORMS
 from spectralbasis.tuner.layer import COEFFICIENTS_OF, DENSE_DTYPES, dense_update
 from spectralbasis.tuner.preparation import Preparation, Target, prepare
 
