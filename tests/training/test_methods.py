@@ -1,6 +1,7 @@
 """What each method trains, and which options it takes."""
 
 import pytest
+from torch import nn
 
 from spectralbasis.errors import InputError
 from spectralbasis.training import METHODS, MethodOptions, load_model
@@ -34,10 +35,48 @@ def test_lora_trains_two_factors_in_every_linear_layer_of_the_backbone(tmp_path)
     assert (lora.backbone, lora.head) == (3 * sum(m + n for m, n in SHAPES), HEAD)
 
 
-@pytest.mark.parametrize(("coefficients", "size"), [("diagonal", 5), ("core", 25)])
+@pytest.mark.parametrize(
+    ("coefficients", "size"), [("diagonal", 5), ("core", 25), ("block", 9 + 4), ("rotation", 5 + 3 + 1)]
+)
 def test_spectral_trains_coefficients_in_every_linear_layer_of_the_backbone(tmp_path, coefficients, size):
-    spectral = counts(tmp_path, "spectral", coefficients=coefficients, leading=5)
+    spectral = counts(tmp_path, "spectral", coefficients=coefficients, leading=5, **size_of(coefficients))
     assert (spectral.backbone, spectral.head) == (size * len(SHAPES), HEAD)
+
+
+def size_of(coefficients):
+    return {"block_size": 3} if coefficients in ("block", "rotation") else {}
+
+
+@pytest.mark.parametrize(
+    ("also", "size"),
+    [
+        (("biases",), sum(m for m, _ in SHAPES)),
+        (("norms",), 2 * 16 * 5),
+        (("norms", "biases"), 2 * 16 * 5 + sum(m for m, _ in SHAPES)),
+    ],
+)
+def test_biases_and_norms_are_counted_in_the_backbone(tmp_path, also, size):
+    found = counts(tmp_path, "spectral", leading=5, also=also)
+    assert (found.backbone, found.head) == (5 * len(SHAPES) + size, HEAD)
+
+
+def test_what_else_could_be_trained_is_listed():
+    with pytest.raises(InputError, match="also='heads' is unknown; choose from 'biases', 'norms'"):
+        MethodOptions(also=("heads",))
+
+
+@pytest.mark.parametrize(("also", "message"), [("biases", "have no biases to train"), ("norms", "has no layer norms")])
+def test_a_model_without_them_is_told_so(tmp_path, also, message):
+    loaded = load_model(save_image_model(tmp_path / "model"), bright_side_task())
+    for module in loaded.model.modules():
+        if isinstance(module, nn.Linear):
+            module.bias = None
+        for name, child in module.named_children():
+            if isinstance(child, nn.LayerNorm):
+                setattr(module, name, nn.Identity())
+    method = find_method("spectral")
+    with pytest.raises(InputError, match=message):
+        method.prepare(Setup(loaded, method.complete(MethodOptions(also=(also,))), tmp_path))
 
 
 def test_a_budget_is_a_share_of_the_model_that_spectral_keeps_within(tmp_path):

@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
+import spectralbasis as sb
 from spectralbasis.basis import SpectralBasis
 from spectralbasis.errors import InputError
 from spectralbasis.training import evaluate, fitting, tune
@@ -25,8 +26,11 @@ METHODS = [
     {"method": "spectral", "coefficients": "core", "budget": 0.02},
     {"method": "spectral", "coefficients": "band", "leading": 8, "bandwidth": 2, "scaling": "relative"},
     {"method": "spectral", "coefficients": "sparse", "budget": 0.02, "scaling": "normalized"},
+    {"method": "spectral", "coefficients": "block", "leading": 8, "block_size": 3},
+    {"method": "spectral", "coefficients": "rotation", "budget": 0.02, "block_size": 4},
+    {"method": "spectral", "leading": 8, "also": ("biases", "norms")},
 ]
-RATES = [(5e-3, 2e-2), (None, 5e-2), (2e-2, 2e-2), *[(1e-1, 2e-2)] * 4]
+RATES = [(5e-3, 2e-2), (None, 5e-2), (2e-2, 2e-2), *[(1e-1, 2e-2)] * 7]
 NAMES = [options["method"] + options.get("coefficients", "") for options in METHODS]
 QUICK = "full", "lora", "spectralcore"
 """What the tests that train often try in the default suite."""
@@ -92,6 +96,45 @@ def test_a_curvature_basis_lies_beside_the_adapter_that_it_was_made_for(tmp_path
     moved = output.rename(tmp_path / "moved")
     again = evaluate(model, moved, task="sst2", data=data, progress=False)
     assert again.metrics == result.metrics
+
+
+def named_as_in_the_base(adapter):
+    """The tensors of an adapter."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    return {name.removeprefix("base_model.model.").replace(".base_layer.", "."): one for name, one in tensors.items()}
+
+
+def test_biases_and_norms_are_in_the_adapter_and_in_what_is_exported(tmp_path, model, data):
+    output = tmp_path / "tuned"
+    options = {"coefficients": "rotation", "also": ["biases", "norms"], "learning_rate": 0.3, "leading": 4}
+    result = tune(model, task="sst2", data=data, output=output, **options, **SHORT)
+    before = {f"bert.{name}": one for name, one in load_file(model / "model.safetensors").items()}
+    saved = named_as_in_the_base(output)
+    changed = [name for name, one in before.items() if name in saved and not torch.equal(saved[name], one)]
+    assert "bert.encoder.layer.1.output.LayerNorm.weight" in changed
+    assert "bert.encoder.layer.0.attention.self.query.bias" in changed
+    moved = max(float((saved[name] - before[name]).abs().max()) for name in changed)
+    assert 0 < moved < 3 * 0.3 * fitting.OTHER_SHARE * 1.01
+    assert evaluate(model, output, task="sst2", data=data, progress=False).metrics == result.metrics
+    sb.export_merged(output, tmp_path / "merged", base=model)
+    read = {"task": "sst2", "data": data, "max_length": 16, "progress": False}
+    assert evaluate(tmp_path / "merged", **read).metrics == result.metrics
+    sb.export_lora(output, tmp_path / "lora", base=model)
+    assert set(changed) <= named_as_in_the_base(tmp_path / "lora").keys()
+    assert evaluate(model, tmp_path / "lora", **read).metrics == result.metrics
+
+
+def test_a_rotation_with_a_curvature_basis_is_refused_before_anything_is_computed(tmp_path, model, data):
+    with pytest.raises(InputError, match="turn singular vectors, which the basis curvature has none of"):
+        tune(
+            model,
+            task="sst2",
+            data=data,
+            output=tmp_path / "tuned",
+            coefficients="rotation",
+            basis="curvature",
+            **SHORT,
+        )
 
 
 def test_bf16_trains_otherwise_and_scores_in_float32(tmp_path, monkeypatch, model, data):

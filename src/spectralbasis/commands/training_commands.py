@@ -20,9 +20,10 @@ from spectralbasis.commands.options import (
     stopped_by_hand,
 )
 from spectralbasis.extras import require_extra
+from spectralbasis.kinds import KINDS, kinds_in_words, kinds_with
 from spectralbasis.printable import printable
 from spectralbasis.training.known_tasks import tasks_in_words
-from spectralbasis.training.methods import methods_in_words, owners
+from spectralbasis.training.methods import ALSO, methods_in_words, owners
 
 Task = Annotated[
     str | None,
@@ -96,12 +97,18 @@ def tune(
     coefficients: Annotated[
         str,
         typer.Option(
-            metavar="diagonal|core|band|sparse", help=f"Entries of C that are trained ({owners('coefficients')})."
+            metavar="|".join(KINDS), help=f"What is trained of C ({owners('coefficients')}): {kinds_in_words()}."
         ),
     ] = "diagonal",
     bandwidth: Annotated[
-        int, typer.Option(help=f"Largest distance from the diagonal, for band ({owners('bandwidth')}).")
+        int,
+        typer.Option(
+            help=f"Largest distance from the diagonal, for {kinds_with('bandwidth')} ({owners('bandwidth')})."
+        ),
     ] = 1,
+    block_size: Annotated[
+        int, typer.Option(help=f"Size of a block, for {kinds_with('block_size')} ({owners('block_size')}).")
+    ] = 8,
     scaling: Annotated[
         str,
         typer.Option(metavar="absolute|relative|normalized", help=f"Unit of the coefficients ({owners('scaling')})."),
@@ -145,6 +152,14 @@ def tune(
     ] = None,
     source: Annotated[
         list[Path] | None, typer.Option(help=f"Adapter to fuse; repeatable ({owners('sources')}). Default: none.")
+    ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="|".join(ALSO),
+            help=f"What to train besides: biases of the adapted layers, or layer norms; repeatable ({owners('also')}). "
+            "Default: none.",
+        ),
     ] = None,
     start: Annotated[
         Path | None, typer.Option(help="Adapter of the same method and size to start from. Default: none.")
@@ -223,6 +238,7 @@ def tune(
             method=method,
             coefficients=coefficients,
             bandwidth=bandwidth,
+            block_size=block_size,
             scaling=scaling,
             basis=basis,
             leading=leading,
@@ -232,6 +248,7 @@ def tune(
             n_frequency=n_frequency,
             dimension=dimension,
             sources=source or (),
+            also=also or (),
             start=start,
             steps=steps,
             epochs=epochs,

@@ -37,6 +37,8 @@ from spectralbasis.tuner.calibration import parameter_groups
 
 LOGGER = logging.getLogger(__name__)
 WARM_UP = 0.1
+OTHER_SHARE = 1 / 15
+"""Learning rate of biases and norms beside spectral coefficients, over theirs: 0.002 at the default, that of bitfit."""
 VALIDATIONS = 10
 """How often a training with patience is validated."""
 KEPT_EVERY = 60.0
@@ -195,6 +197,7 @@ def fit(
         learning_rate=settings.learning_rate,
         head_learning_rate=settings.head_learning_rate,
         head=loaded.head,
+        other_learning_rate=settings.learning_rate * OTHER_SHARE,
     )
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(WARM_UP * steps), steps)

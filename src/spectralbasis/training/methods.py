@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from spectralbasis.errors import InputError
 from spectralbasis.extras import listed_by_group
+from spectralbasis.kinds import KINDS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,6 +26,8 @@ DEFAULT_SCALING = "normalized"
 CALIBRATION_EXAMPLES = 256
 """Training examples that sparse coefficients and a curvature basis are calibrated on, or all where there are fewer."""
 CALIBRATION_BATCH = 32
+ALSO = ("biases", "norms")
+"""What `MethodOptions.also` may name."""
 ALL_DIRECTIONS = 1 - 1e-9
 """As a fraction, which must be below 1: rounded, it is min(m, n) of every matrix."""
 
@@ -34,8 +37,9 @@ class MethodOptions:
     """The options of all methods; each method reads those that it names and refuses the others.
 
     Args:
-        coefficients: `diagonal`, `core`, `band` or `sparse`.
+        coefficients: which numbers of C are trained; a name in `KINDS`.
         bandwidth: largest distance from the diagonal, for `band`.
+        block_size: size of a block, for `block` and `rotation`.
         scaling: unit of the coefficients: `absolute`, `relative` or `normalized`.
         basis: `pretrained`, `random`, `minor`, `curvature`, or the path of a basis file.
         leading: directions in each matrix, or the rule that sets them; not together with `budget`.
@@ -45,9 +49,10 @@ class MethodOptions:
         n_frequency: numbers for each matrix, from 1 (FourierFT).
         dimension: numbers for each matrix (TinyLoRA), or in all (a random subspace), from 1.
         sources: folders of the adapters that AdapterFusion fuses.
+        also: what is trained of the backbone besides the coefficients: "biases" of the adapted layers, "norms".
 
     Raises:
-        InputError: `rank`, `n_frequency` or `dimension` is out of range.
+        InputError: `rank`, `n_frequency` or `dimension` is out of range, or `also` has another name.
 
     Examples:
         >>> MethodOptions(coefficients="core", budget=0.002).changed()
@@ -56,6 +61,7 @@ class MethodOptions:
 
     coefficients: str = "diagonal"
     bandwidth: int = 1
+    block_size: int = 8
     scaling: str = DEFAULT_SCALING
     basis: str = "pretrained"
     leading: "Leading | None" = None
@@ -65,12 +71,17 @@ class MethodOptions:
     n_frequency: int | None = None
     dimension: int | None = None
     sources: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("rank", "n_frequency", "dimension"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= _LARGEST:
                 raise InputError(f"{name} must be a whole number from 1 to {_LARGEST}, got {value}")
+
+        for name in self.also:
+            if name not in ALSO:
+                raise InputError(f"also={name!r} is unknown; choose from {', '.join(map(repr, ALSO))}")
 
     def changed(self) -> tuple[str, ...]:
         """Names of the options that differ from their defaults."""
@@ -258,9 +269,12 @@ def allocate_ranks(model: "nn.Module") -> "Sequence[TrainerCallback]":
 
 
 def spectral(setup: Setup) -> "nn.Module":
-    """Coefficients on frozen directions, sparse ones calibrated on the task.
+    """Coefficients on frozen directions, sparse ones calibrated on the task; and what `also` names.
 
     A curvature basis is made from the task, and written to the folder of the setup.
+
+    Raises:
+        InputError: the model has nothing that `also` names, or the basis does not suit the coefficients.
     """
     from peft import get_peft_model
 
@@ -270,11 +284,21 @@ def spectral(setup: Setup) -> "nn.Module":
     from spectralbasis.tuner.targets import targeted_modules
 
     loaded, options = setup.loaded, setup.options
-    names = ("coefficients", "bandwidth", "scaling", "leading", "budget")
+    names = ("coefficients", "bandwidth", "block_size", "scaling", "leading", "budget")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     given |= everywhere(loaded)
+    if "norms" in options.also:
+        given["modules_to_save"] = [*loaded.head, *norms_of(loaded)]
+    if "biases" in options.also:
+        _check_biases(SpectralConfig(**given), loaded)
+        given["bias"] = "spectral_only"
     basis = options.basis
     if basis == "curvature":
+        if KINDS[options.coefficients].singular:
+            raise InputError(
+                f"the coefficients {options.coefficients} turn singular vectors, which the basis curvature has none "
+                "of; use the basis pretrained or minor, or the coefficients block"
+            )
         config = SpectralConfig(**given)
         k, targets = max(plan_ranks(config, loaded.model).values()), list(targeted_modules(config, loaded.model))
         made = curvature_basis(loaded.model, calibration_batches(loaded), k, target_modules=targets)
@@ -283,6 +307,38 @@ def spectral(setup: Setup) -> "nn.Module":
     if options.coefficients == "sparse":
         config = calibrate(loaded.model, calibration_batches(loaded), config)
     return get_peft_model(loaded.model, config)
+
+
+def norms_of(loaded: "LoadedModel") -> list[str]:
+    """The layer norms of the backbone, RMS norms among them: ends of their names, where no other module has these.
+
+    Raises:
+        InputError: there are none.
+    """
+    from spectralbasis.tuner.calibration import in_modules
+
+    modules = dict(loaded.model.named_modules())
+    norms = [
+        name
+        for name, module in modules.items()
+        if "norm" in type(module).__name__.lower()
+        and next(module.parameters(recurse=False), None) is not None
+        and not in_modules(f"{name}.", loaded.head)
+    ]
+    if not norms:
+        raise InputError(f"{type(loaded.model).__name__} has no layer norms to train; leave out also='norms'")
+    ends = sorted({name.rpartition(".")[2] for name in norms})
+    return ends if [name for name in modules if name.endswith(tuple(ends))] == norms else norms
+
+
+def _check_biases(config: Any, loaded: "LoadedModel") -> None:
+    """Raise InputError unless a layer that the config adapts has a bias."""
+    from spectralbasis.tuner.targets import targeted_modules
+
+    if all(getattr(module, "bias", None) is None for module in targeted_modules(config, loaded.model).values()):
+        raise InputError(
+            f"the adapted layers of {type(loaded.model).__name__} have no biases to train; leave out also='biases'"
+        )
 
 
 def svft(setup: Setup) -> "nn.Module":
@@ -337,7 +393,7 @@ DIRECTIONS = frozenset({"coefficients", "bandwidth", "scaling", "budget"})
 PEFT, ADAPTERS = "PEFT", "extra baselines, with transformers 4.57"
 # PiSSA's factors are the leading triplets themselves, so alpha = rank is the scale at which the model is its base.
 _RECORDS = (
-    Method("spectral", "spectral", spectral, 3e-2, options=DIRECTIONS | {"basis", "leading"}),
+    Method("spectral", "spectral", spectral, 3e-2, options=DIRECTIONS | {"block_size", "basis", "leading", "also"}),
     Method("svft", "spectral", svft, 3e-2, options=DIRECTIONS),
     Method("full", "parts of the model", full, 1e-4, 1e-3, writes="model"),
     Method("head", "parts of the model", head, None, 5e-2, writes="model"),

@@ -247,6 +247,7 @@ class StoredSettings(TypedDict, total=False):
     max_length: Positive
     coefficients: str
     bandwidth: Positive
+    block_size: Positive
     scaling: str
     basis: str
     leading: int | Finite | str | None
@@ -256,6 +257,7 @@ class StoredSettings(TypedDict, total=False):
     n_frequency: int | None
     dimension: int | None
     sources: tuple[str, ...]
+    also: tuple[str, ...]
 
 
 class StoredLayout(TypedDict):

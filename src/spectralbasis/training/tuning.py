@@ -70,6 +70,7 @@ def tune(
     method: str = "spectral",
     coefficients: str = "diagonal",
     bandwidth: int = 1,
+    block_size: int = 8,
     scaling: str = DEFAULT_SCALING,
     basis: str = "pretrained",
     leading: Leading | None = None,
@@ -79,6 +80,7 @@ def tune(
     n_frequency: int | None = None,
     dimension: int | None = None,
     sources: Sequence[str | Path] = (),
+    also: Sequence[str] = (),
     start: str | Path | None = None,
     steps: int | None = None,
     epochs: float | None = None,
@@ -115,9 +117,10 @@ def tune(
         output: folder of the whole model (methods `full` and `head`) or of the adapter (all others), with
             `tuning.json`, which says how it was made, how it scored and what it cost.
         method: a name in `METHODS`.
-        coefficients: `diagonal`, `core`, `band` or `sparse`. This and the next ten are options of methods, as in
-            `MethodOptions`; an option that the method does not read is refused.
+        coefficients: `diagonal`, `core`, `band`, `sparse`, `block` or `rotation`. This and the next twelve are options
+            of methods, as in `MethodOptions`; an option that the method does not read is refused.
         bandwidth: largest distance from the diagonal, for `band`.
+        block_size: size of a block, for `block` and `rotation`.
         scaling: unit of the coefficients: `absolute`, `relative` or `normalized`.
         basis: `pretrained`, `random`, `minor`, `curvature`, or the path of a basis file.
         leading: directions in each matrix, or the rule that sets them; not together with `budget`.
@@ -127,6 +130,8 @@ def tune(
         n_frequency: numbers for each matrix, from 1 (FourierFT).
         dimension: numbers for each matrix (TinyLoRA), or in all (a random subspace), from 1.
         sources: folders of the adapters that AdapterFusion fuses.
+        also: what to train of the backbone besides the coefficients: `biases` of the adapted layers, `norms`; they are
+            trained at a fifteenth of the learning rate and saved in the adapter.
         start: an adapter of the same method and size, from whose trained numbers in the backbone training starts.
         steps: optimizer steps, from 1; not together with `epochs`.
         epochs: passes over the training examples, above 0; three where neither is given.
@@ -167,8 +172,8 @@ def tune(
     chosen = find_method(method)
     options = chosen.complete(
         MethodOptions(
-            coefficients, bandwidth, scaling, basis, leading, budget, rank, alpha, n_frequency, dimension,
-            tuple(str(source) for source in sources),
+            coefficients, bandwidth, block_size, scaling, basis, leading, budget, rank, alpha, n_frequency, dimension,
+            tuple(str(source) for source in sources), tuple(also),
         )
     )  # fmt: skip
     rates = chosen.learning_rates(learning_rate, head_learning_rate)

@@ -26,6 +26,7 @@ from spectralbasis.triplets import DEFAULT_TOLERANCE, Triplets, fix_signs, matri
 from spectralbasis.tuner.config import RECORD, SpectralConfig
 from spectralbasis.tuner.factors import directions_of
 from spectralbasis.tuner.forms import pack_positions
+from spectralbasis.tuner.layer import COEFFICIENTS_OF
 from spectralbasis.tuner.preparation import (
     DEFAULT_LEADING,
     Target,
@@ -45,6 +46,7 @@ def parameter_groups(
     learning_rate: float,
     head_learning_rate: float | None = None,
     head: Iterable[str] = ("modules_to_save",),
+    other_learning_rate: float | None = None,
 ) -> list[dict[str, Any]]:
     """The trainable parameters as groups for any torch optimizer, or for `Trainer(optimizers=(optimizer, None))`.
 
@@ -53,9 +55,11 @@ def parameter_groups(
         learning_rate: of everything outside of the head, such as spectral coefficients.
         head_learning_rate: of the head; None is `learning_rate`.
         head: names of the modules that make up the head; by default what PEFT retrains as `modules_to_save`.
+        other_learning_rate: of what is trained outside of the head beside spectral coefficients, such as biases and
+            norms; None is `learning_rate`, and so is it where there are no spectral coefficients.
 
     Returns:
-        One group or two, each with `params` and `lr`.
+        One group to three, each with `params` and `lr`.
 
     Raises:
         InputError: nothing is trainable.
@@ -74,12 +78,17 @@ def parameter_groups(
         raise InputError(
             f"{type(model).__name__} has no parameter that requires a gradient; add an adapter, or unfreeze"
         )
-    rates = {False: learning_rate, True: learning_rate if head_learning_rate is None else head_learning_rate}
-    groups = (
-        {"params": [parameter for name, parameter in trained if in_modules(name, names) == in_head], "lr": rate}
-        for in_head, rate in rates.items()
-    )
-    return [group for group in groups if group["params"]]
+    spectral = any(COEFFICIENTS_OF in name for name, _ in trained)
+    rates = {
+        "body": learning_rate,
+        "other": learning_rate if other_learning_rate is None or not spectral else other_learning_rate,
+        "head": learning_rate if head_learning_rate is None else head_learning_rate,
+    }
+    groups: dict[str, dict[str, Any]] = {kind: {"params": [], "lr": rate} for kind, rate in rates.items()}
+    for name, parameter in trained:
+        kind = "head" if in_modules(name, names) else "body" if not spectral or COEFFICIENTS_OF in name else "other"
+        groups[kind]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
 
 
 def in_modules(name: str, modules: Iterable[str]) -> bool:
