@@ -47,11 +47,12 @@ def test_trainer(options, tmp_path):
     torch.testing.assert_close(dict(loaded.named_parameters()), dict(model.named_parameters()))
 
 
-def test_training_goes_on_from_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("coefficients", ["diagonal", "rotation"])
+def test_training_goes_on_from_a_checkpoint(coefficients, tmp_path):
     case = CASES["bert"]
 
     def run(folder, resume=None):
-        model = case.adapted(init_weights=True)
+        model = case.adapted(coefficients=coefficients, init_weights=True)
         Trainer(model, arguments(folder, max_steps=4), train_dataset=rows()).train(resume_from_checkpoint=resume)
         return case.output(model.eval())
 
