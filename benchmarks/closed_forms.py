@@ -58,8 +58,8 @@ def compare_with_draws(base: Tensor, update: Tensor, sizes: tuple[int, ...], dra
         draws: how many draws of the scrambled null.
     """
     U, S, Vh = torch.linalg.svd(base, full_matrices=False)
-    assert SCRAMBLED.energy is not None
-    energy = SCRAMBLED.energy(torch.linalg.svdvals(update).numpy(), (base.shape[0], base.shape[1]))
+    assert SCRAMBLED.self_energy is not None
+    energy = SCRAMBLED.self_energy(torch.linalg.svdvals(update).numpy(), (base.shape[0], base.shape[1]))
     closed = {k: (rotations(S.numpy(), energy, [k]) or {}).get(k) for k in sizes}
     drawn: dict[tuple[int, int], list[float]] = {(k, side): [] for k in sizes for side in (0, 1)}
     if any(closed.values()):

@@ -9,8 +9,13 @@ from scipy import stats
 
 from spectralbasis import compare
 from spectralbasis.comparison import nulls
-from spectralbasis.comparison.coverage_moments import UpdateSums, gaussian_coverage, scrambled_coverage
-from spectralbasis.comparison.metrics import coverage_shares
+from spectralbasis.comparison.coverage_moments import (
+    UpdateSums,
+    gaussian_coverage,
+    one_sided_coverage,
+    scrambled_coverage,
+)
+from spectralbasis.comparison.metrics import coverage_moments, coverage_shares
 from spectralbasis.comparison.nulls import draw_generator
 from spectralbasis.comparison.rotations import gaussian_energy, rotations, scrambled_energy, shared_overlap
 from spectralbasis.comparison.statistics import against_moments
@@ -42,6 +47,38 @@ def test_the_moments_of_coverage_are_those_of_all_signed_permutations():
             values = np.array([share[metric, side, k, -1] for share in shares])
             assert moments[k - 1].mean == pytest.approx(values.mean())
             assert moments[k - 1].std == pytest.approx(values.std(), abs=1e-7)
+
+
+@pytest.mark.parametrize(("side", "shape"), [("left", (3, 2)), ("right", (2, 4)), ("left", (4, 4)), ("right", (3, 3))])
+def test_the_moments_of_one_sided_coverage_are_those_of_all_signed_permutations_of_that_side(side, shape):
+    A = torch.from_numpy(np.random.default_rng(0).standard_normal(shape)) * torch.arange(1.0, shape[1] + 1).double()
+    U, Vh = (torch.from_numpy(orthonormal(size, 2, size)) for size in shape)
+    size, shares = shape[side == "right"], []
+    for order, signs in product(permutations(range(size)), product((-1, 1), repeat=size)):
+        D = torch.tensor(signs).double()
+        moved = D[:, None] * A[list(order)] if side == "left" else A[:, list(order)] * D
+        shares.append(coverage_shares(U, Vh.T, moved))
+    found = one_sided_coverage(side, A, UpdateSums.of(A, torch.linalg.svdvals(A).numpy()), U, Vh.T)
+    assert set(found) == {("coverage_core", "both"), ("coverage_diagonal", "both"), (f"coverage_{side}", side)}
+    for (metric, where), moments in found.items():
+        for k in (1, 2):
+            values = np.array([share[metric, where, k, -1] for share in shares])
+            assert moments[k - 1].mean == pytest.approx(values.mean())
+            assert moments[k - 1].std == pytest.approx(values.std(), abs=1e-7)
+    other = "right" if side == "left" else "left"
+    assert np.ptp([share[f"coverage_{other}", other, 2, -1] for share in shares]) < 1e-12
+
+
+@pytest.mark.parametrize("null", [nulls.SCRAMBLED, nulls.SCRAMBLED_LEFT, nulls.SCRAMBLED_RIGHT])
+def test_the_moments_of_coverage_are_those_of_4000_draws(null):
+    A = torch.from_numpy(low_rank(14, 10, 3, 0)) + 0.2 * torch.from_numpy(low_rank(14, 10, 10, 1))
+    U, Vh = torch.from_numpy(orthonormal(14, 4, 1)), torch.from_numpy(orthonormal(10, 4, 2)).T
+    found = coverage_moments(null.coverage, A, UpdateSums.of(A, torch.linalg.svdvals(A).numpy()), U, Vh)
+    shares = [coverage_shares(U, Vh, chance) for chance in null.draws(A, 4000, 0, "base", "tuned")]
+    for key, (mean, std) in found.items():
+        values = np.array([share[key] for share in shares])
+        assert abs(values.mean() - mean) < 4 * std / 4000**0.5, key
+        assert values.std() == pytest.approx(std, rel=0.1), key
 
 
 def test_the_moments_of_gaussian_coverage_are_those_of_beta():

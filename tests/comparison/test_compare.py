@@ -222,7 +222,7 @@ def test_a_matrix_that_is_the_rounded_base_is_listed_as_rounding(stored, narrow)
     ("change", "message"),
     [
         ({"leading": "all"}, "leading='all' is not a number of directions"),
-        ({"null": "shuffled"}, "null='shuffled' is unknown; pass one of scrambled, gaussian"),
+        ({"null": "shuffled"}, "null='shuffled' is unknown; pass one of scrambled, scrambled-left"),
         ({"draws": 0}, "draws must be at least 1, got 0"),
         ({"device": "cuda:99"}, "pass device='cpu'"),
         ({"leading": 0}, "leading=0 is not a number of directions"),

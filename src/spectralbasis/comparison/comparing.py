@@ -62,11 +62,11 @@ def compare(
         tuned: one or more checkpoints finetuned from it; PEFT adapter folders are read over `base`.
         leading: number of leading directions: a whole number (all directions of a matrix that has fewer), a fraction
             of min(m, n), "mp", "gd", or "auto" for 64, or half of min(m, n) where that is less.
-        null: "scrambled", "gaussian" or a record of your own (`comparison.nulls.Null`); None for no null, and then
-            nothing is tested.
+        null: "scrambled", "scrambled-left", "scrambled-right", "energy", "gaussian" (docs/mathematics.md), or a record
+            of your own (`comparison.nulls.Null`); None for no null, and then nothing is tested.
         draws: draws of the null per matrix; 2 are needed for a z-score, 5 or more are sensible. None: the closed form
-            of the null, exact for coverage, for the overlap in each matrix where it is within 5 % of many draws
-            (docs/mathematics.md), and 5 draws of the overlap elsewhere. The column `null_from` says which.
+            of the null, exact for coverage, for the overlap in each matrix where the null has one that is within 5 % of
+            many draws (docs/mathematics.md), and 5 draws of the overlap elsewhere. The column `null_from` says which.
         tasks: the task of each of `tuned`, in their order; checkpoints of one task (several seeds) are the ceiling for
             what checkpoints of different tasks share.
         seed: of the draws and of the bootstrap.

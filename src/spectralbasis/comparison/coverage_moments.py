@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spectralbasis.linalg.row_blocks import MatrixLike, row_slices
+from spectralbasis.linalg.row_blocks import MatrixLike, frobenius_norm, row_slices, times, transposed_times
 
 Floats = NDArray[np.float64]
 Key = tuple[str, str, int, int]
@@ -66,11 +66,13 @@ class UpdateSums:
         )
 
 
-Coverage = Callable[[UpdateSums, Tensor, Tensor], dict[tuple[str, str], list[Moments]]]
-"""Gives, from the sums of ΔW, U (m, k) and Vh (k, n), the moments of (metric, side) for 1 to k directions."""
+CoverageMoments = dict[tuple[str, str], list[Moments]]
+"""(metric, side) → moments for 1 to k directions."""
+Coverage = Callable[[MatrixLike, UpdateSums, Tensor, Tensor], CoverageMoments]
+"""Gives these moments from ΔW, its sums, U (m, k) and Vh (k, n)."""
 
 
-def scrambled_coverage(sums: UpdateSums, U: Tensor, Vh: Tensor) -> dict[tuple[str, str], list[Moments]]:
+def scrambled_coverage(sums: UpdateSums, U: Tensor, Vh: Tensor) -> CoverageMoments:
     """Exact moments of the coverages of `D1 P1 ΔW P2 D2` with random permutations P and signs D.
 
     A coverage is `X = Σ tr(P ΔW R ΔWᵀ)` with P and R projectors onto directions. In `E X²` only products survive in
@@ -93,27 +95,58 @@ def scrambled_coverage(sums: UpdateSums, U: Tensor, Vh: Tensor) -> dict[tuple[st
     left, right = (_diagonals(one).cpu().numpy() for one in (U, Vh.T))
     k = np.arange(1.0, len(left) + 1)
 
-    def corners(terms: Floats) -> Floats:
-        """Sum of terms (k, k) over their first j rows and columns, for j = 1..k."""
-        return np.asarray(terms).cumsum(0).cumsum(1).diagonal()
-
-    def moments(mean: Floats, square: Floats) -> list[Moments]:
-        variances = np.maximum(square - mean**2, 0)
-        return [Moments(float(one), math.sqrt(two)) for one, two in zip(mean, variances, strict=True)]
-
-    projectors = _averages(corners(left), k**2, k, m), _averages(corners(right), k**2, k, n)
+    projectors = _averages(_corners(left), k**2, k, m), _averages(_corners(right), k**2, k, n)
     identities = _averages(m, m * m, m, m), _averages(n, n * n, n, n)
     single = np.ones_like(left), np.eye(len(left))
     vectors = _averages(left, *single, m), _averages(right, *single, n)
     return {
-        ("coverage_left", "left"): moments(k / m, _second_moment(sums, projectors[0], identities[1])),
-        ("coverage_right", "right"): moments(k / n, _second_moment(sums, identities[0], projectors[1])),
-        ("coverage_core", "both"): moments(k**2 / (m * n), _second_moment(sums, *projectors)),
-        ("coverage_diagonal", "both"): moments(k / (m * n), corners(_second_moment(sums, *vectors))),
+        ("coverage_left", "left"): _moments(k / m, _second_moment(sums, projectors[0], identities[1])),
+        ("coverage_right", "right"): _moments(k / n, _second_moment(sums, identities[0], projectors[1])),
+        ("coverage_core", "both"): _moments(k**2 / (m * n), _second_moment(sums, *projectors)),
+        ("coverage_diagonal", "both"): _moments(k / (m * n), _corners(_second_moment(sums, *vectors))),
     }
 
 
-def gaussian_coverage(sums: UpdateSums, U: Tensor, Vh: Tensor) -> dict[tuple[str, str], list[Moments]]:
+def one_sided_coverage(side: str, update: MatrixLike, sums: UpdateSums, U: Tensor, Vh: Tensor) -> CoverageMoments:
+    """Exact moments of the coverages of `D P ΔW` (side "left"), or of `ΔW P D` ("right").
+
+    The vectors of the other side meet the update as it is: with `B = ΔW V_k`, (m, k), the core is `tr(P S B Bᵀ Sᵀ)`
+    for a random signed permutation S. As in `scrambled_coverage`, for one side,
+
+        E X² = α (tr A)² + 2β ‖A‖_F² + γ Σ_a A_aa²,   A = B Bᵀ,
+
+    for pairs of directions of the diagonal with `A_i = b_i b_iᵀ`. For "right", rows and columns change places. The
+    coverage of the other side is kept, so it is left out.
+
+    Args:
+        side: that is scrambled.
+        update: ΔW, (m, n), not zero.
+        sums: of ΔW.
+        U: (m, k), columns orthonormal.
+        Vh: (k, n), rows orthonormal.
+    """
+    if side == "left":
+        size, vectors, fourth = sums.shape[0], U, sums.rows
+        turned = times(update, Vh.double().T)
+    else:
+        size, vectors, fourth = sums.shape[1], Vh.T, sums.columns
+        turned = transposed_times(update, U.double())
+    B = (turned / frobenius_norm(update)).cpu().numpy()
+    gram, squares = B.T @ B, B**2
+    k, energies, overlaps = np.arange(1.0, B.shape[1] + 1), gram.diagonal(), _diagonals(vectors).cpu().numpy()
+    a, b, c = _averages(_corners(overlaps), k**2, k, size)
+    traces, core_fourth = energies.cumsum(), (squares.cumsum(1) ** 2).sum(0)
+    core = a * traces**2 + 2 * b * _corners(gram**2) + c * core_fourth
+    pair = _averages(overlaps, np.ones_like(gram), np.eye(len(gram)), size)
+    pairs = pair[0] * np.outer(energies, energies) + 2 * pair[1] * gram**2 + pair[2] * (squares.T @ squares)
+    return {
+        (f"coverage_{side}", side): _moments(k / size, a + 2 * b * sums.gram + c * fourth),
+        ("coverage_core", "both"): _moments(k / size * traces, core),
+        ("coverage_diagonal", "both"): _moments(traces / size, _corners(pairs)),
+    }
+
+
+def gaussian_coverage(sums: UpdateSums, U: Tensor, Vh: Tensor) -> CoverageMoments:
     """Exact moments of the coverages of independent normal entries, from the number of dimensions; see above.
 
     The share of d of D dimensions in the norm of a normal vector is Beta(d/2, (D − d)/2).
@@ -130,6 +163,17 @@ def gaussian_coverage(sums: UpdateSums, U: Tensor, Vh: Tensor) -> dict[tuple[str
         ("coverage_core", "both"): moments(lambda k: k * k),
         ("coverage_diagonal", "both"): moments(lambda k: k),
     }
+
+
+def _corners(terms: Floats) -> Floats:
+    """Sum of terms (k, k) over their first j rows and columns, for j = 1..k."""
+    return np.asarray(terms).cumsum(0).cumsum(1).diagonal()
+
+
+def _moments(mean: Floats, square: Floats) -> list[Moments]:
+    """From the means and the means of squares, (k,) each."""
+    variances = np.maximum(square - mean**2, 0)
+    return [Moments(float(one), math.sqrt(two)) for one, two in zip(mean, variances, strict=True)]
 
 
 def _diagonals(vectors: Tensor) -> Tensor:

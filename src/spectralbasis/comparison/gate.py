@@ -154,7 +154,7 @@ def _test(condition: Condition, table: "pd.DataFrame", summary: Mapping[str, Any
             f"{condition.text} holds: the verdict on {measure.replace('_', ' ')}{_of(label)} is {condition.bound}"
             for label, findings in found.items()
             for measure in ("stability", "coverage", "trailing_stability", "trailing_coverage")
-            if measure in findings and findings[measure]["verdict"] == condition.bound
+            if measure in findings and _judged(findings[measure]) and findings[measure]["verdict"] == condition.bound
         ]
     failed = {label: len(names) for label, names in summary.get("failed", {}).items()}
     counts = {"unpaired": sum(one["matrices"] for one in summary["unpaired"]), "failed": sum(failed.values())}
@@ -166,6 +166,11 @@ def _test(condition: Condition, table: "pd.DataFrame", summary: Mapping[str, Any
         for label in summary["tuned"]
         if (reason := _reason(condition, table[table["tuned"] == label], failed.get(label, 0)))
     ]
+
+
+def _judged(finding: Mapping[str, Any]) -> bool:
+    """Whether there is a verdict: what was measured has none where its null keeps it."""
+    return finding["value"] is None or finding["null_mean"] is not None
 
 
 def _reason(condition: Condition, rows: "pd.DataFrame", failed: int) -> str:

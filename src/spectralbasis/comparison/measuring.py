@@ -19,7 +19,7 @@ from spectralbasis.checkpoints.matrices import dtype_name
 from spectralbasis.comparison import metrics
 from spectralbasis.comparison.coverage_moments import Key, Moments, UpdateSums
 from spectralbasis.comparison.metrics import Measurements, Row, SharedRow, Window
-from spectralbasis.comparison.nulls import HAAR, SCRAMBLED, Null
+from spectralbasis.comparison.nulls import COVERAGES, SCRAMBLED, Null, SingularVectors
 from spectralbasis.comparison.rotations import Rotations, rotations
 from spectralbasis.comparison.sharing import Frames, Pair, shared_rows, update_directions
 from spectralbasis.comparison.statistics import NullFit, against_moments, against_null
@@ -86,6 +86,11 @@ class Settings:
         return str(self.null or "")
 
     @property
+    def drawn_in_base(self) -> bool:
+        """Whether the null is drawn in all singular vectors of the base."""
+        return self.null is not None and self.null.in_base
+
+    @property
     def most_draws(self) -> int:
         """Draws of a matrix whose null has no closed form; 0 without a null."""
         return 0 if self.null is None else USUAL_DRAWS if self.draws is None else self.draws
@@ -117,7 +122,9 @@ class MatrixTask:
     def whole_memory(self) -> int:
         """Bytes that measuring the matrix whole takes."""
         shape, settings = self.before.shape, self.settings
-        return working_memory(*shape, expected_k(settings.leading, shape), trailing=settings.trailing)
+        return working_memory(
+            *shape, expected_k(settings.leading, shape), trailing=settings.trailing, in_base=settings.drawn_in_base
+        )
 
     @property
     def in_row_blocks(self) -> bool:
@@ -179,6 +186,12 @@ class Base:
     values: Tensor
     norm: float
     trailing: Window | None
+
+    @cached_property
+    def vectors(self) -> SingularVectors:
+        """All singular vectors of W, which has to be in memory."""
+        assert isinstance(self.W, Tensor)
+        return SingularVectors.of(self.W)
 
 
 class _Work:
@@ -264,6 +277,12 @@ class _Work:
         if budget is None or not self.task.in_row_blocks:
             return
         m, n = self.task.before.shape
+        if self.settings.drawn_in_base:
+            enough = format_size(self.task.whole_memory, up=True)
+            raise ValueError(
+                f"the null {self.settings.null_name} needs all singular vectors of the base, and so {m}×{n} values in "
+                f"memory; pass --memory-budget {enough} or more, or another --null"
+            )
         kept = len(partners) * (1 + self.settings.most_draws) if len(partners) > 1 else 0
         held = self.task.before.held_bytes + max(partner.held_bytes for partner in partners)
         needed = held + row_block_memory(m, n, k, kept=kept, trailing=self.settings.trailing)
@@ -368,10 +387,11 @@ def measure_pair(
         )
     fits: NullFits = {key: (against_moments(values[key], *one), CLOSED) for key, one in moments.items()}
     draws: list[LeadingSVD] = []
-    if settings.null is not None and any(key not in moments for key in values if key[0] in _NULLED):
+    nulled = _NULLED - (settings.null.keeps if settings.null is not None else set())
+    if settings.null is not None and any(key not in moments for key in values if key[0] in nulled):
         drawn = _Draws(base, update, settings, tuned_hash)
         for key, found in drawn.values(leading=not rotated, kept=draws if keep else None).items():
-            if key not in fits:
+            if key not in fits and key[0] in nulled:
                 fits[key] = against_null(values[key], np.array(found)), DRAWN
     if not keep:
         return values, fits, None
@@ -380,10 +400,8 @@ def measure_pair(
     return values, fits, Frames(tuned_hash, tuned, tuple(draws), rotated, directions, overlaps)
 
 
-_NULLED = {"subspace_overlap", "trailing_overlap", "trailing_coverage"} | {
-    metric for metric, _ in HAAR.closed_forms if metric.startswith("coverage")
-}
-"""The metrics that are compared with a null."""
+_NULLED = {"subspace_overlap", "trailing_overlap", "trailing_coverage", *COVERAGES}
+"""The metrics that are compared with a null, save those that the null keeps."""
 
 
 def closed_form(
@@ -410,15 +428,15 @@ def closed_form(
     moments: dict[Key, Moments] = {}
     if null.coverage is not None:
         sums = UpdateSums.of(update, values)
-        moments |= metrics.coverage_moments(null.coverage, sums, leading.U, leading.Vh)
+        moments |= metrics.coverage_moments(null.coverage, update, sums, leading.U, leading.Vh)
         if window is not None:
-            within = metrics.coverage_moments(null.coverage, sums, window[0], window[1].T)
+            within = metrics.coverage_moments(null.coverage, update, sums, window[0], window[1].T)
             core = {k: one for (metric, _, k, _), one in within.items() if metric == "coverage_core"}
             moments |= {("trailing_coverage", "both", k, -1): one for k, one in core.items()}
-    if null.energy is None:
+    if null.self_energy is None:
         return moments, {}
     grid, known = metrics.leading_grid(leading.S.numel()), base_values.double().cpu().numpy()
-    energy = null.energy(values, (update.shape[0], update.shape[1]))
+    energy = null.self_energy(values, (update.shape[0], update.shape[1]))
     rotated = rotations(known, energy, grid, error_bound) or {}
     for k, sides in rotated.items():
         for name, side in zip(("left", "right"), sides, strict=True):
@@ -461,7 +479,12 @@ class _Draws:
         settings = self.settings
         assert settings.null is not None
         return settings.null.draws(
-            self.update, settings.most_draws, settings.seed, self.base.triplets.base_hash, self.tuned_hash
+            self.update,
+            settings.most_draws,
+            settings.seed,
+            self.base.triplets.base_hash,
+            self.tuned_hash,
+            lambda: self.base.vectors,
         )
 
     def _moved(self, chance: MatrixLike) -> LeadingSVD:
@@ -484,7 +507,7 @@ def expected_k(leading: Leading, shape: tuple[int, int]) -> int:
     return min(USUAL_LEADING, *shape) if known is None else known
 
 
-def working_memory(m: int, n: int, k: int, *, trailing: bool = False) -> int:
+def working_memory(m: int, n: int, k: int, *, trailing: bool = False, in_base: bool = False) -> int:
     """Bytes that measuring one (m, n) matrix against one partner takes at most, beside the interpreter's own.
 
     Seven float32 matrices are held while a null is drawn: base, tuned, update, the last draw's update and sum, and two
@@ -495,6 +518,8 @@ def working_memory(m: int, n: int, k: int, *, trailing: bool = False) -> int:
         n: columns.
         k: leading directions.
         trailing: whether the trailing directions are measured too, which takes all eigenvectors.
+        in_base: whether the null is drawn in all singular vectors of the base, which are held with parts of the update
+            in them.
     """
     matrix, short = FLOAT32 * m * n, min(m, n)
     # In float64: the matrix, LAPACK's copy, both factors and their workspace. A full decomposition is the last resort
@@ -507,7 +532,8 @@ def working_memory(m: int, n: int, k: int, *, trailing: bool = False) -> int:
         solver = max(gram, krylov_memory(short, k))
     else:
         solver = gram if gram_pays(m, n, k) else dense
-    return max(7 * matrix, 5 * matrix + solver, 3 * matrix + dense)
+    held = FLOAT32 * short * (m + n) + 4 * matrix if in_base else 0
+    return max(7 * matrix, 5 * matrix + solver, 3 * matrix + dense) + held
 
 
 def row_block_memory(

@@ -75,18 +75,21 @@ def coverage_shares(U: Tensor, Vh: Tensor, update: MatrixLike) -> Measurements:
     )
 
 
-def coverage_moments(coverage: Coverage, sums: UpdateSums, U: Tensor, Vh: Tensor) -> dict[Key, Moments]:
+def coverage_moments(
+    coverage: Coverage, update: MatrixLike, sums: UpdateSums, U: Tensor, Vh: Tensor
+) -> dict[Key, Moments]:
     """The moments of `coverage_shares` under a null, by the same keys.
 
     Args:
         coverage: of the null.
+        update: ΔW, (m, n), not zero.
         sums: of the update.
         U: (m, k), columns orthonormal.
         Vh: (k, n), rows orthonormal.
     """
     return {
         (metric, side, k, -1): moments[k - 1]
-        for (metric, side), moments in coverage(sums, U, Vh).items()
+        for (metric, side), moments in coverage(update, sums, U, Vh).items()
         for k in leading_grid(len(Vh))
     }
 

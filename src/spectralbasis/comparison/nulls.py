@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from spectralbasis.comparison.coverage_moments import Coverage, Floats, Moments, UpdateSums
+    from spectralbasis.comparison.coverage_moments import Coverage, CoverageMoments, Floats, UpdateSums
     from spectralbasis.comparison.rotations import SelfEnergy
     from spectralbasis.linalg.row_blocks import Rows, RowSource
 
@@ -36,25 +36,38 @@ class Null:
         draw: gives a random update of the shape of ΔW, from ΔW (a tensor, or a row source where a matrix exceeds the
             memory budget) and a CPU generator, which is the only source of randomness; None where closed forms replace
             draws. A function of a module, where other processes measure.
+        in_base: whether `draw` takes the singular vectors of W0 (`SingularVectors`) as a third argument. Then a matrix
+            is measured whole, never in row blocks.
+        keeps: metrics of which every draw has exactly the value of ΔW, so that they have no null.
         closed_forms: (metric, side) → its mean under the null, from k, m and n; functions of a module, too.
         coverage: gives the moments of the coverages without draws; see `coverage_moments.Coverage`. None where they are
             drawn.
-        energy: gives from the singular values of ΔW and its shape the `rotations.SelfEnergy` of a draw, from which
+        self_energy: gives from the singular values of ΔW and its shape the `rotations.SelfEnergy` of a draw, from which
             the moments of the overlaps follow; None where they are drawn.
     """
 
     name: str
     update: str
     description: str
-    draw: Callable[[Any, "torch.Generator"], Any] | None = None
+    draw: Callable[..., Any] | None = None
+    in_base: bool = False
+    keeps: frozenset[str] = frozenset()
     closed_forms: Mapping[tuple[str, str], Callable[[Any, Any, Any], Any]] = field(default_factory=dict)
     coverage: "Coverage | None" = None
-    energy: "Callable[[Floats, tuple[int, int]], SelfEnergy] | None" = None
+    self_energy: "Callable[[Floats, tuple[int, int]], SelfEnergy] | None" = None
 
     def __str__(self) -> str:
         return self.name
 
-    def draws(self, update: Any, count: int, seed: int, base_hash: str, tuned_hash: str) -> Iterator[Any]:
+    def draws(
+        self,
+        update: Any,
+        count: int,
+        seed: int,
+        base_hash: str,
+        tuned_hash: str,
+        vectors: "Callable[[], SingularVectors] | None" = None,
+    ) -> Iterator[Any]:
         """Random updates, fixed by the seed and the content of both matrices, whatever the order or place of work.
 
         Args:
@@ -63,11 +76,44 @@ class Null:
             seed: of all draws of a comparison.
             base_hash: content hash of W0.
             tuned_hash: content hash of W1.
+            vectors: gives the singular vectors of W0, which is asked only where the null is drawn in them (`in_base`).
+
+        Raises:
+            InputError: the null has no draws, or `vectors` is missing.
         """
         if self.draw is None:
             raise InputError(f"the null {self.name!r} has no draws, only closed forms; pass null=None instead")
+        if self.in_base and vectors is None:
+            raise InputError(
+                f"the null {self.name!r} is drawn in the singular vectors of the base; pass "
+                "vectors=lambda: SingularVectors.of(W0)"
+            )
+        known = (vectors(),) if self.in_base and vectors is not None else ()
         for number in range(count):
-            yield self.draw(update, draw_generator(seed, base_hash, tuned_hash, number))
+            yield self.draw(update, draw_generator(seed, base_hash, tuned_hash, number), *known)
+
+
+@dataclass(frozen=True)
+class SingularVectors:
+    """All singular vectors of a matrix, without those of its null spaces, of which none is distinguished.
+
+    Attributes:
+        U: (m, r), columns orthonormal, where r is the rank.
+        Vh: (r, n), rows orthonormal.
+    """
+
+    U: "Tensor"
+    Vh: "Tensor"
+
+    @classmethod
+    def of(cls, W: "Tensor") -> "SingularVectors":
+        """By a full decomposition in float64; singular values below the rounding of float32 weights count as zero."""
+        import torch
+
+        U, values, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+        rounding = float(values[0]) * torch.finfo(torch.float32).eps
+        rank = int(torch.count_nonzero(values > rounding))
+        return cls(U[:, :rank].to(W.dtype), Vh[:rank].to(W.dtype))
 
 
 def parse_null(null: str | Null | None) -> Null | None:
@@ -106,18 +152,92 @@ def scrambled(update: Update, generator: "torch.Generator") -> Update:
 
     from spectralbasis.linalg.row_blocks import RowSource
 
-    def signs(size: int) -> "Tensor":
-        return (torch.randint(0, 2, (size,), generator=generator) * 2 - 1).to(update.device, update.dtype)
-
     m, n = update.shape
     order = torch.randperm(m, generator=generator).to(update.device)
     columns = torch.randperm(n, generator=generator).to(update.device)
-    row_signs, column_signs = signs(m), signs(n)
+    row_signs, column_signs = (_signs(size, generator).to(update.device, update.dtype) for size in (m, n))
 
     def draw(rows: "Rows") -> "Tensor":
         return update[order[rows]][:, columns].mul_(row_signs[rows][:, None]).mul_(column_signs)
 
     return RowSource((m, n), draw, update.device) if isinstance(update, RowSource) else draw(slice(m))
+
+
+def scrambled_left(update: Update, generator: "torch.Generator") -> Update:
+    """`D P ΔW`, a random permutation P of the rows with random signs D; arguments as of `scrambled`."""
+    import torch
+
+    from spectralbasis.linalg.row_blocks import RowSource
+
+    m = update.shape[0]
+    order = torch.randperm(m, generator=generator).to(update.device)
+    signs = _signs(m, generator).to(update.device, update.dtype)
+
+    def draw(rows: "Rows") -> "Tensor":
+        return update[order[rows]].mul_(signs[rows][:, None])
+
+    return RowSource(update.shape, draw, update.device) if isinstance(update, RowSource) else draw(slice(m))
+
+
+def scrambled_right(update: Update, generator: "torch.Generator") -> Update:
+    """`ΔW P D`, a random permutation P of the columns with random signs D; arguments as of `scrambled`."""
+    import torch
+
+    from spectralbasis.linalg.row_blocks import RowSource
+
+    m, n = update.shape
+    order = torch.randperm(n, generator=generator).to(update.device)
+    signs = _signs(n, generator).to(update.device, update.dtype)
+
+    def draw(rows: "Rows") -> "Tensor":
+        return update[rows][:, order].mul_(signs)
+
+    return RowSource(update.shape, draw, update.device) if isinstance(update, RowSource) else draw(slice(m))
+
+
+def energy_preserving(update: "Tensor", generator: "torch.Generator", vectors: SingularVectors) -> "Tensor":
+    """The same magnitudes `|u_iᵀ ΔW v_j|` with random signs of rows and columns, (m, n).
+
+    With the singular vectors U, V of W0 it is `H1 ΔW H2`, where `H1 = U D1 Uᵀ + Q1`: D1 are random signs, and Q1 is a
+    random rotation of what is orthogonal to U (nothing, where W0 has rank m); H2 likewise from V. Any other rotation of
+    a null space would give the same overlaps with W0, since W0 has no vectors of its own there.
+
+    Args:
+        update: ΔW, (m, n).
+        generator: a CPU generator, the only source of randomness.
+        vectors: of W0.
+    """
+    left = _reflected(update, vectors.U, generator)
+    return _reflected(left.T, vectors.Vh.T, generator).T.contiguous()
+
+
+def _reflected(update: "Tensor", vectors: "Tensor", generator: "torch.Generator") -> "Tensor":
+    """The rows' side of `energy_preserving`: `(U D Uᵀ + Q) ΔW` for U (m, r)."""
+    import torch
+
+    (m, n), rank = update.shape, vectors.shape[1]
+    inside = vectors.T @ update
+    signs = _signs(rank, generator).to(update.device, update.dtype)
+    found = vectors @ (inside * signs[:, None])
+    if rank == m:
+        return found
+    count = min(m - rank, n)
+
+    def frame() -> "Tensor":
+        """Haar-random orthonormal columns that are orthogonal to the vectors, (m, count)."""
+        noise = torch.randn(m, count, generator=generator, dtype=torch.float64).to(update)
+        Q, R = torch.linalg.qr(noise - vectors @ (vectors.T @ noise))
+        return Q * R.diagonal().sign()
+
+    outside = update - vectors @ inside
+    part = frame().T @ outside if count == m - rank else torch.linalg.qr(outside, mode="r").R
+    return found + frame() @ part
+
+
+def _signs(size: int, generator: "torch.Generator") -> "Tensor":
+    import torch
+
+    return torch.randint(0, 2, (size,), generator=generator) * 2 - 1
 
 
 def gaussian(update: Update, generator: "torch.Generator") -> Update:
@@ -180,13 +300,25 @@ def normal_rows(shape: tuple[int, int], generator: "torch.Generator", device: "t
     return row_blocks.RowSource(shape, read, device)
 
 
-def _scrambled_coverage(sums: "UpdateSums", U: "Tensor", Vh: "Tensor") -> "dict[tuple[str, str], list[Moments]]":
+def _scrambled_coverage(update: Any, sums: "UpdateSums", U: "Tensor", Vh: "Tensor") -> "CoverageMoments":
     from spectralbasis.comparison import coverage_moments
 
     return coverage_moments.scrambled_coverage(sums, U, Vh)
 
 
-def _gaussian_coverage(sums: "UpdateSums", U: "Tensor", Vh: "Tensor") -> "dict[tuple[str, str], list[Moments]]":
+def _left_coverage(update: Any, sums: "UpdateSums", U: "Tensor", Vh: "Tensor") -> "CoverageMoments":
+    from spectralbasis.comparison import coverage_moments
+
+    return coverage_moments.one_sided_coverage("left", update, sums, U, Vh)
+
+
+def _right_coverage(update: Any, sums: "UpdateSums", U: "Tensor", Vh: "Tensor") -> "CoverageMoments":
+    from spectralbasis.comparison import coverage_moments
+
+    return coverage_moments.one_sided_coverage("right", update, sums, U, Vh)
+
+
+def _gaussian_coverage(update: Any, sums: "UpdateSums", U: "Tensor", Vh: "Tensor") -> "CoverageMoments":
     from spectralbasis.comparison import coverage_moments
 
     return coverage_moments.gaussian_coverage(sums, U, Vh)
@@ -220,13 +352,39 @@ def _diagonal_share(k: Any, m: Any, n: Any) -> Any:
     return k / (m * n)
 
 
+COVERAGES = ("coverage_left", "coverage_right", "coverage_core", "coverage_diagonal")
+
 SCRAMBLED = Null(
     name="scrambled",
     update="a random update of the same size and spectrum",
     description="W0 + D1 P1 ΔW P2 D2 with random permutations P and signs D",
     draw=scrambled,
     coverage=_scrambled_coverage,
-    energy=_scrambled_energy,
+    self_energy=_scrambled_energy,
+)
+SCRAMBLED_LEFT = Null(
+    name="scrambled-left",
+    update="the same update with its rows at random",
+    description="W0 + D P ΔW with a random permutation P and signs D of the rows",
+    draw=scrambled_left,
+    keeps=frozenset({"coverage_right"}),
+    coverage=_left_coverage,
+)
+SCRAMBLED_RIGHT = Null(
+    name="scrambled-right",
+    update="the same update with its columns at random",
+    description="W0 + ΔW P D with a random permutation P and signs D of the columns",
+    draw=scrambled_right,
+    keeps=frozenset({"coverage_left"}),
+    coverage=_right_coverage,
+)
+ENERGY = Null(
+    name="energy",
+    update="an update of the same energy on each pair of the base's directions, with random signs",
+    description="W0 + U D1 (Uᵀ ΔW V) D2 Vᵀ with all singular vectors U, V of W0 and random signs D",
+    draw=energy_preserving,
+    in_base=True,
+    keeps=frozenset({*COVERAGES, "trailing_coverage"}),
 )
 GAUSSIAN = Null(
     name="gaussian",
@@ -234,7 +392,7 @@ GAUSSIAN = Null(
     description="W0 + G with independent normal entries and ‖G‖ = ‖ΔW‖",
     draw=gaussian,
     coverage=_gaussian_coverage,
-    energy=_gaussian_energy,
+    self_energy=_gaussian_energy,
 )
 HAAR = Null(
     name="haar",
@@ -249,5 +407,5 @@ HAAR = Null(
         ("coverage_right", "right"): _right_share,
     },
 )
-NULLS = {null.name: null for null in (SCRAMBLED, GAUSSIAN)}
+NULLS = {null.name: null for null in (SCRAMBLED, SCRAMBLED_LEFT, SCRAMBLED_RIGHT, ENERGY, GAUSSIAN)}
 """The nulls that `compare` can draw, by name; the first is the default."""

@@ -146,7 +146,14 @@ PASSES_OF_A_DRAW = 8
 
 
 def operations(
-    shape: tuple[int, int], k: int, *, draws: int, stored_bytes: int, partners: int = 1, trailing: bool = False
+    shape: tuple[int, int],
+    k: int,
+    *,
+    draws: int,
+    stored_bytes: int,
+    partners: int = 1,
+    trailing: bool = False,
+    in_base: bool = False,
 ) -> dict[str, Work]:
     """The work of measuring one matrix of the base against its partners, by step.
 
@@ -160,6 +167,7 @@ def operations(
         stored_bytes: of the matrix in the base and in its partners.
         partners: finetuned checkpoints that it is compared with.
         trailing: whether the trailing directions are measured too.
+        in_base: whether the null is drawn in all singular vectors of the base.
     """
     m, n = shape
     short, long, matrix = min(m, n), max(m, n), FLOAT32 * m * n
@@ -167,6 +175,8 @@ def operations(
     base = _triplets(m, n, k, all_values=True)
     update = _all_values(m, n) + coverages + Work({"pass": PASSES_OF_A_PAIR * matrix})
     draw = _triplets(m, n, k) + coverages + Work({"pass": PASSES_OF_A_DRAW * matrix})
+    if in_base:  # to and from the vectors of both sides; in float32
+        draw = draw + Work({"product64": 4 * m * n * short})
     steps = {
         "read": Work({"read": stored_bytes, "pass": 2 * matrix * (1 + partners)}),
         "base": base,
@@ -174,6 +184,8 @@ def operations(
         "update": _times(partners, update),
         "null": _times(partners * draws, draw),
     }
+    if in_base and draws:
+        steps["null"] = steps["null"] + Work({"dense": 6 * long * short**2 + 20 * short**3})
     if trailing:  # all eigenvectors of a Gram matrix, by divide and conquer
         vectors = {"product64": 2 * long * short**2 + 4 * short**3, "tridiagonal": 4 * short**3 // 3}
         steps["trailing"] = _times(1 + partners * (1 + draws), Work(vectors) + coverages)
@@ -264,10 +276,13 @@ def make_group(
     """Matrices of one shape with so many partners each; `stored_bytes` are those of one with its partners."""
     k = expected_k(settings.leading, shape)
     null = settings.null
-    drawn = settings.draws is not None or (null is not None and null.energy is None) or settings.trailing
+    drawn = settings.draws is not None or (null is not None and null.self_energy is None) or settings.trailing
     draws = settings.most_draws if drawn else 0
-    steps = operations(shape, k, draws=draws, stored_bytes=stored_bytes, partners=partners, trailing=settings.trailing)
-    memory = working_memory(*shape, k, trailing=settings.trailing)
+    in_base, trailing = settings.drawn_in_base, settings.trailing
+    steps = operations(
+        shape, k, draws=draws, stored_bytes=stored_bytes, partners=partners, trailing=trailing, in_base=in_base
+    )
+    memory = working_memory(*shape, k, trailing=trailing, in_base=in_base)
     return Group(shape, count, k, steps, PROCESS_MEMORY + min(memory, memory_budget or memory))
 
 

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 from spectralbasis.checkpoints.matching import describe_unpaired, share_text
 from spectralbasis.comparison.measuring import DRAWN, UNCHANGED, Settings
 from spectralbasis.comparison.metrics import INTRUDER_COSINE
-from spectralbasis.comparison.nulls import Null
+from spectralbasis.comparison.nulls import COVERAGES, Null
 from spectralbasis.comparison.sharing import (
     RunEntry,
     SharingEntry,
@@ -232,10 +232,18 @@ def _null(table: "pd.DataFrame", settings: Settings, null: Null) -> str:
     sources = null_sources(table)
     drawn, all_ = sources.count(DRAWN), len(sources)
     draws = f"{settings.most_draws} draws of the {null.name} null ({null.description}) for each matrix"
+    kept = f", which keeps {', '.join(sorted(null.keeps))}, so that there is nothing to test in them" * bool(null.keeps)
     law = "p-values of single matrices are Student's t for one further draw"
     if settings.draws is not None or (null.coverage is None and drawn == all_):
-        return f"Overlap and coverage were compared with {draws}, seed {settings.seed}; {law}"
+        what = "Overlap was" if null.keeps.issuperset(COVERAGES) else "Overlap and coverage were"
+        return f"{what} compared with {draws}, seed {settings.seed}{kept}; {law}"
     beta = "p-values of single matrices are those of the Beta law with the null's mean and standard deviation"
+    if null.self_energy is None:
+        return (
+            f"Coverage was compared with the {null.name} null ({null.description}) in closed form, which is exact, and "
+            f"overlap with {settings.most_draws} draws of it for each matrix, seed {settings.seed}{kept}; {beta}, and "
+            "with draws those of Student's t for one further draw"
+        )
     coverage = "exact for coverage; " if null.coverage is not None else ""
     said = (
         f"Overlap and coverage were compared with the {null.name} null ({null.description}) in closed form: {coverage}"
@@ -377,6 +385,13 @@ def _stability_note(finding: Finding, forced: dict[str, int]) -> str:
 
 
 def _coverage_note(table: "pd.DataFrame") -> str:
+    nulls = {metric: set(rows["null"]) - {""} for metric, rows in table.groupby("metric")}
+    kept = nulls.get("subspace_overlap", set()) - nulls.get("coverage_core", set())
+    if kept:
+        return (
+            f"The null {', '.join(sorted(kept))} keeps the coverage of each update exactly, so this coverage cannot be "
+            "tested with it."
+        )
     step = table[table["metric"] == "update_norm_relative"]["value"].mean()
     if not step >= LARGE_STEP:
         return ""

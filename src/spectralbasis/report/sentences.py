@@ -120,6 +120,8 @@ def headline(stability: Finding, coverage: Finding, share: float = 1.0) -> str:
         return "There is no null, so nothing below can be compared with chance."
     link = "and" if stability.verdict == coverage.verdict else "but"
     said = f"{stability.words.headline}, {link} {coverage.words.headline}."
+    if not coverage.has_null:
+        said = f"{stability.words.headline}."
     if share >= 1:
         return said
     return f"Of {share_text(share)} of the model: {said[0].lower()}{said[1:]}"
@@ -143,7 +145,7 @@ def explain(finding: Finding, scope: str, step: str = "a random update of the sa
         )
     said = [f"{observed}, averaged over {scope}."]
     if not finding.has_null:
-        return [*said, f"There is no null, so the claim cannot be judged: {_UNJUDGED[finding.claim]}."]
+        return [*said, f"There is no null for it, so the claim cannot be judged: {_UNJUDGED[finding.claim]}."]
     sure = [] if finding.ci_low is None else [f"95{_SPACE}% interval {interval(finding)}"]
     if finding.p_value is not None:
         sure.append(p_phrase(finding.p_value))
