@@ -13,7 +13,7 @@ import pandas as pd
 
 from spectralbasis.study.estimates import interpolate_at
 from spectralbasis.study.runs import Results, Run
-from spectralbasis.study.trajectories import NOISE, halvings, summarise_steps
+from spectralbasis.study.trajectories import NOISE, summarise_steps
 
 
 @dataclass(frozen=True)
@@ -216,10 +216,10 @@ def at_equal_norm(steps: pd.DataFrame, run: list[str], among: list[str]) -> pd.D
     """What was measured where runs had moved equally far: at the largest norm that all runs of a group reached.
 
     Rotations, `1 − overlap`, are interpolated along the steps, their logarithm in that of the norm: they grow about as
-    its square.
+    its square. So is `held`, which is a logarithm already.
 
     Args:
-        steps: measurements by step, with the columns `norm`, `overlap` and `overlap_null`.
+        steps: measurements by step, with the columns `norm`, `overlap`, `overlap_null` and `held`.
         run: columns that identify a run.
         among: columns that identify a group of runs, some of `run`.
 
@@ -233,7 +233,7 @@ def at_equal_norm(steps: pd.DataFrame, run: list[str], among: list[str]) -> pd.D
     found = pd.DataFrame({NORM: paths["target"].first()})
     for name in (STABILITY, f"{STABILITY}_null"):
         found[name] = paths.apply(_overlap_at_target, name)
-    found[EXCESS] = halvings(found[STABILITY], found[f"{STABILITY}_null"])
+    found[EXCESS] = paths.apply(lambda path: interpolate_at(path[NORM], path[EXCESS], float(path["target"].iloc[0])))
     return found.reset_index()
 
 

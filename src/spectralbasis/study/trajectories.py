@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from spectralbasis.checkpoints import Matrix, logical_matrices, open_checkpoint
 from spectralbasis.comparison import metrics
 from spectralbasis.comparison.measuring import USUAL_DRAWS, closed_form
 from spectralbasis.comparison.metrics import Measurements, Window
-from spectralbasis.comparison.nulls import NULLS
+from spectralbasis.comparison.nulls import NULLS, SingularVectors
 from spectralbasis.comparison.summary import CEILING
 from spectralbasis.errors import InputError
 from spectralbasis.linalg import (
@@ -31,7 +32,7 @@ from spectralbasis.linalg import (
 from spectralbasis.triplets import matrix_hash
 
 TRAIN_LOSS = "train_loss"
-COLUMNS = ("step", "matrix", "layer", "kind", "metric", "side", "value", "null_mean", "null_std")
+COLUMNS = ("step", "matrix", "layer", "kind", "metric", "side", "value", "null_mean", "null_std", "null")
 Values = dict[tuple[str, str], float]
 """(metric, side) → value."""
 
@@ -68,6 +69,11 @@ class Origin:
         """Number of leading directions."""
         return self.leading.S.numel()
 
+    @cached_property
+    def vectors(self) -> SingularVectors:
+        """All singular vectors, for nulls that are drawn in them."""
+        return SingularVectors.of(self.W)
+
 
 def measure_update(origin: Origin, W1: Tensor) -> Values:
     """Everything that is measured of a trained matrix, at the full number of leading directions.
@@ -78,8 +84,9 @@ def measure_update(origin: Origin, W1: Tensor) -> Values:
 
     Returns:
         subspace_overlap, overlap_haar, and matched_cosine and assigned_cosine averaged over the directions, left and
-        right; coverage_diagonal, coverage_core, update_norm_relative and wedin_bound; trailing_overlap, left and
-        right, and trailing_coverage, where the origin has its trailing window. Definitions: docs/mathematics.md.
+        right; coverage_left, coverage_right, coverage_core, coverage_diagonal, update_norm_relative and wedin_bound;
+        trailing_overlap, left and right, and trailing_coverage, where the origin has its trailing window. Definitions:
+        docs/mathematics.md.
     """
     update = W1 - origin.W
     tuned = leading_svd(W1, origin.k)
@@ -111,22 +118,23 @@ def measure_null(
         draws: how many; None for the closed form where it holds, and `USUAL_DRAWS` elsewhere.
         seed: of the draws.
     """
-    update, tuned_hash = W1 - origin.W, matrix_hash(W1)
+    update, tuned_hash, record = W1 - origin.W, matrix_hash(W1), NULLS[null]
     known: dict[tuple[str, str], tuple[float, float]] = {}
     if draws is None:
         bound = 2 * origin.leading.subspace_error_bound
         moments, rotated = closed_form(
-            NULLS[null], origin.leading, origin.values, origin.trailing, update, singular_values(update), bound
+            record, origin.leading, origin.values, origin.trailing, update, singular_values(update), bound
         )
         known = {(metric, side): one for (metric, side, k, _), one in moments.items() if k == origin.k}
         if rotated and origin.trailing is None:
             return known
         draws = USUAL_DRAWS
     values: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for chance in NULLS[null].draws(update, draws, seed, origin.hash, tuned_hash):
+    for chance in record.draws(update, draws, seed, origin.hash, tuned_hash, lambda: origin.vectors):
         found = _against_base(origin, chance, leading_svd(origin.W + chance, origin.k))
         for key, value in _at_full_k(found, origin.k).items():
-            values[key].append(value)
+            if key[0] not in record.keeps:
+                values[key].append(value)
     drawn = {
         key: (float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else math.nan)
         for key, found in values.items()
@@ -145,8 +153,7 @@ def _against_base(origin: Origin, update: Tensor, tuned: LeadingSVD) -> Measurem
 
 
 def _at_full_k(found: Measurements, k: int) -> Values:
-    wanted = {"coverage_left", "coverage_right"}
-    return {(metric, side): value for (metric, side, j, _), value in found.items() if j == k and metric not in wanted}
+    return {(metric, side): value for (metric, side, j, _), value in found.items() if j == k}
 
 
 class TrajectoryCallback(TrainerCallback):
@@ -162,7 +169,7 @@ class TrajectoryCallback(TrainerCallback):
         leading: number of leading directions, or a rule, as for `compare`; at most half of a matrix's smaller side.
         draws: draws of the null for each matrix and step; 0 for none; None for its closed form where that holds, and 5
             elsewhere, as for `compare`.
-        null: "scrambled" or "gaussian".
+        nulls: names of nulls that `compare` knows; a matrix is measured against each.
         seed: of the draws.
         trailing: measure as many trailing directions too.
 
@@ -178,27 +185,29 @@ class TrajectoryCallback(TrainerCallback):
         steps: Sequence[int],
         leading: Leading = 16,
         draws: int | None = None,
-        null: str = "scrambled",
+        nulls: Sequence[str] = ("scrambled",),
         seed: int = 0,
         trailing: bool = False,
     ) -> None:
-        if null not in NULLS:
-            raise InputError(f"null={null!r} is unknown; pass one of {', '.join(NULLS)}")
+        unknown = [null for null in nulls if null not in NULLS]
+        if unknown or isinstance(nulls, str):
+            raise InputError(f"nulls={nulls!r} names an unknown null; pass a list from {', '.join(NULLS)}")
         if (draws is not None and draws < 0) or any(step < 1 for step in steps):
             raise InputError(
                 f"draws must be at least 0 (or None) and steps at least 1, got draws={draws} and steps={list(steps)}"
             )
         self.base, self.steps, self.leading = base, frozenset(steps), leading
-        self.draws, self.null, self.seed, self.trailing = draws, null, seed, trailing
+        self.draws, self.nulls, self.seed, self.trailing = draws, tuple(nulls), seed, trailing
         self._rows: list[tuple[Any, ...]] = []
         self._losses: list[float] = []
         self._matrices: Mapping[str, Matrix] = {}
         self._origins: dict[str, Origin] = {}
 
     def table(self) -> pd.DataFrame:
-        """All that was measured: the columns `COLUMNS`, one row per step, matrix, metric and side.
+        """All that was measured: the columns `COLUMNS`, one row per step, matrix, metric, side and null.
 
-        The rows of the metric `train_loss` have no matrix: the mean training loss since the measurement before.
+        `null` is empty, and `null_mean` NaN, where a metric has no null. The rows of the metric `train_loss` have no
+        matrix: the mean training loss since the measurement before.
         """
         return pd.DataFrame(self._rows, columns=list(COLUMNS))
 
@@ -239,23 +248,30 @@ class TrajectoryCallback(TrainerCallback):
     def _measure(self, step: int) -> Iterator[tuple[Any, ...]]:
         loss = float(np.mean(self._losses)) if self._losses else math.nan
         self._losses.clear()
-        yield step, "", -1, "", TRAIN_LOSS, "both", loss, math.nan, math.nan
+        yield step, "", -1, "", TRAIN_LOSS, "both", loss, math.nan, math.nan, ""
         for name, origin in self._origins.items():
             matrix = self._matrices[name]
             W1 = matrix.read().float()
             if not bool(W1.isfinite().all()) or torch.equal(W1, origin.W):
                 continue
-            chance = measure_null(origin, W1, self.null, self.draws, self.seed)
+            nulls = self.nulls if self.draws != 0 else ()
+            chances = {null: measure_null(origin, W1, null, self.draws, self.seed) for null in nulls}
             for (metric, side), value in measure_update(origin, W1).items():
-                mean, std = chance.get((metric, side), (math.nan, math.nan))
-                yield step, name, matrix.layer, matrix.kind, metric, side, value, mean, std
+                place = step, name, matrix.layer, matrix.kind, metric, side, value
+                found = {null: chance[metric, side] for null, chance in chances.items() if (metric, side) in chance}
+                for null, (mean, std) in (found or {"": (math.nan, math.nan)}).items():
+                    yield *place, mean, std, null
 
 
 NOISE = 1e-7
 """Rotation (1 − overlap) that float32 vectors cannot tell from none."""
+_LEAST = 1e-12
+"""Coverage that counts as none, so that its logarithm exists."""
 WITH_NULL = {
     "overlap": "subspace_overlap",
     "trailing_overlap": "trailing_overlap",
+    "left": "coverage_left",
+    "right": "coverage_right",
     "core": "coverage_core",
     "diagonal": "coverage_diagonal",
     "trailing_core": "trailing_coverage",
@@ -269,22 +285,35 @@ _ALONE = {
 }
 
 
-def summarise_steps(measurements: pd.DataFrame, by: Sequence[str] = ("step",)) -> pd.DataFrame:
+def summarise_steps(measurements: pd.DataFrame, by: Sequence[str] = ("step",), null: str | None = None) -> pd.DataFrame:
     """Means over matrices and sides, a row for each value of `by`.
+
+    Ratios to the null are taken in each matrix, of the means over its two sides, and their logarithms are averaged over
+    matrices: in a ratio of means over matrices, the few that turn most would decide alone.
 
     Args:
         measurements: the rows of `TrajectoryCallback.table`, and columns of the caller's.
         by: columns that identify a row: of the table (`step`, `layer`, `kind`, `matrix`) or the caller's.
+        null: which null's rows are taken; None where one alone was measured.
 
     Returns:
-        `by` and, as far as they were measured, `overlap`, `trailing_overlap`, `core`, `diagonal`, `trailing_core`,
-        each with its null's mean as `NAME_null`; `matched_cosine`, `assigned_cosine`, `overlap_haar`, `norm`
-        (`‖ΔW‖/‖W0‖`) and `wedin_bound`; `forced`, the share of matrices in which Wedin's bound alone forces an overlap
-        of `CEILING`, and `stable`, the share whose overlap reaches it; then, in doublings, `held` and `trailing_held`
-        (see `halvings`), and `core_gain` and `diagonal_gain`, the coverage over what chance gives.
+        `by` and, as far as they were measured, `overlap`, `trailing_overlap`, `left`, `right`, `core`, `diagonal`,
+        `trailing_core`, each with its null's mean as `NAME_null`; `matched_cosine`, `assigned_cosine`, `overlap_haar`,
+        `norm` (`‖ΔW‖/‖W0‖`) and `wedin_bound`; `forced`, the share of matrices in which Wedin's bound alone forces an
+        overlap of `CEILING`, and `stable`, the share whose overlap reaches it; then, in doublings, means over matrices:
+        `held` and `trailing_held` (see `halvings`), and `left_gain`, `right_gain`, `core_gain` and `diagonal_gain`, the
+        coverage over what chance gives.
+
+    Raises:
+        ValueError: `null` is None, and several were measured.
     """
     keys = list(by)
     rows = measurements[measurements["metric"] != TRAIN_LOSS]
+    if null is not None:
+        chosen = rows["null"] == null
+        rows = rows[chosen | ~rows["metric"].isin(set(rows.loc[chosen, "metric"]))]
+    elif len(several := sorted(set(rows.get("null", ())) - {""})) > 1:
+        raise ValueError(f"null=None, but {', '.join(several)} were measured; name one of them")
     means = rows.groupby([*keys, "metric"])[["value", "null_mean"]].mean().unstack("metric")
     columns = {name: means["value"].get(metric) for name, metric in (WITH_NULL | _ALONE).items()}
     columns |= {f"{name}_null": means["null_mean"].get(metric) for name, metric in WITH_NULL.items()}
@@ -296,12 +325,17 @@ def summarise_steps(measurements: pd.DataFrame, by: Sequence[str] = ("step",)) -
         measured = rows[rows["metric"] == metric]
         table[name] = reached(measured["value"]).groupby([measured[key] for key in keys]).mean()
     if "overlap_null" in table:
-        table["held"] = halvings(table["overlap"], table["overlap_null"])
-        for name in ("core", "diagonal"):
-            table[f"{name}_gain"] = np.log2(table[name] / table[f"{name}_null"])
-    if "trailing_overlap_null" in table:
-        table["trailing_held"] = halvings(table["trailing_overlap"], table["trailing_overlap_null"])
+        each = rows.groupby([*dict.fromkeys([*keys, "matrix"]), "metric"])[["value", "null_mean"]].mean()
+        for name, metric, ratio in _RATIOS:
+            if f"{_NAMES[metric]}_null" in table:
+                found = each.xs(metric, level="metric")
+                table[name] = ratio(found["value"], found["null_mean"]).groupby(level=keys).mean()
     return table.reset_index()
+
+
+def doublings(coverage: pd.Series, null: pd.Series) -> pd.Series:
+    """How many times the null's coverage was doubled."""
+    return pd.Series(np.log2(coverage.clip(lower=_LEAST) / null.clip(lower=_LEAST)))
 
 
 def halvings(overlap: pd.Series, null: pd.Series) -> pd.Series:
@@ -310,3 +344,12 @@ def halvings(overlap: pd.Series, null: pd.Series) -> pd.Series:
     It compares rotations, since overlaps near 1 leave a difference no room.
     """
     return pd.Series(np.log2((1 - null).clip(lower=NOISE) / (1 - overlap).clip(lower=NOISE)))
+
+
+_NAMES = {metric: name for name, metric in WITH_NULL.items()}
+_RATIOS = (
+    ("held", "subspace_overlap", halvings),
+    ("trailing_held", "trailing_overlap", halvings),
+    *((f"{name}_gain", WITH_NULL[name], doublings) for name in ("left", "right", "core", "diagonal")),
+)
+"""Column, metric, and what is made of it in each matrix."""

@@ -21,13 +21,13 @@ def results(
 def trajectory(values: Mapping[str, tuple[float, float]], steps: Iterable[int] = (1, 2)) -> pd.DataFrame:
     """What a trajectory callback measures: metric → (value, mean of the null), the same in four matrices."""
     rows = [
-        (step, f"layer.{layer}.{kind}", layer, kind, metric, "both", value, null, 0.0)
+        (step, f"layer.{layer}.{kind}", layer, kind, metric, "both", value, null, 0.0, "scrambled")
         for step in steps
         for layer in (0, 1)
         for kind in ("query", "key")
         for metric, (value, null) in values.items()
     ]
-    loss = [(step, "", -1, "", "train_loss", "both", 0.5, float("nan"), float("nan")) for step in steps]
+    loss = [(step, "", -1, "", "train_loss", "both", 0.5, float("nan"), float("nan"), "") for step in steps]
     return pd.DataFrame(rows + loss, columns=list(COLUMNS))
 
 

@@ -26,7 +26,7 @@ def by_task(task, layer):
 
 def trajectory(task, turned):
     rows = [
-        (step, f"{layer}.dense", layer, "dense", metric, "both", value, 0.5, 0.0)
+        (step, f"{layer}.dense", layer, "dense", metric, "both", value, 0.5, 0.0, "scrambled")
         for step in (1, 2)
         for layer in LAYERS
         for metric, value in {

@@ -2,6 +2,7 @@
 
 import math
 
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -10,7 +11,14 @@ from transformers import Trainer, TrainingArguments
 
 from spectralbasis import compare
 from spectralbasis.errors import InputError
-from spectralbasis.study.trajectories import Origin, TrajectoryCallback, measure_null, measure_update
+from spectralbasis.study.trajectories import (
+    COLUMNS,
+    Origin,
+    TrajectoryCallback,
+    measure_null,
+    measure_update,
+    summarise_steps,
+)
 from tests.matrices import power_law, with_spectrum
 from tests.models import tiny
 
@@ -47,6 +55,7 @@ def test_the_numbers_are_those_of_compare(tmp_path):
     last = table[(table["step"] == 4) & (table["matrix"] != "")]
     both = last.merge(full, on=["matrix", "metric", "side"], suffixes=("", "_compared"))
     metrics = ["subspace_overlap", "overlap_haar", "wedin_bound", "coverage_diagonal", "coverage_core"]
+    metrics += ["coverage_left", "coverage_right"]
     metrics += ["update_norm_relative", "trailing_overlap", "trailing_coverage"]
     assert set(both["metric"]) == set(metrics)
     assert len(both) == len(last[last["metric"].isin(metrics)])
@@ -116,6 +125,50 @@ def test_without_draws_the_null_is_that_of_many_draws():
     assert 0 < trailing["trailing_overlap", "left"][0] < 1
 
 
+def test_several_nulls_are_measured_at_once(tmp_path):
+    model, names = base(), ["scrambled", "scrambled-left", "energy"]
+    callback = TrajectoryCallback(steps=[2], leading=4, draws=2, nulls=names)
+    before = weights(model)
+    train(model, tmp_path, callback, steps=2)
+    table = callback.table()
+    after = weights(model)
+    for name in names:
+        compared = compare(before, [after], leading=4, draws=2, null=name).table
+        full = compared[(compared["k"] == 4) & (compared["null"] == name)]
+        mine = table[table["null"] == name]
+        both = mine.merge(full, on=["matrix", "metric", "side"], suffixes=("", "_compared"))
+        assert len(both) == len(mine) > 0
+        assert both["null_mean"].to_numpy() == pytest.approx(both["null_mean_compared"].to_numpy(), abs=1e-5)
+        assert both["value"].to_numpy() == pytest.approx(both["value_compared"].to_numpy(), abs=1e-5)
+    assert set(table.query("null == 'energy'")["metric"]) == {"subspace_overlap"}
+    assert set(table.query("null == 'scrambled-left'")["metric"]) == {
+        "subspace_overlap", "coverage_left", "coverage_core", "coverage_diagonal",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="energy, scrambled, scrambled-left were measured"):
+        summarise_steps(table)
+    by_energy, by_left = (summarise_steps(table, null=name).iloc[0] for name in ("energy", "scrambled-left"))
+    assert by_energy["overlap"] == pytest.approx(by_left["overlap"])
+    assert by_energy["right"] == pytest.approx(by_left["right"]), "what was observed is there without a null, too"
+    assert math.isfinite(by_left["left_gain"])
+    assert math.isfinite(by_energy["held"])
+
+
+def test_the_effect_is_the_mean_of_the_matrices_logarithms():
+    places = [(1, name, layer, "dense") for layer, name in enumerate(["a", "b"])]
+    rotations = {"a": [(0.01, 0.04), (0.03, 0.04)], "b": [(0.8, 0.2), (0.8, 0.2)]}  # one matrix turns most, four times
+    rows = [
+        (*place, "subspace_overlap", side, 1 - seen, 1 - chance, 0.0, "scrambled")
+        for place in places
+        for side, (seen, chance) in zip(("left", "right"), rotations[place[1]], strict=True)
+    ]
+    shares = zip(places, (0.02, 0.64), strict=True)
+    rows += [(*place, "coverage_core", "both", share, 0.01, 0.0, "scrambled") for place, share in shares]
+    found = summarise_steps(pd.DataFrame(rows, columns=list(COLUMNS))).iloc[0]
+    assert found["held"] == pytest.approx((1 - 2) / 2)
+    assert found["core_gain"] == pytest.approx((1 + 6) / 2)
+    assert found["overlap"] == pytest.approx(1 - (0.02 + 0.8) / 2)
+
+
 def test_small_matrices_get_half_of_their_directions():
     W = with_spectrum(48, 4, power_law(4))[0]
     assert Origin.of(W, 16, trailing=False).k == 2
@@ -123,7 +176,7 @@ def test_small_matrices_get_half_of_their_directions():
 
 
 def test_what_cannot_be_is_said(tmp_path):
-    for options in ({"null": "haar"}, {"draws": -1}, {"steps": [0]}):
+    for options in ({"nulls": ["haar"]}, {"nulls": "scrambled"}, {"draws": -1}, {"steps": [0]}):
         with pytest.raises(InputError):
             TrajectoryCallback(**{"steps": [1], **options})
     with pytest.raises(InputError, match="whose adapter was not merged"):
