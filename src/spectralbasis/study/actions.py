@@ -19,6 +19,7 @@ from spectralbasis.coefficients.similarity import similarity as similarity_of
 from spectralbasis.comparison.comparing import compare as compare_checkpoints
 from spectralbasis.study.directions import basis, gradient_coverage
 from spectralbasis.study.estimates import power_law_exponents
+from spectralbasis.study.exchange import exchange
 from spectralbasis.study.penalty import UpdatePenalty
 from spectralbasis.study.probes import Floats, layer_activations, linear_cka, linear_probe, svcca
 from spectralbasis.study.runs import Action, Outcome, Run, Site
@@ -263,7 +264,7 @@ def _distance(model: str, result: TuneResult) -> dict[str, float]:
 ACTIONS: dict[str, Action] = {
     action.__name__: action
     for action in (
-        basis, compare, diagnose, gradient_coverage, initialise, power_laws, retention, similarity, tune,
+        basis, compare, diagnose, exchange, gradient_coverage, initialise, power_laws, retention, similarity, tune,
     )
 }  # fmt: skip
 

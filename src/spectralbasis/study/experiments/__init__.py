@@ -10,6 +10,7 @@ from spectralbasis.study.experiments import (
     diagnostics,
     frontier,
     glue,
+    ladder,
     reuse,
     scale,
     scratch,
@@ -18,7 +19,19 @@ from spectralbasis.study.experiments import (
     task_similarity,
 )
 
-_MODULES = (stability, task_sharing, scale, scratch, ablation, glue, frontier, task_similarity, diagnostics, reuse)
+_MODULES = (
+    stability,
+    ladder,
+    task_sharing,
+    scale,
+    scratch,
+    ablation,
+    glue,
+    frontier,
+    task_similarity,
+    diagnostics,
+    reuse,
+)
 EXPERIMENTS: dict[str, Experiment] = {module.EXPERIMENT.name: module.EXPERIMENT for module in _MODULES}
 
 
