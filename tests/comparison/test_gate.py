@@ -53,6 +53,15 @@ def test_facts_of_the_summary(comparison):
     assert reasons(comparison, "unpaired>0", unpaired=[{"matrices": 2}]) == ["unpaired>0 holds: unpaired is 2"]
 
 
+def test_what_the_null_keeps_has_no_verdict_to_ask_for():
+    base, tuned = random_updates(4, 0.3)
+    found = sb.compare(base, [tuned], leading=4, null="energy", draws=2)
+    verdict = found.summary()["stability"]["verdict"]
+    assert reasons(found, f"verdict={verdict}") == [
+        f"verdict={verdict} holds: the verdict on stability is {verdict}"
+    ]  # not of coverage, which is undecided whatever was measured
+
+
 def test_what_has_no_value_counts_as_held(comparison):
     table = comparison.table.copy()
     table.loc[table["metric"].eq("update_norm").idxmax(), "value"] = math.nan

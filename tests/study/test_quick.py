@@ -1,4 +1,4 @@
-"""Experiments at their smallest, on built-in data: one in this process, all nine as the command line runs them."""
+"""Experiments at their smallest, on built-in data: one in this process, all as the command line runs them."""
 
 import json
 import math

@@ -312,7 +312,7 @@ def summarise_steps(measurements: pd.DataFrame, by: Sequence[str] = ("step",), n
     if null is not None:
         chosen = rows["null"] == null
         rows = rows[chosen | ~rows["metric"].isin(set(rows.loc[chosen, "metric"]))]
-    elif len(several := sorted(set(rows.get("null", ())) - {""})) > 1:
+    elif "null" in rows and len(several := sorted(set(rows["null"].dropna()) - {""})) > 1:
         raise ValueError(f"null=None, but {', '.join(several)} were measured; name one of them")
     means = rows.groupby([*keys, "metric"])[["value", "null_mean"]].mean().unstack("metric")
     columns = {name: means["value"].get(metric) for name, metric in (WITH_NULL | _ALONE).items()}

@@ -13,7 +13,16 @@ from spectralbasis.study.claims import Claim, Experiment, Findings, as_family, c
 from spectralbasis.study.estimates import mean_interval
 from spectralbasis.study.exchange import OTHER_TASKS
 from spectralbasis.study.runs import Results, Run
-from spectralbasis.study.subjects import MINILM_TASKS, SMALL_BERT, SMALL_VIT, TINY_VIT, LabelledRun, Subject
+from spectralbasis.study.subjects import (
+    MINILM_TASKS,
+    MULTIBERTS,
+    ROBERTA,
+    SMALL_BERT,
+    SMALL_VIT,
+    TINY_VIT,
+    LabelledRun,
+    Subject,
+)
 from spectralbasis.study.trajectories import summarise_steps
 
 QUESTION = (
@@ -95,6 +104,7 @@ PRESETS = {
             Group("BERT", from_seeds(SMALL_BERT, range(6)), (0,)),
         )
     ),
+    "paper": Settings((Group("RoBERTa-base", (ROBERTA,), (0, 1, 2)), Group("MultiBERT", MULTIBERTS, (0,))), leading=64),
 }
 LABELS = ["group", "model", "task", "seed"]
 
