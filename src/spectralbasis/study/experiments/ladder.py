@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from spectralbasis.comparison.statistics import Interval
-from spectralbasis.study.claims import Claim, Experiment, Findings, as_family, conclude, conclude_equal
+from spectralbasis.study.claims import Claim, Experiment, Findings, as_family, conclude, conclude_equal, marked
 from spectralbasis.study.estimates import mean_interval
 from spectralbasis.study.exchange import OTHER_TASKS
 from spectralbasis.study.runs import Results, Run
@@ -152,7 +152,8 @@ def analyse(settings: Settings, results: Results) -> Findings:
     arms = list(_arms(settings))
     measured = [(arm, record) for arm in arms if (record := results.get(arm.run)) and len(record.measurements)]
     if not measured:
-        return Findings(_claims(settings.groups[0], pd.DataFrame()), note="No run is finished yet.")
+        claims = _claims(settings.groups[0], pd.DataFrame())
+        return Findings(claims, note="No run is finished yet.", answer=_answer(claims))
     rows = pd.concat([record.measurements.assign(**arm.labels) for arm, record in measured], ignore_index=True)
     by_null = {null: summarise_steps(rows, LABELS, null) for null in NULLS}
     swapped = [
@@ -177,7 +178,8 @@ def analyse(settings: Settings, results: Results) -> Findings:
         "pretraining seeds where a group has several. Intervals: Student's t over units."
     )
     first = steps[steps["group"] == settings.groups[0].name]
-    return Findings(_claims(settings.groups[0], first), tables, {"Effect by null": _figure(ladder)}, note)
+    claims = _claims(settings.groups[0], first)
+    return Findings(claims, tables, {"Effect by null": _figure(ladder)}, note, _answer(claims))
 
 
 def _over_units(group: Group, values: pd.Series, table: pd.DataFrame) -> Interval:
@@ -194,28 +196,41 @@ def _claims(group: Group, steps: pd.DataFrame) -> list[Claim]:
         found["energy"] = _over_units(group, energy["held"], energy)
         found["plain"] = _over_units(group, scrambled["overlap"] - scrambled["trailing_overlap"], scrambled)
         found["scrambled"] = _over_units(group, -scrambled["held"], scrambled)
-    where = f"({group.name}, {count} {group.units})"
+    units = f"{count} {group.units} of {group.name}"
     equal = conclude_equal(
         "energy explains the rotation",
         "Finetuning turns the leading directions as updates of the same energy on each pair of the base's directions "
-        f"with random signs do {where}.",
-        found["energy"], within=MARGIN, unit=HELD, runs=runs,
+        "with random signs do.",
+        found["energy"], within=MARGIN, unit=HELD, runs=runs, units=units,
     )  # fmt: skip
     beside = as_family([
         conclude(
             "leading directions stay more than trailing ones",
-            f"After finetuning, the leading subspace overlaps with the base's more than the trailing one does {where}.",
-            found["plain"], unit="overlap", runs=runs,
+            "After finetuning, the leading subspace overlaps with the base's more than the trailing one does.",
+            found["plain"], unit="overlap", runs=runs, units=units,
             would_change="Trailing directions that overlap as much.",
         ),
         conclude(
             "leading directions turn more than under scrambled updates",
-            f"Finetuning turns the leading directions more than scrambled updates of the same size do {where}.",
-            found["scrambled"], unit="doublings of the null's rotation", runs=runs,
+            "Finetuning turns the leading directions more than scrambled updates of the same size do.",
+            found["scrambled"], unit="doublings of the null's rotation", runs=runs, units=units,
             would_change="Rotations like those of scrambled updates, or smaller ones.",
         ),
     ])  # fmt: skip
-    return [equal, *beside]
+    claims = [equal, *beside]
+    return marked(claims, *(claim.name for claim in claims))
+
+
+def _answer(claims: list[Claim]) -> str:
+    """Whether the energy explains the rotation, from the claim on it."""
+    return claims[0].tell(
+        f"Where the update's energy lies explains how far the leading directions turn, to within {MARGIN:g}: {{effect}}; "
+        "{units}.",
+        f"Where the update's energy lies does not explain how far the leading directions turn, to within {MARGIN:g}: "
+        "{effect}; {units}.",
+        "Whether the place of the update's energy explains how far the leading directions turn is undecided: {effect}; "
+        "{units}.",
+    )
 
 
 def _ladder(settings: Settings, steps: pd.DataFrame) -> pd.DataFrame:
@@ -287,4 +302,4 @@ def _figure(ladder: pd.DataFrame) -> go.Figure:
     return figure.update_layout(xaxis={"title": "null"}, yaxis={"title": HELD})
 
 
-EXPERIMENT = Experiment("ladder", QUESTION, PRESETS, plan, analyse)
+EXPERIMENT = Experiment("ladder", QUESTION, PRESETS, plan, analyse, "What explains the rotation?")
