@@ -224,8 +224,8 @@ def _claims(group: Group, steps: pd.DataFrame) -> list[Claim]:
 def _answer(claims: list[Claim]) -> str:
     """Whether the energy explains the rotation, from the claim on it."""
     return claims[0].tell(
-        f"Where the update's energy lies explains how far the leading directions turn, to within {MARGIN:g}: {{effect}}; "
-        "{units}.",
+        f"Where the update's energy lies explains how far the leading directions turn, to within {MARGIN:g}: "
+        "{effect}; {units}.",
         f"Where the update's energy lies does not explain how far the leading directions turn, to within {MARGIN:g}: "
         "{effect}; {units}.",
         "Whether the place of the update's energy explains how far the leading directions turn is undecided: {effect}; "

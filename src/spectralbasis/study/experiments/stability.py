@@ -193,8 +193,8 @@ def _note(settings: Settings, runs: int, steps: pd.DataFrame) -> str:
         f"{runs} finished runs; updates of {sizes.min():.2g} to {sizes.max():.2g} of the weights' norm. Leading: the "
         f"first {settings.leading} directions, or half of a smaller matrix; null: {settings.draws} scrambled draws for "
         "each matrix and step. Ratios to the null are taken in each matrix, and their logarithms averaged. Intervals: "
-        "Student's t over models and tasks, whose learning rates and seeds were averaged first. Tasks of one model are alike, so that intervals are about tasks of these models. "
-        + CHOSEN_AFTER
+        "Student's t over models and tasks, whose learning rates and seeds were averaged first. Tasks of "
+        "one model are alike, so that intervals are about tasks of these models. " + CHOSEN_AFTER
     )
 
 
