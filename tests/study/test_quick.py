@@ -35,7 +35,7 @@ def assert_concluded(folder: Path, names: Iterable[str]) -> None:
     for name, part in experiments.items():
         assert (part["finished"], part["failed"]) == (part["planned"], {}), name
         assert part["tables"], name
-        assert f"# {name.capitalize()}" in (folder / f"{name}.md").read_text()
+        assert f"# {EXPERIMENTS[name].title or name}\n" in (folder / f"{name}.md").read_text()
         for claim in part["claims"]:
             assert claim["verdict"] in ("supported", "contradicted", "undecided")
             low, effect, high = (math.nan if claim[key] is None else claim[key] for key in ("low", "effect", "high"))

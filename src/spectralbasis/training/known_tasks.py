@@ -8,7 +8,6 @@ from spectralbasis.errors import InputError
 from spectralbasis.extras import listed_by_group, require_extra
 from spectralbasis.training.data_files import TaskLoader, TaskRecord
 from spectralbasis.training.image_tasks import IMAGE_TASKS
-from spectralbasis.training.own_tasks import Wanted, own_task
 from spectralbasis.training.tasks import Task
 from spectralbasis.training.text_tasks import TEXT_TASKS
 
@@ -28,6 +27,8 @@ def load_csv_task(name: str, data: Path | None) -> Task:
     Raises:
         InputError: no data were named, a file is missing, or a row cannot be read.
     """
+    from spectralbasis.training.own_tasks import Wanted, own_task  # imports torch, which --help can do without
+
     if data is None:
         raise InputError(f"the task {name} needs --data with the folder that holds {name}/train.csv")
     places = (data / name, data / TABLES / name, data)

@@ -63,7 +63,7 @@ def test_what_energy_explains():
     assert found["leading directions turn more than under scrambled updates"].effect == pytest.approx(1, abs=0.05)
     assert found["leading directions stay more than trailing ones"].effect == pytest.approx(0.2 - 0.01 * 15 / 4)
     assert all(claim.runs == len(TASKS) * 3 for claim in findings.claims)
-    assert all(f"{len(TASKS)} tasks" in claim.text for claim in findings.claims)
+    assert all(f"{len(TASKS)} tasks" in claim.units for claim in findings.claims)
 
 
 @pytest.mark.parametrize(("effect", "verdict"), [(0.12, "supported"), (0.4, "contradicted"), (-0.4, "contradicted")])
