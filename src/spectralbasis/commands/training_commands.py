@@ -120,6 +120,7 @@ def tune(
             help=f"Where the directions come from ({owners('basis')}).",
         ),
     ] = "pretrained",
+    basis_seed: Annotated[int, typer.Option(help=f"Seed of a random basis ({owners('basis_seed')}).", min=0)] = 0,
     leading: Annotated[
         str | None,
         typer.Option(
@@ -239,6 +240,7 @@ def tune(
             coefficients=coefficients,
             bandwidth=bandwidth,
             block_size=block_size,
+            basis_seed=basis_seed,
             scaling=scaling,
             basis=basis,
             leading=leading,

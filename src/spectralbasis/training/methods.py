@@ -49,6 +49,7 @@ class MethodOptions:
         n_frequency: numbers for each matrix, from 1 (FourierFT).
         dimension: numbers for each matrix (TinyLoRA), or in all (a random subspace), from 1.
         sources: folders of the adapters that AdapterFusion fuses.
+        basis_seed: of a `random` basis.
         also: what is trained of the backbone besides the coefficients: "biases" of the adapted layers, "norms".
 
     Raises:
@@ -72,6 +73,7 @@ class MethodOptions:
     dimension: int | None = None
     sources: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
+    basis_seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("rank", "n_frequency", "dimension"):
@@ -284,7 +286,7 @@ def spectral(setup: Setup) -> "nn.Module":
     from spectralbasis.tuner.targets import targeted_modules
 
     loaded, options = setup.loaded, setup.options
-    names = ("coefficients", "bandwidth", "block_size", "scaling", "leading", "budget")
+    names = ("coefficients", "bandwidth", "block_size", "scaling", "leading", "budget", "basis_seed")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     given |= everywhere(loaded)
     if "norms" in options.also:
@@ -393,7 +395,8 @@ DIRECTIONS = frozenset({"coefficients", "bandwidth", "scaling", "budget"})
 PEFT, ADAPTERS = "PEFT", "extra baselines, with transformers 4.57"
 # PiSSA's factors are the leading triplets themselves, so alpha = rank is the scale at which the model is its base.
 _RECORDS = (
-    Method("spectral", "spectral", spectral, 3e-2, options=DIRECTIONS | {"block_size", "basis", "leading", "also"}),
+    Method("spectral", "spectral", spectral, 3e-2,
+           options=DIRECTIONS | {"block_size", "basis", "basis_seed", "leading", "also"}),
     Method("svft", "spectral", svft, 3e-2, options=DIRECTIONS),
     Method("full", "parts of the model", full, 1e-4, 1e-3, writes="model"),
     Method("head", "parts of the model", head, None, 5e-2, writes="model"),

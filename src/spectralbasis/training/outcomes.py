@@ -258,6 +258,7 @@ class StoredSettings(TypedDict, total=False):
     dimension: int | None
     sources: tuple[str, ...]
     also: tuple[str, ...]
+    basis_seed: Count
 
 
 class StoredLayout(TypedDict):

@@ -81,6 +81,7 @@ def tune(
     dimension: int | None = None,
     sources: Sequence[str | Path] = (),
     also: Sequence[str] = (),
+    basis_seed: int = 0,
     start: str | Path | None = None,
     steps: int | None = None,
     epochs: float | None = None,
@@ -130,6 +131,7 @@ def tune(
         n_frequency: numbers for each matrix, from 1 (FourierFT).
         dimension: numbers for each matrix (TinyLoRA), or in all (a random subspace), from 1.
         sources: folders of the adapters that AdapterFusion fuses.
+        basis_seed: of a `random` basis.
         also: what to train of the backbone besides the coefficients: `biases` of the adapted layers, `norms`; they are
             trained at a fifteenth of the learning rate and saved in the adapter.
         start: an adapter of the same method and size, from whose trained numbers in the backbone training starts.
@@ -174,6 +176,7 @@ def tune(
         MethodOptions(
             coefficients, bandwidth, block_size, scaling, basis, leading, budget, rank, alpha, n_frequency, dimension,
             tuple(str(source) for source in sources), tuple(also),
+            basis_seed,
         )
     )  # fmt: skip
     rates = chosen.learning_rates(learning_rate, head_learning_rate)
