@@ -1,11 +1,14 @@
 """Training from the trained numbers of another adapter."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from spectralbasis.errors import InputError
 from spectralbasis.training import tune
+from spectralbasis.training.quickstart import save_untrained
 from tests.training.examples import bright_side_task, save_image_model
 
 SHORT = {"steps": 3, "batch_size": 8, "progress": False}
@@ -64,3 +67,11 @@ def test_numbers_that_would_mean_something_else_are_refused(tmp_path, model, fir
     with pytest.raises(InputError, match=message):
         tune(model, task=task, output=tmp_path / "next", start=tmp_path / "first", **second, **SHORT)
     assert not (tmp_path / "next").exists()
+
+
+def test_random_bases_are_drawn_by_a_seed_of_their_own(tmp_path):
+    base = save_untrained(tmp_path / "vit")
+    options = {"task": "digits", "basis": "random", "leading": 4, "steps": 1, "progress": False}
+    for seed in (0, 3):
+        tune(base, output=tmp_path / str(seed), basis_seed=seed, **options)
+        assert json.loads((tmp_path / str(seed) / "adapter_config.json").read_text())["basis_seed"] == seed
