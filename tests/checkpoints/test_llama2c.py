@@ -7,7 +7,8 @@ from math import prod
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from benchmarks.instructions import save_model
+from transformers import LlamaForCausalLM
 
 from spectralbasis.checkpoints import logical_matrices, open_checkpoint
 from spectralbasis.errors import InputError
@@ -78,38 +79,11 @@ def test_stories260k(data_dir):
     torch.testing.assert_close(checkpoint.read("freqs_sin"), angles.sin(), atol=1e-4, rtol=0)
 
 
-HUGGING_FACE = {
-    "attention_norm": "input_layernorm",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-}
-
-
 @pytest.mark.data
 @torch.no_grad()
-def test_stories260k_tells_a_story(data_dir):
-    checkpoint = open_checkpoint(data_dir / "stories260K" / "stories260K.bin")
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=172, num_hidden_layers=5, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=True
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    state = {"model.embed_tokens.weight": "tok_embeddings.weight", "model.norm.weight": "norm.weight"} | {
-        f"model.layers.{i}.{theirs}.weight": f"layers.{i}.{ours}.weight"
-        for i in range(5)
-        for ours, theirs in HUGGING_FACE.items()
-    }
-    tensors = {theirs: checkpoint.read(ours) for theirs, ours in state.items()}
-    for name in tensors:
-        if name.endswith(("q_proj.weight", "k_proj.weight")):  # rotary pairs: neighbours there, halves here
-            tensors[name] = tensors[name].reshape(-1, 4, 2, 64).transpose(1, 2).reshape(-1, 64)
-    assert set(model.load_state_dict(tensors, strict=False).missing_keys) == {"lm_head.weight"}
+def test_stories260k_tells_a_story(data_dir, tmp_path):
+    folder = save_model(data_dir / "stories260K", tmp_path / "model")
+    model = LlamaForCausalLM.from_pretrained(folder).eval()
     tokens = model.generate(torch.tensor([[1]]), max_new_tokens=24, do_sample=False, pad_token_id=0)[0, 1:]
     words = vocabulary(data_dir / "stories260K" / "tok512.bin")
     assert b"".join(words[token] for token in tokens).decode().strip().startswith("Once upon a time, there was a")

@@ -148,51 +148,34 @@ def scrambled(update: Update, generator: "torch.Generator") -> Update:
         update: ΔW, (m, n); a row source gives a row source of the same values.
         generator: a CPU generator, the only source of randomness.
     """
-    import torch
-
-    from spectralbasis.linalg.row_blocks import RowSource
-
-    m, n = update.shape
-    order = torch.randperm(m, generator=generator).to(update.device)
-    columns = torch.randperm(n, generator=generator).to(update.device)
-    row_signs, column_signs = (_signs(size, generator).to(update.device, update.dtype) for size in (m, n))
-
-    def draw(rows: "Rows") -> "Tensor":
-        return update[order[rows]][:, columns].mul_(row_signs[rows][:, None]).mul_(column_signs)
-
-    return RowSource((m, n), draw, update.device) if isinstance(update, RowSource) else draw(slice(m))
+    return _scrambled(update, generator, (0, 1))
 
 
 def scrambled_left(update: Update, generator: "torch.Generator") -> Update:
     """`D P ΔW`, a random permutation P of the rows with random signs D; arguments as of `scrambled`."""
-    import torch
-
-    from spectralbasis.linalg.row_blocks import RowSource
-
-    m = update.shape[0]
-    order = torch.randperm(m, generator=generator).to(update.device)
-    signs = _signs(m, generator).to(update.device, update.dtype)
-
-    def draw(rows: "Rows") -> "Tensor":
-        return update[order[rows]].mul_(signs[rows][:, None])
-
-    return RowSource(update.shape, draw, update.device) if isinstance(update, RowSource) else draw(slice(m))
+    return _scrambled(update, generator, (0,))
 
 
 def scrambled_right(update: Update, generator: "torch.Generator") -> Update:
     """`ΔW P D`, a random permutation P of the columns with random signs D; arguments as of `scrambled`."""
+    return _scrambled(update, generator, (1,))
+
+
+def _scrambled(update: Update, generator: "torch.Generator", sides: tuple[int, ...]) -> Update:
+    """Rows (side 0) and columns (side 1) in random order with random signs, as far as `sides` names them."""
     import torch
 
     from spectralbasis.linalg.row_blocks import RowSource
 
-    m, n = update.shape
-    order = torch.randperm(n, generator=generator).to(update.device)
-    signs = _signs(n, generator).to(update.device, update.dtype)
+    shape = update.shape
+    orders = {side: torch.randperm(shape[side], generator=generator).to(update.device) for side in sides}
+    signs = {side: _signs(shape[side], generator).to(update.device, update.dtype) for side in sides}
 
     def draw(rows: "Rows") -> "Tensor":
-        return update[rows][:, order].mul_(signs)
+        found = update[orders[0][rows]].mul_(signs[0][rows][:, None]) if 0 in sides else update[rows]
+        return found[:, orders[1]].mul_(signs[1]) if 1 in sides else found
 
-    return RowSource(update.shape, draw, update.device) if isinstance(update, RowSource) else draw(slice(m))
+    return RowSource(shape, draw, update.device) if isinstance(update, RowSource) else draw(slice(shape[0]))
 
 
 def energy_preserving(update: "Tensor", generator: "torch.Generator", vectors: SingularVectors) -> "Tensor":

@@ -118,8 +118,8 @@ def tune(
         output: folder of the whole model (methods `full` and `head`) or of the adapter (all others), with
             `tuning.json`, which says how it was made, how it scored and what it cost.
         method: a name in `METHODS`.
-        coefficients: `diagonal`, `core`, `band`, `sparse`, `block` or `rotation`. This and the next twelve are options
-            of methods, as in `MethodOptions`; an option that the method does not read is refused.
+        coefficients: `diagonal`, `core`, `band`, `sparse`, `block` or `rotation`. This and the next thirteen are
+            options of methods, as in `MethodOptions`; an option that the method does not read is refused.
         bandwidth: largest distance from the diagonal, for `band`.
         block_size: size of a block, for `block` and `rotation`.
         scaling: unit of the coefficients: `absolute`, `relative` or `normalized`.
@@ -175,8 +175,7 @@ def tune(
     options = chosen.complete(
         MethodOptions(
             coefficients, bandwidth, block_size, scaling, basis, leading, budget, rank, alpha, n_frequency, dimension,
-            tuple(str(source) for source in sources), tuple(also),
-            basis_seed,
+            tuple(str(source) for source in sources), tuple(also), basis_seed,
         )
     )  # fmt: skip
     rates = chosen.learning_rates(learning_rate, head_learning_rate)
