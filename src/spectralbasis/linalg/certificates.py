@@ -9,6 +9,8 @@ from spectralbasis.linalg.row_blocks import MatrixLike, times, times_and_back, t
 
 LARGEST_RESIDUAL = 1e-4
 """Of a pair of singular vectors over its singular value, up to which `W v = σ u` may stand for an equation."""
+LARGEST_LOSS = 1e-5
+"""Relative error up to which `v·x` may be found from `W x + bias`; twice the rounding of the dtype, if that is more."""
 
 _WIDTH = 8
 _STEPS = 8
@@ -162,16 +164,22 @@ def largest_value_outside(A: MatrixLike, Vh: Tensor) -> float:
     return float(torch.linalg.matrix_norm(times(A, basis[:, k:]), 2)) if basis.shape[1] > k else 0.0
 
 
-def values_of_singular_vectors(W: Tensor, U: Tensor, V: Tensor) -> Tensor | None:
+def values_of_singular_vectors(
+    W: Tensor, U: Tensor, V: Tensor, *, bias: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor | None:
     """σ (k,), if `W V = U Σ` and `Wᵀ U = V Σ` hold well enough to compute one side in place of the other; else None.
 
     Args:
         W: (m, n), float32 or float64.
         U: (m, k) in the dtype of W.
         V: (n, k) in the dtype of W.
+        bias: (m,) of the layer, if it has one.
+        dtype: in which the layer multiplies; None is that of W.
 
     Returns:
-        None where a residual exceeds `LARGEST_RESIDUAL` of its singular value, or W has another dtype.
+        None where a residual exceeds `LARGEST_RESIDUAL` of its singular value, or W has another dtype. None too where a
+        singular value is so small beside the others, or beside the bias, that `uᵀ (W x + bias) - uᵀ bias`, rounded in
+        `dtype` and divided by it, is off from `v·x` by more than `LARGEST_LOSS`, for an x of entries of order 1.
 
     Examples:
         >>> import torch
@@ -185,7 +193,12 @@ def values_of_singular_vectors(W: Tensor, U: Tensor, V: Tensor) -> Tensor | None
         right, left = W @ V, W.T @ U
         S = (U * right).sum(0)
         residuals = torch.maximum((right - U * S).norm(dim=0), (left - V * S).norm(dim=0))
-    return S if bool((residuals <= LARGEST_RESIDUAL * S).all()) and bool((S > 0).all()) else None
+        size = W.norm() / min(W.shape) ** 0.5
+        if bias is not None:
+            size = torch.maximum(size, bias.detach().norm() / len(bias) ** 0.5)
+    rounding = torch.finfo(dtype or W.dtype).eps
+    holds = (residuals <= LARGEST_RESIDUAL * S) & (rounding * size <= max(LARGEST_LOSS, 2 * rounding) * S) & (S > 0)
+    return S if bool(holds.all()) else None
 
 
 def vector_error_bounds(S: Tensor, residuals: Tensor, next_singular_value: float) -> Tensor:

@@ -390,7 +390,7 @@ def cheapest_route(W: Tensor, U: Tensor, V: Tensor, bias: Tensor | None) -> Rout
         bias: (m,) or None.
     """
     m, n = W.shape
-    S = values_of_singular_vectors(W, U, V) if max(m, n) >= _WORTHWHILE * min(m, n) else None
+    S = values_of_singular_vectors(W, U, V, bias=bias) if max(m, n) >= _WORTHWHILE * min(m, n) else None
     route = make_route(cheapest(1, m, n, singular=S is not None, formed=False), U, V, S)
     offset = bias @ route.A if route.from_output and bias is not None else None
     return replace(route, A=route.A.contiguous(), B=route.B.contiguous(), offset=offset)

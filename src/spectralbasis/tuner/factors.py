@@ -87,7 +87,7 @@ class Factors(nn.Module):
         self.register_buffer("directions", torch.cat((U, V)), persistent=False)
         self.outputs = len(U)
         self.source = source
-        self._singular: dict[int, tuple[Snapshot, Tensor | None]] = {}
+        self._singular: dict[tuple[int, torch.dtype], tuple[Snapshot, Tensor | None]] = {}
         self._inverse: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         draws = np.random.Generator(np.random.Philox(1))
         self._left_probe = _uniform(draws, PROBES, U.shape[0]) @ U.double().cpu()
@@ -118,25 +118,32 @@ class Factors(nn.Module):
         left = FORMS[form].left_factor(self._left_probe[:, :k], R)
         return [round(value, 6) for value in (left * self._right_probe[:, :k]).sum(1).tolist()]
 
-    def singular_values(self, W: Tensor, k: int) -> Tensor | None:
-        """σ (k,), if the first k columns of U and V are singular vectors of `W`, else None; found once for a weight.
+    def singular_values(
+        self, W: Tensor, k: int, *, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor | None:
+        """σ (k,), if the first k columns of U and V are singular vectors of `W` that serve as such, else None.
+
+        They are found once for a weight; see `values_of_singular_vectors`.
 
         Args:
             W: a weight, (m, n). None too for one that cannot be told from a changed one later, see `Snapshot`.
             k: number of directions.
+            bias: of the layer, as it is when they are found.
+            dtype: in which the layer multiplies; None is that of W.
         """
         if torch.compiler.is_compiling() or W.is_meta or W.is_inference() or not W.is_contiguous():
             return None
-        found = self._singular.get(k)
+        key = k, dtype or W.dtype
+        found = self._singular.get(key)
         if found is None or not found[0].holds(W):
             with torch.inference_mode(False), torch.no_grad():  # a tensor of inference mode could not be trained with
-                state = Snapshot(W)
-                found = self._singular[k] = state, values_of_singular_vectors(W.detach(), *self.first(k))
+                S = values_of_singular_vectors(W.detach(), *self.first(k), bias=bias, dtype=dtype)
+                found = self._singular[key] = Snapshot(W), S
         return found[1]
 
-    def inverse_values(self, W: Tensor, k: int, dtype: torch.dtype) -> Tensor | None:
+    def inverse_values(self, W: Tensor, k: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """1/σ (k,) in this dtype; see `singular_values`."""
-        S = self.singular_values(W, k)
+        S = self.singular_values(W, k, bias=bias, dtype=dtype)
         if S is None:
             return None
         found = self._inverse.get((k, dtype))

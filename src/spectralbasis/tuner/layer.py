@@ -428,7 +428,7 @@ class Linear(SpectralLayer):
             base = cast(nn.Linear, self.base_layer)
             C, form = self.coefficients(active[0])
             factors = self.factors(active[0])
-            inverse = factors.inverse_values(base.weight, len(C), x.dtype)
+            inverse = factors.inverse_values(base.weight, len(C), base.bias, x.dtype)
             whole = (x, base.weight, base.bias, C, factors.stacked(len(C)), inverse, form)
             return run(LinearUpdate, *whole, gradients=_needs_gradient(x, base.bias, C))[0]
         output = self.base_layer(x, *args, **kwargs)

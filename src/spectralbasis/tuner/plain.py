@@ -99,7 +99,7 @@ class PlainUpdate:
         """The route for this many tokens; None where W is better formed."""
         way = cheapest_step(tokens, *W.shape, singular=True)
         if way in ("input", "output"):
-            S = self.factors.singular_values(W, self.parametrisation.k)
+            S = self.factors.singular_values(W, self.parametrisation.k, bias=self.base.bias)
             if S is None:
                 way = cheapest_step(tokens, *W.shape, singular=False)
             elif S is not self.S:
