@@ -23,7 +23,7 @@ from spectralbasis.study.exchange import exchange
 from spectralbasis.study.penalty import UpdatePenalty
 from spectralbasis.study.probes import Floats, layer_activations, linear_cka, linear_probe, svcca
 from spectralbasis.study.runs import Action, Outcome, Run, Site
-from spectralbasis.study.starting import halved_task, initialise, model_of, tested_task
+from spectralbasis.study.starting import halved_task, initialise, model_of, searched_task, tested_task
 from spectralbasis.study.trajectories import TrajectoryCallback
 from spectralbasis.training.evaluation import attach_adapter, score_task
 from spectralbasis.training.methods import METHODS
@@ -200,8 +200,9 @@ def similarity(run: Run, site: Site) -> Outcome:
 
 
 OWN_SETTINGS = ("model", "task", "measure", "penalty", "select_on")
-SPLITS = {"held out": halved_task, "train": tested_task}
-"""On what settings are chosen: half of the held-out examples, or some of the training examples."""
+SPLITS = {"held out": halved_task, "train": tested_task, "train alone": searched_task}
+"""On what settings are chosen: half of the held-out examples, or some of the training examples, and then without a
+score on the test examples."""
 
 
 def tune(run: Run, site: Site) -> Outcome:
@@ -238,6 +239,8 @@ def tune(run: Run, site: Site) -> Outcome:
     left_out = ("output", "model", "settings", "versions")
     facts = {name: value for name, value in result.to_dict().items() if name not in left_out}
     facts |= {**_distance(model, result), **constant_score(task)}
+    if task.selection is None:
+        facts["selection_score"] = facts["score"]
     return Outcome(facts, None if trajectory is None else trajectory.table())
 
 

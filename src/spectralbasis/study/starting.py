@@ -1,7 +1,7 @@
 """Where runs start: their task, their model, and the action `initialise`, which makes untrained models."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,13 @@ def tested_task(name: str, site: Site) -> Task:
     glue = next((one for one in GLUE_TASKS if one.name == name), None)
     task = load_task(name, place) if glue is None or place is None else load_glue(glue, place, test=True)
     return task.held_out_of_train(seed=SPLIT_SEED)
+
+
+def searched_task(name: str, site: Site) -> Task:
+    """A task by its name that is scored on the examples by which `tested_task` selects, and on no others."""
+    task = tested_task(name, site)
+    assert task.selection is not None  # it was just held out
+    return replace(task, evaluation=task.selection, selection=None)
 
 
 def model_of(run: Run, site: Site) -> str:

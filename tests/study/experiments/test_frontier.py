@@ -62,6 +62,18 @@ def test_tasks_at_chance_are_shown_apart_and_do_not_count():
     assert "RTE" in findings.tables["Tasks on which every arm is at chance"]
 
 
+def test_the_search_is_short_and_scores_no_test_example():
+    plan = frontier.plan(SETTINGS, Results({}))
+    searched = [run for run in plan if run.settings["select_on"] == "train alone"]
+    assert {run.settings["steps"] for run in searched} == {SETTINGS.search_steps}
+    assert {run.settings["task"] for run in searched} == set(SETTINGS.selection_tasks)
+    assert len(searched) == 3 * 4 * len(SETTINGS.recipes + SETTINGS.halves)
+    chosen = frontier.analyse(SETTINGS, planted({}, {"band": 0.8})).tables["Recipes on the selection examples"]
+    assert set(zip(chosen["group"], chosen["steps"], strict=True)) == {
+        ("reference", 600), ("recipe", 200), ("half", 200), ("chosen", 600),
+    }  # fmt: skip
+
+
 def test_nothing_finished_is_undecided():
     findings = frontier.analyse(SETTINGS, Results({}))
     assert set(verdicts(findings).values()) == {"undecided"}

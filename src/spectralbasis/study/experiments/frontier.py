@@ -28,11 +28,12 @@ class Settings:
     Args:
         subject: the model and all its tasks.
         references: arms that are compared on all tasks whatever they score: full finetuning and LoRA.
-        recipes: spectral arms with about as many numbers as LoRA; the one with the best mean score on the selection
-            examples of the selection tasks goes on to all tasks.
+        recipes: spectral arms with about as many numbers as LoRA; the one with the best mean score in the search goes
+            on to all tasks, with rates chosen anew at the full number of steps.
         halves: the same with at most half as many numbers.
         further: arms that follow on all tasks when those before are done, with two seeds.
         selection_tasks: on which learning rates and recipes are chosen, on examples held out of their training parts.
+        search_steps: optimizer steps of a run of the search.
         seeds: of the primary arms.
     """
 
@@ -42,22 +43,27 @@ class Settings:
     halves: tuple[Arm, ...]
     further: tuple[Arm, ...] = ()
     selection_tasks: tuple[str, ...] = ("SST-2", "MRPC", "trec", "tweets_emotion")
+    search_steps: int = 200
     seeds: tuple[int, ...] = (0, 1, 2)
 
+    def search(self, arms: tuple[Arm, ...]) -> Contest:
+        """The contest on the selection tasks that chooses among recipes: few steps, and no test example is scored."""
+        short = {**self.subject.settings, "steps": self.search_steps, "select_on": "train alone"}
+        return Contest(replace(self.subject, settings=short), arms, self.selection_tasks, self.seeds[:1])
+
     def trial(self, arms: tuple[Arm, ...]) -> Contest:
-        """The contest on the selection tasks, with the first seed, that chooses rates and recipes."""
+        """The contest on the selection tasks, with the first seed, that chooses rates."""
         return Contest(self.subject, arms, self.selection_tasks, self.seeds[:1])
 
     def primary(self, results: Results) -> Contest:
         """The references and the chosen recipes, on all tasks, as far as recipes are chosen."""
-        chosen = [arm for group in (self.recipes, self.halves) if (arm := best_arm(self.trial(group), results))]
+        chosen = [arm for group in (self.recipes, self.halves) if (arm := best_arm(self.search(group), results))]
         return Contest(self.subject, (*self.references, *chosen), self.selection_tasks, self.seeds)
 
     def exploration(self, results: Results) -> Contest:
-        """All other arms, on all tasks, with two seeds."""
-        arms = (*self.further, *self.recipes, *self.halves)
+        """The further arms that are not primary, on all tasks, with two seeds."""
         known = {arm.name for arm in self.primary(results).arms}
-        rest = tuple(arm for arm in arms if arm.name not in known)
+        rest = tuple(arm for arm in self.further if arm.name not in known)
         return Contest(self.subject, rest, self.selection_tasks, self.seeds[:2])
 
 
@@ -65,23 +71,39 @@ REFERENCES = (
     other("full", (5e-5, 2e-4, 5e-4)),
     other("lora", (2e-3, 5e-3, 1.5e-2), LORA, rank=1),
 )
+BAND = spectral("band of all", (3e-3, 1e-2, 3e-2), coefficients="band", leading=384)
+CORE = spectral("core k=33", (1e-3, 3e-3, 1e-2), coefficients="core", leading=33)
+DIAGONAL = spectral("diagonal of all", (3e-3, 1e-2, 3e-2), coefficients="diagonal", leading=384)
 RECIPES = (
-    spectral("band of all", (3e-3, 1e-2, 3e-2), coefficients="band", leading=384),
-    spectral("core k=33", (1e-3, 3e-3, 1e-2), coefficients="core", leading=33),
-)
+    BAND,
+    CORE,
+    spectral("blocks of 3", (3e-3, 1e-2, 3e-2), coefficients="block", leading=384, block_size=3),
+    spectral("rotations of 5", (3e-3, 1e-2, 3e-2), coefficients="rotation", leading=384, block_size=5,
+             scaling="normalized"),
+    spectral("diagonal of all and biases", (3e-3, 1e-2, 3e-2), coefficients="diagonal", leading=384, also=["biases"]),
+    spectral("band of all, relative to singular values", (3e-3, 1e-2, 3e-2), coefficients="band", leading=384,
+             scaling="relative"),
+    spectral("sparse, by calibration", (3e-3, 1e-2, 3e-2), coefficients="sparse", leading=128, budget=0.00185),
+)  # fmt: skip
 """At width 384 LoRA of rank 1 trains 42,240 numbers in the 37 matrices, a band over all directions 42,550, cores of
-33 directions 40,293."""
+33 directions 40,293, blocks of 3 42,624, rotations in blocks of 5 42,550, a diagonal and the biases 35,328, sparse ones
+42,023."""
 HALVES = (
-    spectral("diagonal of all", (3e-3, 1e-2, 3e-2), coefficients="diagonal", leading=384),
+    DIAGONAL,
     spectral("band of 190", (3e-3, 1e-2, 3e-2), coefficients="band", leading=190),
     spectral("core k=23", (1e-3, 3e-3, 1e-2), coefficients="core", leading=23),
-)
-"""14,208, 21,016 and 19,573 numbers."""
+    spectral("rotations of pairs", (3e-3, 1e-2, 3e-2), coefficients="rotation", leading=380, block_size=2,
+             scaling="normalized"),
+)  # fmt: skip
+"""14,208, 21,016, 19,573 and 21,090 numbers."""
 FURTHER = (
     other("head", (2e-2, 5e-2, 1e-1)),
     other("bitfit", (1e-3, 3e-3, 1e-2)),
     other("lora", (5e-4, 2e-3, 5e-3), "lora r=8", rank=8),
     other("psoft", (2e-3, 5e-3, 1.5e-2), "psoft core k=33", rank=33),
+    BAND,
+    CORE,
+    DIAGONAL,
 )
 TINY = Settings(
     TINY_VIT,
@@ -90,6 +112,7 @@ TINY = Settings(
      spectral("band of all", (3e-2,), coefficients="band", leading=32)),
     (spectral("diagonal of all", (3e-2,), coefficients="diagonal", leading=32),),
     selection_tasks=TINY_VIT.tasks[:1],
+    search_steps=6,
     seeds=(0, 1),
 )  # fmt: skip
 LARGE = Settings(
@@ -112,7 +135,7 @@ PRESETS = {"quick": TINY, "cpu": Settings(MINILM_TASKS, REFERENCES, RECIPES, HAL
 
 
 def best_arm(contest: Contest, results: Results) -> Arm | None:
-    """The arm whose best rate scores highest on the selection examples; None until all trials are done."""
+    """The arm whose best rate scores highest on the selection examples; None until all its runs are done."""
     means = {arm.name: contest.selection_mean(arm, results) for arm in contest.arms}
     if any(mean is None for mean in means.values()):
         return None
@@ -120,10 +143,11 @@ def best_arm(contest: Contest, results: Results) -> Arm | None:
 
 
 def plan(settings: Settings, results: Results) -> list[Run]:
-    """Trials of references and recipes, then the primary arms seed by seed, then what is exploration."""
-    trials = settings.trial((*settings.references, *settings.recipes, *settings.halves)).trials(results)
-    primary = settings.primary(results)
-    return [*trials, *primary.plan(results), *settings.exploration(results).plan(results)]
+    """Rates of the references and the search, then the primary arms seed by seed, then what is exploration."""
+    trials = settings.trial(settings.references).trials(results)
+    search = settings.search((*settings.recipes, *settings.halves)).trials(results)
+    later = [*settings.primary(results).plan(results), *settings.exploration(results).plan(results)]
+    return [*trials, *search, *later]
 
 
 def analyse(settings: Settings, results: Results) -> Findings:
@@ -134,8 +158,8 @@ def analyse(settings: Settings, results: Results) -> Findings:
     scores = pd.concat([table for table in (primary, explored) if len(table)] or [primary], ignore_index=True)
     planned = contest.size
     note = (
-        f"{len(primary)} of {planned} primary runs are finished. Learning rates and recipes were chosen on examples "
-        "held out of the training parts of "
+        f"{len(primary)} of {planned} primary runs are finished. Recipes, in runs of {settings.search_steps} steps, "
+        "and then learning rates, in runs of full length, were chosen on examples held out of the training parts of "
         f"{', '.join(settings.selection_tasks)}; scores are those of the whole test sets."
     )
     tables = {"Recipes on the selection examples": recipes(settings, results)}
@@ -151,7 +175,7 @@ def analyse(settings: Settings, results: Results) -> Findings:
 
 
 def _claims(settings: Settings, results: Results, scores: pd.DataFrame) -> list[Claim]:
-    recipe, half = (best_arm(settings.trial(group), results) for group in (settings.recipes, settings.halves))
+    recipe, half = (best_arm(settings.search(group), results) for group in (settings.recipes, settings.halves))
     names = [arm.name if arm else "not chosen yet" for arm in (recipe, half)]
     wanted = (
         ("not below full finetuning", names[0], FULL,
@@ -178,18 +202,26 @@ def _claims(settings: Settings, results: Results, scores: pd.DataFrame) -> list[
 
 def recipes(settings: Settings, results: Results) -> pd.DataFrame:
     """Each arm at each learning rate that was tried: the mean score on the selection examples, and what was trained."""
+    primary = settings.primary(results)
+    contests = (
+        ("reference", settings.trial(settings.references)),
+        ("recipe", settings.search(settings.recipes)),
+        ("half", settings.search(settings.halves)),
+        ("chosen", settings.trial(primary.arms[len(settings.references) :])),
+    )
     rows = []
-    for group, arms in (("reference", settings.references), ("recipe", settings.recipes), ("half", settings.halves)):
-        contest = settings.trial(arms)
-        for arm in arms:
+    for group, contest in contests:
+        steps = contest.subject.settings.get("steps")
+        for arm in contest.arms:
             for rate in contest.tried_rates(arm, results):
-                runs = [arm.run(settings.subject, task, rate, settings.seeds[0]) for task in settings.selection_tasks]
+                runs = [arm.run(contest.subject, task, rate, contest.seeds[0]) for task in contest.selection_tasks]
                 records = [record for run in runs if (record := results.get(run)) is not None]
                 if len(records) == len(runs):
                     means = pd.DataFrame([record.result for record in records])
                     score, numbers = means["selection_score"].mean(), means["parameters_backbone"].mean()
-                    rows.append([group, arm.name, rate, score, numbers, rate == contest.chosen_rate(arm, results)])
-    return pd.DataFrame(rows, columns=["group", "arm", "learning_rate", "selection_score", "backbone", "chosen"])
+                    best = rate == contest.chosen_rate(arm, results)
+                    rows.append([group, arm.name, steps, rate, score, numbers, best])
+    return pd.DataFrame(rows, columns=["group", "arm", "steps", "learning_rate", "selection_score", "backbone", "best"])
 
 
 def chance_tasks(scores: pd.DataFrame, results: Results, settings: Settings) -> list[str]:
