@@ -7,6 +7,7 @@ from spectralbasis.errors import InputError
 from spectralbasis.study.claims import Experiment
 from spectralbasis.study.experiments import (
     ablation,
+    crossed,
     diagnostics,
     frontier,
     glue,
@@ -26,6 +27,7 @@ _MODULES = (
     scale,
     scratch,
     ablation,
+    crossed,
     glue,
     frontier,
     task_similarity,
