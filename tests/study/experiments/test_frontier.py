@@ -77,4 +77,5 @@ def test_the_search_is_short_and_scores_no_test_example():
 def test_nothing_finished_is_undecided():
     findings = frontier.analyse(SETTINGS, Results({}))
     assert set(verdicts(findings).values()) == {"undecided"}
-    assert frontier.plan(SETTINGS, Results({}))[0].settings["method"] == "full"
+    first, *_, last = frontier.plan(SETTINGS, Results({}))
+    assert (first.settings["steps"], last.settings["steps"]) == (SETTINGS.search_steps, 600)

@@ -143,11 +143,9 @@ def best_arm(contest: Contest, results: Results) -> Arm | None:
 
 
 def plan(settings: Settings, results: Results) -> list[Run]:
-    """Rates of the references and the search, then the primary arms seed by seed, then what is exploration."""
-    trials = settings.trial(settings.references).trials(results)
+    """The search, rates of the references, then the primary arms seed by seed, then what is exploration."""
     search = settings.search((*settings.recipes, *settings.halves)).trials(results)
-    later = [*settings.primary(results).plan(results), *settings.exploration(results).plan(results)]
-    return [*trials, *search, *later]
+    return [*search, *settings.primary(results).plan(results), *settings.exploration(results).plan(results)]
 
 
 def analyse(settings: Settings, results: Results) -> Findings:
