@@ -408,6 +408,19 @@ def test_instructions_need_a_model_that_writes(tmp_path, model, writer):
         sb.tune(writer, train=file, output=tmp_path / "out", **SHORT)
 
 
+def test_a_model_that_reads_few_tokens_needs_no_max_length(model, films, tmp_path):
+    """It reads 16, less than the 64 at which texts are cut where nothing is asked for."""
+    tuned = sb.tune(model, train=films, output=tmp_path / "a", steps=2, leading=4, progress=False)
+    assert tuned.settings["max_length"] == 16
+    assert sb.evaluate(model, tmp_path / "a", test=films, progress=False).examples == 60
+    tokenizer = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "model_max_length": 8}))
+    sb.tune(model, train=films, output=tmp_path / "b", steps=2, method="full", progress=False)
+    (tmp_path / "b" / "tuning.json").unlink()
+    assert sb.evaluate(tmp_path / "b", test=films, progress=False).examples == 60
+    assert len(list(sb.predict(tmp_path / "b", None, films))) == 60
+
+
 def test_a_model_with_names_of_its_own_predicts_and_one_without_is_refused(tmp_path, model, films):
     folder = save_text_model(tmp_path / "own", num_labels=3)
     named = AutoModelForSequenceClassification.from_pretrained(folder, id2label={0: "liked", 1: "none", 2: "hated"})

@@ -128,7 +128,7 @@ def evaluate(
         check_folders([Path(adapter) if adapter else None])
     tuned = Path(adapter or model)
     record = stored(tuned)
-    length = record.get("settings", {}).get("max_length", MAX_LENGTH) if max_length is None else max_length
+    length = record.get("settings", {}).get("max_length") if max_length is None else max_length
     if test is not None:
         layout = layout_of(model, record, Wanted(kind, (text,) if isinstance(text, str) else tuple(text), label), test)
         cutting = reading_of_text(model, length) if layout.kind in ("language", "instructions") else {}
@@ -137,7 +137,8 @@ def evaluate(
             LOGGER.info(sentence)
     else:
         chosen = load_task(task, data) if isinstance(task, str) else cast(Task, task)
-    loaded = load_model(model, chosen, head="fresh" if adapter else "stored", max_length=length)
+    loaded = load_model(model, chosen, head="fresh" if adapter else "stored",
+                        max_length=length_for(model, chosen.kind, length))  # fmt: skip
     scored = attach_adapter(loaded, tuned) if adapter else loaded.model
     metrics = score_task(scored, chosen, loaded.collator, progress=progress)
     return EvaluateResult(
@@ -200,16 +201,18 @@ def reading_of_text(model: str | Path, length: int | None) -> dict[str, Any]:
 def length_for(model: str | Path, kind: str, length: int | None) -> int:
     """The tokens at which texts are cut: those asked for, else 64, or 256 where tokens are predicted.
 
-    The model's own limit holds where nothing is asked for.
+    The limit of the model or of its tokenizer holds where it is less and nothing is asked for.
     """
     if length is not None:
         return length
-    if kind not in LANGUAGE_KINDS or kind == "masked_language":
-        return MAX_LENGTH
+    usual = TEXT_LENGTH if kind in LANGUAGE_KINDS and kind != "masked_language" else MAX_LENGTH
     folder = checked_folder(resolve_source(model))
-    config = read_record(folder / CONFIG, dict[str, Any])
-    limits = [config.get(name) for name in ("max_position_embeddings", "n_positions")]
-    return min([TEXT_LENGTH, *(limit for limit in limits if isinstance(limit, int) and limit > 1)])
+    config, texts = folder / CONFIG, folder / "tokenizer_config.json"
+    found = read_record(config, dict[str, Any])
+    limits = [found.get("max_position_embeddings"), found.get("n_positions")]
+    if texts.is_file():
+        limits.append(read_record(texts, dict[str, Any]).get("model_max_length"))
+    return int(min([usual, *(limit for limit in limits if isinstance(limit, int | float) and limit > 1)]))
 
 
 def cut_texts(loaded: LoadedModel) -> list[str]:

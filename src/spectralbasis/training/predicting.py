@@ -23,7 +23,7 @@ from spectralbasis.locations import check_folders
 from spectralbasis.printable import printable, track
 from spectralbasis.training.collators import CausalCollator
 from spectralbasis.training.data_files import first_line
-from spectralbasis.training.evaluation import MAX_LENGTH, attach_adapter, layout_of, length_for
+from spectralbasis.training.evaluation import attach_adapter, layout_of, length_for
 from spectralbasis.training.models import LoadedModel, load_model, writes_text
 from spectralbasis.training.outcomes import stored
 from spectralbasis.training.own_tasks import Wanted, inputs_of, only, rows_of
@@ -218,8 +218,8 @@ def open_predictor(
     if layout.kind == "language" and not causal:
         raise InputError(f"{model} fills in hidden words, which is nothing to predict of a text; tune it to labels")
     task = _empty_task(layout, causal)
-    length = kept if isinstance(kept, int) else length_for(model, task.kind, None)
-    loaded = load_model(model, task, head="fresh" if adapter else "stored", max_length=length or MAX_LENGTH)
+    length = length_for(model, task.kind, kept if isinstance(kept, int) else None)
+    loaded = load_model(model, task, head="fresh" if adapter else "stored", max_length=length)
     predicts = attach_adapter(loaded, tuned) if adapter else loaded.model
     if torch.cuda.is_available():
         predicts.to("cuda")
