@@ -12,7 +12,7 @@ from spectralbasis.study.claims import Claim, Experiment, Findings, conclude_equ
 from spectralbasis.study.contests import COEFFICIENTS, Arm, Contest, differences
 from spectralbasis.study.estimates import clustered_interval
 from spectralbasis.study.runs import Results, Run
-from spectralbasis.study.subjects import MINILM_TASKS, TINY_VIT, Subject
+from spectralbasis.study.subjects import MINILM_TASKS, ROBERTA, TINY_VIT, Subject
 
 QUESTION = (
     "At equal numbers of coefficients, do the leading singular directions of a model serve better than its trailing "
@@ -87,6 +87,15 @@ PRESETS = {
         (0, 1),
     ),
     "cpu": Settings(TWELVE, CELLS, ("SST-2", "MRPC", "trec", "tweets_emotion"), (0, 1, 2, 3, 4)),
+    "paper": Settings(
+        ROBERTA,
+        (
+            Cell("core k=48", "core", 48, (1e-3, 4e-3, 1e-2), (RANDOM, TRAILING)),
+            Cell("diagonal of all", "diagonal", 768, (1e-2, 5e-2, 1e-1), (RANDOM,)),
+        ),
+        ("SST-2", "MRPC", "CoLA", "STS-B"),
+        (0, 1, 2, 3, 4),
+    ),
 }
 CLAIMS = (
     ("leading equals random", RANDOM, "random ones"),
