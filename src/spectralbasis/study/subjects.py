@@ -135,9 +135,13 @@ LEARNED = 0.05
 """Scores less than this above `CHANCE` teach nothing: two standard errors of a half of a few hundred examples."""
 
 
-def is_learned(task: Hashable, scores: pd.Series) -> bool:
-    """Whether the median of some scores is beyond chance by `LEARNED`; true where chance is not known."""
-    return bool(task not in CHANCE or scores.median() >= CHANCE[task] + LEARNED)
+def is_learned(task: Hashable, scores: pd.Series, constant: float = math.nan) -> bool:
+    """Whether the median of some scores is beyond chance by `LEARNED`; true where chance is not known.
+
+    Chance is what a constant answer scored in these runs, or else that of `CHANCE`.
+    """
+    chance = CHANCE.get(str(task), math.nan) if math.isnan(constant) else constant
+    return bool(math.isnan(chance) or scores.median() >= chance + LEARNED)
 
 
 SHIFT, CHANGE = "distribution shift", "task change"
@@ -172,11 +176,14 @@ class Lineage:
         """The run that writes the architecture with random weights."""
         return Run("initialise", {"architecture": self.architecture}, seed)
 
-    def pretrained(self, size: int, seed: int) -> Run | str:
-        """The run that pretrains on so many examples, or the model that others did; sizes of one seed are nested."""
+    def pretrained(self, size: int, seed: int, **settings: Any) -> Run | str:
+        """The run that pretrains on so many examples, or the model that others did; sizes of one seed are nested.
+
+        `settings` win over those of `pretraining`.
+        """
         if size in self.released:
             return self.released[size].format(seed + 1)
-        settings = {**self.pretraining, "method": "full", "train_examples": size}
+        settings = {**self.pretraining, "method": "full", "train_examples": size, **settings}
         return Run("tune", settings, seed, {"model": self.untrained(seed)})
 
     def finetune(self, model: Run | str, task: str, seed: int, measured: Mapping[str, Any], **settings: Any) -> Run:
@@ -198,12 +205,14 @@ class LabelledRun:
 
 
 def measured_steps(runs: Iterable[LabelledRun], results: Results) -> tuple[pd.DataFrame, int]:
-    """`summarise_steps` of each finished run, with its labels and its score; and how many runs are finished."""
+    """`summarise_steps` of each finished run, with its labels, its score and `constant_score`, that of a constant
+    answer (NaN where it is not recorded); and how many runs are finished."""
     tables = []
     for one in runs:
         record = results.get(one.run)
         if record is not None and len(record.measurements):
-            tables.append(summarise_steps(record.measurements).assign(**one.labels, score=record.result["score"]))
+            scores = {"score": record.result["score"], "constant_score": record.result.get("constant_score", math.nan)}
+            tables.append(summarise_steps(record.measurements).assign(**one.labels, **scores))
     return (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()), len(tables)
 
 

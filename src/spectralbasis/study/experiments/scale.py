@@ -1,6 +1,6 @@
 """Does pretraining on more diverse data, at equal numbers of updates, make the leading directions more stable?"""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,7 +94,7 @@ def analyse(settings: Settings, results: Results) -> Findings:
     """Slopes on the number of examples, pooled and for each lineage and move, and the tables they are taken from."""
     runs = list(_runs(settings))
     steps, finished = measured_steps(runs, results)
-    pretraining = _pretraining(settings, results)
+    pretraining = pretraining_scores(_pretrainings(settings), results)
     shown = {} if pretraining.empty else {"Pretraining": pretraining}
     if not finished:
         return Findings(_claims({}), shown, note="No finetuning is finished yet.")
@@ -156,13 +156,19 @@ def pooled_slopes(rows: pd.DataFrame, value: str) -> pd.DataFrame:
 
     Sizes and moves of one seed start from the same random weights, so that they are no units of their own.
     """
+    return task_slopes(rows, value).groupby(["lineage", "seed"], sort=False)["slope"].mean().reset_index()
+
+
+def task_slopes(rows: pd.DataFrame, value: str, on: str = "examples") -> pd.DataFrame:
+    """The slope on log10 of the column `on` of each task of each lineage and seed that has two values of it:
+    `lineage, seed, task, slope`."""
+    labels = ["lineage", "seed", "task"]
     known = rows.dropna(subset=[value])
     slopes = [
-        (lineage, seed, _slope(one, value).estimate)
-        for (lineage, seed, _), one in known.groupby(["lineage", "seed", "task"], sort=False)
+        (*names, slope_with_interval(one[on], one[value], one["seed"]).estimate)
+        for names, one in known.groupby(labels, sort=False)
     ]
-    table = pd.DataFrame(slopes, columns=["lineage", "seed", "slope"])
-    return table.groupby(["lineage", "seed"], sort=False)["slope"].mean().dropna().reset_index()
+    return pd.DataFrame(slopes, columns=[*labels, "slope"]).dropna().reset_index(drop=True)
 
 
 def _answer(claims: Sequence[Claim]) -> str:
@@ -208,36 +214,49 @@ def _means(view: pd.DataFrame, more: Sequence[str]) -> pd.DataFrame:
     return groups[shown].mean().assign(seeds=groups[STABILITY].count()).reset_index()
 
 
-def _pretraining(settings: Settings, results: Results) -> pd.DataFrame:
-    """How well the pretrained models do at what they were pretrained on."""
-    rows = []
+def _pretrainings(settings: Settings) -> Iterator[LabelledRun]:
     for lineage in settings.lineages:
         for size in lineage.sizes:
-            runs = [run for seed in settings.seeds if isinstance(run := lineage.pretrained(size, seed), Run)]
-            records = [record for run in runs if (record := results.get(run)) is not None]
-            if records:
-                scores = [record.result["score"] for record in records]
-                labels = {"lineage": lineage.name, "task": lineage.pretraining["task"], "examples": size}
-                score = sum(scores) / len(scores)
-                rows.append({**labels, "metric": records[0].result["metric"], "score": score, "seeds": len(scores)})
-    return pd.DataFrame(rows)
+            for seed in settings.seeds:
+                if isinstance(run := lineage.pretrained(size, seed), Run):
+                    labels = {"lineage": lineage.name, "task": lineage.pretraining["task"], "examples": size}
+                    yield LabelledRun(run, labels)
+
+
+def pretraining_scores(runs: Iterable[LabelledRun], results: Results) -> pd.DataFrame:
+    """How well pretrained models do at what they were pretrained on: the mean over finished runs of equal labels."""
+    rows = [
+        {**one.labels, "metric": record.result["metric"], "score": record.result["score"]}
+        for one in runs
+        if (record := results.get(one.run)) is not None
+    ]
+    if not rows:
+        return pd.DataFrame()
+    table = pd.DataFrame(rows)
+    groups = table.groupby([name for name in table if name != "score"], sort=False)["score"]
+    return groups.agg(score="mean", seeds="count").reset_index()
 
 
 def _figures(views: Mapping[str, pd.DataFrame]) -> dict[str, go.Figure]:
     titles = {STABILITY: "Stability by examples", EXCESS: "Rotation avoided by examples"}
-    return {f"{title}, {view}": _figure(rows, value) for value, title in titles.items() for view, rows in views.items()}
+    return {
+        f"{title}, {view}": trend_figure(rows, value, "examples", "pretraining examples")
+        for value, title in titles.items()
+        for view, rows in views.items()
+    }
 
 
-def _figure(view: pd.DataFrame, value: str) -> go.Figure:
+def trend_figure(view: pd.DataFrame, value: str, on: str, title: str) -> go.Figure:
+    """The means of a quantity over seeds, a line for each lineage and task, along the column `on`."""
     means = (
-        (f"{lineage} to {task}", rows.groupby("examples")[value].mean())
-        for (lineage, task, _), rows in view.groupby(ARM, sort=False)
+        (f"{lineage} to {task}", rows.groupby(on)[value].mean())
+        for (lineage, task), rows in view.groupby(["lineage", "task"], sort=False)
     )
     traces = (
         {"x": mean.index, "y": mean, "mode": "lines+markers", "name": name, "marker": {"size": 6}}
         for name, mean in means
     )
-    return scatter_figure(traces, "pretraining examples", value, log="x")
+    return scatter_figure(traces, title, value, log="x")
 
 
 def _note(settings: Settings) -> str:
