@@ -77,12 +77,12 @@ DIAGONAL = spectral("diagonal of all", (3e-3, 1e-2, 3e-2), coefficients="diagona
 RECIPES = (
     BAND,
     CORE,
+    spectral("core k=33, relative to singular values", (3e-4, 1e-3, 3e-3), coefficients="core", leading=33,
+             scaling="relative"),
     spectral("blocks of 3", (3e-3, 1e-2, 3e-2), coefficients="block", leading=384, block_size=3),
     spectral("rotations of 5", (3e-3, 1e-2, 3e-2), coefficients="rotation", leading=384, block_size=5,
              scaling="normalized"),
     spectral("diagonal of all and biases", (3e-3, 1e-2, 3e-2), coefficients="diagonal", leading=384, also=["biases"]),
-    spectral("band of all, relative to singular values", (3e-3, 1e-2, 3e-2), coefficients="band", leading=384,
-             scaling="relative"),
     spectral("sparse, by calibration", (3e-3, 1e-2, 3e-2), coefficients="sparse", leading=128, budget=0.00185),
 )  # fmt: skip
 """At width 384 LoRA of rank 1 trains 42,240 numbers in the 37 matrices, a band over all directions 42,550, cores of
