@@ -68,7 +68,8 @@ def write_adapter(folder: Path) -> Path:
 
     import spectralbasis as sb
 
-    config = sb.SpectralConfig(task_type="SEQ_CLS", target_modules="all-linear", leading=K, init_weights=False)
+    config = sb.SpectralConfig(task_type="SEQ_CLS", target_modules="all-linear", coefficients="diagonal", leading=K,
+                               init_weights=False)  # fmt: skip
     get_peft_model(base(), config).save_pretrained(folder)
     return folder
 

@@ -26,7 +26,7 @@ NAMES = ("Lily", "Tom", "Ben", "Mia", "Sam", "Anna", "Max", "Sue")
 COLOURS = ("red", "blue", "green", "big", "small", "yellow", "pink", "old")
 THINGS = ("ball", "car", "hat", "box", "book", "dog", "cat", "doll", "cup", "bird")
 METHODS: dict[str, dict[str, Any]] = {
-    "spectral, diagonal": {},
+    "spectral, diagonal": {"coefficients": "diagonal", "leading": 64},
     "spectral, core": {"coefficients": "core", "leading": 32},
     "lora": {"method": "lora", "rank": 4},
     "full": {"method": "full"},

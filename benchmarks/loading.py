@@ -29,8 +29,8 @@ from spectralbasis.locations import installed_folder
 EVERYWHERE = {"target_modules": "all-linear"}
 METHODS: dict[str, Callable[[nn.Module], PeftConfig]] = {
     "LoRA r=8": lambda model: LoraConfig(**EVERYWHERE, r=8),
-    "diagonal k=64": lambda model: SpectralConfig(**EVERYWHERE, leading=64),
-    "diagonal k=384": lambda model: SpectralConfig(**EVERYWHERE, leading=384),
+    "diagonal k=64": lambda model: SpectralConfig(**EVERYWHERE, coefficients="diagonal", leading=64),
+    "diagonal k=384": lambda model: SpectralConfig(**EVERYWHERE, coefficients="diagonal", leading=384),
     f"core at {BUDGET:.1%}": lambda model: SpectralConfig(**EVERYWHERE, coefficients="core", budget=BUDGET),
     "PSOFT free core": lambda model: PsoftConfig(
         **EVERYWHERE, r=core_size(model), psoft_orth=False, psoft_mag_a=False, psoft_mag_b=False

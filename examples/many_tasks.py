@@ -46,7 +46,8 @@ def load_model() -> PreTrainedModel:
 
 def build(adapter: Path, count: int) -> sb.CoefficientBank:
     """A bank of as many tasks, each with coefficients and a head of its own."""
-    config = sb.SpectralConfig(task_type="SEQ_CLS", target_modules="all-linear", leading=64, init_weights=False)
+    config = sb.SpectralConfig(task_type="SEQ_CLS", target_modules="all-linear", coefficients="diagonal", leading=64,
+                               init_weights=False)  # fmt: skip
     get_peft_model(load_model(), config).save_pretrained(adapter)
     bank = sb.CoefficientBank.from_adapters(load_model(), {"task 0": adapter})
     trained = load_file(adapter / "adapter_model.safetensors")

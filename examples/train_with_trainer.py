@@ -80,8 +80,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(source)
     data = load_data().map(lambda rows: tokenizer(rows["text"]), batched=True)
 
-    # Model: a core for each linear layer. Together the cores have at most 0.2 % of the model's parameters.
-    config = sb.SpectralConfig(task_type="SEQ_CLS", target_modules="all-linear", coefficients="core", budget=0.002)
+    # Model: for each linear layer a band over all singular directions, together 0.2 % of the model's parameters.
+    config = sb.SpectralConfig(task_type="SEQ_CLS", target_modules="all-linear")
     model = get_peft_model(load_base(source), config)
     coefficients = sum(weight.numel() for name, weight in model.named_parameters() if "spectral_" in name)
     print(f"trained: {coefficients:,} coefficients and the head")

@@ -32,6 +32,8 @@ class Kind:
         linear: whether C is a linear function of the numbers, so that adapters can be added number by number.
         entries: (k, size) → how many entries of C change; None where these are as many as the numbers.
         singular: whether the directions have to be singular vectors of the weight.
+        leading: directions of each matrix where neither a number nor a budget is asked for; smaller matrices give all
+            that they have.
 
     Examples:
         >>> KINDS["band"].numbers(5, 1), KINDS["block"].numbers(5, 2), KINDS["rotation"].numbers(5, 2)
@@ -47,6 +49,7 @@ class Kind:
     linear: bool = True
     entries: Count | None = None
     singular: bool = False
+    leading: int = 1024
 
     def fan_in(self, k: int, size: int) -> float:
         """How many trained entries of C meet in one left direction, on average."""
@@ -87,15 +90,17 @@ def _rotation_numbers(k: int, block_size: int) -> int:
 
 _RECORDS = (
     Kind("diagonal", "one number for each direction", lambda k, _: k, form="diagonal"),
-    Kind("core", "all entries", lambda k, _: k * k),
+    Kind("core", "all entries", lambda k, _: k * k, leading=64),
     Kind("band", "entries near the diagonal", _band_numbers, option="bandwidth", positions=_band_positions),
-    Kind("sparse", "entries with the largest gradient", lambda k, _: k * k),
+    Kind("sparse", "entries with the largest gradient", lambda k, _: k * k, leading=64),
     Kind("block", "square blocks on the diagonal", _block_numbers, option="block_size", positions=_block_positions),
     Kind("rotation", "changes of the singular values, and rotations of the right singular vectors within blocks",
          _rotation_numbers, option="block_size", linear=False, entries=_block_numbers, singular=True),
 )  # fmt: skip
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _RECORDS}
 COEFFICIENTS = tuple(KINDS)
+DEFAULT_COEFFICIENTS = "band"
+"""What is trained where nothing else is asked for; docs/results/frontier.md has what other kinds scored."""
 if TYPE_CHECKING:
     KindName = str
 else:

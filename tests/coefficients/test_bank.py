@@ -267,7 +267,7 @@ def _tensors(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"coefficients": "core"}, "one trains diagonal coefficients, the other core"),
+        ({"coefficients": "diagonal"}, "one trains band coefficients, the other diagonal"),
         ({"basis": "minor"}, "the basis pretrained, the other minor"),
         ({"leading": 5}, "they train different ranks of"),
         ({"scaling": "relative"}, "scaling='normalized', the other 'relative'"),

@@ -38,7 +38,7 @@ def test_build_and_list(folder, tmp_path):
     assert code == 0, error
     said = json.loads(out)
     assert said["tasks"] == {"a": {"classifier": 2}, "glue/b": {"classifier": 3}}
-    assert (said["task_type"], said["coefficients"], said["dtype"]) == ("SEQ_CLS", "diagonal", "float32")
+    assert (said["task_type"], said["coefficients"], said["dtype"]) == ("SEQ_CLS", "band", "float32")
     assert said["bytes"] == file.stat().st_size
     code, shown, _ = run("bank", "list", file)
     assert code == 0

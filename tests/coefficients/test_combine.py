@@ -53,7 +53,7 @@ def test_updates_are_combined_exactly(adapter, base, tmp_path, config, method, w
     found = sb.combine(folders, weights, output=tmp_path / "out", method=method)
     one, two, combined = (updates(folder, base) for folder in (*folders, tmp_path / "out"))
     assert found.matrices == len(combined) == len(one)
-    kind = config.get("coefficients", "diagonal")
+    kind = config.get("coefficients", "band")
     assert found.coefficients == ("core" if kind == "rotation" else kind)
     for name, update in combined.items():
         assert float(update.norm()) > 0
@@ -144,7 +144,7 @@ def test_heads_of_other_sizes_have_no_mean(base, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"coefficients": "core"}, "one trains diagonal coefficients, the other core"),
+        ({"coefficients": "diagonal"}, "one trains band coefficients, the other diagonal"),
         ({"basis": "minor"}, "the basis pretrained, the other minor"),
         ({"leading": 5}, "different ranks"),
         ({"target_modules": ["query"]}, "different matrices"),

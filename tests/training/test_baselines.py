@@ -113,7 +113,7 @@ def trained_sizes(tmp_path, name: str, **options: Any) -> dict[str, int]:
         ("fourierft", {"n_frequency": 7}, 7 * len(SHAPES)),
         ("psoft", {"rank": 3}, 9 * len(SHAPES)),
         ("tinylora", {"dimension": 7}, 7 * len(SHAPES)),
-        ("svft", {}, 16 * len(SHAPES)),
+        ("svft", {"coefficients": "diagonal"}, 16 * len(SHAPES)),
         ("svft", {"coefficients": "band", "bandwidth": 1}, (16 + 2 * 15) * len(SHAPES)),
         ("subspace", {"dimension": 11}, 11),
     ],

@@ -56,7 +56,7 @@ def size_of(coefficients):
     ],
 )
 def test_biases_and_norms_are_counted_in_the_backbone(tmp_path, also, size):
-    found = counts(tmp_path, "spectral", leading=5, also=also)
+    found = counts(tmp_path, "spectral", coefficients="diagonal", leading=5, also=also)
     assert (found.backbone, found.head) == (5 * len(SHAPES) + size, HEAD)
 
 

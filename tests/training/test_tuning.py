@@ -203,7 +203,7 @@ def test_the_card_names_task_and_score_and_its_code_loads_the_adapter(tmp_path, 
     base = save_image_model(tmp_path / "model", labels=10)
     result = tune(base, task=bright_side_task(), output=tmp_path / "a", leading=3, **SHORT)
     card = (tmp_path / "a" / "README.md").read_text()
-    assert "bright side adapter (spectral, diagonal)" in card
+    assert "bright side adapter (spectral, band)" in card
     assert f"| accuracy on evaluation | {result.score:.4f} |" in card
     names: dict[str, Any] = {}
     monkeypatch.chdir(tmp_path / "a")

@@ -87,7 +87,7 @@ class Case:
         return self.build().eval().requires_grad_(False)
 
     def settings(self, **changes: Any) -> SpectralConfig:
-        return SpectralConfig(**{"init_weights": False, **self.config, **changes})
+        return SpectralConfig(**{"init_weights": False, "coefficients": "diagonal", **self.config, **changes})
 
     def adapted(self, *, adapter_name: str = "default", seed: int = 1, **changes: Any) -> PeftModel:
         """The base with an adapter whose coefficients are random unless `init_weights=True`."""

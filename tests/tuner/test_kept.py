@@ -32,7 +32,7 @@ def adapted(**changes):
     """One square layer with two adapters, "default" and "other"."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(SIZE, SIZE)).requires_grad_(False)
-    config = {"target_modules": ["0"], "leading": 5, "init_weights": False} | changes
+    config = {"target_modules": ["0"], "coefficients": "diagonal", "leading": 5, "init_weights": False} | changes
     model = sb.tuner.SpectralModel(base, sb.SpectralConfig(**config), "default")
     model.peft_config["other"] = sb.SpectralConfig(**config | {"leading": 3, "coefficients": "core"})
     model.inject_adapter(model.model, "other")

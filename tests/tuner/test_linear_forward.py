@@ -57,7 +57,7 @@ def test_directions_whose_values_are_tiny_lose_no_digits(shape, bias, autocast):
         S[-3:] = torch.tensor([1e-2, 5e-3, 2e-3])
         base[0].weight.copy_(U * S @ Vh)
         base[0].bias.copy_(bias * torch.randn(shape[1]))
-    config = SpectralConfig(target_modules=["0"], leading=3, basis="minor", init_weights=False)
+    config = SpectralConfig(target_modules=["0"], coefficients="diagonal", leading=3, basis="minor", init_weights=False)
     layer = get_peft_model(base, config).base_model.model[0]
     x = torch.randn(MANY, shape[0], requires_grad=True)
     (delta, stored) = (layer.get_delta_weight("default").double(), layer.stored("default"))

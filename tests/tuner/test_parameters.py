@@ -38,7 +38,8 @@ def base(kind):
 
 
 def settings(kind, **changes):
-    return SpectralConfig(**{"target_parameters": MODELS[kind], "leading": 4, "init_weights": False, **changes})
+    fixed = {"coefficients": "diagonal", "leading": 4, "init_weights": False}
+    return SpectralConfig(**{"target_parameters": MODELS[kind], **fixed, **changes})
 
 
 def adapted(kind, **changes):
@@ -323,7 +324,10 @@ def test_patterns_of_former_names(settings, expected, tmp_path):
 @stacked
 def test_a_half_of_a_stack_is_the_linear_layer_that_it_was():
     """The update of gate and up of each expert is that of a linear layer with the same weight and numbers."""
-    model = get_peft_model(base("mixtral"), SpectralConfig(target_modules=["w1", "w3"], leading=3, init_weights=False))
+    model = get_peft_model(
+        base("mixtral"),
+        SpectralConfig(target_modules=["w1", "w3"], coefficients="diagonal", leading=3, init_weights=False),
+    )
     config = model.peft_config["default"]
     wrapper = wrappers(model)[0]
     stored = wrapper.stored("default").detach().split(3)
@@ -333,7 +337,9 @@ def test_a_half_of_a_stack_is_the_linear_layer_that_it_was():
     for name, W, numbers, update in zip(names, halves, stored, updates, strict=True):
         linear = nn.Linear(W.shape[1], W.shape[0], bias=False)
         linear.weight.data = W.detach().clone()
-        alone = get_peft_model(nn.Sequential(linear), SpectralConfig(target_modules=["0"], leading=3))
+        alone = get_peft_model(
+            nn.Sequential(linear), SpectralConfig(target_modules=["0"], coefficients="diagonal", leading=3)
+        )
         layer = alone.base_model.model[0]
         layer.stored("default").data = numbers.clone()
         torch.testing.assert_close(update, layer.get_delta_weight("default"), atol=1e-6, rtol=1e-5)

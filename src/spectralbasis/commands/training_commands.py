@@ -20,7 +20,7 @@ from spectralbasis.commands.options import (
     stopped_by_hand,
 )
 from spectralbasis.extras import require_extra
-from spectralbasis.kinds import KINDS, kinds_in_words, kinds_with
+from spectralbasis.kinds import DEFAULT_COEFFICIENTS, KINDS, kinds_in_words, kinds_with
 from spectralbasis.printable import printable
 from spectralbasis.training.known_tasks import tasks_in_words
 from spectralbasis.training.methods import ALSO, methods_in_words, owners
@@ -99,7 +99,7 @@ def tune(
         typer.Option(
             metavar="|".join(KINDS), help=f"What is trained of C ({owners('coefficients')}): {kinds_in_words()}."
         ),
-    ] = "diagonal",
+    ] = DEFAULT_COEFFICIENTS,
     bandwidth: Annotated[
         int,
         typer.Option(
@@ -125,7 +125,8 @@ def tune(
         str | None,
         typer.Option(
             metavar="K|FRACTION|mp|gd",
-            help=f"Directions in each matrix ({owners('leading')}). Default: 64, or what --budget gives.",
+            help=f"Directions in each matrix ({owners('leading')}). Default: all of them up to 1,024 (64 for core and "
+            "sparse), or what --budget gives.",
         ),
     ] = None,
     budget: Annotated[

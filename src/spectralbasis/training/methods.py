@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from spectralbasis.errors import InputError
 from spectralbasis.extras import listed_by_group
-from spectralbasis.kinds import KINDS
+from spectralbasis.kinds import DEFAULT_COEFFICIENTS, KINDS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -60,7 +60,7 @@ class MethodOptions:
         ('coefficients', 'budget')
     """
 
-    coefficients: str = "diagonal"
+    coefficients: str = DEFAULT_COEFFICIENTS
     bandwidth: int = 1
     block_size: int = 8
     scaling: str = DEFAULT_SCALING

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, set_seed
 from spectralbasis.errors import InputError
 from spectralbasis.extras import require_extra
 from spectralbasis.files import atomic_folder, cache_folder, check_output, checksum
+from spectralbasis.kinds import DEFAULT_COEFFICIENTS
 from spectralbasis.linalg import Leading
 from spectralbasis.printable import shortened
 from spectralbasis.records import read_record
@@ -68,7 +69,7 @@ def tune(
     label: str | None = None,
     output: str | Path,
     method: str = "spectral",
-    coefficients: str = "diagonal",
+    coefficients: str = DEFAULT_COEFFICIENTS,
     bandwidth: int = 1,
     block_size: int = 8,
     scaling: str = DEFAULT_SCALING,
@@ -124,7 +125,8 @@ def tune(
         block_size: size of a block, for `block` and `rotation`.
         scaling: unit of the coefficients: `absolute`, `relative` or `normalized`.
         basis: `pretrained`, `random`, `minor`, `curvature`, or the path of a basis file.
-        leading: directions in each matrix, or the rule that sets them; not together with `budget`.
+        leading: directions in each matrix, or the rule that sets them; not together with `budget`. None takes all of
+            them up to 1,024, or 64 for `core` and `sparse`.
         budget: share of the model's parameters to train.
         rank: rank or width of what is added to each matrix or layer, from 1.
         alpha: LoRA's scale.
@@ -168,7 +170,7 @@ def tune(
         >>> base = save_untrained(folder / "vit")
         >>> tuned = tune(base, task="digits", output=folder / "adapter", leading=4, steps=2, progress=False)
         >>> tuned.metric, tuned.parameters.backbone, 0 <= tuned.score <= 1
-        ('accuracy', 96, True)
+        ('accuracy', 240, True)
     """
     require_extra("tune", "spectralbasis.tune")
     chosen = find_method(method)

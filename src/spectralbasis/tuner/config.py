@@ -22,7 +22,7 @@ from spectralbasis.basis import SpectralBasis
 from spectralbasis.checkpoints.weight_files import inside
 from spectralbasis.errors import InputError
 from spectralbasis.files import atomic_path
-from spectralbasis.kinds import COEFFICIENTS, KINDS, KindName
+from spectralbasis.kinds import COEFFICIENTS, DEFAULT_COEFFICIENTS, KINDS, KindName
 from spectralbasis.linalg import Leading, parse_leading
 from spectralbasis.peft_import import METHOD
 from spectralbasis.printable import warn
@@ -160,7 +160,7 @@ class SpectralConfig(PeftConfig):
         bias: which biases of the base are trained: "none", "all" or "spectral_only" (those of adapted layers).
         fan_in_fan_out: None lets each layer say whether it stores its weight as (in, out), as Conv1D does; a value
             that contradicts the layer is overruled with a warning.
-        coefficients: "diagonal" (k numbers a matrix), "core" (k×k), "band" (the entries of a core near its diagonal),
+        coefficients: "band" (the entries of a core near its diagonal), "diagonal" (k numbers a matrix), "core" (k×k),
             "sparse" (those entries of all cores that `calibrate` picks), "block" (square blocks on the diagonal of a
             core) or "rotation" (`C = (Σ + diag c) R − Σ`: the singular values, and a rotation within each block).
         bandwidth: of a band, the largest |i − j| of a trained entry.
@@ -171,8 +171,9 @@ class SpectralConfig(PeftConfig):
             direction by as much, whatever the mode and k. The angles of a rotation are radians, and if "normalized"
             such a share of one that they change C by as much as c does; see `forms.Rotation`. Empty takes "normalized",
             or "absolute" for an adapter that was stored before there were units.
-        leading: k as a number, a fraction of min(m, n), "mp" or "gd"; None, without a budget, is 64 at most. Where
-            min(m, n) is smaller than a number, k is that, with a warning.
+        leading: k as a number, a fraction of min(m, n), "mp" or "gd"; None, without a budget, is all of them up to
+            1,024, or 64 of a core and of sparse entries. Where min(m, n) is smaller than a number, k is that, with a
+            warning.
         budget: instead of `leading`, the fraction of the model's parameters to train; it chooses one k for all. Beside
             `leading` for sparse coefficients: how many entries `calibrate` picks among the k×k of every matrix.
         rank_pattern: end of a module name, as a regular expression → k; wins over `leading` and `budget`.
@@ -202,7 +203,7 @@ class SpectralConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     bias: str = "none"
     fan_in_fan_out: bool | None = None
-    coefficients: str = "diagonal"
+    coefficients: str = DEFAULT_COEFFICIENTS
     bandwidth: int = 1
     block_size: int = 8
     scaling: str = ""

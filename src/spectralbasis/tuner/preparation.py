@@ -49,7 +49,7 @@ from spectralbasis.tuner.targets import (
 )
 
 DEFAULT_LEADING = 64
-"""k where neither `leading` nor `budget` is given; smaller matrices give all they have."""
+"""Directions of a matrix that are looked at where nothing says how many; for those that are trained see `Kind`."""
 PROBE_TOLERANCE = 1e-2
 """Probes are of order 1: below this, directions agree as well as float32 singular vectors of one matrix can."""
 
@@ -464,7 +464,7 @@ def resolve_ranks(config: SpectralConfig, targets: Sequence[Target], total: int)
             stacklevel=2,
         )
     if config.budget is None:
-        return allocate_leading(config.leading, weights, fixed)
+        return allocate_leading(config.leading, weights, fixed, KINDS[config.coefficients].leading)
     return allocate_budget(config.budget, total, weights, fixed, config.coefficients, config.size)
 
 
@@ -474,20 +474,21 @@ def _pattern_of(target: Target, patterns: Mapping[str, int]) -> str | None:
 
 
 def allocate_leading(
-    leading: Leading | None, weights: Mapping[str, Tensor], fixed: Mapping[str, int]
+    leading: Leading | None, weights: Mapping[str, Tensor], fixed: Mapping[str, int], usual: int = DEFAULT_LEADING
 ) -> dict[str, int]:
     """k of each matrix by a number, a fraction or a rule; min(m, n) where that is smaller, with one warning.
 
     Args:
-        leading: see `linalg.resolve_leading`; None is `DEFAULT_LEADING`, or min(m, n) where that is smaller.
+        leading: see `linalg.resolve_leading`; None is `usual`, or min(m, n) where that is smaller.
         weights: matrix name → W, (m, n).
         fixed: matrix name → k, of the matrices whose k is settled already.
+        usual: see `leading`.
     """
     fixed = {name: leading for name in weights if isinstance(leading, int)} | dict(fixed)
     fixed = _lowered(fixed, weights)
 
     def default(W: Tensor) -> int:
-        return min(DEFAULT_LEADING, *W.shape) if leading is None else resolve_leading(leading, W)
+        return min(usual, *W.shape) if leading is None else resolve_leading(leading, W)
 
     return {name: fixed[name] if name in fixed else default(W) for name, W in weights.items()}
 
