@@ -7,7 +7,6 @@ the mean log-likelihood of the answers' tokens before and after the training, wi
 """
 
 import json
-import struct
 import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -15,12 +14,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 import spectralbasis as sb
 from benchmarks.results import environment, parse_arguments, write
-from spectralbasis.checkpoints import open_checkpoint
+from spectralbasis.study.stories import read_stories
 
 NAMES = ("Lily", "Tom", "Ben", "Mia", "Sam", "Anna", "Max", "Sue")
 COLOURS = ("red", "blue", "green", "big", "small", "yellow", "pink", "old")
@@ -31,18 +27,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 4},
     "full": {"method": "full"},
 }
-HUGGING_FACE = {
-    "attention_norm": "input_layernorm",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-}
-"""Part of the name of a tensor in a file of llama2.c → in transformers."""
 
 
 def main() -> None:
@@ -105,57 +89,9 @@ def questions(sentence: Sequence[str]) -> Iterator[dict[str, str]]:
 
 def save_model(data: Path, folder: Path) -> Path:
     """stories260K as a folder of transformers."""
-    checkpoint = open_checkpoint(data / "stories260K.bin")
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=172, num_hidden_layers=5, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=True,
-    )  # fmt: skip
-    names = {"model.embed_tokens.weight": "tok_embeddings.weight", "model.norm.weight": "norm.weight"} | {
-        f"model.layers.{layer}.{theirs}.weight": f"layers.{layer}.{ours}.weight"
-        for layer in range(5)
-        for ours, theirs in HUGGING_FACE.items()
-    }
-    tensors = {theirs: checkpoint.read(ours) for theirs, ours in names.items()}
-    for name in tensors:
-        if name.endswith(("q_proj.weight", "k_proj.weight")):  # rotary pairs: neighbours there, halves here
-            tensors[name] = tensors[name].reshape(-1, 4, 2, 64).transpose(1, 2).reshape(-1, 64)
-    model = LlamaForCausalLM(config)
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    if set(missing) - {"lm_head.weight"} or unexpected:
-        raise ValueError(f"stories260K.bin does not fit: {missing}, {unexpected}")
-    model.save_pretrained(folder)
-    tokenizer_of(data / "tok512.bin").save_pretrained(folder)
+    for part in read_stories(data):
+        part.save_pretrained(folder)
     return folder
-
-
-def tokenizer_of(file: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a vocabulary of llama2.c: each piece is merged from two others, the earliest pieces first.
-
-    Its stories follow each other with <s> between them, so that token ends a text too.
-    """
-    content, pieces, position = file.read_bytes(), list[str](), 4
-    while position < len(content):
-        _, length = struct.unpack_from("<fi", content, position)
-        pieces.append(content[position + 8 : position + 8 + length].decode())
-        position += 8 + length
-    pieces[:3] = ["<unk>", "<s>", "</s>"]
-    pieces[3:259] = [f"<0x{byte:02X}>" for byte in range(256)]
-    vocabulary = {piece.replace(" ", "▁"): number for number, piece in enumerate(pieces)}
-    merges = [
-        (piece[:cut], piece[cut:])
-        for piece in list(vocabulary)[259:]
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
-    ]
-    made = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    made.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    made.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="<s>", pad_token="<unk>"
-    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Where runs start: their task, their model, and the action `initialise`, which makes untrained models."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     PretrainedConfig,
@@ -19,6 +20,7 @@ from transformers import (
 
 from spectralbasis.errors import InputError
 from spectralbasis.study.runs import Outcome, Run, Site
+from spectralbasis.study.stories import read_stories
 from spectralbasis.training.collators import image_collator, load_tokenizer
 from spectralbasis.training.folder_checks import check_size, reading
 from spectralbasis.training.known_tasks import folder_of, load_task
@@ -124,6 +126,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         "descriptions", vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=2, max_position_embeddings=64,
     ),
+    "llama-tiny": Architecture(
+        "llama", AutoModelForCausalLM,
+        {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+         "eos_token_id": 2, "tie_word_embeddings": True},
+        "descriptions",
+    ),
     "limu-bert": Architecture("limu_bert", AutoModelForSignalClassification),
 }  # fmt: skip
 """The small ones start from larger weights than transformers' default, which suits widths of 768: they learn in some
@@ -149,10 +158,12 @@ def random_model(auto_model: Any, config: PretrainedConfig, seed: int) -> PreTra
     return model
 
 
-RELEASED: dict[str, tuple[str, Callable[[Path], Any]]] = {
-    "limu-bert-x": ("limu_bert/x/weights/limu_bert_x.pt", read_released)
+RELEASED: dict[str, tuple[str, Callable[[Path], Sequence[Any]]]] = {
+    "limu-bert-x": ("limu_bert/x/weights/limu_bert_x.pt", lambda file: [read_released(file)]),
+    "stories260K": ("stories260K", read_stories),
 }
-"""Pretrained models in other formats than transformers': their file below the data folder, and what reads it."""
+"""Pretrained models in other formats than transformers': their place below the data folder, and what reads the model
+there, and its tokenizer where it reads text."""
 
 
 def initialise(run: Run, site: Site) -> Outcome:
@@ -169,11 +180,12 @@ def initialise(run: Run, site: Site) -> Outcome:
         if not isinstance(wanted, str):
             model = _write_twin(wanted["like"], run.seed, site.folder)
         elif wanted in RELEASED:
-            file, read = RELEASED[wanted]
+            place, read = RELEASED[wanted]
             if site.data is None:
-                raise InputError(f"{wanted} is read from {file}; pass --data with the folder that holds it")
-            model = read(site.data / file)
-            model.save_pretrained(site.folder)
+                raise InputError(f"{wanted} is read from {place}; pass --data with the folder that holds it")
+            model, *tokenizer = read(site.data / place)
+            for part in (model, *tokenizer):
+                part.save_pretrained(site.folder)
         else:
             architecture = find_architecture(wanted)
             model = random_model(architecture.auto_model, architecture.make_config(), run.seed)

@@ -37,6 +37,7 @@ from spectralbasis.training.models import (
     checked_folder,
     load_model,
     resolve_source,
+    task_for,
     try_out,
     writes_text,
 )
@@ -136,7 +137,7 @@ def evaluate(
         for sentence in chosen.notes:
             LOGGER.info(sentence)
     else:
-        chosen = load_task(task, data) if isinstance(task, str) else cast(Task, task)
+        chosen = task_for(model, load_task(task, data) if isinstance(task, str) else cast(Task, task))
     loaded = load_model(model, chosen, head="fresh" if adapter else "stored",
                         max_length=length_for(model, chosen.kind, length))  # fmt: skip
     scored = attach_adapter(loaded, tuned) if adapter else loaded.model

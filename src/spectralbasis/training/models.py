@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -195,6 +195,17 @@ def writes_text(source: str | Path) -> bool:
     with quiet_transformers(), reading(place, "model"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return _writes(config)
+
+
+def task_for(model: str | Path, task: Task) -> Task:
+    """The task as a model can do it: running text is learned by each next token where the model writes text.
+
+    Raises:
+        InputError: `resolve_source` or `checked_folder` refuses the model.
+    """
+    if task.kind == "masked_language" and writes_text(model):
+        return replace(task, kind="causal_language")
+    return task
 
 
 def _writes(config: PretrainedConfig) -> bool:

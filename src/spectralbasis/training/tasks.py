@@ -230,7 +230,8 @@ class Task:
         Args:
             share: of the training examples that is taken, in (0, 1).
             most: examples that are taken at most.
-            seed: of which ones; each label has its share, to within one example.
+            seed: of which ones; each label has its share, to within one example. Of running text they are masked alike
+                every time, as those of `evaluation` are.
 
         Raises:
             InputError: there are fewer than two training examples, or the task has a selection split already.
@@ -246,7 +247,10 @@ class Task:
         count = max(1, min(most, round(share * size)))
         taken = order[((np.arange(count) + 0.5) * size / count).astype(int)]
         kept = np.setdiff1d(np.arange(size), taken)
-        return replace(self, train=self.train.select(kept), selection=self.train.select(np.sort(taken)))
+        selection = self.train.select(np.sort(taken))
+        if MASK_SEED in self.evaluation.column_names and MASK_SEED not in selection.column_names:
+            selection = type(selection).from_dict({**selection[:], MASK_SEED: list(range(count))})
+        return replace(self, train=self.train.select(kept), selection=selection)
 
 
 def image_dataset(what: str, images: ArrayLike, labels: ArrayLike, label_names: Sequence[str]) -> "Dataset":

@@ -26,7 +26,7 @@ from spectralbasis.training.evaluation import MAX_LENGTH, cut_texts, length_for,
 from spectralbasis.training.fitting import TrainingSettings, fit, is_main_process
 from spectralbasis.training.known_tasks import BUILT_IN, load_task, record_of
 from spectralbasis.training.methods import DEFAULT_SCALING, Method, MethodOptions, Setup, find_method
-from spectralbasis.training.models import LoadedModel, checked_folder, load_model, resolve_source
+from spectralbasis.training.models import LoadedModel, checked_folder, load_model, resolve_source, task_for
 from spectralbasis.training.outcomes import (
     TUNING_FILE,
     ParameterCounts,
@@ -200,7 +200,7 @@ def tune(
         record = own_record(train, validation, wanted=wanted, seed=seed, **read)
         known = record.load(None)
     else:
-        known = load_task(task, data) if isinstance(task, str) else cast(Task, task)
+        known = task_for(model, load_task(task, data) if isinstance(task, str) else cast(Task, task))
     length = length_for(model, known.kind, max_length)
     settings = replace(asked, max_length=length)
     for sentence in known.notes:

@@ -1,7 +1,9 @@
 """The action that writes models as random weights leave them."""
 
 import json
+import struct
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,6 +12,10 @@ from spectralbasis.errors import InputError
 from spectralbasis.study.runs import Run, Site
 from spectralbasis.study.starting import ARCHITECTURES, initialise
 from spectralbasis.training import load_model, load_task, tune
+from spectralbasis.training.evaluation import score_task
+from spectralbasis.training.models import task_for
+from spectralbasis.training.text_tasks import masked_language_task
+from tests.checkpoints.test_llama2c import size_of
 from tests.training.examples import bright_side_task, save_image_model, save_text_model, write_sst2
 from tests.training.tasks.test_corpora import WORDS, words, write_archive
 from tests.training.tasks.test_signals import write_motionsense
@@ -29,7 +35,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("architecture", ["vit-tiny", "bert-tiny", "limu-bert"])
+@pytest.mark.parametrize("architecture", ["vit-tiny", "bert-tiny", "llama-tiny", "limu-bert"])
 def test_the_seed_alone_decides_the_weights(tmp_path, architecture):
     before = torch.get_rng_state()
     first = initialised(tmp_path / "first", architecture)
@@ -126,8 +132,32 @@ def test_what_is_not_known_or_absent_is_named(tmp_path):
         initialised(tmp_path / "released", "limu-bert-x")
     with pytest.raises(InputError, match="no LIMU-BERT weights at"):
         initialised(tmp_path / "absent", "limu-bert-x", data=tmp_path)
+    with pytest.raises(InputError, match=r"no stories260K\.bin in .*stories260K; give the folder"):
+        initialised(tmp_path / "untold", "stories260K", data=tmp_path)
     with pytest.raises(InputError, match="nowhere does not exist"):
         initialised(tmp_path / "twin", {"like": str(tmp_path / "nowhere")})
+
+
+@pytest.mark.parametrize("header", [(8, 12, 2, 4, 2, 5, 6), (64, 172, 4, 8, 4, 512, 512)])
+def test_other_files_of_llama2c_are_not_taken_for_stories260k(tmp_path, header):
+    folder = tmp_path / "stories260K"
+    folder.mkdir()
+    numbers = np.zeros(size_of(header), "<f4")
+    (folder / "stories260K.bin").write_bytes(struct.pack("<7i", *header) + numbers.tobytes())
+    (folder / "tok512.bin").write_bytes(bytes(4))
+    with pytest.raises(InputError, match="are not those of stories260K"):
+        initialised(tmp_path / "model", "stories260K", data=tmp_path)
+
+
+@pytest.mark.data
+def test_the_released_teller_of_stories_has_its_numbers_and_predicts_the_next_token(tmp_path, data_dir):
+    outcome = initialise(Run("initialise", {"architecture": "stories260K"}), Site(data_dir, tmp_path))
+    assert outcome.result == {"parameters": 260_032}
+    assert task_for(tmp_path, load_task("descriptions")).kind == "causal_language"
+    story = ["Once upon a time, there was a little girl named Lily. She loved to play outside in the park."]
+    loaded = load_model(tmp_path, task_for(tmp_path, masked_language_task("story", story, story, "all")))
+    found = score_task(loaded.model, loaded.task, loaded.collator, progress=False)
+    assert found["perplexity"] < 4
 
 
 @pytest.mark.data

@@ -1,6 +1,7 @@
 """Hiding tokens of passages, and scoring how a model fills them in."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from transformers import BertForMaskedLM
 
 from spectralbasis.errors import InputError
 from spectralbasis.training import evaluate, load_model, tune
-from spectralbasis.training.evaluation import token_scores
+from spectralbasis.training.evaluation import score_task, token_scores
 from spectralbasis.training.text_tasks import masked_language_task
 from tests.training.examples import WORDS, save_image_model, save_text_model
 
@@ -120,3 +121,23 @@ def test_tuning_learns_to_fill_in_and_evaluates_to_the_same(tmp_path, source, ta
     places = (tmp_path / "tuned",) if method == "full" else (base, tmp_path / "tuned")
     again = evaluate(*places, task=task, progress=False)
     assert again.metrics == pytest.approx(result.metrics, rel=1e-5)
+
+
+def test_a_model_that_writes_learns_each_next_token_of_the_same_text(tmp_path, writer, task):
+    options = {"task": task, "progress": False}
+    result = tune(writer, output=tmp_path / "tuned", method="full", steps=30, learning_rate=1e-2, **options)
+    before = load_model(writer, replace(task, kind="causal_language"))
+    assert result.metric == "log_likelihood"
+    assert result.score > score_task(before.model, before.task, before.collator, progress=False)["log_likelihood"] + 1
+    again = evaluate(tmp_path / "tuned", **options)
+    assert again.metrics == pytest.approx(result.metrics, rel=1e-5)
+
+
+def test_passages_held_out_of_training_are_masked_alike_every_time(source, task):
+    parted = task.held_out_of_train(0.25)
+    assert (len(parted.train), len(parted.selection)) == (48, 16)
+    assert parted.train.column_names == ["text"]
+    loaded = load_model(source, parted, max_length=16)
+    scores = [token_scores(loaded.model, parted.selection, loaded.collator) for _ in range(2)]
+    assert scores[0] == scores[1]
+    assert len({tuple(loaded.collator([row])["labels"][0].tolist()) for row in parted.selection}) > 4

@@ -199,7 +199,7 @@ def analyse(settings: Settings, results: Results) -> Findings:
     claims += conclude_family([_on_learned(one) for one in (*lean, *equal)], some, "arm", PAIRED)
     claims += conclude_family(_of_forgetting(settings), forgotten, "arm", PAIRED, unit="nats a token")
     claims = marked(claims, *primary)
-    answer = _answer([claim for claim in claims if claim.primary])
+    answer = answer_of([claim for claim in claims if claim.primary])
     note = (
         f"{len(scores)} of {planned} runs that count are finished; rates were chosen on other examples than these. On "
         "tasks whose selection half chose no rate, a score is the mean of both halves of the held-out examples. Which "
@@ -263,7 +263,8 @@ def _on_learned(one: Contrast) -> Contrast:
     return replace(one, name=name, text=f"On tasks that were learned: {one.text}", stated="after")
 
 
-def _answer(primary: Sequence[Claim]) -> str:
+def answer_of(primary: Sequence[Claim]) -> str:
+    """What the primary claims say, as one sentence; nothing where no finished run answers them."""
     parts = [
         claim.tell(
             f"{claim.name} is no more than {claim.margin:g} below: {{effect}}",
