@@ -113,6 +113,25 @@ def instructions(found: dict[str, Any]) -> str:
     return f"{table(heads, rows)}\n\n{note}\n"
 
 
+def defaults(found: dict[str, Any]) -> str:
+    """A row for each method: what it trains, what it costs, and its mean score on each table."""
+    rows, cells = found["rows"], []
+    tables = list(dict.fromkeys(row["table"] for row in rows))
+    first = [row for row in rows if row["method"] == rows[0]["method"]]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        step = fmean(row["seconds_per_step"] for row in own) / fmean(row["seconds_per_step"] for row in first)
+        scores = [fmean(row["score"] for row in own if row["table"] == name) for name in tables]
+        cells.append([method, f"{own[0]['numbers']:,}", f"{own[0]['bytes'] / 1e3:,.0f} kB", f"{step:.2f}"]
+                     + [f"{score:.3f}" for score in scores])  # fmt: skip
+    metrics = {row["table"]: row["metric"] for row in rows}
+    steps = {row["table"]: row["steps"] for row in rows}
+    heads = ["method", "numbers", "file, with the head", "time of a step / default's"]
+    lengths = ", ".join(f"{steps[name]} steps on {name}" for name in tables)
+    note = f"MiniLM, {len({row['seed'] for row in rows})} seeds; {lengths}. {versions(found, 'transformers', 'peft')}"
+    return f"{table([*heads, *(f'{name}: {metrics[name]}' for name in tables)], cells)}\n\n{note}\n"
+
+
 def closed_forms(found: dict[str, Any]) -> str:
     """The null in closed form beside draws, a row for each step of the random bases and of a model's matrices."""
     rows = []
@@ -150,6 +169,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "quantization": ("quantization", quantization),
     "closed_forms": ("closed_forms", closed_forms),
     "instructions": ("instructions", instructions),
+    "defaults": ("defaults", defaults),
     "solvers_steep": ("leading_triplets", performance.solver_times("steep")),
     "solvers_flat": ("leading_triplets", performance.solver_times("flat")),
     "solver_goals": ("leading_triplets", performance.solver_goals),

@@ -148,8 +148,8 @@ def analyse(settings: Settings, results: Results) -> Findings:
         "chosen on passages held out of the training parts. The intervals are over seeds, which decide the order of "
         f"the training passages: they say nothing of texts other than {' and '.join(settings.subject.tasks)}, nor of "
         f"other models. All runs that count have {contest.subject.settings['steps']} steps; the table of more steps "
-        f"tells, for one seed at the same rates, what {settings.longer} steps give. Before the number of steps, the rates "
-        "to try and the arm of half the numbers were fixed, a first trial had shown scores on Shakespeare."
+        f"tells, for one seed at the same rates, what {settings.longer} steps give. Before the steps, the rates to try "
+        "and the arm of half the numbers were fixed, a first trial had shown scores on Shakespeare."
     )
     if scores.empty:
         return Findings(claims, note=note)
