@@ -22,5 +22,9 @@ class InputError(SpectralBasisError):
     """A file, folder, value or combination that the user gave cannot be used."""
 
 
+class BusyError(InputError):
+    """Another process writes what was to be written; nothing is wrong with what was asked for."""
+
+
 class BaseMismatchError(SpectralBasisError):
     """An adapter meets a base model whose weights are not those that it was made from."""

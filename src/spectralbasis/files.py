@@ -20,7 +20,7 @@ import xxhash
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from spectralbasis.errors import InputError
+from spectralbasis.errors import BusyError, InputError
 from spectralbasis.records import checked, read_json
 
 if TYPE_CHECKING:
@@ -391,7 +391,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     target = _place(path)
     with scratch_beside(target) as (scratch, living):
         if living:
-            raise InputError(f"another command is writing {path}; wait for it, or name another folder")
+            raise BusyError(f"another command is writing {path}; wait for it, or name another folder")
         replaced = _identity(target) if _holds_something(target) else None
         fresh = scratch / "new"
         try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from spectralbasis.errors import InputError
+from spectralbasis.errors import BusyError, InputError
 from spectralbasis.execution import Crew, Executor, Failure, describe, open_executor, out_of_memory
 from spectralbasis.files import atomic_folder, came_of_no_room, not_ours
 from spectralbasis.study.actions import find_action
@@ -35,7 +35,8 @@ class Watcher(Protocol):
 class _Done:
     """What a worker sends back: an outcome or an error, never an exception that might not travel.
 
-    `no_room` says that the disk was full, which is not the run's fault.
+    `no_room` and `busy` say that the disk was full, or that the worker of a killed study still wrote this run: neither
+    is the run's fault.
     """
 
     outcome: Outcome | None
@@ -43,6 +44,7 @@ class _Done:
     seconds: float
     versions: Mapping[str, Any]
     no_room: bool = False
+    busy: bool = False
 
 
 def run_all(
@@ -65,7 +67,7 @@ def run_all(
         watcher: is told of the progress.
 
     Raises:
-        InputError: the store cannot be written, the disk is full, or jobs is below 1.
+        InputError: the store cannot be written, the disk is full, another process writes a run, or jobs is below 1.
     """
     with open_executor(jobs, ray) as executor:
         runner = _Runner(plan, store, data, executor, watcher)
@@ -137,6 +139,11 @@ class _Runner:
                 f"the disk of {self.artefacts.parent} is full, so {run} could not be stored; free some space and run "
                 "the same command again: finished runs are kept"
             )
+        if done.busy:
+            raise InputError(
+                f"{run} is being written by another process, as a worker of a study that was killed; wait until it has "
+                "ended, or end it, and run the same command again: finished runs are kept"
+            )
         if done.outcome is None:
             self.store.put_error(run, done.error, done.seconds, done.versions)
         else:
@@ -163,7 +170,8 @@ def perform(run: Run, folder: Path, data: Path | None, needs: Mapping[str, Path]
         if out_of_memory(error):
             raise
         seconds = time.monotonic() - started
-        return _Done(None, describe(error), seconds, _made_with(), came_of_no_room(error))
+        busy = isinstance(error, BusyError)
+        return _Done(None, describe(error), seconds, _made_with(), came_of_no_room(error), busy)
     return _Done(outcome, "", time.monotonic() - started, _made_with())
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from spectralbasis import execution
 from spectralbasis.errors import InputError
+from spectralbasis.files import scratch_beside
 from spectralbasis.study.runner import ARTEFACTS, run_all
 from spectralbasis.study.runs import Results, Run, RunStore
 
@@ -103,6 +104,15 @@ def test_a_full_disk_is_no_fault_of_a_run(tmp_path, jobs):
         do(tmp_path / "study", first, second, jobs=jobs)
     full.unlink()
     results = do(tmp_path / "study", first, second, jobs=jobs)
+    assert [results.get(run).result["total"] for run in (first, second)] == [1, 2]
+
+
+def test_a_run_that_a_killed_studys_worker_still_writes_has_not_failed(tmp_path):
+    first, second = planted(1), planted(2)
+    place = tmp_path / "study" / ARTEFACTS / second.key
+    with scratch_beside(place), pytest.raises(InputError, match="written by another process, as a worker of a study"):
+        do(tmp_path / "study", first, second)
+    results = do(tmp_path / "study", first, second)
     assert [results.get(run).result["total"] for run in (first, second)] == [1, 2]
 
 
