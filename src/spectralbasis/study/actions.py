@@ -236,7 +236,8 @@ def tune(run: Run, site: Site) -> Outcome:
         progress=False,
         **options,
     )
-    left_out = ("output", "model", "settings", "versions")
+    # What names folders of this machine, or is in the run already, is left out.
+    left_out = ("output", "model", "settings", "versions", "layout", "notes", "evaluation_split")
     facts = {name: value for name, value in result.to_dict().items() if name not in left_out}
     facts |= {**_distance(model, result), **constant_score(task)}
     if task.selection is None:

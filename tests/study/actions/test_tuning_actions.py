@@ -10,7 +10,7 @@ from spectralbasis.errors import InputError
 from spectralbasis.study.actions import find_action
 from spectralbasis.study.directions import QUANTITIES
 from spectralbasis.study.runs import Outcome, Run, Site
-from tests.training.examples import save_image_model
+from tests.training.examples import save_image_model, save_text_model
 
 DIGITS = {"task": "digits-parity", "steps": 3, "batch_size": 8, "train_examples": 64}
 
@@ -37,6 +37,20 @@ def test_tune_reports_both_halves_and_leaves_the_adapter(tmp_path, model):
     assert "update_norm_relative" not in outcome.result
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
     assert outcome.measurements is None
+
+
+def test_no_folder_of_a_machine_is_in_what_a_run_found(tmp_path, model):
+    folder = tmp_path / "data" / "text_classification" / "trec"
+    folder.mkdir(parents=True)
+    (folder / "train.csv").write_text("text,label\n" + "a film,person\na plane,place\n" * 8)
+    (folder / "test.csv").write_text("text,label\na good film,person\n")
+    text = save_text_model(tmp_path / "text")
+    settings = {"model": str(text), "task": "trec", "method": "head", "steps": 2, "max_length": 16,
+                "select_on": "train alone"}  # fmt: skip
+    (tmp_path / "run").mkdir()
+    found = find_action("tune")(Run("tune", settings), Site(tmp_path / "data", tmp_path / "run", {})).result
+    assert str(tmp_path) not in json.dumps(found)
+    assert found["selection_score"] == found["score"]
 
 
 def test_a_fully_tuned_model_tells_its_distance_and_its_trajectory_and_serves_others(tmp_path, model):
