@@ -128,7 +128,8 @@ def defaults(found: dict[str, Any]) -> str:
     steps = {row["table"]: row["steps"] for row in rows}
     heads = ["method", "numbers", "file, with the head", "time of a step / default's"]
     lengths = ", ".join(f"{steps[name]} steps on {name}" for name in tables)
-    note = f"MiniLM, {len({row['seed'] for row in rows})} seeds; {lengths}. {versions(found, 'transformers', 'peft')}"
+    seeds = ", ".join(map(str, sorted({row["seed"] for row in rows})))
+    note = f"MiniLM; {lengths}; seed {seeds}. {versions(found, 'transformers', 'peft')}"
     return f"{table([*heads, *(f'{name}: {metrics[name]}' for name in tables)], cells)}\n\n{note}\n"
 
 
