@@ -193,7 +193,7 @@ _run = _Run()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--coefficients`: the kind that every adapter has; the default is that of SpectralConfig."""
+    """`--coefficients`: the kind that every adapter has; the smallest where none is named."""
     parser.addoption("--coefficients", default=_run.coefficients, choices=[name for name in KINDS if name != "sparse"])
 
 
