@@ -230,7 +230,7 @@ def figure(scores: pd.DataFrame, before: pd.DataFrame) -> go.Figure:
         {"x": [numbers], "y": [math.exp(-mean)], "name": arm, "marker": {"size": 9}}
         for arm, numbers, mean in zip(table["arm"], table["backbone"], table["score"], strict=True)
     ]
-    return scatter_figure(traces, "numbers trained in the backbone", "perplexity, geometric mean over texts", log="xy")
+    return scatter_figure(traces, "numbers trained in the backbone", "mean perplexity", log="xy")
 
 
 EXPERIMENT = Experiment(
