@@ -114,23 +114,21 @@ def instructions(found: dict[str, Any]) -> str:
 
 
 def defaults(found: dict[str, Any]) -> str:
-    """A row for each method: what it trains, what it costs, and its mean score on each table."""
+    """A row for each method: what it trains, its file, and its mean score on each table."""
     rows, cells = found["rows"], []
     tables = list(dict.fromkeys(row["table"] for row in rows))
-    first = [row for row in rows if row["method"] == rows[0]["method"]]
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
-        step = fmean(row["seconds_per_step"] for row in own) / fmean(row["seconds_per_step"] for row in first)
         scores = [fmean(row["score"] for row in own if row["table"] == name) for name in tables]
-        cells.append([method, f"{own[0]['numbers']:,}", f"{own[0]['bytes'] / 1e3:,.0f} kB", f"{step:.2f}"]
-                     + [f"{score:.3f}" for score in scores])  # fmt: skip
+        costs = [f"{own[0]['numbers']:,}", f"{own[0]['bytes'] / 1e3:,.0f} kB"]
+        cells.append([method, *costs, *(f"{score:.3f}" for score in scores)])
     metrics = {row["table"]: row["metric"] for row in rows}
     steps = {row["table"]: row["steps"] for row in rows}
-    heads = ["method", "numbers", "file, with the head", "time of a step / default's"]
+    heads = ["method", "numbers", "file, with the head", *(f"{name}: {metrics[name]}" for name in tables)]
     lengths = ", ".join(f"{steps[name]} steps on {name}" for name in tables)
     seeds = ", ".join(map(str, sorted({row["seed"] for row in rows})))
     note = f"MiniLM; {lengths}; seed {seeds}. {versions(found, 'transformers', 'peft')}"
-    return f"{table([*heads, *(f'{name}: {metrics[name]}' for name in tables)], cells)}\n\n{note}\n"
+    return f"{table(heads, cells)}\n\n{note}\n"
 
 
 def closed_forms(found: dict[str, Any]) -> str:
