@@ -90,7 +90,7 @@ def test_the_directions_of_another_checkpoint_are_a_basis_too(tmp_path, model):
     perform(other, tmp_path / "other")
     settings = {"kind": "checkpoint", "leading": 3}
     perform(Run("basis", settings), tmp_path / "basis", checkpoint=tmp_path / "other")
-    tuned = Run("tune", {"model": str(model), "leading": 3, **DIGITS})
+    tuned = Run("tune", {"model": str(model), "coefficients": "diagonal", "leading": 3, **DIGITS})
     outcome = perform(tuned, tmp_path / "run", basis=tmp_path / "basis")
     assert outcome.result["parameters_backbone"] == 12 * 3
 
