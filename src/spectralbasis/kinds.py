@@ -118,6 +118,20 @@ def kinds_in_words() -> str:
     return "; ".join(f"{kind.name}: {kind.summary}" for kind in KINDS.values())
 
 
+def leading_in_words() -> str:
+    """How many directions each kind has where nothing says so.
+
+    Examples:
+        >>> leading_in_words()
+        'all of them up to 1,024 (64 for core, sparse)'
+    """
+    most = KINDS[DEFAULT_COEFFICIENTS].leading
+    fewer = [kind for kind in KINDS.values() if kind.leading != most]
+    numbers = dict.fromkeys(kind.leading for kind in fewer)
+    others = "; ".join(f"{k} for {', '.join(kind.name for kind in fewer if kind.leading == k)}" for k in numbers)
+    return f"all of them up to {most:,} ({others})"
+
+
 def kinds_with(option: str) -> str:
     """The names of the kinds that have this option.
 

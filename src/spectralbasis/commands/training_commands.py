@@ -20,7 +20,7 @@ from spectralbasis.commands.options import (
     stopped_by_hand,
 )
 from spectralbasis.extras import require_extra
-from spectralbasis.kinds import DEFAULT_COEFFICIENTS, KINDS, kinds_in_words, kinds_with
+from spectralbasis.kinds import DEFAULT_COEFFICIENTS, KINDS, kinds_in_words, kinds_with, leading_in_words
 from spectralbasis.printable import printable
 from spectralbasis.training.known_tasks import tasks_in_words
 from spectralbasis.training.methods import ALSO, methods_in_words, owners
@@ -125,8 +125,8 @@ def tune(
         str | None,
         typer.Option(
             metavar="K|FRACTION|mp|gd",
-            help=f"Directions in each matrix ({owners('leading')}). Default: all of them up to 1,024 (64 for core and "
-            "sparse), or what --budget gives.",
+            help=f"Directions in each matrix ({owners('leading')}). Default: {leading_in_words()}, or what --budget "
+            "gives.",
         ),
     ] = None,
     budget: Annotated[

@@ -79,3 +79,13 @@ def test_nothing_finished_is_undecided():
     assert set(verdicts(findings).values()) == {"undecided"}
     first, *_, last = frontier.plan(SETTINGS, Results({}))
     assert (first.settings["steps"], last.settings["steps"]) == (SETTINGS.search_steps, 600)
+
+
+def test_no_mean_is_shown_of_an_arm_that_lacks_tasks():
+    known = planted({"full": 0.8, "lora": 0.8}, {})
+    few = Results({
+        run.key: record
+        for run in frontier.plan(SETTINGS, known)
+        if (record := known.get(run)) is not None and run.settings["task"] in SETTINGS.selection_tasks
+    })  # fmt: skip
+    assert frontier.analyse(SETTINGS, few).tables["Scores"]["mean"].isna().all()

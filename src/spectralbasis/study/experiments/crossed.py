@@ -1,7 +1,6 @@
 """Do leading directions serve better than trailing or random ones, with tasks and random draws crossed?"""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -111,7 +110,8 @@ def plan(settings: Settings, results: Results) -> list[Run]:
 
 def analyse(settings: Settings, results: Results) -> Findings:
     """Equivalence of leading with random and with trailing directions, over tasks and draws."""
-    scores = pd.concat([table for _, table in _scores(settings, results)], ignore_index=True).infer_objects()
+    cells = [settings.contest(cell).scores(results).assign(cell=cell.name) for cell in settings.cells]
+    scores = pd.concat(cells, ignore_index=True).infer_objects()
     planned = sum(settings.contest(cell).size for cell in settings.cells)
     claims = [_claim(name, other, words, scores) for name, other, words in CLAIMS]
     claims = marked(claims, *(claim.name for claim in claims))
@@ -128,11 +128,6 @@ def analyse(settings: Settings, results: Results) -> Findings:
         "Learning rates": scores[["cell", "arm", "learning_rate"]].drop_duplicates(),
     }
     return Findings(claims, tables, {"Leading minus other directions, by task": _figure(scores)}, note, _answer(claims))
-
-
-def _scores(settings: Settings, results: Results) -> Iterator[tuple[Cell, pd.DataFrame]]:
-    for cell in settings.cells:
-        yield cell, settings.contest(cell).scores(results).assign(cell=cell.name)
 
 
 def crossed(scores: pd.DataFrame, other: str) -> tuple[Interval, str, int]:
@@ -163,12 +158,9 @@ def _answer(claims: list[Claim]) -> str:
 
 def _by_task(scores: pd.DataFrame) -> pd.DataFrame:
     """Mean differences over seeds: a row for each cell and basis, a column for each task."""
-    rows = []
-    for other in (RANDOM, TRAILING):
-        pairs = differences(scores, "arm", LEADING, other, PAIRED)
-        effects = pairs.assign(difference=pairs["better"] - pairs["worse"], against=other)
-        rows.append(effects)
-    table = pd.concat(rows, ignore_index=True)
+    pairs = [differences(scores, "arm", LEADING, other, PAIRED).assign(against=other) for other in (RANDOM, TRAILING)]
+    table = pd.concat(pairs, ignore_index=True)
+    table["difference"] = table["better"] - table["worse"]
     wide = table.pivot_table(index=["cell", "against"], columns="task", values="difference", sort=False)
     return wide.assign(mean=wide.mean(axis=1)).reset_index()
 

@@ -1,5 +1,6 @@
 """How far do few numbers go: recipes chosen on four tasks, and put to thirteen beside full finetuning and LoRA."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -165,10 +166,11 @@ def analyse(settings: Settings, results: Results) -> Findings:
         return Findings(_claims(settings, results, primary), tables, note=note)
     at_chance = chance_tasks(scores, results, settings)
     shown = scores[~scores["task"].isin(at_chance)]
-    tables |= {"Scores": _by_task(shown), "Learning rates": scores[["arm", "learning_rate"]].drop_duplicates()}
+    learned = [task for task in settings.subject.tasks if task not in at_chance]
+    tables |= {"Scores": _by_task(shown, learned), "Learning rates": scores[["arm", "learning_rate"]].drop_duplicates()}
     if at_chance:
-        tables["Tasks on which every arm is at chance"] = _by_task(scores[scores["task"].isin(at_chance)])
-    figures = {"Score against trained numbers": figure(shown)} if len(shown) else {}
+        tables["Tasks on which every arm is at chance"] = _by_task(scores[scores["task"].isin(at_chance)], at_chance)
+    figures = {"Score against trained numbers": figure(shown, learned)} if len(shown) else {}
     return Findings(_claims(settings, results, primary[~primary["task"].isin(at_chance)]), tables, figures, note)
 
 
@@ -234,17 +236,17 @@ def chance_tasks(scores: pd.DataFrame, results: Results, settings: Settings) -> 
             and best[task] <= constant[task] + 0.01]  # fmt: skip
 
 
-def _by_task(scores: pd.DataFrame) -> pd.DataFrame:
+def _by_task(scores: pd.DataFrame, tasks: Sequence[str]) -> pd.DataFrame:
     """Means over seeds, a column for each task, and the mean of those where an arm has all tasks."""
-    wide = scores.pivot_table(index="arm", columns="task", values="score", sort=False)
+    wide = scores.pivot_table(index="arm", columns="task", values="score", sort=False).reindex(columns=list(tasks))
     groups = scores.groupby("arm", sort=False)
     numbers, seeds = groups["backbone"].mean(), groups["seed"].nunique()
     return wide.assign(mean=wide.mean(axis=1, skipna=False), backbone=numbers, seeds=seeds).reset_index()
 
 
-def figure(scores: pd.DataFrame) -> go.Figure:
+def figure(scores: pd.DataFrame, tasks: Sequence[str]) -> go.Figure:
     """Mean score of the arms that have all tasks against the numbers trained in the backbone."""
-    table = _by_task(scores).dropna(subset=["mean"]).sort_values("mean", ascending=False)
+    table = _by_task(scores, tasks).dropna(subset=["mean"]).sort_values("mean", ascending=False)
     drawn = go.Figure()
     for arm, numbers, mean in zip(table["arm"], table["backbone"], table["mean"], strict=True):
         drawn.add_scatter(x=[max(numbers, 1)], y=[mean], name=arm, mode="markers", marker={"size": 9})
